@@ -1,0 +1,109 @@
+# Everything on a fresh machine with Python >= 3.10, a C++ compiler and make; nothing is written outside this
+# folder (but for pip's own download cache). `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Which torch: any pip requirement, such as TORCH=torch or TORCH='torch==2.12.*'.
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+# More words for pytest: make test ARGS='-k fuse'
+ARGS ?=
+
+# The companions of the default torch. torchvision alone would bring its own torch, so its dependencies stay out.
+ifeq ($(TORCH),torch==2.13.0)
+TRITON ?= triton==3.7.1
+TORCHVISION ?= --no-deps torchvision==0.28.0
+else
+TRITON ?= triton
+TORCHVISION ?= torchvision
+endif
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := $(STAMPS)/constraints.txt
+WORD := $(shell printf '%s' '$(TORCH) $(TRITON) $(TORCHVISION)' | cksum | cut -d' ' -f1)
+
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export HF_HUB_OFFLINE := 1
+export PYTEST_ADDOPTS := -o cache_dir=.cache/pytest
+export RUFF_CACHE_DIR := .cache/ruff
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick pytest lint typecheck format bench build clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(STAMPS)/bench  ## install into .venv and train a small network with its blocks original and fused
+	$(BIN)/python -m fused_attn demo
+
+test: lint typecheck pytest  ## every check: source, types, tests (kernels, packaging, README)
+
+lint: $(STAMPS)/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
+	    | xargs -0 $(BIN)/clang-format --dry-run -Werror
+
+typecheck: $(STAMPS)/test
+	$(BIN)/mypy
+
+# One worker a core and one thread a worker; tests of threading ask for more themselves.
+pytest: $(STAMPS)/test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15 $(ARGS)
+
+test-quick: $(STAMPS)/test  ## the tests without those marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
+
+format: $(STAMPS)/test  ## rewrite the source in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \) -print0 \
+	    | xargs -0 $(BIN)/clang-format -i
+
+bench: $(STAMPS)/bench $(STAMPS)/models  ## measure blocks and models against eager and torch.compile
+	$(BIN)/python -m fused_attn bench
+
+build: $(STAMPS)/native  ## compile csrc again where it changed
+
+clean:  ## remove what was built, the environment and the caches
+	rm -rf $(VENV) .cache build dist *.egg-info fused_attn/_native.so fused_attn/_build_info.json
+
+# ---- the environment: each step leaves a stamp, so that the next `make` skips it ----
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; set PYTHON=" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# The stamp's name holds the requirements, so another TORCH= installs again (and builds again).
+$(STAMPS)/torch-$(WORD): | $(STAMPS)/venv
+	rm -f $(STAMPS)/torch-* $(STAMPS)/models $(STAMPS)/native
+	$(PIP) install '$(TORCH)' '$(TRITON)'
+	$(PIP) freeze | grep -E '^(torch|triton)==' > $(CONSTRAINTS)
+	touch $@
+
+NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.*')
+$(STAMPS)/native: $(STAMPS)/torch-$(WORD) $(NATIVE)
+	$(PIP) install -v --no-deps -e . > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+	@grep 'fused_attn: WARNING' $(STAMPS)/build.log || true
+	touch $@
+
+$(STAMPS)/bench: $(STAMPS)/native
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[bench]'
+	touch $@
+
+$(STAMPS)/models: $(STAMPS)/torch-$(WORD)
+	$(PIP) install -q -c $(CONSTRAINTS) $(TORCHVISION)
+	$(PIP) install -q --no-deps 'timm >= 1.0.15' 'monai >= 1.5'
+	$(PIP) install -q numpy pillow pyyaml huggingface_hub safetensors
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/models
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[bench,test]'
+	touch $@

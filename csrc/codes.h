@@ -1,0 +1,23 @@
+// The integer codes of options; fused_attn/codes.py says what each one means, a test keeps the two together.
+#pragma once
+
+namespace fused_attn {
+
+enum Activation {
+    kIdentity = 0,
+    kRelu = 1,
+    kSilu = 2,
+    kGelu = 3,
+    kGeluTanh = 4,
+    kHardSwish = 5,
+    kSigmoid = 6,
+    kHardSigmoid = 7,
+    kTanh = 8,
+    kLeakyRelu = 9,
+    kRelu6 = 10,
+};
+enum Pool { kAvg = 0, kMax = 1, kAvgMax = 2 };
+enum Ties { kFirst = 0, kEven = 1 };
+enum Layer { kDense = 0, kConv = 1, kCircular = 2 };
+
+}  // namespace fused_attn

@@ -1,0 +1,65 @@
+// Picks the kernels for this processor, once. FUSED_ATTN_ISA=baseline|avx2 asks for less (tests do).
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "table.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+struct Choice {
+    const KernelTable* table;
+    const char* name;
+};
+
+Choice choose() {
+#if defined(__x86_64__)
+    const char* asked = std::getenv("FUSED_ATTN_ISA");
+    auto allowed = [&](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+    __builtin_cpu_init();
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && allowed("avx512")) return {&avx512::kTable, "avx512"};
+    if (has_avx2 && allowed("avx2")) return {&avx2::kTable, "avx2"};
+#endif
+    return {&baseline::kTable, "baseline"};
+}
+
+const Choice& choice() {
+    static const Choice chosen = choose();
+    return chosen;
+}
+
+}  // namespace
+
+template <>
+const MapKernels<double>& map_kernels() {
+    return choice().table->map_double;
+}
+template <>
+const MapKernels<float>& map_kernels() {
+    return choice().table->map_float;
+}
+template <>
+const MapKernels<Half>& map_kernels() {
+    return choice().table->map_half;
+}
+template <>
+const MapKernels<BFloat16>& map_kernels() {
+    return choice().table->map_bfloat16;
+}
+template <>
+const DenseKernels<double>& dense_kernels() {
+    return choice().table->dense_double;
+}
+template <>
+const DenseKernels<float>& dense_kernels() {
+    return choice().table->dense_float;
+}
+const char* instruction_set() { return choice().name; }
+
+}  // namespace fused_attn::cpu

@@ -1,0 +1,537 @@
+// The bodies of kernels.h, compiled once per instruction set: included by kernels_*.cpp with VECTOR_BYTES and
+// INSTRUCTION_SET defined and the compiler's target set. Nothing here may instantiate a template of another
+// namespace (std::vector, std::min, ...): the linker keeps one copy of those, maybe this file's, for everybody.
+
+namespace fused_attn::cpu::INSTRUCTION_SET {
+
+#include "vec.inl"
+
+// Float partial sums run over at most this many vectors before they are added to a double.
+constexpr int64_t kBlock = 128;
+
+// A per-channel array at one vector of a panel: the same value in every lane (NCHW) or consecutive channels.
+template <bool kChannelsLast, class A>
+inline Vec<A> channel_vector(const A* values, int64_t channel, int64_t n) {
+    if constexpr (!kChannelsLast) return splat<A>(values[channel]);
+    return n == kLanes<A> ? load(values + channel) : load_tail(values + channel, n);
+}
+template <class T>
+inline Vec<Accumulator<T>> load_n(const T* p, int64_t n) {
+    return n == kLanes<Accumulator<T>> ? load(p) : load_tail(p, n);
+}
+template <class T>
+inline void store_n(Vec<Accumulator<T>> v, T* p, int64_t n) {
+    if (n == kLanes<Accumulator<T>>)
+        store(v, p);
+    else
+        store_tail(v, p, n);
+}
+
+// The prologue with its channel parameters as vectors; kPlain: there is none.
+template <class A, bool kPlain>
+struct PrologueVector {
+    Vec<A> weight = splat<A>(1), bias{};
+    int activation = 0;
+    template <bool kChannelsLast>
+    static PrologueVector at(const Prologue<A>& prologue, int64_t channel, int64_t n) {
+        PrologueVector v;
+        if constexpr (!kPlain) {
+            v.activation = prologue.activation;
+            if (prologue.weight) {
+                v.weight = channel_vector<kChannelsLast>(prologue.weight, channel, n);
+                v.bias = channel_vector<kChannelsLast>(prologue.bias, channel, n);
+            }
+        }
+        return v;
+    }
+    Vec<A> before(Vec<A> x) const { return kPlain ? x : x * weight + bias; }
+    Vec<A> operator()(Vec<A> x) const { return kPlain ? x : activate<A>(before(x), activation); }
+};
+
+// Calls body(make(channel, n), offset, n) for the vectors of a panel; n is the number of lanes in use. A row's
+// last vector ends with the row and overlaps the one before, so body must give the same when it is repeated.
+template <bool kChannelsLast, class A, class Make, class Body>
+inline void walk(const Panel& panel, Make make, Body body) {
+    const int64_t rows = kChannelsLast ? panel.positions : panel.channels;
+    const int64_t length = kChannelsLast ? panel.channels : panel.positions;
+    constexpr int64_t lanes = kLanes<A>;
+    for (int64_t row = 0; row < rows; ++row) {
+        const auto row_parameters = make(kChannelsLast ? 0 : row, lesser(lanes, length));
+        auto step = [&](int64_t i, int64_t n) {
+            if constexpr (kChannelsLast)
+                body(make(i, n), row * length + i, n);
+            else
+                body(row_parameters, row * length + i, n);
+        };
+        if (length < lanes) {
+            step(0, length);
+            continue;
+        }
+        int64_t i = 0;
+        for (; i + lanes <= length; i += lanes) step(i, lanes);
+        if (i < length) step(length - lanes, lanes);
+    }
+}
+
+// sums[c] += the sum over the panel's positions of term(parameters, offset, n), one pass. term may be called
+// twice for the same element, as in walk().
+template <bool kChannelsLast, class A, class Make, class Term>
+inline void accumulate(const Panel& panel, Make make, Term term, double* sums) {
+    constexpr int64_t lanes = kLanes<A>;
+    const int64_t channels = panel.channels, positions = panel.positions;
+    if constexpr (!kChannelsLast) {
+        for (int64_t c = 0; c < channels; ++c) {
+            const auto parameters = make(c, lanes);
+            const int64_t row = c * positions;
+            double total = 0;
+            int64_t i = 0;
+            while (i + lanes <= positions) {
+                const int64_t end = lesser(positions, i + 4 * kBlock * lanes);
+                Vec<A> a{}, b{}, c4{}, d{};
+                for (; i + 4 * lanes <= end; i += 4 * lanes) {
+                    a += term(parameters, row + i, lanes);
+                    b += term(parameters, row + i + lanes, lanes);
+                    c4 += term(parameters, row + i + 2 * lanes, lanes);
+                    d += term(parameters, row + i + 3 * lanes, lanes);
+                }
+                for (; i + lanes <= end; i += lanes) a += term(parameters, row + i, lanes);
+                total += sum_of<A>((a + b) + (c4 + d));
+            }
+            if (i < positions) {  // the last vector ends with the row; lanes already summed count as zero
+                const bool overlaps = positions >= lanes;
+                const Vec<A> last =
+                    overlaps ? term(parameters, row + positions - lanes, lanes) : term(parameters, row, positions);
+                const Mask<A> summed = lanes_below<A>(lanes - (positions - i));
+                total +=
+                    sum_of<A>(overlaps ? (summed ? Vec<A>{} : last) : (lanes_below<A>(positions) ? last : Vec<A>{}));
+            }
+            sums[c] += total;
+        }
+    } else {
+        Buffer<A> buffer((channels + lanes - 1) / lanes * lanes);
+        for (int64_t first = 0; first < positions; first += kBlock) {
+            const int64_t end = lesser(positions, first + kBlock);
+            buffer.fill(A(0));
+            int64_t p = first;
+            for (; p + 4 <= end; p += 4) {  // four rows a trip: the buffer is read and written once for all four
+                auto step = [&](int64_t c, int64_t n) {
+                    const auto parameters = make(c, n);
+                    const int64_t at = p * channels + c;
+                    const Vec<A> four =
+                        (term(parameters, at, n) + term(parameters, at + channels, n)) +
+                        (term(parameters, at + 2 * channels, n) + term(parameters, at + 3 * channels, n));
+                    store(load(&buffer[c]) + four, &buffer[c]);
+                };
+                int64_t c = 0;
+                for (; c + lanes <= channels; c += lanes) step(c, lanes);
+                if (c < channels) step(c, channels - c);
+            }
+            for (; p < end; ++p) {
+                auto step = [&](int64_t c, int64_t n) {
+                    store(load(&buffer[c]) + term(make(c, n), p * channels + c, n), &buffer[c]);
+                };
+                int64_t c = 0;
+                for (; c + lanes <= channels; c += lanes) step(c, lanes);
+                if (c < channels) step(c, channels - c);
+            }
+            for (int64_t c = 0; c < channels; ++c) sums[c] += buffer[c];
+        }
+    }
+}
+
+// One running maximum a lane: the value (NaN once seen), and its first position or its multiplicity.
+template <class A>
+struct RunningMax {
+    Vec<A> value = splat<A>(-kInfinity<A>);
+    Mask<A> tag{};
+    void update(Vec<A> u, Mask<A> position, Mask<A> in_use, bool even) {
+        const Mask<A> larger = ((u > value) | ((u != u) & (value == value))) & in_use;
+        if (even) {
+            const Mask<A> equal = (u == value) & in_use;
+            tag = larger ? Mask<A>{} + 1 : (equal ? tag + 1 : tag);
+        } else {
+            tag = larger ? position : tag;
+        }
+        value = larger ? u : value;
+    }
+};
+
+template <class T, bool kPlain>
+void pool_max_nchw(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue, bool even,
+                   Accumulator<T>* peak, int32_t* index) {
+    using A = Accumulator<T>;
+    using Lane = std::remove_reference_t<decltype(Mask<A>{}[0])>;
+    constexpr int64_t lanes = kLanes<A>;
+    const int64_t positions = panel.positions;
+    Mask<A> iota;
+    for (int64_t i = 0; i < lanes; ++i) iota[i] = static_cast<Lane>(i);
+    for (int64_t c = 0; c < panel.channels; ++c) {
+        const auto u = PrologueVector<A, kPlain>::template at<false>(prologue, c, lanes);
+        RunningMax<A> running;
+        for (int64_t i = 0; i < positions; i += lanes) {
+            const int64_t n = lesser(lanes, positions - i);
+            running.update(rounded_to<T>(u(load_n(x + c * positions + i, n))), iota + static_cast<Lane>(i),
+                           lanes_below<A>(n), even);
+        }
+        A best = running.value[0];
+        int64_t tag = running.tag[0];
+        for (int64_t lane = 1; lane < lanes; ++lane) {
+            const A v = running.value[lane];
+            const int64_t t = running.tag[lane];
+            if (v > best || (v != v && best == best)) {
+                best = v;
+                tag = t;
+            } else if (v == best || (v != v && best != best)) {
+                tag = even ? tag + t : lesser(tag, t);
+            }
+        }
+        peak[c] = best;
+        index[c] = static_cast<int32_t>(tag);
+    }
+}
+
+// Channels in vectors; value and tag carry the running maxima from one block of positions to the next.
+template <class T, bool kPlain, class Lane>
+void pool_max_nhwc(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue, bool even,
+                   Accumulator<T>* value, Lane* tag) {
+    using A = Accumulator<T>;
+    constexpr int64_t lanes = kLanes<A>;
+    const auto all = lanes_below<A>(lanes);
+    for (int64_t c = 0; c < panel.channels; c += lanes) {
+        const int64_t n = lesser(lanes, panel.channels - c);
+        const auto u = PrologueVector<A, kPlain>::template at<true>(prologue, c, n);
+        RunningMax<A> running{load(value + c), load_bytes<Mask<A>>(tag + c)};
+        for (int64_t p = 0; p < panel.positions; ++p)
+            running.update(rounded_to<T>(u(load_n(x + p * panel.channels + c, n))),
+                           Mask<A>{} + static_cast<Lane>(panel.first_position + p), all, even);
+        store(running.value, value + c);
+        std::memcpy(tag + c, &running.tag, sizeof(running.tag));
+    }
+}
+
+// Both pools in one pass over memory: a cache block at a time, a channel (NCHW) or some positions.
+template <class T, bool kChannelsLast, bool kPlain>
+void pool_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue, bool even, double* sum,
+             Accumulator<T>* peak, int32_t* index) {
+    using A = Accumulator<T>;
+    using Lane = std::remove_reference_t<decltype(Mask<A>{}[0])>;
+    auto add = [&](const Panel& part, const T* from, const Prologue<A>& part_prologue, double* part_sum) {
+        accumulate<kChannelsLast, A>(
+            part,
+            [&](int64_t c, int64_t n) {
+                return PrologueVector<A, kPlain>::template at<kChannelsLast>(part_prologue, c, n);
+            },
+            [&](const auto& u, int64_t at, int64_t n) { return u(load_n(from + at, n)); }, part_sum);
+    };
+    if (!peak) return add(panel, x, prologue, sum);
+    Panel part = panel;
+    if constexpr (!kChannelsLast) {
+        part.channels = 1;
+        for (int64_t c = 0; c < panel.channels; ++c) {
+            const T* from = x + c * panel.positions;
+            if (sum) add(part, from, prologue.from(c), sum + c);
+            pool_max_nchw<T, kPlain>(from, part, prologue.from(c), even, peak + c, index + c);
+        }
+    } else {
+        const int64_t padded = (panel.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+        Buffer<A> value(padded);
+        value.fill(-kInfinity<A>);
+        Buffer<Lane> tag(padded);
+        tag.fill(even ? 0 : static_cast<Lane>(panel.first_position));
+        const int64_t step = greater(4, 16384 / greater(1, panel.channels));
+        for (int64_t p = 0; p < panel.positions; p += step) {
+            part.positions = lesser(step, panel.positions - p);
+            part.first_position = panel.first_position + p;
+            const T* from = x + p * panel.channels;
+            if (sum) add(part, from, prologue, sum);
+            pool_max_nhwc<T, kPlain>(from, part, prologue, even, &value[0], &tag[0]);
+        }
+        for (int64_t c = 0; c < panel.channels; ++c) {
+            peak[c] = value[c];
+            index[c] = static_cast<int32_t>(tag[c]);
+        }
+    }
+}
+
+template <class T>
+void pool(const T* x, Panel panel, Prologue<Accumulator<T>> prologue, bool even, double* sum, Accumulator<T>* peak,
+          int32_t* index) {
+    const bool plain = prologue.identity();
+    auto run = panel.channels_last ? (plain ? pool_in<T, true, true> : pool_in<T, true, false>)
+                                   : (plain ? pool_in<T, false, true> : pool_in<T, false, false>);
+    run(x, panel, prologue, even, sum, peak, index);
+}
+
+template <class A, bool kPlain>
+struct ScaleVector {
+    PrologueVector<A, kPlain> u;
+    Vec<A> gate;
+};
+
+template <class T, bool kChannelsLast, bool kPlain>
+void scale_in(const T* x, const T* residual, const Panel& panel, const Prologue<Accumulator<T>>& prologue,
+              const Accumulator<T>* gate, int activation, T* y) {
+    using A = Accumulator<T>;
+    walk<kChannelsLast, A>(
+        panel,
+        [&](int64_t c, int64_t n) {
+            return ScaleVector<A, kPlain>{PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n),
+                                          channel_vector<kChannelsLast>(gate, c, n)};
+        },
+        [&](const ScaleVector<A, kPlain>& v, int64_t at, int64_t n) {
+            Vec<A> out = v.u(load_n(x + at, n)) * v.gate;
+            if constexpr (!kPlain) {
+                if (residual) out += load_n(residual + at, n);
+                out = activate<A>(out, activation);
+            }
+            store_n(out, y + at, n);
+        });
+}
+
+template <class T>
+void scale(const T* x, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue, const Accumulator<T>* gate,
+           int activation, T* y) {
+    const bool plain = prologue.identity() && !residual && activation == kIdentity;
+    auto run = panel.channels_last ? (plain ? scale_in<T, true, true> : scale_in<T, true, false>)
+                                   : (plain ? scale_in<T, false, true> : scale_in<T, false, false>);
+    run(x, residual, panel, prologue, gate, activation, y);
+}
+
+template <class T, bool kChannelsLast, bool kPlain>
+void dot_in(const T* grad, const T* x, const T* y, const T* residual, const Panel& panel,
+            const Prologue<Accumulator<T>>& prologue, const Accumulator<T>* gate, int activation, T* grad_residual,
+            double* dot) {
+    using A = Accumulator<T>;
+    accumulate<kChannelsLast, A>(
+        panel,
+        [&](int64_t c, int64_t n) {
+            return ScaleVector<A, kPlain>{PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n),
+                                          channel_vector<kChannelsLast>(gate, c, n)};
+        },
+        [&](const ScaleVector<A, kPlain>& v, int64_t at, int64_t n) {
+            const Vec<A> u = v.u(load_n(x + at, n));
+            Vec<A> d = load_n(grad + at, n);
+            if constexpr (!kPlain) {
+                if (activation != kIdentity) {
+                    Vec<A> out = y ? load_n(y + at, n) : u * v.gate;
+                    if (!y && residual) out += load_n(residual + at, n);
+                    d *= activate_grad<A>(out, activation);
+                    store_n(d, grad_residual + at, n);
+                }
+            }
+            return d * u;
+        },
+        dot);
+}
+
+template <class T>
+void dot(const T* grad, const T* x, const T* y, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue,
+         const Accumulator<T>* gate, int activation, T* grad_residual, double* out) {
+    const bool plain = prologue.identity() && activation == kIdentity;
+    auto run = panel.channels_last ? (plain ? dot_in<T, true, true> : dot_in<T, true, false>)
+                                   : (plain ? dot_in<T, false, true> : dot_in<T, false, false>);
+    run(grad, x, y, residual, panel, prologue, gate, activation, grad_residual, out);
+}
+
+template <class A, bool kPlain>
+struct SpreadVector {
+    PrologueVector<A, kPlain> u;
+    Vec<A> gate, mean, peak_value, peak;
+};
+
+template <class T, bool kChannelsLast, bool kPlain>
+void spread_in(const T* grad, const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue,
+               const Accumulator<T>* gate, const Accumulator<T>* mean, const PeakGrad<Accumulator<T>>& peak_grad,
+               T* grad_x, double* grad_weight, double* grad_bias) {
+    using A = Accumulator<T>;
+    const bool even = peak_grad.value && peak_grad.peak;
+    auto make = [&](int64_t c, int64_t n) {
+        SpreadVector<A, kPlain> v;
+        v.u = PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n);
+        v.gate = gate ? channel_vector<kChannelsLast>(gate, c, n) : Vec<A>{};
+        v.mean = mean ? channel_vector<kChannelsLast>(mean, c, n) : Vec<A>{};
+        if constexpr (!kPlain) {
+            if (even) {
+                v.peak_value = channel_vector<kChannelsLast>(peak_grad.value, c, n);
+                v.peak = channel_vector<kChannelsLast>(peak_grad.peak, c, n);
+            }
+        }
+        return v;
+    };
+    // Gradient of what the prologue's activation took: d(loss)/d(x * weight + bias).
+    auto grad_before = [&](const SpreadVector<A, kPlain>& v, int64_t at, int64_t n, Vec<A>& x_at) {
+        Vec<A> d = v.mean;
+        if (grad) d += load_n(grad + at, n) * v.gate;
+        if constexpr (!kPlain) {
+            x_at = load_n(x + at, n);
+            if (even) d += (rounded_to<T>(v.u(x_at)) == v.peak) ? v.peak_value : Vec<A>{};
+            if (v.u.activation != kIdentity) d *= activate_grad<A>(v.u.before(x_at), v.u.activation);
+        }
+        return d;
+    };
+    if (kPlain || !grad_weight) {
+        walk<kChannelsLast, A>(panel, make, [&](const SpreadVector<A, kPlain>& v, int64_t at, int64_t n) {
+            Vec<A> x_at;
+            Vec<A> d = grad_before(v, at, n, x_at);
+            store_n(kPlain ? d : d * v.u.weight, grad_x + at, n);
+        });
+        return;
+    }
+    // With an affine: one walk writes grad_x and sums d (for the bias); the dot with x reads the block again
+    // while it is in cache, a channel (NCHW) or a few positions (channels_last) at a time.
+    const int64_t step = kChannelsLast ? greater(1, 4096 / greater(1, panel.channels)) : 1;
+    const int64_t outer = kChannelsLast ? panel.positions : panel.channels;
+    for (int64_t first = 0; first < outer; first += step) {
+        Panel part = panel;
+        (kChannelsLast ? part.positions : part.channels) = lesser(step, outer - first);
+        const int64_t start = first * (kChannelsLast ? panel.channels : panel.positions);
+        const int64_t channel = kChannelsLast ? 0 : first;
+        auto make_part = [&](int64_t c, int64_t n) { return make(c + channel, n); };
+        accumulate<kChannelsLast, A>(
+            part, make_part,
+            [&](const SpreadVector<A, kPlain>& v, int64_t at, int64_t n) {
+                Vec<A> x_at;
+                Vec<A> d = grad_before(v, at + start, n, x_at);
+                store_n(d * v.u.weight, grad_x + at + start, n);
+                return d;
+            },
+            grad_bias + channel);
+        accumulate<kChannelsLast, A>(
+            part, make_part,
+            [&](const SpreadVector<A, kPlain>& v, int64_t at, int64_t n) {
+                Vec<A> x_at;
+                return grad_before(v, at + start, n, x_at) * x_at;
+            },
+            grad_weight + channel);
+    }
+}
+
+template <class T>
+void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> prologue, const Accumulator<T>* gate,
+            const Accumulator<T>* mean, PeakGrad<Accumulator<T>> peak_grad, T* grad_x, double* grad_weight,
+            double* grad_bias) {
+    using A = Accumulator<T>;
+    const bool plain = prologue.identity() && !(peak_grad.value && peak_grad.peak);
+    auto run = panel.channels_last ? (plain ? spread_in<T, true, true> : spread_in<T, true, false>)
+                                   : (plain ? spread_in<T, false, true> : spread_in<T, false, false>);
+    run(grad, x, panel, prologue, gate, mean, peak_grad, grad_x, grad_weight, grad_bias);
+    if (!peak_grad.value || peak_grad.peak) return;
+    for (int64_t c = 0; c < panel.channels; ++c) {  // "first": one position a channel is written again
+        const int64_t p = peak_grad.index[c] - panel.first_position;
+        if (p < 0 || p >= panel.positions) continue;
+        const int64_t at = panel.channels_last ? p * panel.channels + c : c * panel.positions + p;
+        const auto u = PrologueVector<A, false>::template at<false>(prologue, c, 1);
+        const Vec<A> x_at = load_n(x + at, 1);
+        const Vec<A> slope = activate_grad<A>(u.before(x_at), prologue.activation);
+        const Vec<A> share = splat<A>(peak_grad.value[c]) * slope;
+        Vec<A> d = mean ? splat<A>(mean[c]) : Vec<A>{};
+        if (grad) d += load_n(grad + at, 1) * splat<A>(gate[c]);
+        store_n((d * slope + share) * u.weight, grad_x + at, 1);
+        if (grad_weight) {
+            grad_weight[c] += share[0] * x_at[0];
+            grad_bias[c] += share[0];
+        }
+    }
+}
+
+template <class A, class F>
+inline void map_values(int64_t n, A* out, F f) {
+    constexpr int64_t lanes = kLanes<A>;
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) store_n(f(i, lanes), out + i, lanes);
+    if (i < n) store_n(f(i, n - i), out + i, n - i);
+}
+
+template <class A>
+void activate_values(const A* in, int64_t n, int activation, A* out) {
+    map_values<A>(n, out, [&](int64_t i, int64_t k) { return activate<A>(load_n(in + i, k), activation); });
+}
+template <class A>
+void activate_grad_values(const A* in, const A* at, int64_t n, int activation, A* out) {
+    map_values<A>(n, out, [&](int64_t i, int64_t k) {
+        return load_n(in + i, k) * activate_grad<A>(load_n(at + i, k), activation);
+    });
+}
+
+template <class A>
+void dense_forward(const A* weight, const A* bias, int64_t rows, int64_t columns, int64_t samples, const A* in,
+                   int64_t in_stride, A* out, int64_t out_stride) {
+    constexpr int64_t lanes = kLanes<A>, kRows = 4;  // four rows at a time: four independent sums
+    for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t count = lesser(kRows, rows - r);
+        const A* w[kRows];
+        for (int64_t k = 0; k < kRows; ++k) w[k] = weight + (r + lesser(k, count - 1)) * columns;
+        for (int64_t s = 0; s < samples; ++s) {
+            const A* v = in + s * in_stride;
+            Vec<A> sums[kRows] = {};
+            int64_t i = 0;
+            for (; i + lanes <= columns; i += lanes)
+                for (int64_t k = 0; k < kRows; ++k) sums[k] += load(w[k] + i) * load(v + i);
+            if (i < columns)
+                for (int64_t k = 0; k < kRows; ++k)
+                    sums[k] += load_tail(w[k] + i, columns - i) * load_tail(v + i, columns - i);
+            for (int64_t k = 0; k < count; ++k)
+                out[s * out_stride + r + k] = sum_of<A>(sums[k]) + (bias ? bias[r + k] : A(0));
+        }
+    }
+}
+
+template <class A>
+void dense_transposed(const A* weight, int64_t rows, int64_t columns, int64_t samples, const A* in, int64_t in_stride,
+                      A* out, int64_t out_stride) {
+    constexpr int64_t kRows = 4;  // four rows at a time: out is read and written once for all of them
+    for (int64_t s = 0; s < samples; ++s)
+        for (int64_t i = 0; i < columns; ++i) out[s * out_stride + i] = A(0);
+    for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t count = lesser(kRows, rows - r);
+        for (int64_t s = 0; s < samples; ++s) {
+            A* o = out + s * out_stride;
+            const A* w[kRows];
+            Vec<A> factor[kRows];
+            for (int64_t k = 0; k < kRows; ++k) {
+                w[k] = weight + (r + lesser(k, count - 1)) * columns;
+                factor[k] = splat<A>(k < count ? in[s * in_stride + r + k] : A(0));
+            }
+            if (count == kRows)
+                map_values<A>(columns, o, [&](int64_t i, int64_t n) {
+                    return load_n(o + i, n) + ((factor[0] * load_n(w[0] + i, n) + factor[1] * load_n(w[1] + i, n)) +
+                                               (factor[2] * load_n(w[2] + i, n) + factor[3] * load_n(w[3] + i, n)));
+                });
+            else
+                for (int64_t k = 0; k < count; ++k)
+                    map_values<A>(columns, o, [&](int64_t i, int64_t n) {
+                        return load_n(o + i, n) + factor[k] * load_n(w[k] + i, n);
+                    });
+        }
+    }
+}
+
+template <class A>
+void dense_weight_grad(const A* grad, int64_t grad_stride, const A* in, int64_t in_stride, int64_t samples,
+                       int64_t first, int64_t last, int64_t columns, A* grad_weight) {
+    constexpr int64_t lanes = kLanes<A>, kRows = 4;  // four rows at a time: `in` is read once for all of them
+    for (int64_t r = first; r < last; r += kRows) {
+        const int64_t count = lesser(kRows, last - r);
+        for (int64_t i = 0; i < columns; i += lanes) {
+            const int64_t n = lesser(lanes, columns - i);
+            Vec<A> total[kRows] = {};
+            for (int64_t s = 0; s < samples; ++s) {
+                const Vec<A> v = load_n(in + s * in_stride + i, n);
+                const A* g = grad + s * grad_stride + r;
+                if (count == kRows)
+                    for (int64_t k = 0; k < kRows; ++k) total[k] += splat<A>(g[k]) * v;
+                else
+                    for (int64_t k = 0; k < count; ++k) total[k] += splat<A>(g[k]) * v;
+            }
+            for (int64_t k = 0; k < count; ++k) store_n(total[k], grad_weight + (r + k) * columns + i, n);
+        }
+    }
+}
+
+template <class T>
+constexpr MapKernels<T> kMapKernels{pool<T>, scale<T>, dot<T>, spread<T>};
+template <class A>
+constexpr DenseKernels<A> kDenseKernels{activate_values<A>, activate_grad_values<A>, dense_forward<A>,
+                                        dense_transposed<A>, dense_weight_grad<A>};
+
+}  // namespace fused_attn::cpu::INSTRUCTION_SET

@@ -1,0 +1,50 @@
+// The CPU implementations, with the schemas of fused_attn/ops/*.py.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace fused_attn::cpu {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor, Tensor> squeeze(const Tensor& x, const OptionalTensor& affine_weight,
+                                           const OptionalTensor& affine_bias, int64_t pre_activation, int64_t pool,
+                                           int64_t ties);
+
+std::tuple<Tensor, Tensor, Tensor> squeeze_backward(const OptionalTensor& grad_avg, const OptionalTensor& grad_max,
+                                                    const Tensor& x, const Tensor& max, const Tensor& index,
+                                                    const OptionalTensor& affine_weight,
+                                                    const OptionalTensor& affine_bias, int64_t pre_activation,
+                                                    int64_t pool, int64_t ties);
+
+Tensor scale(const Tensor& x, const Tensor& gate, const OptionalTensor& affine_weight,
+             const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t pre_activation,
+             int64_t post_activation);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_backward(const Tensor& grad, const Tensor& x,
+                                                                  const OptionalTensor& y, const Tensor& gate,
+                                                                  const OptionalTensor& affine_weight,
+                                                                  const OptionalTensor& affine_bias,
+                                                                  const OptionalTensor& residual,
+                                                                  int64_t pre_activation, int64_t post_activation);
+
+std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x, const OptionalTensor& weight1,
+                                                const OptionalTensor& bias1, const OptionalTensor& weight2,
+                                                const OptionalTensor& bias2, const OptionalTensor& affine_weight,
+                                                const OptionalTensor& affine_bias, const OptionalTensor& residual,
+                                                int64_t layer, int64_t pool, int64_t ties, int64_t activation,
+                                                int64_t gate, int64_t pre_activation, int64_t post_activation);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_gate_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& state, const Tensor& index,
+    const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
+    const OptionalTensor& bias2, const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
+    const OptionalTensor& residual, int64_t layer, int64_t pool, int64_t ties, int64_t activation, int64_t gate,
+    int64_t pre_activation, int64_t post_activation);
+
+}  // namespace fused_attn::cpu

@@ -1,0 +1,66 @@
+// scale: reads x (and the residual), writes y. scale_backward: reads grad and x (and y or the residual), then
+// grad (or what the first pass wrote for the epilogue) again, and writes grad_x; the second read of a sample
+// comes right after the first, from cache.
+#include "ops.h"
+#include "passes.h"
+
+namespace fused_attn::cpu {
+
+Tensor scale(const Tensor& x_in, const Tensor& gate, const OptionalTensor& affine_weight,
+             const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t pre_activation,
+             int64_t post_activation) {
+    return dispatch(x_in, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        const Tensor x_dense = dense_map(x_in);
+        const MapView<T> x(x_dense);
+        const OptionalTensor added = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
+        const T* from = pointer<T>(added);
+        Tensor y = empty_map<T>(x_dense);
+        const MapView<T> out(y);
+        const Values<A> gates(gate);
+        const AffineValues<A> affine(affine_weight, affine_bias);
+        const Prologue<A> prologue = affine.prologue(pre_activation);
+        const int64_t elements = x.batch * x.sample_size();
+        const int64_t pieces = pieces_of(x.batch, x.axis_length(), elements);
+        parallel(x.batch * pieces, elements, [&](int64_t unit) {
+            const int64_t b = unit / pieces, piece = unit % pieces, c = x.first_channel(piece, pieces);
+            const int64_t at = x.offset(b, piece, pieces);
+            map_kernels<T>().scale(x.data + at, from ? from + at : nullptr, x.panel(piece, pieces), prologue.from(c),
+                                   gates.data() + b * x.channels + c, static_cast<int>(post_activation), out.data + at);
+        });
+        return y;
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_backward(const Tensor& grad, const Tensor& x_in,
+                                                                  const OptionalTensor& y, const Tensor& gate,
+                                                                  const OptionalTensor& affine_weight,
+                                                                  const OptionalTensor& affine_bias,
+                                                                  const OptionalTensor& residual,
+                                                                  int64_t pre_activation, int64_t post_activation) {
+    return dispatch(x_in, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        Backward<T> pass(grad, x_in, y, residual, affine_weight, affine_bias, pre_activation, post_activation);
+        const MapView<T>& x = pass.x;
+        const int64_t channels = x.channels, pieces = pass.pieces;
+        const Values<A> gates(gate);
+        pass.gates = gates.data();
+        parallel(x.batch * pieces, x.batch * x.sample_size(), [&](int64_t unit) {
+            pass.dot(unit / pieces, unit % pieces);
+            pass.spread(unit / pieces, unit % pieces, nullptr, {});
+        });
+        for (int64_t b = 0; b < x.batch; ++b) pass.dots.merge(b);
+        std::vector<A> grad_gate(std::max<int64_t>(1, x.batch * channels));
+        for (int64_t b = 0; b < x.batch; ++b)
+            std::transform(pass.dots.sample(b), pass.dots.sample(b) + channels, &grad_gate[b * channels],
+                           [](double v) { return static_cast<A>(v); });
+        Tensor gate_out = contiguous_like(gate);
+        write_values<A>(grad_gate.data(), gate_out);
+        auto [grad_weight, grad_bias] = pass.affine_grads();
+        return std::make_tuple(pass.grad_x, gate_out, pass.grad_residual, grad_weight, grad_bias);
+    });
+}
+
+}  // namespace fused_attn::cpu

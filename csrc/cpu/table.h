@@ -1,0 +1,33 @@
+// One table of kernels an instruction set; kernels.cpp picks among them at run time.
+#pragma once
+
+#include "kernels.h"
+
+namespace fused_attn::cpu {
+
+struct KernelTable {
+    MapKernels<double> map_double;
+    MapKernels<float> map_float;
+    MapKernels<Half> map_half;
+    MapKernels<BFloat16> map_bfloat16;
+    DenseKernels<double> dense_double;
+    DenseKernels<float> dense_float;
+};
+
+namespace baseline {
+extern const KernelTable kTable;
+}
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+
+}  // namespace fused_attn::cpu
+
+#define FUSED_ATTN_KERNEL_TABLE(isa)                                        \
+    constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{    \
+        kMapKernels<double>,   kMapKernels<float>,    kMapKernels<Half>,    \
+        kMapKernels<BFloat16>, kDenseKernels<double>, kDenseKernels<float>, \
+    };

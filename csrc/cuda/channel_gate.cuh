@@ -1,0 +1,874 @@
+// Resident squeeze -> excite -> scale: one sample lies spread over the shared memory of a thread-block
+// cluster.
+//
+// Forward: x is read once, into shared memory; pooled, excited and scaled there; y is written once: 2 passes,
+// and one more for a residual. Backward: x and grad are both resident: 3 passes; an epilogue reads y (ReLU)
+// or the residual and writes grad_residual: 5. Everything else that crosses global memory has one value a
+// channel.
+//
+// The slice of a block: NCHW, a run of whole channels, so that pools are local. channels_last, a run of whole
+// rows (positions), so that sums over space meet through the cluster's shared memory. In both layouts a block
+// owns `share` channels whose descriptor, logit and gate it computes; what others need of it they read after
+// a cluster barrier. Sums are kept in Acc (float; double for double) and added in an order that depends on
+// the cluster size alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "activation.cuh"
+#include "cluster.cuh"
+#include "io.cuh"
+#include "reduce.cuh"
+
+namespace fused_attn::cuda {
+
+constexpr int kThreads = 512;
+
+// What decides whether, and over how many blocks, a sample is resident.
+struct Extent {
+    int channels, spatial, hidden, layers, layer;  // layers: 0, 1 or 2; hidden: only of 2
+    int pool, itemsize;
+    bool channels_last, affine, backward;
+    bool general;  // prologue, epilogue beyond ReLU, or float64: elements one by one
+    int threads = kThreads;
+
+    int acc() const { return itemsize == 8 ? 8 : 4; }
+};
+
+// Where things lie in a block's shared memory (byte offsets; each a multiple of 16).
+struct Carve {
+    int share = 0, rows = 0;      // channels owned and rows held by a block
+    int piece = 1, groups = 1;    // channels_last sums: neighbouring channels a thread, threads a channel
+    uint32_t x = 0, grad = 0;     // the slices
+    uint32_t part = 0;            // (groups, C) partial sums over rows; row 0 is read by the cluster
+    uint32_t own = 0;             // (share) descriptors; backward: gradients of the gate's logits
+    uint32_t exchange = 0;        // (H or C) partial products of a dense layer, read by the cluster
+    uint32_t hidden = 0;          // (H) hidden activations; backward: gradients of hidden logits
+    uint32_t everyone = 0;        // (C) all blocks' `own`, for a convolution over channels
+    uint32_t result = 0;          // (share) gates; backward: gradients of descriptors
+    uint32_t gate = 0, mean = 0;  // tables of the slice's channels: the gate; what each element's gradient
+    uint32_t top = 0,
+             top_at = 0;            //   gets through the mean; what the maximum gets and where (or which) it is
+    uint32_t weight = 0, bias = 0;  //   affine parameters
+    uint32_t fold = 0;              // (threads) partial sums of a transposed product
+    uint32_t bytes = 0;
+};
+
+inline Carve carve(const Extent& e, int ranks) {
+    Carve c;
+    const int acc = e.acc();
+    c.share = (e.channels + ranks - 1) / ranks;
+    c.rows = (e.spatial + ranks - 1) / ranks;
+    const int64_t elements = e.channels_last ? int64_t(c.rows) * e.channels : int64_t(c.share) * e.spatial;
+    if (elements * e.itemsize > (1 << 20)) {  // beyond any shared memory
+        c.bytes = 1u << 31;
+        return c;
+    }
+    uint32_t at = 16;  // the copies' barrier
+    const auto take = [&](int64_t bytes) {
+        const uint32_t here = at;
+        at += static_cast<uint32_t>((bytes + 15) / 16 * 16);
+        return here;
+    };
+    const int64_t tile = elements * e.itemsize + 16;
+    const int table = e.channels_last ? e.channels : c.share;
+    const bool maximum = e.pool != kAvg;
+    c.x = take(tile);
+    if (e.backward) c.grad = take(tile);
+    if (e.channels_last) {
+        c.piece = !e.general && e.channels % 4 == 0 ? 4 : 1;
+        c.groups = std::max(1, e.threads / (e.channels / c.piece));
+        const int sums = e.backward ? (e.affine ? 2 : 1) * acc : maximum ? (acc == 8 ? 24 : 12) : acc;
+        c.part = take(int64_t(c.groups) * e.channels * sums);
+    }
+    c.own = take(c.share * acc);
+    c.result = take(c.share * acc);
+    if (e.layers == 2) {
+        c.exchange = take(e.hidden * acc);
+        c.hidden = take(e.hidden * acc);
+    } else if (e.layers == 1) {
+        (e.layer == kDense ? c.exchange : c.everyone) = take(e.channels * acc);
+    }
+    c.gate = e.backward || e.channels_last ? take(table * acc) : c.result;
+    if (e.backward) {
+        c.mean = take(table * acc);
+        if (maximum) {
+            c.top = take(table * acc);
+            c.top_at = take(table * acc);
+        }
+        if (e.layer == kDense && e.layers > 0) c.fold = take(e.threads * acc);
+    }
+    if (e.affine) {
+        c.weight = take(table * acc);
+        c.bias = take(table * acc);
+    }
+    c.bytes = at;
+    return c;
+}
+
+// Shared memory a block may have and the largest cluster, by compute capability (90 is 9.0).
+inline uint32_t shared_limit(int capability) {
+    if (capability == 80 || capability == 87) return 163 * 1024;
+    if (capability < 90 || capability >= 120) return 99 * 1024;
+    return 227 * 1024;
+}
+inline int cluster_limit(int capability) { return capability < 90 ? 1 : capability < 120 ? 16 : 8; }
+
+// The smallest cluster whose shared memory holds a sample; 0: none does, the sample must stream.
+inline int resident_cluster_size(const Extent& extent, int capability) {
+    for (int ranks = 1; ranks <= cluster_limit(capability); ranks *= 2)
+        if (carve(extent, ranks).bytes <= shared_limit(capability)) return ranks;
+    return 0;
+}
+
+// n / divisor for n * divisor < 2^40, without a division.
+struct Divider {
+    uint32_t divisor = 1;
+    uint64_t reciprocal = uint64_t(1) << 40;
+    Divider() = default;
+    explicit Divider(uint32_t d)
+        : divisor(std::max(d, 1u)), reciprocal(((uint64_t(1) << 40) + divisor - 1) / divisor) {}
+    __device__ __forceinline__ int quotient(int n) const {
+        return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(n)) * reciprocal) >> 40);
+    }
+};
+
+// What a launch is told. Maps are (B, C, spatial) or (B, spatial, C); state is (B, state_width) of Acc, its
+// rows s (C), z2 (C), z1 (H), peak (C); scratch is for the gradients of the parameters.
+struct Call {
+    const char *x = nullptr, *residual = nullptr, *grad = nullptr, *y_saved = nullptr;
+    char *y = nullptr, *grad_x = nullptr, *grad_residual = nullptr;
+    void* state = nullptr;
+    int32_t* index = nullptr;
+    Small weight1, bias1, weight2, bias2, affine_weight, affine_bias;
+    void *grad_z2 = nullptr, *grad_z1 = nullptr;  // (B, C), (B, H)
+    void *affine_weight_sums = nullptr,
+         *affine_bias_sums = nullptr;  // (B, C), or (B, ranks, C) in channels_last
+    int dtype = kFloat32, itemsize = 4;
+    int channels = 0, spatial = 0, hidden = 0, taps = 0, layers = 0, layer = 0, state_width = 0;
+    int pool = 0, ties = 0, activation = 0, gate = 0, pre_activation = 0, post_activation = 0;
+    Carve carve;
+    Divider channel_of;  // by spatial (NCHW) or channels (channels_last)
+};
+
+template <class Io, bool kChannelsLast>
+struct Block {
+    using Acc = typename Io::Acc;
+    static constexpr int V = Io::kVector;
+
+    const Call& call;
+    char* const shared;
+    const int rank, ranks, thread, threads;
+    const int64_t sample;
+    int first_channel, own;  // the channels owned
+    int first_row, rows;     // the rows held
+    int count, head;         // the slice's elements; elements of its first 16-byte block before it
+    int64_t offset;          // bytes before the slice in its map
+    char *x, *grad;          // the slices in shared memory
+
+    __device__ __forceinline__ explicit Block(const Call& c)
+        : call(c),
+          shared(shared_memory()),
+          rank(cluster_rank()),
+          ranks(cluster_size()),
+          thread(thread_rank()),
+          threads(thread_count()),
+          sample(block_index() / ranks) {
+        first_channel = min(rank * call.carve.share, call.channels);
+        own = min(call.carve.share, call.channels - first_channel);
+        first_row = kChannelsLast ? min(rank * call.carve.rows, call.spatial) : 0;
+        rows = kChannelsLast ? min(call.carve.rows, call.spatial - first_row) : call.spatial;
+        count = kChannelsLast ? rows * call.channels : own * call.spatial;
+        const int64_t before =
+            kChannelsLast ? int64_t(first_row) * call.channels : int64_t(first_channel) * call.spatial;
+        offset = (sample * call.channels * call.spatial + before) * call.itemsize;
+        const int misaligned = static_cast<int>(offset % 16);
+        head = misaligned / call.itemsize;
+        x = shared + call.carve.x + misaligned;
+        grad = shared + call.carve.grad + misaligned;
+    }
+
+    __device__ __forceinline__ Acc* at(uint32_t place) const { return reinterpret_cast<Acc*>(shared + place); }
+    __device__ __forceinline__ Acc* state() const { return static_cast<Acc*>(call.state) + sample * call.state_width; }
+    __device__ __forceinline__ int32_t* index() const { return call.index + sample * call.channels; }
+    __device__ __forceinline__ uint64_t* barrier() const { return reinterpret_cast<uint64_t*>(shared); }
+    __device__ __forceinline__ uint32_t bytes() const { return static_cast<uint32_t>(count) * call.itemsize; }
+    // Tables are of all channels (channels_last) or of those owned.
+    __device__ __forceinline__ int table_size() const { return kChannelsLast ? call.channels : own; }
+    __device__ __forceinline__ int table_start() const { return kChannelsLast ? 0 : first_channel; }
+
+    // Reads the slice of x, and of grad, once; the tables of affine parameters meanwhile.
+    __device__ __forceinline__ void load(const char* x_map, const char* grad_map) const {
+        if (thread == 0) {
+            uint32_t ragged;
+            copies_begin(barrier(), whole_blocks(x_map + offset, bytes(), ragged) * (grad_map ? 2 : 1));
+        }
+        load_slice(barrier(), x - offset % 16, x_map + offset, bytes());
+        if (grad_map) load_slice(barrier(), grad - offset % 16, grad_map + offset, bytes());
+        if (Io::kGeneral && call.affine_weight.data) {
+            for (int c = thread; c < table_size(); c += threads) {
+                at(call.carve.weight)[c] = value_at<Acc>(call.affine_weight, table_start() + c);
+                at(call.carve.bias)[c] = value_at<Acc>(call.affine_bias, table_start() + c);
+            }
+        }
+    }
+    __device__ __forceinline__ void wait() const {
+        block_barrier();
+        copies_wait(barrier());
+        block_barrier();
+    }
+
+    // The prologue of channel c (of the tables): before and after its activation.
+    __device__ __forceinline__ Acc affine(Acc value, int c) const {
+        if (Io::kGeneral && call.affine_weight.data) return value * at(call.carve.weight)[c] + at(call.carve.bias)[c];
+        return value;
+    }
+    __device__ __forceinline__ Acc prologue(Acc value, int c) const {
+        return Io::kGeneral ? activate(call.pre_activation, affine(value, c)) : value;
+    }
+
+    // One reduction over space for each channel, from shared memory. visit(part, channel of the tables, place
+    // in the slice, position, x, grad) adds an element; finish(channel, part) gets the results, one thread
+    // each: with kExchange those of the channels owned, over all blocks; else those of this slice's channels.
+    // Only finish's results are ordered by a barrier that the caller adds.
+    template <class Part, bool kGrad, bool kExchange, class Visit, class Finish>
+    __device__ __forceinline__ void reduce(Visit visit, Finish finish) const {
+        if constexpr (kChannelsLast) {
+            Part* const parts = reinterpret_cast<Part*>(shared + call.carve.part);
+            if (!Io::kGeneral && call.carve.piece == 4) {
+                reduce_columns<Part, kGrad, Io::kGeneral ? 1 : 4>(parts, visit);
+            } else {
+                reduce_columns<Part, kGrad, 1>(parts, visit);
+            }
+            block_barrier();
+            for (int c = thread; c < call.channels; c += threads) {
+                Part part = parts[c];
+                for (int g = 1; g < call.carve.groups; ++g) part.merge(parts[g * call.channels + c]);
+                if constexpr (kExchange) {
+                    parts[c] = part;
+                } else {
+                    finish(c, part);
+                }
+            }
+            if constexpr (kExchange) {
+                cluster_barrier();
+                for (int c = thread; c < own; c += threads) {
+                    Part part = *of_rank(&parts[first_channel + c], 0);
+                    for (int r = 1; r < ranks; ++r) part.merge(*of_rank(&parts[first_channel + c], r));
+                    finish(c, part);
+                }
+            }
+        } else {
+            // Some lanes of a warp a channel, by 16-byte blocks; those at its ends are shared with its
+            // neighbours.
+            int lanes = 1;
+            while (lanes < 32 && lanes * V < call.spatial) lanes *= 2;
+            const int a_warp = 32 / lanes, lane = thread % lanes;
+            for (int first = thread / 32 * a_warp; first < own; first += threads / 32 * a_warp) {
+                const int c = first + thread % 32 / lanes;
+                Part part;
+                if (c < own) {
+                    const int begin = c * call.spatial, end = begin + call.spatial;
+                    for (int i = begin - (begin + head) % V + lane * V; i < end; i += lanes * V) {
+                        Acc values[V], grads[V] = {};
+                        Io::load(call.dtype, x, i, values);
+                        if constexpr (kGrad) Io::load(call.dtype, grad, i, grads);
+                        if (V == 1 || (i >= begin && i + V <= end)) {
+#pragma unroll
+                            for (int e = 0; e < V; ++e) visit(part, c, i + e, i + e - begin, values[e], grads[e]);
+                        } else {
+#pragma unroll
+                            for (int e = 0; e < V; ++e)
+                                if (i + e >= begin && i + e < end)
+                                    visit(part, c, i + e, i + e - begin, values[e], grads[e]);
+                        }
+                    }
+                }
+                merge_lanes(part, lanes);
+                if (c < own && lane == 0) finish(c, part);
+            }
+        }
+    }
+    // Threads (group g, N neighbouring channels): rows g, g + groups, ...
+    template <class Part, bool kGrad, int N, class Visit>
+    __device__ __forceinline__ void reduce_columns(Part* parts, Visit visit) const {
+        const int columns = call.channels / N;
+        for (int item = thread; item < columns * call.carve.groups; item += threads) {
+            const int group = item / columns, c = item % columns * N;
+            Part sums[N];
+#pragma unroll 2
+            for (int row = group; row < rows; row += call.carve.groups) {
+                const int i = row * call.channels + c;
+                Acc values[N], grads[N] = {};
+                Io::load(call.dtype, x, i, values);
+                if constexpr (kGrad) Io::load(call.dtype, grad, i, grads);
+#pragma unroll
+                for (int e = 0; e < N; ++e) visit(sums[e], c + e, i + e, first_row + row, values[e], grads[e]);
+            }
+#pragma unroll
+            for (int e = 0; e < N; ++e) parts[group * call.channels + c + e] = sums[e];
+        }
+    }
+
+    // The channels of the V elements at `i` of the slice (some may lie outside it), to look up tables.
+    struct Lookup {
+        const Block& block;
+        int i, c, split;
+        __device__ __forceinline__ Lookup(const Block& b, int place) : block(b), i(place) {
+            const int inside = max(i, 0);
+            const int q = b.call.channel_of.quotient(inside);
+            c = kChannelsLast ? inside - q * b.call.channels : q;
+            split = (q + 1) * b.call.spatial - i;
+        }
+        template <class Value>
+        __device__ __forceinline__ void operator()(const Value* table, Value (&values)[V]) const {
+            if (V == 1) {
+                values[0] = table[c];
+            } else if (kChannelsLast && block.call.channels % V == 0) {
+                constexpr int kAtOnce = 16 / sizeof(Value);
+#pragma unroll
+                for (int e = 0; e < V; e += kAtOnce) {
+                    const auto four = *reinterpret_cast<const Elements<Value, kAtOnce>*>(table + c + e);
+#pragma unroll
+                    for (int k = 0; k < kAtOnce; ++k) values[e + k] = four.at[k];
+                }
+            } else if (!kChannelsLast && block.call.spatial >= V) {  // at most two channels
+                const Value here = table[c], next = table[min(c + 1, block.own - 1)];
+#pragma unroll
+                for (int e = 0; e < V; ++e) values[e] = e < split ? here : next;
+            } else {
+#pragma unroll
+                for (int e = 0; e < V; ++e) {
+                    const int inside = min(max(i + e, 0), block.count - 1);
+                    const int q = block.call.channel_of.quotient(inside);
+                    values[e] = table[kChannelsLast ? inside - q * block.call.channels : q];
+                }
+            }
+        }
+    };
+    template <class Body>
+    __device__ __forceinline__ void each_vector(Body body) const {
+        if constexpr (V == 1) {
+            for (int i = thread; i < count; i += threads) body(i);
+        } else {
+            if (count == 0) return;  // a block without a slice, whose place may be misaligned
+            for (int i = thread * V - head; i < count; i += threads * V) body(i);
+        }
+    }
+
+    // finish(r, sum over i < columns of weight[r * stride + start + i] * vector[i]): neighbouring lanes share
+    // a row.
+    template <class Finish>
+    __device__ __forceinline__ void product(const Small& weight, int rows_, int64_t stride, int64_t start, int columns,
+                                            const Acc* vector, Finish finish) const {
+        int lanes = 1;
+        while (lanes < 32 && lanes < columns) lanes *= 2;
+        const int a_warp = 32 / lanes, lane = thread % lanes;
+        for (int first = thread / 32 * a_warp; first < rows_; first += threads / 32 * a_warp) {
+            const int r = first + thread % 32 / lanes;
+            Sum<Acc> total;
+            if (r < rows_) {
+                total.sum = with_data(weight, [&](auto* w) {
+                    Acc sum = 0;
+                    w += r * stride + start;
+#pragma unroll 4
+                    for (int i = lane; i < columns; i += lanes) sum += static_cast<Acc>(widen(w[i])) * vector[i];
+                    return sum;
+                });
+            }
+            merge_lanes(total, lanes);
+            if (r < rows_ && lane == 0) finish(r, total.sum);
+        }
+    }
+    // finish(i, sum over r < rows of weight[r * stride + start + i] * vector[r]): neighbouring threads,
+    // neighbouring i; groups of threads take every n-th row. All threads of the block call it.
+    template <class Finish>
+    __device__ __forceinline__ void transposed_product(const Small& weight, int rows_, int64_t stride, int64_t start,
+                                                       int columns, const Acc* vector, Finish finish) const {
+        Acc* const fold = at(call.carve.fold);
+        for (int first = 0; first < columns; first += threads) {
+            const int width = min(columns - first, threads), groups = threads / width;
+            const int group = thread / width, i = thread % width;
+            Acc sum = 0;
+            if (group < groups) {
+                sum = with_data(weight, [&](auto* w) {
+                    Acc partial = 0;
+                    w += start + first + i;
+#pragma unroll 4
+                    for (int r = group; r < rows_; r += groups)
+                        partial += static_cast<Acc>(widen(w[r * stride])) * vector[r];
+                    return partial;
+                });
+            }
+            fold[thread] = sum;
+            block_barrier();
+            if (thread < width) {
+                for (int g = 1; g < groups; ++g) sum += fold[g * width + thread];
+                finish(first + thread, sum);
+            }
+            block_barrier();
+        }
+    }
+    // The sum over the cluster of exchange[i], in order.
+    __device__ __forceinline__ Acc exchanged(int i) const {
+        Acc* const mine = at(call.carve.exchange) + i;
+        Acc sum = *of_rank(mine, 0);
+        for (int r = 1; r < ranks; ++r) sum += *of_rank(mine, r);
+        return sum;
+    }
+    // to[c], c over all channels, from the blocks that own them (their arrays at `place`).
+    template <class Store>
+    __device__ __forceinline__ void gather(uint32_t place, Store store) const {
+        for (int c = thread; c < call.channels; c += threads) {
+            const int owner = c / call.carve.share;
+            store(c, *of_rank(at(place) + (c - owner * call.carve.share), owner));
+        }
+    }
+    // Tap k of a convolution over channels: the channel that c reads, or -1.
+    __device__ __forceinline__ int neighbour(int c, int distance) const {
+        int other = c + distance;
+        if (call.layer == kCircular) {
+            other %= call.channels;
+            return other < 0 ? other + call.channels : other;
+        }
+        return other >= 0 && other < call.channels ? other : -1;
+    }
+
+    __device__ __forceinline__ void set_gate(int c, Acc logit) const {
+        state()[call.channels + first_channel + c] = logit;
+        at(call.carve.result)[c] = activate(call.gate, logit);
+    }
+
+    // Gates of the channels owned, from the descriptors of the channels owned: one cluster barrier. A dense
+    // layer is summed over the blocks' columns, so that descriptors need not travel.
+    __device__ __forceinline__ void excite() const {
+        Acc* const descriptors = at(call.carve.own);
+        if (call.layers == 0) {
+            for (int c = thread; c < own; c += threads) set_gate(c, descriptors[c]);
+        } else if (call.layer == kDense) {
+            Acc* const exchange = at(call.carve.exchange);
+            product(call.weight1, call.layers == 2 ? call.hidden : call.channels, call.channels, first_channel, own,
+                    descriptors, [&](int r, Acc sum) { exchange[r] = sum; });
+            cluster_barrier();
+            if (call.layers == 2) {
+                Acc* const hidden = at(call.carve.hidden);
+                for (int h = thread; h < call.hidden; h += threads) {
+                    const Acc logit = exchanged(h) + bias(call.bias1, h);
+                    if (rank == 0) state()[2 * call.channels + h] = logit;
+                    hidden[h] = activate(call.activation, logit);
+                }
+                block_barrier();
+                product(call.weight2, own, call.hidden, int64_t(first_channel) * call.hidden, call.hidden, hidden,
+                        [&](int c, Acc sum) { set_gate(c, sum + bias(call.bias2, first_channel + c)); });
+            } else {
+                for (int c = thread; c < own; c += threads)
+                    set_gate(c, exchanged(first_channel + c) + bias(call.bias1, first_channel + c));
+            }
+        } else {
+            Acc* const everyone = at(call.carve.everyone);
+            cluster_barrier();
+            gather(call.carve.own, [&](int c, Acc value) { everyone[c] = value; });
+            block_barrier();
+            for (int c = thread; c < own; c += threads) {
+                Acc sum = bias(call.bias1, 0);
+                for (int k = 0; k < call.taps; ++k) {
+                    const int other = neighbour(first_channel + c, k - call.taps / 2);
+                    if (other >= 0) sum += value_at<Acc>(call.weight1, k) * everyone[other];
+                }
+                set_gate(c, sum);
+            }
+        }
+    }
+    __device__ __forceinline__ Acc bias(const Small& values, int i) const {
+        return values.data ? value_at<Acc>(values, i) : Acc(0);
+    }
+
+    // Gradients of the descriptors owned (to `result`) from those of the gate's logits (in `own`): the
+    // transposed.
+    __device__ __forceinline__ void excite_backward() const {
+        Acc *const grad_logits = at(call.carve.own), *const result = at(call.carve.result);
+        if (call.layers == 0) {
+            for (int c = thread; c < own; c += threads) result[c] = grad_logits[c];
+        } else if (call.layer == kDense) {
+            Acc* const exchange = at(call.carve.exchange);
+            const int width = call.layers == 2 ? call.hidden : call.channels;
+            transposed_product(call.layers == 2 ? call.weight2 : call.weight1, own, width,
+                               int64_t(first_channel) * width, width, grad_logits,
+                               [&](int i, Acc sum) { exchange[i] = sum; });
+            cluster_barrier();
+            if (call.layers == 2) {
+                Acc *const hidden = at(call.carve.hidden), *const logits = state() + 2 * call.channels;
+                for (int h = thread; h < call.hidden; h += threads) {
+                    hidden[h] = exchanged(h) * derivative(call.activation, logits[h]);
+                    if (rank == 0) static_cast<Acc*>(call.grad_z1)[sample * call.hidden + h] = hidden[h];
+                }
+                block_barrier();
+                transposed_product(call.weight1, call.hidden, call.channels, first_channel, own, hidden,
+                                   [&](int c, Acc sum) { result[c] = sum; });
+            } else {
+                for (int c = thread; c < own; c += threads) result[c] = exchanged(first_channel + c);
+            }
+        } else {
+            Acc* const everyone = at(call.carve.everyone);
+            cluster_barrier();
+            gather(call.carve.own, [&](int c, Acc value) { everyone[c] = value; });
+            block_barrier();
+            for (int c = thread; c < own; c += threads) {
+                Acc sum = 0;
+                for (int k = 0; k < call.taps; ++k) {
+                    const int other = neighbour(first_channel + c, call.taps / 2 - k);
+                    if (other >= 0) sum += value_at<Acc>(call.weight1, k) * everyone[other];
+                }
+                result[c] = sum;
+            }
+        }
+    }
+
+    // Descriptors of the channels owned, to shared memory and to state; with a maximum its index and value
+    // too.
+    template <class Part>
+    __device__ __forceinline__ void squeeze() const {
+        constexpr bool kMaximum = !std::is_same_v<Part, Sum<Acc>>;
+        reduce<Part, false, true>(
+            [&](Part& part, int c, int, int position, Acc value, Acc) {
+                const Acc u = prologue(value, c);
+                if constexpr (kMaximum) {
+                    constexpr bool kEven = std::is_same_v<Part, Peak<Acc, true>>;
+                    const Acc stored = Io::kGeneral ? Io::rounded(call.dtype, u) : u;
+                    part.merge(Part{u, stored, kEven ? (stored == stored) : position});
+                } else {
+                    part.sum += u;
+                }
+            },
+            [&](int c, const Part& part) {
+                const int channel = first_channel + c;
+                Acc descriptor = part.sum / static_cast<Acc>(call.spatial);
+                if constexpr (kMaximum) {
+                    descriptor = call.pool == kMax ? part.peak : Acc(0.5) * descriptor + Acc(0.5) * part.peak;
+                    index()[channel] = part.index;
+                    if (call.ties == kEven) state()[2 * call.channels + call.hidden + channel] = part.peak;
+                }
+                at(call.carve.own)[c] = descriptor;
+                state()[channel] = descriptor;
+            });
+        block_barrier();
+    }
+
+    __device__ __forceinline__ void forward() const {
+        load(call.x, nullptr);
+        wait();
+        if (call.pool == kAvg) {
+            squeeze<Sum<Acc>>();
+        } else if (call.ties == kEven) {
+            squeeze<Peak<Acc, true>>();
+        } else {
+            squeeze<Peak<Acc, false>>();
+        }
+        excite();
+        const Acc* const gates = at(call.carve.gate);
+        if (kChannelsLast) {
+            cluster_barrier();
+            gather(call.carve.result, [&](int c, Acc value) { at(call.carve.gate)[c] = value; });
+        }
+        cluster_arrive();  // the last look into other blocks is behind us; none may leave before all have had
+                           // it
+        block_barrier();
+        each_vector([&](int i) {
+            const Lookup lookup(*this, i);
+            Acc values[V], gate[V], residual[V] = {};
+            if (call.residual) Io::read(call.dtype, call.residual + offset, i, count, residual);
+            Io::load(call.dtype, x, i, values);
+            lookup(gates, gate);
+#pragma unroll
+            for (int e = 0; e < V; ++e) values[e] = prologue(values[e], lookup.c) * gate[e] + residual[e];
+            if (call.post_activation != kIdentity) {
+#pragma unroll
+                for (int e = 0; e < V; ++e)
+                    values[e] = activate(Io::kGeneral ? call.post_activation : kRelu, values[e]);
+            }
+            if constexpr (Io::kGeneral) {
+                Io::store(call.dtype, x, i, values);
+            } else {
+                Io::write(call.dtype, call.y + offset, i, count, values);
+            }
+        });
+        if (Io::kGeneral) {
+            block_barrier();
+            store_slice(x - offset % 16, call.y + offset, bytes());
+        }
+        cluster_wait();
+    }
+
+    // Tables that only need what forward saved, while the copies run.
+    __device__ __forceinline__ void prepare_backward() const {
+        for (int c = thread; c < table_size(); c += threads) {
+            const int channel = table_start() + c;
+            at(call.carve.gate)[c] = activate(call.gate, state()[call.channels + channel]);
+            if (call.pool == kAvg) continue;
+            if (call.ties == kEven) {
+                at(call.carve.top_at)[c] = state()[2 * call.channels + call.hidden + channel];
+            } else {  // the maximum's place in this slice; negative or beyond it: in another block's
+                const int position = index()[channel];
+                at_places()[c] =
+                    kChannelsLast ? (position - first_row) * call.channels + c : c * call.spatial + position;
+            }
+        }
+    }
+    __device__ __forceinline__ int* at_places() const { return reinterpret_cast<int*>(shared + call.carve.top_at); }
+
+    // grad becomes the gradient before the epilogue, in shared memory and as grad_residual. Reads y or the
+    // residual.
+    __device__ __forceinline__ void epilogue_backward() const {
+        each_vector([&](int i) {
+            Acc grads[V], other[V] = {};
+            Io::load(call.dtype, grad, i, grads);
+            if (call.y_saved) {
+                Io::read(call.dtype, call.y_saved + offset, i, count, other);
+#pragma unroll
+                for (int e = 0; e < V; ++e) grads[e] = other[e] <= 0 ? Acc(0) : grads[e];
+            } else if (Io::kGeneral) {
+                Acc values[V];
+                const Lookup lookup(*this, i);
+                if (call.residual) Io::read(call.dtype, call.residual + offset, i, count, other);
+                Io::load(call.dtype, x, i, values);
+                grads[0] *= derivative(call.post_activation,
+                                       prologue(values[0], lookup.c) * at(call.carve.gate)[lookup.c] + other[0]);
+            }
+            Io::store(call.dtype, grad, i, grads);
+            if constexpr (!Io::kGeneral) Io::write(call.dtype, call.grad_residual + offset, i, count, grads);
+        });
+        block_barrier();
+        if (Io::kGeneral) store_slice(grad - offset % 16, call.grad_residual + offset, bytes());
+    }
+
+    // The gradient of an element of u that lies at place i of the slice, in channel c of the tables.
+    __device__ __forceinline__ Acc grad_u(int c, int i, Acc u, Acc grad_y) const {
+        Acc sum = grad_y * at(call.carve.gate)[c] + at(call.carve.mean)[c];
+        if (call.pool != kAvg) {
+            const bool hit =
+                call.ties == kEven ? Io::rounded(call.dtype, u) == at(call.carve.top_at)[c] : i == at_places()[c];
+            sum += top_share(hit, at(call.carve.top)[c]);
+        }
+        return sum;
+    }
+    // An even share is multiplied, as amax does: 0 / 0 for a NaN maximum. A single place is chosen.
+    __device__ __forceinline__ Acc top_share(bool hit, Acc share) const {
+        return call.ties == kEven ? (hit ? Acc(1) : Acc(0)) * share : hit ? share : Acc(0);
+    }
+
+    __device__ __forceinline__ void backward() const {
+        load(call.x, call.grad);
+        prepare_backward();
+        wait();
+        if (call.post_activation != kIdentity) epilogue_backward();
+        reduce<Sum<Acc>, true, true>(
+            [&](Sum<Acc>& part, int c, int, int, Acc value, Acc grad_y) { part.sum += grad_y * prologue(value, c); },
+            [&](int c, const Sum<Acc>& part) {
+                const int channel = first_channel + c;
+                const Acc g = part.sum * derivative(call.gate, state()[call.channels + channel]);
+                at(call.carve.own)[c] = g;
+                if (call.grad_z2) static_cast<Acc*>(call.grad_z2)[sample * call.channels + channel] = g;
+            });
+        block_barrier();
+        excite_backward();
+        const auto spread = [&](int c, Acc g) {
+            const Acc weight = call.pool == kAvgMax ? Acc(0.5) : Acc(1);
+            at(call.carve.mean)[c] = call.pool == kMax ? Acc(0) : weight * g / static_cast<Acc>(call.spatial);
+            if (call.pool != kAvg)
+                at(call.carve.top)[c] =
+                    call.ties == kEven ? weight * g / static_cast<Acc>(index()[table_start() + c]) : weight * g;
+        };
+        if (kChannelsLast) {
+            cluster_barrier();
+            gather(call.carve.result, spread);
+        } else {
+            block_barrier();
+            for (int c = thread; c < own; c += threads) spread(c, at(call.carve.result)[c]);
+        }
+        cluster_arrive();  // as in forward
+        block_barrier();
+        if (Io::kGeneral && call.affine_weight.data) affine_backward();
+        each_vector([&](int i) {
+            const Lookup lookup(*this, i);
+            Acc values[V], grads[V];
+            Io::load(call.dtype, x, i, values);
+            Io::load(call.dtype, grad, i, grads);
+            if constexpr (Io::kGeneral) {
+                const int c = lookup.c;
+                const Acc before = affine(values[0], c), u = activate(call.pre_activation, before);
+                values[0] = grad_u(c, i, u, grads[0]) * derivative(call.pre_activation, before);
+                if (call.affine_weight.data) values[0] *= at(call.carve.weight)[c];
+                Io::store(call.dtype, x, i, values);
+            } else {
+                Acc gate[V], mean[V];
+                lookup(at(call.carve.gate), gate);
+                lookup(at(call.carve.mean), mean);
+#pragma unroll
+                for (int e = 0; e < V; ++e) grads[e] = grads[e] * gate[e] + mean[e];
+                if (call.pool != kAvg) {
+                    Acc top[V];
+                    lookup(at(call.carve.top), top);
+                    if (call.ties == kEven) {
+                        Acc peak[V];
+                        lookup(at(call.carve.top_at), peak);
+#pragma unroll
+                        for (int e = 0; e < V; ++e) grads[e] += top_share(values[e] == peak[e], top[e]);
+                    } else {
+                        int place[V];
+                        lookup(at_places(), place);
+#pragma unroll
+                        for (int e = 0; e < V; ++e) grads[e] += top_share(i + e == place[e], top[e]);
+                    }
+                }
+                Io::write(call.dtype, call.grad_x + offset, i, count, grads);
+            }
+        });
+        if (Io::kGeneral) {
+            block_barrier();
+            store_slice(x - offset % 16, call.grad_x + offset, bytes());
+        }
+        cluster_wait();
+    }
+    // Sums for the gradients of the affine parameters, from shared memory to this slice's row of scratch.
+    __device__ __forceinline__ void affine_backward() const {
+        reduce<TwoSums<Acc>, true, false>(
+            [&](TwoSums<Acc>& part, int c, int i, int, Acc value, Acc grad_y) {
+                const Acc before = affine(value, c), u = activate(call.pre_activation, before);
+                const Acc g = grad_u(c, i, u, grad_y) * derivative(call.pre_activation, before);
+                part.merge({g * value, g});
+            },
+            [&](int c, const TwoSums<Acc>& part) {
+                const int64_t row = kChannelsLast ? sample * ranks + rank : sample;
+                const int64_t to = row * call.channels + table_start() + c;
+                static_cast<Acc*>(call.affine_weight_sums)[to] = part.first;
+                static_cast<Acc*>(call.affine_bias_sums)[to] = part.second;
+            });
+        block_barrier();  // what follows overwrites x
+    }
+};
+
+template <class Io, bool kChannelsLast>
+__global__ void __launch_bounds__(kThreads, 1) channel_gate_kernel(const __grid_constant__ Call call) {
+    Block<Io, kChannelsLast>(call).forward();
+}
+template <class Io, bool kChannelsLast>
+__global__ void __launch_bounds__(kThreads, 1) channel_gate_backward_kernel(const __grid_constant__ Call call) {
+    Block<Io, kChannelsLast>(call).backward();
+}
+
+// One parameter's gradient: to[i, j] = sum over rows b, in order, of left[b, i] * activation(right[b, j]);
+// without `right` of left[b, i]. With taps > 0 a convolution's: to[k] = sum over b, c of left[b, c] *
+// right[b, c + k - taps / 2], one block a tap. left and right are rows of Acc with the given strides.
+struct ParameterGrad {
+    void* to = nullptr;
+    int dtype = kFloat32;
+    const void *left = nullptr, *right = nullptr;
+    int64_t left_stride = 0, right_stride = 0, rows = 0;
+    int width_left = 0, width_right = 1, activation = 0, taps = 0;
+    bool circular = false;
+};
+struct ParameterGrads {
+    ParameterGrad of[6];
+    int count = 0;
+
+    // Blocks along x that serve the largest of them.
+    int64_t blocks(int threads) const {
+        int64_t most = 1;
+        for (int i = 0; i < count; ++i) {
+            const int64_t elements = int64_t(of[i].width_left) * of[i].width_right;
+            most = std::max(most, of[i].taps ? of[i].taps : (elements + threads - 1) / threads);
+        }
+        return most;
+    }
+};
+
+// The gradients of weight1, bias1, weight2, bias2, affine_weight, affine_bias (those wanted) after backward's
+// kernel; target(which, grad) says where each goes.
+template <class Target>
+ParameterGrads parameter_grads(const Call& call, int64_t batch, int64_t affine_rows, const bool (&wanted)[6],
+                               Target target) {
+    const bool two = call.layers == 2;
+    const int64_t item = call.itemsize == 8 ? 8 : 4, width = call.state_width;
+    const char* const state = static_cast<const char*>(call.state);
+    const char* const z1 = state + 2 * call.channels * item;
+    ParameterGrad all[6];
+    all[0] = all[1] = {nullptr, 0, call.grad_z2, nullptr, call.channels, width, batch, call.channels};
+    if (two) all[0] = all[1] = {nullptr, 0, call.grad_z1, nullptr, call.hidden, width, batch, call.hidden};
+    all[0].right = state;
+    all[0].width_right = call.channels;
+    all[0].taps = call.taps;
+    all[1].taps = call.taps ? 1 : 0;
+    all[0].circular = call.layer == kCircular;
+    all[2] = all[3] = {nullptr, 0, call.grad_z2, nullptr, call.channels, width, batch, call.channels};
+    all[2].right = z1;
+    all[2].width_right = call.hidden;
+    all[2].activation = call.activation;
+    all[4] = {nullptr, 0, call.affine_weight_sums, nullptr, call.channels, 0, affine_rows, call.channels};
+    all[5] = {nullptr, 0, call.affine_bias_sums, nullptr, call.channels, 0, affine_rows, call.channels};
+    ParameterGrads grads;
+    for (int i = 0; i < 6; ++i) {
+        if (!wanted[i]) continue;
+        grads.of[grads.count] = all[i];
+        target(i, grads.of[grads.count++]);
+    }
+    return grads;
+}
+
+// Reads state and scratch, writes the gradients of the parameters; grid (blocks, parameters).
+template <class Acc>
+__global__ void __launch_bounds__(256) parameter_grad_kernel(const __grid_constant__ ParameterGrads grads) {
+    const ParameterGrad& g = grads.of[block_row()];
+    const Acc *left = static_cast<const Acc*>(g.left), *right = static_cast<const Acc*>(g.right);
+    const auto store = [&](int64_t i, Acc value) {
+        const Small to{g.to, g.dtype};
+        with_data(to, [&](auto* p) {
+            using T = std::remove_const_t<Pointee<decltype(p)>>;
+            if constexpr (std::is_same_v<T, double> || sizeof(Acc) == 4) {
+                narrow(static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(value),
+                       static_cast<T*>(g.to)[i]);
+            } else {
+                narrow(static_cast<float>(value), static_cast<T*>(g.to)[i]);
+            }
+        });
+    };
+    if (g.taps == 0) {
+        const int64_t i = block_index() * thread_count() + thread_rank();
+        if (i >= int64_t(g.width_left) * g.width_right) return;
+        const int64_t l = i / g.width_right, r = i % g.width_right;
+        Acc sum = 0;
+#pragma unroll 4
+        for (int64_t b = 0; b < g.rows; ++b) {
+            const Acc value = left[b * g.left_stride + l];
+            sum += right ? value * activate(g.activation, right[b * g.right_stride + r]) : value;
+        }
+        store(i, sum);
+        return;
+    }
+    const int64_t tap = block_index();
+    if (tap >= g.taps) return;
+    Acc* const fold = reinterpret_cast<Acc*>(shared_memory());
+    const int channels = g.width_left;
+    Sum<Acc> part;
+    for (int64_t i = thread_rank(); i < g.rows * channels; i += thread_count()) {
+        const int64_t b = i / channels;
+        const int c = static_cast<int>(i % channels);
+        int64_t other = c + tap - g.taps / 2;
+        if (g.circular) other = (other % channels + channels) % channels;
+        if (!right) {
+            part.sum += left[b * g.left_stride + c];
+        } else if (other >= 0 && other < channels) {
+            part.sum += left[b * g.left_stride + c] * right[b * g.right_stride + other];
+        }
+    }
+    merge_lanes(part, 32);
+    if (thread_rank() % 32 == 0) fold[thread_rank() / 32] = part.sum;
+    block_barrier();
+    if (thread_rank() == 0) {
+        for (int w = 1; w < thread_count() / 32; ++w) part.sum += fold[w];
+        store(tap, part.sum);
+    }
+}
+
+}  // namespace fused_attn::cuda

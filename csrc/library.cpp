@@ -1,0 +1,14 @@
+// Registers the CPU implementations. Schemas and fake kernels are defined in Python (fused_attn/ops), so that
+// they exist without this library; csrc/cuda registers its own.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
+    m.impl("squeeze.cpu", TORCH_BOX(&fused_attn::cpu::squeeze));
+    m.impl("squeeze_backward.cpu", TORCH_BOX(&fused_attn::cpu::squeeze_backward));
+    m.impl("scale.cpu", TORCH_BOX(&fused_attn::cpu::scale));
+    m.impl("scale_backward.cpu", TORCH_BOX(&fused_attn::cpu::scale_backward));
+    m.impl("channel_gate.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate));
+    m.impl("channel_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate_backward));
+}

@@ -1,0 +1,9 @@
+"""fused_attn: the attention blocks of convolutional networks, fused, with one line: `fuse(model)`."""
+
+from . import functional, nn, reference
+from .backends import backend
+from .fusion import explain, fuse, unfuse
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "backend", "explain", "functional", "fuse", "nn", "reference", "unfuse", "warmup"]

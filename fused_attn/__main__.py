@@ -1,0 +1,5 @@
+"""python -m fused_attn."""
+
+from .cli import main
+
+main(prog_name="fused-attn")

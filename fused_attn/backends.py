@@ -1,0 +1,155 @@
+"""What this machine can run, and which backend serves a call: one table.
+
+Backends: "reference" (plain PyTorch under autograd), "cpu" (C++), "triton" (streaming kernels, any GPU that
+Triton serves), "cuda" (resident C++ kernels). A backend is the default on a device only where it has been
+measured against the others (`MEASURED`); elsewhere it runs when asked for by `backend(...)` or by the
+environment variable FUSED_ATTN_BACKEND.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import ops as ops  # defines the operators, before the library registers kernels for them
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+OPS = ("squeeze", "scale", "channel_gate")
+
+#: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
+MEASURED: dict[str, str] = {"cpu": "cpu"}
+
+#: Ops that a backend has no kernel for, with what to use instead.
+MISSING: dict[tuple[str, str], str] = {
+    ("cuda", "squeeze"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "scale"): "the resident kernels serve whole blocks; use triton",
+}
+
+LIBRARY_PATH = Path(__file__).with_name("_native.so")
+
+
+def load_library() -> str | None:
+    """Load the native library; None, or why there is none."""
+    if not LIBRARY_PATH.exists():
+        return "the native library was not built (no C++ compiler or no torch headers at install)"
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    return None
+
+
+def _reason(name: str, op: str, device: str) -> str | None:
+    """Why a backend cannot serve an op on a device type; None where it can."""
+    if name == "reference":
+        return None
+    if (name, op) in MISSING:
+        return MISSING[name, op]
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device != "cuda" and not (device == "cpu" and interpreted):
+            return "triton serves GPUs (and the CPU under TRITON_INTERPRET=1)"
+        return None
+    if device != name:
+        return f"serves {name} tensors only"
+    if LIBRARY_ERROR is None and name == "cuda" and not _has_cuda_kernel(op):
+        return "the native library was built without CUDA (no nvcc at install)"
+    return LIBRARY_ERROR
+
+
+def _has_cuda_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{op}.cuda", "CUDA")
+
+
+#: Why there is no native library here, or None.
+LIBRARY_ERROR = load_library()
+
+#: (backend, op, device type) -> why it cannot serve, None where it can. Made once, at import: choosing a backend
+#: is then plain look-ups, which torch.compile can follow.
+UNAVAILABLE: dict[tuple[str, str, str], str | None] = {
+    (name, op, device): _reason(name, op, device) for name in NAMES for op in OPS for device in ("cpu", "cuda")
+}
+
+
+def unavailable(name: str, op: str, device: str) -> str | None:
+    """Why a backend cannot serve an op on a device type; None where it can."""
+    if name == "reference":
+        return None
+    return UNAVAILABLE.get((name, op, device), f"there are no kernels for {device}")
+
+
+class _Forced:
+    """The backend asked for by name, or None: a plain attribute, so that torch.compile can guard on it."""
+
+    name: str | None = None
+
+
+def forced() -> str | None:
+    """The backend asked for by `backend(...)` or the environment, or None."""
+    return _Forced.name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the context (process-wide) every call is served by this backend, or raises why it cannot be.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}; got {name!r}")
+    before = _Forced.name
+    _Forced.name = name
+    try:
+        yield
+    finally:
+        _Forced.name = before
+
+
+def default(op: str, device: str) -> tuple[str, str]:
+    """The backend that serves an op on a device type when none is asked for, and why it is that one."""
+    name = MEASURED.get(device)
+    if name is None:
+        if device == "cuda":
+            return "reference", "no backend has been measured on GPUs yet; ask for one with fused_attn.backend(...)"
+        return "reference", f"there are no kernels for {device}"
+    reason = unavailable(name, op, device)
+    return (name, "measured fastest") if reason is None else ("reference", reason)
+
+
+_DEFAULT = {(op, device): default(op, device)[0] for op in OPS for device in ("cpu", "cuda")}
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The backend that serves this call.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot serve it; the message says why.
+    """
+    device = x.device.type
+    name = _Forced.name
+    if name is None:
+        return _DEFAULT.get((op, device), "reference")
+    reason = unavailable(name, op, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot serve {op} on {device}: {reason}")
+    return name
+
+
+def _read_environment() -> None:
+    name = os.environ.get("FUSED_ATTN_BACKEND")
+    if name:
+        if name not in NAMES:
+            raise ValueError(f"FUSED_ATTN_BACKEND: expected one of {', '.join(NAMES)}; got {name!r}")
+        _Forced.name = name
+
+
+_read_environment()

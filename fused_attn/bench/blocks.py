@@ -1,0 +1,128 @@
+"""Blocks on the feature maps that real networks have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import nn as fused
+from .. import reference
+from .measure import Figure, interleaved, peak_memory
+
+#: (B, C, H, W) of the feature maps in timm's networks at 224 x 224, and the batch-of-one case of inference.
+HEADLINE_SHAPES = ((32, 256, 56, 56), (32, 64, 112, 112), (32, 1024, 14, 14), (8, 512, 7, 7), (1, 256, 56, 56))
+#: Where else those networks put their blocks: SE-ResNet-50, EfficientNet-B0, MobileNetV3, RegNetY-016.
+MORE_SHAPES = (
+    (32, 512, 28, 28),
+    (32, 2048, 7, 7),
+    (32, 32, 112, 112),
+    (32, 96, 56, 56),
+    (32, 144, 28, 28),
+    (32, 240, 14, 14),
+    (32, 672, 14, 14),
+    (32, 1152, 7, 7),
+    (32, 48, 56, 56),
+    (32, 336, 14, 14),
+    (32, 888, 7, 7),
+)
+TINY_SHAPE = (2, 16, 2, 2)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block to measure: built from a module namespace (`fused_attn.nn` or `fused_attn.reference`) and C.
+
+    passes: over the map, forward and forward + backward, that a streaming kernel needs.
+    """
+
+    build: Callable[..., nn.Module]
+    passes: tuple[int, int]
+    residual: bool = False
+
+
+BLOCKS: dict[str, Block] = {
+    "se": Block(lambda m, c: m.SqueezeExcite(c), (3, 7)),
+    "eca": Block(lambda m, c: m.ECA(c), (3, 7)),
+    "ese": Block(lambda m, c: m.EffectiveSE(c), (3, 7)),
+    "se-max": Block(lambda m, c: m.SqueezeExcite(c, pool="avgmax"), (3, 7)),
+    "se-residual-relu": Block(lambda m, c: m.SqueezeExcite(c, post_activation="relu"), (4, 10), residual=True),
+}
+
+
+def make_map(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
+    x = torch.randn(shape, device=device).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def pair(name: str, channels: int, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """The block in plain PyTorch and fused, with the same weights."""
+    build = BLOCKS[name].build
+    eager = build(reference, channels).to(device, dtype)
+    ours = build(fused, channels).to(device, dtype)
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours
+
+
+def forward_call(block: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return block(*inputs)
+
+    return call
+
+
+def training_call(block: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor) -> Callable[[], object]:
+    leaves = tuple(t.detach().requires_grad_() for t in inputs)
+    wanted = (*leaves, *block.parameters())
+
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(block(*leaves), wanted, grad)
+
+    return call
+
+
+def measure_block(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
+    *,
+    with_compile: bool = True,
+    budget: float = 2.0,
+    copy_bytes_per_second: float | None = None,
+) -> Iterator[Figure]:
+    """Forward under no_grad, then forward + backward: eager, torch.compile and fused interleaved."""
+    eager, ours = pair(name, shape[1], dtype, device)
+    candidates = {"eager": eager, "fused": ours}
+    if with_compile:
+        torch._dynamo.reset()
+        candidates["compile"] = torch.compile(eager)
+    x, grad, residual = (make_map(shape, dtype, layout, device) for _ in range(3))
+    inputs = (x, residual) if BLOCKS[name].residual else (x,)
+    calls = {
+        "forward": {n: forward_call(m, inputs) for n, m in candidates.items()},
+        "forward + backward": {n: training_call(m, inputs, grad) for n, m in candidates.items()},
+    }
+    for (what, functions), passes in zip(calls.items(), BLOCKS[name].passes, strict=True):
+        timings = interleaved(functions, device, budget=budget)
+        moved = passes * x.numel() * x.element_size()
+        facts: dict[str, object] = {"passes": passes, "bytes a second": moved / timings["fused"].median}
+        if copy_bytes_per_second:
+            facts["of copy"] = moved / timings["fused"].median / copy_bytes_per_second
+        memory = {n: peak_memory(f, device) for n, f in functions.items()}
+        if device.type == "cuda":
+            facts["peak bytes"] = memory
+        case = {"block": name, "pass": what, "dtype": str(dtype)[6:], "layout": layout, "shape": list(shape)}
+        yield Figure(case, timings, facts)
+
+
+def measure_overhead(name: str, device: torch.device, budget: float = 0.5) -> Iterator[Figure]:
+    """A map so small that only the call counts."""
+    for figure in measure_block(name, TINY_SHAPE, torch.float32, "nchw", device, with_compile=False, budget=budget):
+        figure.case["block"] = f"{name}, call overhead"
+        figure.facts.clear()
+        yield figure

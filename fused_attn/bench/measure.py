@@ -1,0 +1,152 @@
+"""Times that can be compared: every candidate in turn, again and again, and the ratio of medians."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from statistics import geometric_mean, median, quantiles
+
+import torch
+
+from .. import __version__
+
+
+@dataclass
+class Timing:
+    """Seconds of every repetition of one candidate."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        if len(self.seconds) < 4:
+            return (max(self.seconds) - min(self.seconds)) / self.median
+        low, _, high = quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    budget: float = 2.0,
+    least: int = 7,
+    most: int = 200,
+) -> dict[str, Timing]:
+    """Run the candidates in turn until each has `least` repetitions and `budget` seconds are spent.
+
+    The order is turned round at every repetition, so that none always follows the same one. Wall time, the device
+    synchronised before and after.
+    """
+    for call in candidates.values():
+        for _ in range(3):
+            call()
+    timings = {name: Timing() for name in candidates}
+    order = list(candidates.items())
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for repetition in range(most):
+            for name, call in order if repetition % 2 else reversed(order):
+                synchronize(device)
+                begin = time.perf_counter()
+                call()
+                synchronize(device)
+                timings[name].seconds.append(time.perf_counter() - begin)
+            if repetition + 1 >= least and time.perf_counter() - start > budget:
+                break
+    finally:
+        if enabled:
+            gc.enable()
+    return timings
+
+
+def copy_bandwidth(device: torch.device, bytes_: int = 1 << 28) -> float:
+    """Bytes a second of a large copy, read and written counted: the ceiling of everything that is memory-bound."""
+    source = torch.ones(bytes_ // 4, device=device)
+    target = torch.empty_like(source).copy_(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, device, budget=0.5)["copy"]
+    return 2 * bytes_ / timing.median
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes at the peak above what was there before; None where the device does not count them (CPU)."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a figure depends on."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "fused_attn": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name and its widest vectors that torch uses."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@dataclass
+class Figure:
+    """One comparison: the candidates' times for one case, and what the case is."""
+
+    case: dict[str, object]
+    timings: dict[str, Timing]
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def ratio(self, other: str, of: str = "fused") -> float:
+        """How many times as long `other` takes."""
+        return self.timings[other].median / self.timings[of].median
+
+    def as_json(self) -> dict[str, object]:
+        medians = {name: t.median for name, t in self.timings.items()}
+        return {**asdict(self), "medians": medians}
+
+
+def geometric_means(figures: list[Figure], others: tuple[str, ...] = ("eager", "compile")) -> Iterator[dict]:
+    """For every group of figures of one block, pass, dtype and layout: the mean and the worst ratio to each other."""
+    groups: dict[tuple, list[Figure]] = {}
+    for figure in figures:
+        key = tuple((k, v) for k, v in figure.case.items() if k != "shape")
+        groups.setdefault(key, []).append(figure)
+    for key, members in groups.items():
+        row: dict[str, object] = dict(key)
+        for other in others:
+            ratios = [f.ratio(other) for f in members if other in f.timings]
+            if ratios:
+                row[f"{other} / fused"] = geometric_mean(ratios)
+                row[f"worst {other}"] = min(ratios)
+        yield row

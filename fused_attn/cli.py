@@ -1,0 +1,401 @@
+"""The shell command: fused-attn, or python -m fused_attn."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+try:
+    import click
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"fused-attn: {error.name} is not installed; pip install 'fused_attn[bench]'")
+
+import torch
+
+from . import __version__, demo, info, verify
+from .bench import blocks, models
+from .bench.measure import Figure, copy_bandwidth, environment, geometric_means
+from .hosts import UnknownModel, build_model, import_host
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = ("nchw", "channels_last")
+
+console = Console(width=None if sys.stdout.isatty() else 150)
+
+
+class UserError(click.ClickException):
+    """A mistake of the caller's: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"fused-attn: {self.message}", file=file or sys.stderr)
+
+
+def need(package: str) -> None:
+    """A package that only some commands need."""
+    try:
+        __import__(package)
+    except ImportError:
+        raise UserError(f"{package} is not installed; pip install 'fused_attn[bench]'") from None
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Any]:
+    """A bar on stderr, gone when done; yields a function that takes the next step's name."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(name: str = "") -> None:
+            bar.update(task, advance=1, description=name)
+
+        yield advance
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        shown.add_column(column, overflow="fold", justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def pick_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(x\d+){2,4}", text):
+        raise UserError(f"shape {text!r}: expected numbers joined by x, such as 32x256x56x56")
+    return tuple(int(part) for part in text.split("x"))
+
+
+def options(*decorators: Any) -> Any:
+    def apply(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+device_option = click.option("--device", default=None, help="Where to run: cpu, cuda, cuda:1. Default: a GPU if any.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fused-attn")
+def main() -> None:
+    """The attention blocks of convolutional networks, fused: see it, check it, measure it."""
+
+
+@main.command("demo")
+@click.option("--quick", is_flag=True, help="A few steps only.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Training steps. Default: 150, about a minute.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("fused_attn_demo.png"))
+def demo_command(quick: bool, steps: int | None, out: Path) -> None:
+    """Train a small network on real data with its blocks original and fused; write a picture."""
+    need("sklearn")
+    need("matplotlib")
+    steps = steps or (8 if quick else 150)
+    with progress(steps) as advance:
+        original, fused = demo.train(steps, progress=lambda: advance("training both"))
+    rows = [
+        [run.name, f"{run.losses[-1]:.6f}", f"{100 * run.accuracy:.2f} %", f"{1e3 * median(run.seconds):.1f} ms"]
+        for run in (original, fused)
+    ]
+    table("scikit-learn's digits, the same seed and batches", ["blocks", "last loss", "accuracy", "a step"], rows)
+    difference = max(abs(a - b) for a, b in zip(original.losses, fused.losses, strict=True))
+    console.print(f"largest difference of the losses over {steps} steps: {difference:.1e}")
+    console.print(f"a training step of the whole network is {demo.step_ratio(original, fused):.2f}x as fast, fused")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    demo.plot(original, fused, out)
+    console.print(f"picture: {out}")
+
+
+@main.command("verify")
+@options(
+    click.option(
+        "--model", "names", multiple=True, help="timm:NAME, torchvision:NAME, module:factory, file.py:factory"
+    ),
+    click.option("--all", "everything", is_flag=True, help="Blocks, and small models of every host library installed."),
+    click.option(
+        "--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Default: float32, bfloat16."
+    ),
+    click.option("--layout", "layouts", type=click.Choice(LAYOUTS), multiple=True, help="Default: both."),
+    click.option("--shape", default=None, help="Input of the models. Default: 2x3x64x64."),
+    device_option,
+)
+def verify_command(
+    names: tuple[str, ...],
+    everything: bool,
+    dtypes: tuple[str, ...],
+    layouts: tuple[str, ...],
+    shape: str | None,
+    device: str | None,
+) -> None:
+    """Check that fused is the same function as the original, on your device and dtypes."""
+    place = pick_device(device)
+    chosen = [DTYPES[d] for d in dtypes or ("float32", "bfloat16")]
+    chosen_layouts = list(layouts or LAYOUTS)
+    size = parse_shape(shape) if shape else (2, 3, 64, 64)
+    results: list[verify.Result] = []
+    if everything or not names:
+        results += verify.verify_blocks(place, chosen, chosen_layouts)
+    if everything:
+        names = (*names, *installed_models())
+    for name in names:
+        torch.manual_seed(0)
+        try:
+            model = build_model(name).to(place)
+            results += verify.verify_model(name, model, size, chosen, chosen_layouts)
+        except (UnknownModel, ValueError) as error:
+            raise UserError(str(error)) from None
+        except RuntimeError as error:
+            raise UserError(f"{name} on {'x'.join(map(str, size))}: {str(error).splitlines()[0]}") from None
+    rows = [
+        [
+            r.subject,
+            str(r.dtype)[6:],
+            r.layout,
+            f"{r.fused:.1e}",
+            f"{r.eager:.1e}",
+            r.worst,
+            "ok" if r.passed else "MISS",
+        ]
+        for r in results
+    ]
+    columns = ["", "dtype", "layout", "fused error", "eager error", "worst at", ""]
+    table(f"errors against float64 on {place}, relative to the largest value", columns, rows)
+    missed = sum(not r.passed for r in results)
+    console.print(f"{len(results) - missed} of {len(results)} checks passed")
+    if missed:
+        sys.exit(1)
+
+
+def installed_models() -> list[str]:
+    """One small model of each host library that is installed and takes images."""
+    found = []
+    hosts = {
+        "timm": ("timm:seresnet18", "timm:mobilenetv3_small_100"),
+        "torchvision": ("torchvision:mobilenet_v3_small",),
+    }
+    for host, names in hosts.items():
+        try:
+            import_host(host)
+            found += names
+        except UnknownModel as error:
+            console.print(f"left out: {error}")
+    return found
+
+
+@main.command("bench")
+@options(
+    click.option("--blocks/--no-blocks", "with_blocks", default=True, help="Measure blocks. Default: yes."),
+    click.option("--models/--no-models", "with_models", default=True, help="Measure networks. Default: yes."),
+    click.option("--ops", default="se,eca", help=f"Blocks: of {', '.join(blocks.BLOCKS)}. Default: se,eca."),
+    click.option("--shapes", default="headline", help="headline, all, or BxCxHxW[,BxCxHxW...]. Default: headline."),
+    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32"),
+    click.option("--layout", type=click.Choice(LAYOUTS), default="nchw"),
+    click.option("--pair", "pairs", multiple=True, help="Networks WITH/WITHOUT attention, such as timm:a/timm:b."),
+    click.option("--input", "model_input", default="8x3x224x224", help="Input of the networks. Default: 8x3x224x224."),
+    click.option("--compile/--no-compile", "with_compile", default=True, help="torch.compile too. Default: yes."),
+    click.option("--budget", type=click.FloatRange(0.01), default=2.0, help="Seconds a comparison. Default: 2."),
+    click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), default=None),
+    click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), default=None),
+    click.option("--quick", is_flag=True, help="Small shapes and few repetitions: does it run, not how fast."),
+    device_option,
+)
+def bench_command(
+    with_blocks: bool,
+    with_models: bool,
+    ops: str,
+    shapes: str,
+    dtype: str,
+    layout: str,
+    pairs: tuple[str, ...],
+    model_input: str,
+    with_compile: bool,
+    budget: float,
+    json_path: Path | None,
+    plot_path: Path | None,
+    quick: bool,
+    device: str | None,
+) -> None:
+    """Measure eager, torch.compile and fused in turn; the attention tax of networks; ratios of medians."""
+    place = pick_device(device)
+    if plot_path:
+        need("matplotlib")
+    if quick:
+        budget, shapes, model_input = 0.05, "4x32x14x14,2x16x28x28", "1x3x64x64"
+        pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models else ())
+    names = [name for name in ops.split(",") if name]
+    for name in names:
+        if name not in blocks.BLOCKS:
+            raise UserError(f"--ops: expected some of {', '.join(blocks.BLOCKS)}; got {name!r}")
+    sizes = {"headline": blocks.HEADLINE_SHAPES, "all": blocks.HEADLINE_SHAPES + blocks.MORE_SHAPES}.get(shapes)
+    sizes = sizes or tuple(parse_shape(part) for part in shapes.split(","))
+    split = [tuple(pair.split("/", 1)) for pair in pairs] or list(models.TAX_PAIRS)
+    if any(len(pair) != 2 for pair in split):
+        raise UserError("--pair: expected two networks joined by a slash, such as timm:seresnet50/timm:resnet50")
+    input_size = parse_shape(model_input)
+
+    figures: list[Figure] = []
+    facts: dict[str, Any] = environment(place)
+    complete = False
+    try:
+        facts["copy bytes a second"] = copy = copy_bandwidth(place, 1 << (22 if quick else 28))
+        jobs = len(names) * (len(sizes) + 1) * with_blocks + len(split) * with_models
+        with progress(jobs) as advance:
+            if with_blocks:
+                for name in names:
+                    for size in sizes:
+                        advance(f"{name} {'x'.join(map(str, size))}")
+                        figures += blocks.measure_block(
+                            name,
+                            size,
+                            DTYPES[dtype],
+                            layout,
+                            place,
+                            with_compile=with_compile,
+                            budget=budget,
+                            copy_bytes_per_second=copy,
+                        )
+                    advance(f"{name}, call overhead")
+                    figures += blocks.measure_overhead(name, place, min(budget, 0.5))
+            if with_models:
+                for attention, plain in split:
+                    advance(attention)
+                    figures += models.measure_pair(
+                        attention, plain, input_size, layout, place, with_compile=with_compile, budget=5 * budget
+                    )
+        complete = True
+    except (UnknownModel, ValueError) as error:
+        raise UserError(str(error)) from None
+    except KeyboardInterrupt:
+        console.print("interrupted: what was measured so far follows")
+    finally:
+        if json_path:
+            write_json(json_path, facts, figures, complete)
+    show_figures(figures, facts)
+    if plot_path and figures:
+        plot_ratios(figures, plot_path)
+        console.print(f"picture: {plot_path}")
+    if json_path:
+        console.print(f"figures: {json_path}")
+    if not complete:
+        sys.exit(130)
+
+
+def write_json(path: Path, facts: dict[str, Any], figures: list[Figure], complete: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"environment": facts, "complete": complete, "figures": [figure.as_json() for figure in figures]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def show_figures(figures: list[Figure], facts: dict[str, Any]) -> None:
+    on_blocks = [f for f in figures if "block" in f.case]
+    rows = []
+    for f in on_blocks:
+        shape = "x".join(map(str, f.case["shape"]))
+        times = [
+            f"{1e3 * f.timings[n].median:.3f} ±{100 * f.timings[n].spread / 2:.0f}%" if n in f.timings else "-"
+            for n in ("eager", "compile", "fused")
+        ]
+        ratios = [f"{f.ratio(n):.2f}x" if n in f.timings else "-" for n in ("eager", "compile")]
+        share = f"{100 * float(f.facts['of copy']):.0f} %" if "of copy" in f.facts else "-"
+        rows.append([f"{f.case['block']} {shape}", str(f.case["pass"]), *times, *ratios, share])
+    columns = ["block", "pass", "eager ms", "compile ms", "fused ms", "eager / fused", "compile / fused", "of copy"]
+    if rows:
+        table(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", columns, rows)
+        means = [
+            [f"{row['block']}, {row['pass']}, {row['dtype']}, {row['layout']}"]
+            + [
+                f"{row[c]:.2f}x" if c in row else "-"
+                for c in ("eager / fused", "worst eager", "compile / fused", "worst compile")
+            ]
+            for row in geometric_means(on_blocks)
+        ]
+        table(
+            "geometric means over the shapes, and the worst shape",
+            ["", "eager / fused", "worst", "compile / fused", "worst"],
+            means,
+        )
+    taxes = []
+    for f in (f for f in figures if "model" in f.case):
+        tax: dict[str, float] = f.facts["attention tax"]
+        cells = [f"{100 * tax[n]:+.1f} %" if n in tax else "-" for n in ("eager", "fused", "compile", "fused, compile")]
+        taxes.append([f"{f.case['model']} over {f.case['backbone']}", str(f.case["pass"]), *cells])
+    if taxes:
+        columns = ["attention tax", "pass", "eager", "fused", "compile", "fused + compile"]
+        table("time over the backbone's, each against the backbone run the same way", columns, taxes)
+
+
+def plot_ratios(figures: list[Figure], path: Path) -> None:
+    """Bars: how many times as long eager and torch.compile take, for every block, pass and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [f for f in figures if "block" in f.case] or figures
+    others = [n for n in ("eager", "compile") if any(n in f.timings for f in shown)]
+    labels = [
+        " ".join(
+            [str(f.case.get("block", f.case.get("model"))), "x".join(map(str, f.case["shape"])), str(f.case["pass"])]
+        )
+        for f in shown
+    ]
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.32 * len(shown)), layout="constrained")
+    height = 0.8 / len(others)
+    for i, other in enumerate(others):
+        at = [row + (i - (len(others) - 1) / 2) * height for row in range(len(shown))]
+        axes.barh(at, [f.ratio(other) if other in f.timings else 0 for f in shown], height, label=f"{other} / fused")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(yticks=range(len(shown)), yticklabels=labels, xlabel="times as long as fused")
+    axes.invert_yaxis()
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+@main.command("info")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def info_command(as_json: bool) -> None:
+    """Versions, devices, what was built, which backend serves what: send it with a bug report."""
+    record = {
+        "versions": info.versions(),
+        "devices": info.devices(),
+        "built": info.built(),
+        "serving": info.serving(),
+    }
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+        return
+    for title, pairs in (("versions", record["versions"]), ("built", record["built"])):
+        table(title, ["", ""], [[k, v] for k, v in pairs.items()])
+    for line in record["devices"]:
+        console.print(line)
+    table(
+        "which backend serves what",
+        ["op", "device", "backend", "others"],
+        [list(row) for row in record["serving"]],
+    )

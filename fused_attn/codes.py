@@ -1,0 +1,56 @@
+"""The integer codes by which options cross the dispatcher, and what each one means in PyTorch.
+
+Python functions take names; operators, C++ and Triton take the code. `csrc/codes.h` and
+`kernels/common.py` hold the same numbers; a test keeps the three together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, int] = {
+    "identity": 0,
+    "relu": 1,
+    "silu": 2,
+    "gelu": 3,
+    "gelu_tanh": 4,
+    "hard_swish": 5,
+    "sigmoid": 6,
+    "hard_sigmoid": 7,
+    "tanh": 8,
+    "leaky_relu": 9,
+    "relu6": 10,
+}
+POOLS: dict[str, int] = {"avg": 0, "max": 1, "avgmax": 2}
+TIES: dict[str, int] = {"first": 0, "even": 1}
+LAYERS: dict[str, int] = {"dense": 0, "conv": 1, "circular": 2}
+
+#: What each activation is, as PyTorch computes it (the slope of leaky_relu is torch's default, 0.01).
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hard_swish": F.hardswish,
+    "sigmoid": lambda x: x.sigmoid(),
+    "hard_sigmoid": F.hardsigmoid,
+    "tanh": lambda x: x.tanh(),
+    "leaky_relu": F.leaky_relu,
+    "relu6": F.relu6,
+}
+
+
+def code(table: dict[str, int], argument: str, name: str) -> int:
+    """The code of an option by its name.
+
+    Raises:
+        ValueError: the name is not in the table; the message lists those that are.
+    """
+    try:
+        return table[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"{argument}: expected one of {', '.join(table)}; got {name!r}") from None

@@ -1,0 +1,162 @@
+"""The demo: a small network with squeeze-and-excitation, trained on real data with its blocks original and fused."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .fusion import ChannelGate, fuse, register
+
+
+class SEBlock(nn.Module):
+    """Squeeze-and-excitation as tutorials write it."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // reduction),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // reduction, channels),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels = x.shape[:2]
+        gate = self.fc(F.adaptive_avg_pool2d(x, 1).view(batch, channels))
+        return x * gate.view(batch, channels, 1, 1)
+
+
+@register(SEBlock)
+def _(block: SEBlock) -> ChannelGate:
+    return ChannelGate("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias", activation="relu", gate="sigmoid")
+
+
+class InvertedResidual(nn.Module):
+    """1x1 convolution up, depthwise 3x3, squeeze-and-excitation, 1x1 convolution down, as in MobileNetV3."""
+
+    def __init__(self, channels: int, expansion: int = 4) -> None:
+        super().__init__()
+        width = channels * expansion
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            SEBlock(width),
+            nn.Conv2d(width, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class DigitsNet(nn.Module):
+    """Four inverted residuals at 32 x 32, then a linear classifier."""
+
+    def __init__(self, channels: int = 24, blocks: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(*(InvertedResidual(channels) for _ in range(blocks)))
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+@dataclass
+class Run:
+    """One training: its network, losses and seconds by step, and accuracy on the held-out images."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    accuracy: float = 0.0
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        begin = time.perf_counter()
+        loss = F.cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.seconds.append(time.perf_counter() - begin)
+        self.losses.append(loss.item())
+
+    def evaluate(self, images: Tensor, labels: Tensor) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            parts = [self.model(part).argmax(1) for part in images.split(128)]
+        self.accuracy = (torch.cat(parts) == labels).float().mean().item()
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's handwritten digits (1,797 images of 8 x 8), enlarged to 32 x 32: training and held-out parts."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16
+    images = F.interpolate(images, scale_factor=4, mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(data.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+    held_out = len(labels) // 5
+    return images[held_out:], labels[held_out:], images[:held_out], labels[:held_out]
+
+
+def train(steps: int, batch: int = 64, progress: Callable[[], None] = lambda: None) -> tuple[Run, Run]:
+    """Train the same network twice from the same weights on the same batches, original and fused in turn."""
+    torch.manual_seed(0)
+    original = DigitsNet()
+    runs = []
+    for name, model in (("original", original), ("fused", fuse(copy.deepcopy(original)))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        runs.append(Run(name, model, optimizer))
+    images, labels, held_images, held_labels = digits()
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        chosen = torch.randint(len(labels), (batch,), generator=generator)
+        for run in runs if step % 2 else reversed(runs):
+            run.step(images[chosen], labels[chosen])
+        progress()
+    for run in runs:
+        run.evaluate(held_images, held_labels)
+    return runs[0], runs[1]
+
+
+def step_ratio(original: Run, fused: Run) -> float:
+    """How many times as long a step of the original takes, by medians."""
+    return median(original.seconds) / median(fused.seconds)
+
+
+def plot(original: Run, fused: Run, path: Path) -> None:
+    """Loss curves of both, one over the other, and the step times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curves, times) = pyplot.subplots(1, 2, figsize=(9, 3.4), width_ratios=(2, 1), layout="constrained")
+    curves.plot(original.losses, color="#999999", linewidth=4, label="original")
+    curves.plot(fused.losses, color="#d62728", linewidth=1.2, label="fused")
+    curves.set(xlabel="step", ylabel="cross-entropy", yscale="log", title="the same training")
+    curves.legend()
+    times.boxplot(
+        [[1e3 * s for s in run.seconds] for run in (original, fused)],
+        tick_labels=("original", "fused"),
+        showfliers=False,
+    )
+    times.set(ylabel="ms a step", title=f"{step_ratio(original, fused):.2f}x", ylim=(0, None))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,287 @@
+"""Fused functions: tensors in, tensor out. Arguments are checked here, and only here.
+
+Every function takes a map x of shape (B, C, *spatial) with one to three spatial axes, dtype float64,
+float32, float16 or bfloat16. NCHW-contiguous and channels_last maps are read as they lie and the output
+has x's layout; a map with other strides is copied once. Sums are float32 (float64 for float64 maps) and
+rounded once, at the output. Under autocast x keeps its dtype and parameters are read as they are.
+Results are deterministic to the bit. Backward keeps x, O(B * C) numbers, and y where a ReLU follows
+(the residual for other activations); with `create_graph=True` it runs the reference, which costs what eager
+costs. Under torch.func transforms the reference runs too.
+
+Options are names: activations in `fused_attn.codes.ACTIVATIONS`; pool "avg", "max" or "avgmax"; ties "first"
+(the gradient of a maximum goes to its first position, as in adaptive_max_pool and max(dim)) or "even"
+(shared, as in amax); layer "dense", "conv" or "circular".
+
+All raise TypeError for what is not a floating-point tensor or mixes dtypes outside autocast, and ValueError
+for wrong shapes, devices, names, and a maximum over an empty map; the message names the argument, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .backends import choose
+from .codes import ACTIVATIONS, LAYERS, POOLS, TIES, code
+
+Affine = tuple[Tensor, Tensor]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def squeeze(
+    x: Tensor,
+    pool: str = "avg",
+    *,
+    ties: str = "first",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Global pooling of pre_activation(x * weight + bias), one pass over x.
+
+    Args:
+        x: (B, C, *spatial).
+        pool: "avg", "max", or "avgmax" for both from the same pass.
+        affine: (weight, bias), each (C,): a folded BatchNorm.
+
+    Returns:
+        (B, C) in x's dtype; for "avgmax" the pair (avg, max).
+
+    Equivalent to `x.mean((2, 3))`, `x.amax((2, 3))` (ties "even") or `adaptive_max_pool2d(x, 1)` (ties "first").
+    """
+    codes = code(ACTIVATIONS, "pre_activation", pre_activation), code(POOLS, "pool", pool), code(TIES, "ties", ties)
+    autocast = _check_map(x)
+    _check_pool(x, pool)
+    weight, bias = _check_affine(x, affine, autocast)
+    backend = _choose("squeeze", x)
+    if backend == "reference":
+        return reference.squeeze(x, pool, ties=ties, affine=affine, pre_activation=pre_activation)
+    avg, peak = ops.squeeze(backend, x, weight, bias, *codes)
+    return (avg, peak) if pool == "avgmax" else avg if pool == "avg" else peak
+
+
+def scale(
+    x: Tensor,
+    gate: Tensor,
+    *,
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+) -> Tensor:
+    """post_activation(pre_activation(x * weight + bias) * gate + residual), one pass over each map.
+
+    Args:
+        x: (B, C, *spatial).
+        gate: (B, C), or (B, C, 1, ...) as a gate-only module returns it; any floating-point dtype.
+        affine: (weight, bias), each (C,).
+        residual: a map of x's shape and dtype, any strides.
+
+    Returns:
+        A map of x's shape, dtype and layout.
+    """
+    codes = code(ACTIVATIONS, "pre_activation", pre_activation), code(ACTIVATIONS, "post_activation", post_activation)
+    autocast = _check_map(x)
+    batch, channels = x.shape[:2]
+    _check_tensor("gate", gate, x)
+    if gate.dim() == x.dim():
+        gate = gate.flatten(1)
+    if gate.shape != (batch, channels):
+        raise ValueError(f"gate: expected shape ({batch}, {channels}) or (B, C, 1, ...); got {tuple(gate.shape)}")
+    weight, bias = _check_affine(x, affine, autocast)
+    _check_residual(x, residual)
+    backend = _choose("scale", x)
+    if backend == "reference":
+        return reference.scale(
+            x,
+            gate,
+            affine=affine,
+            pre_activation=pre_activation,
+            residual=residual,
+            post_activation=post_activation,
+        )
+    return ops.scale(backend, x, gate, weight, bias, residual, *codes)
+
+
+def channel_gate(
+    x: Tensor,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    weight2: Tensor | None = None,
+    bias2: Tensor | None = None,
+    *,
+    layer: str = "dense",
+    pool: str = "avg",
+    ties: str = "first",
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+) -> Tensor:
+    """A whole channel attention block: squeeze, excite, scale.
+
+    With u = pre_activation(x * affine_weight + affine_bias) and s = pool(u) over space (avgmax: the mean of both),
+    returns post_activation(u * gate(excitation(s)) + residual). The excitation is
+
+    - two dense layers: weight2 activation(weight1 s + bias1) + bias2 (squeeze-and-excitation),
+    - one dense layer: weight1 s + bias1 (effective SE),
+    - layer="conv" or "circular": conv1d(s, weight1, bias1) over the channels, zero or circular padding (ECA),
+    - no weights: s itself (parameter-free gather-excite).
+
+    Args:
+        x: (B, C, *spatial).
+        weight1: dense: (hidden, C), or (C, C) for one layer; conv, circular: (1, 1, k), k odd. Trailing axes
+            of size 1, as 1x1 convolutions have them, are allowed.
+        bias1: (hidden,), (C,) or (1,).
+        weight2, bias2: (C, hidden) and (C,), dense only.
+        affine: (weight, bias), each (C,): a folded BatchNorm.
+        residual: a map of x's shape and dtype, any strides.
+
+    Returns:
+        A map of x's shape, dtype and layout.
+
+    Sources: arXiv:1709.01507 (SE), 1911.06667 (effective SE), 1910.03151 (ECA).
+    """
+    codes = (
+        code(LAYERS, "layer", layer),
+        code(POOLS, "pool", pool),
+        code(TIES, "ties", ties),
+        code(ACTIVATIONS, "activation", activation),
+        code(ACTIVATIONS, "gate", gate),
+        code(ACTIVATIONS, "pre_activation", pre_activation),
+        code(ACTIVATIONS, "post_activation", post_activation),
+    )
+    autocast = _check_map(x)
+    _check_pool(x, pool)
+    _check_excitation(x, weight1, bias1, weight2, bias2, layer, autocast)
+    affine_weight, affine_bias = _check_affine(x, affine, autocast)
+    _check_residual(x, residual)
+    backend = _choose("channel_gate", x)
+    if backend == "reference":
+        return reference.channel_gate(
+            x,
+            weight1,
+            bias1,
+            weight2,
+            bias2,
+            layer=layer,
+            pool=pool,
+            ties=ties,
+            activation=activation,
+            gate=gate,
+            affine=affine,
+            pre_activation=pre_activation,
+            residual=residual,
+            post_activation=post_activation,
+        )
+    return ops.channel_gate(backend, x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes)
+
+
+def _choose(op: str, x: Tensor) -> str:
+    """The backend; torch.func transforms see through plain PyTorch only."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "reference"
+    return choose(op, x)
+
+
+def _check_tensor(argument: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}: expected a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{argument}: expected float64, float32, float16 or bfloat16; got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{argument}: expected x's device, {x.device}; got {tensor.device}")
+
+
+def _check_map(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; raises for what is no feature map."""
+    _check_tensor("x", x, x)
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(f"x: expected (B, C, *spatial) with one to three spatial axes; got shape {tuple(x.shape)}")
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def _check_pool(x: Tensor, pool: str) -> None:
+    if pool == "avg":
+        return
+    positions = x.shape[2:].numel()
+    if positions == 0:
+        raise ValueError(f"x: expected at least one spatial position for a maximum; got shape {tuple(x.shape)}")
+    if positions >= 2**31:
+        raise ValueError(f"x: expected fewer than 2**31 spatial positions for a maximum; got {positions}")
+
+
+def _check_parameter(argument: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, autocast: bool) -> None:
+    """A parameter of this shape, up to trailing axes of size 1, in x's dtype (any float dtype under autocast)."""
+    _check_tensor(argument, tensor, x)
+    rank = len(shape)
+    if tensor.shape[:rank] != shape or any(n != 1 for n in tensor.shape[rank:]):
+        raise ValueError(f"{argument}: expected shape {shape}; got {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype and not autocast:
+        raise TypeError(f"{argument}: expected x's dtype, {x.dtype} (or autocast); got {tensor.dtype}")
+
+
+def _check_affine(x: Tensor, affine: Affine | None, autocast: bool) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if affine is None:
+        return None, None
+    weight, bias = affine
+    _check_parameter("affine weight", weight, (x.shape[1],), x, autocast)
+    _check_parameter("affine bias", bias, (x.shape[1],), x, autocast)
+    return weight, bias
+
+
+def _check_residual(x: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return
+    _check_tensor("residual", residual, x)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected x's shape, {tuple(x.shape)}; got {tuple(residual.shape)}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected x's dtype, {x.dtype}; got {residual.dtype}")
+
+
+def _check_excitation(
+    x: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    layer: str,
+    autocast: bool,
+) -> None:
+    channels = x.shape[1]
+    if weight1 is None:
+        for argument, tensor in (("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
+            if tensor is not None:
+                raise ValueError(f"{argument}: expected None without weight1; got a tensor")
+        return
+    if layer != "dense":
+        for argument, tensor in (("weight2", weight2), ("bias2", bias2)):
+            if tensor is not None:
+                raise ValueError(f"{argument}: expected None for layer={layer!r}; got a tensor")
+        kernel_size = weight1.shape[-1] if isinstance(weight1, Tensor) and weight1.dim() else 0
+        if kernel_size % 2 == 0:
+            raise ValueError(f"weight1: expected shape (1, 1, k) with k odd; got {tuple(weight1.shape)}")
+        _check_parameter("weight1", weight1, (1, 1, kernel_size), x, autocast)
+        if bias1 is not None:
+            _check_parameter("bias1", bias1, (1,), x, autocast)
+        return
+    if weight2 is None:
+        if bias2 is not None:
+            raise ValueError("bias2: expected None without weight2; got a tensor")
+        hidden = channels
+    else:
+        hidden = weight1.shape[0] if isinstance(weight1, Tensor) and weight1.dim() else 0
+        if hidden == 0:
+            raise ValueError(f"weight1: expected shape (hidden, {channels}); got {tuple(weight1.shape)}")
+    _check_parameter("weight1", weight1, (hidden, channels), x, autocast)
+    if weight2 is not None:
+        _check_parameter("weight2", weight2, (channels, hidden), x, autocast)
+    if bias1 is not None:
+        _check_parameter("bias1", bias1, (hidden,), x, autocast)
+    if bias2 is not None:
+        _check_parameter("bias2", bias2, (channels,), x, autocast)

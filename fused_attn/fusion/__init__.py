@@ -1,0 +1,8 @@
+"""fuse(model): blocks of known host libraries run fused, in place, with everything they own left as it is."""
+
+from . import monai, own, timm, torchvision  # noqa: F401  (they register their adapters)
+from .api import FusionError, fuse, unfuse
+from .registry import ChannelGate, SplitGate, register
+from .report import Report, Row, explain
+
+__all__ = ["ChannelGate", "FusionError", "Report", "Row", "SplitGate", "explain", "fuse", "register", "unfuse"]

@@ -1,0 +1,70 @@
+"""fuse and unfuse."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from .registry import recognise
+from .swap import ChannelGate, bypassed_hooks, host_class, restore, swap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FusionError(ValueError):
+    """Raised by `fuse(strict=True)`: a known block was left alone."""
+
+
+def decide(block: nn.Module):
+    """The recipe to fuse a block by; a string: why it is left alone; None: not a block we know."""
+    recipe = recognise(block)
+    if isinstance(recipe, ChannelGate):
+        hooked = bypassed_hooks(block)
+        if hooked is not None:
+            return f"{hooked} carries a hook or a forward of its own, which the fused block would skip"
+    return recipe
+
+
+def fuse(model: Model, *, strict: bool = False) -> Model:
+    """Make every attention block that is recognised run fused, in place.
+
+    Parameters, buffers, hooks, `state_dict` keys, training mode, dtype and device stay as they are; a fused block
+    is an instance of a subclass of its class. What is not exactly recognised is left alone; `explain(model)` lists
+    both. Fusing again changes nothing; `unfuse(model)` undoes it. Fuse before `fully_shard` and `torch.compile`.
+
+    Args:
+        model: any module, or a block itself.
+        strict: raise where a block of a known class was left alone.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is no `nn.Module`.
+        FusionError: with strict, naming the blocks left alone and why; nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
+    decisions = [(name, block, decide(block)) for name, block in model.named_modules() if host_class(block) is None]
+    refused = [f"{name or '(the model)'}: {why}" for name, _, why in decisions if isinstance(why, str)]
+    if strict and refused:
+        raise FusionError("blocks left alone: " + "; ".join(refused))
+    for _, block, recipe in decisions:
+        if recipe is not None and not isinstance(recipe, str):
+            swap(block, recipe)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give every fused block its original class back; the model is then what it was before `fuse`.
+
+    Raises:
+        TypeError: model is no `nn.Module`.
+        RuntimeError: it was sharded (fully_shard) after it was fused.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
+    for block in model.modules():
+        restore(block)
+    return model

@@ -1,0 +1,81 @@
+"""Recognising the layers inside a block: exactly these, or not at all."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .registry import qualified_name
+
+#: Activation classes by qualified name; those with options are looked at in `activation_name`.
+_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.Hardswish": "hard_swish",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Hardsigmoid": "hard_sigmoid",
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.ReLU6": "relu6",
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Tanh": "tanh",
+    "timm.layers.activations.HardSwish": "hard_swish",
+    "timm.layers.activations.HardSigmoid": "hard_sigmoid",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "monai.networks.blocks.activation.MemoryEfficientSwish": "silu",
+}
+
+
+def activation_name(layer: nn.Module | None) -> str | None:
+    """Its name in `fused_attn.codes.ACTIVATIONS`, None if it is none of them."""
+    kind = type(layer)
+    if kind is nn.GELU:
+        return "gelu_tanh" if layer.approximate == "tanh" else "gelu"
+    if kind is nn.LeakyReLU:
+        return "leaky_relu" if layer.negative_slope == 0.01 else None
+    if qualified_name(kind) == "monai.networks.blocks.activation.Swish":
+        return "silu" if layer.alpha == 1 else None
+    return _ACTIVATIONS.get(qualified_name(kind))
+
+
+def is_dense(layer: nn.Module | None) -> bool:
+    """A Linear, or a convolution with a kernel of one position, without groups, stride or padding."""
+    if type(layer) is nn.Linear:
+        return True
+    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return False
+    return (
+        all(k == 1 for k in layer.kernel_size)
+        and all(s == 1 for s in layer.stride)
+        and layer.padding in ((0,) * len(layer.kernel_size), 0)
+        and layer.groups == 1
+    )
+
+
+def is_channel_convolution(layer: nn.Module | None, *, padded: bool) -> bool:
+    """ECA's Conv1d over the channels: one row in, one out, odd kernel, zero padding that keeps the length."""
+    if type(layer) is not nn.Conv1d or layer.padding_mode != "zeros":
+        return False
+    (k,) = layer.kernel_size
+    return (
+        k % 2 == 1
+        and (layer.in_channels, layer.out_channels) == (1, 1)
+        and layer.padding == ((k // 2,) if padded else (0,))
+        and (layer.stride, layer.dilation) == ((1,), (1,))
+    )
+
+
+def bias_of(block: nn.Module, path: str) -> str | None:
+    """Path of a layer's bias, None if it has none."""
+    return f"{path}.bias" if block.get_submodule(path).bias is not None else None
+
+
+def two_dense_layers(block: nn.Module, first: str, second: str) -> dict[str, str | None]:
+    """The parameters' paths of a bottleneck."""
+    return {
+        "weight1": f"{first}.weight",
+        "bias1": bias_of(block, first),
+        "weight2": f"{second}.weight",
+        "bias2": bias_of(block, second),
+    }

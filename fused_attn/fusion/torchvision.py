@@ -1,0 +1,23 @@
+"""torchvision: SqueezeExcitation, in EfficientNet, MobileNetV3 and RegNet."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .layers import activation_name, is_dense, two_dense_layers
+from .registry import ChannelGate, Recipe, SplitGate, register
+
+
+def _excite(block: nn.Module, descriptor: Tensor) -> Tensor:
+    s = block.activation(block.fc1(descriptor[:, :, None, None]))
+    return block.scale_activation(block.fc2(s))
+
+
+@register("torchvision.ops.misc.SqueezeExcitation")
+def squeeze_excitation(block: nn.Module) -> Recipe | str:
+    if type(block.avgpool) is not nn.AdaptiveAvgPool2d or block.avgpool.output_size not in (1, (1, 1)):
+        return "its pool is not global"
+    activation, gate = activation_name(block.activation), activation_name(block.scale_activation)
+    if not (is_dense(block.fc1) and is_dense(block.fc2)) or activation is None or gate is None:
+        return SplitGate(_excite)
+    return ChannelGate(**two_dense_layers(block, "fc1", "fc2"), activation=activation, gate=gate)

@@ -1,0 +1,66 @@
+"""info: what is installed, what was built, and which backend serves what. The first thing to send with a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from . import __version__, backends
+from .bench.measure import cpu_name
+
+
+def versions() -> dict[str, str]:
+    found = {"fused_attn": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "numpy", "timm", "torchvision", "monai"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["platform"] = platform.platform()
+    return found
+
+
+def devices() -> list[str]:
+    """The processor, and every GPU with its compute capability and memory."""
+    found = [f"cpu: {cpu_name()}, {torch.get_num_threads()} threads"]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        memory = f"{p.total_memory / 2**30:.0f} GiB"
+        found.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, {memory}")
+    return found
+
+
+def built() -> dict[str, str]:
+    """What the native library holds, and why not more."""
+    path = Path(__file__).with_name("_build_info.json")
+    found = {"library": backends.LIBRARY_ERROR or str(backends.LIBRARY_PATH)}
+    if not path.exists():
+        return {**found, "build": "no record of a build"}
+    record = json.loads(path.read_text())
+    found["torch headers"] = str(record.get("torch_headers"))
+    for part in ("cpu", "cuda"):
+        details = record.get(part, {})
+        if details.get("built"):
+            found[part] = str(details.get("compiler") or f"{details.get('nvcc')}, {details.get('architectures')}")
+        else:
+            found[part] = f"not built: {details.get('reason')}"
+    return found
+
+
+def serving() -> list[tuple[str, str, str, str]]:
+    """(op, device, backend that serves it, why not the others)."""
+    rows = []
+    for device in ("cpu", "cuda"):
+        for op in backends.OPS:
+            name, why = backends.default(op, device)
+            others = [
+                f"{other}: {backends.unavailable(other, op, device) or 'on request: ' + why}"
+                for other in backends.NAMES
+                if other not in (name, "reference")
+            ]
+            rows.append((op, device, name, "; ".join(others)))
+    return rows

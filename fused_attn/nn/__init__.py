@@ -1,0 +1,5 @@
+"""Attention blocks as modules, fused. `fused_attn.reference` has each of them in plain PyTorch."""
+
+from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
+
+__all__ = ["ECA", "EffectiveSE", "SqueezeExcite"]

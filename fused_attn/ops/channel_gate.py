@@ -1,0 +1,154 @@
+"""Op `channel_gate`: squeeze, excite and scale as one operator, so that a backend may keep a sample on chip.
+
+Between forward and backward travel x (y too where a ReLU follows) and `state`, (B, 2C + hidden [+ C]) in the
+accumulator's dtype: the descriptors, the gate's logits, the hidden logits and, for ties shared evenly, the
+maxima; with a maximum also `index` (B, C), its position ("first") or multiplicity ("even").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..codes import LAYERS, TIES
+from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
+from .squeeze import AVG, POOL_NAMES, TIE_NAMES
+
+LAYER_NAMES = tuple(LAYERS)
+
+_TENSORS = (
+    "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2,"
+    " Tensor? affine_weight, Tensor? affine_bias, Tensor? residual"
+)
+_CODES = "int layer, int pool, int ties, int activation, int gate, int pre_activation, int post_activation"
+
+
+def _fake(
+    x,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    affine_weight,
+    affine_bias,
+    residual,
+    layer,
+    pool,
+    ties,
+    activation,
+    gate,
+    pre_activation,
+    post_activation,
+):
+    batch, channels = x.shape[:2]
+    hidden = 0 if weight2 is None else weight1.shape[0]
+    peak = channels if pool != AVG and ties == TIES["even"] else 0
+    return (
+        empty_map(x),
+        x.new_empty((batch, 2 * channels + hidden + peak), dtype=accumulator(x.dtype)),
+        x.new_empty((0,) if pool == AVG else (batch, channels), dtype=torch.int32),
+    )
+
+
+def _fake_backward(
+    grad,
+    x,
+    y,
+    state,
+    index,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    affine_weight,
+    affine_bias,
+    residual,
+    layer,
+    pool,
+    ties,
+    activation,
+    gate,
+    pre_activation,
+    post_activation,
+):
+    return (
+        empty_map(x),
+        x.new_empty(0) if post_activation == IDENTITY else empty_map(x),
+        *(like_or_none(t, x) for t in (weight1, bias1, weight2, bias2, affine_weight, affine_bias)),
+    )
+
+
+FORWARD = define("channel_gate", f"(Tensor x, {_TENSORS}, {_CODES}) -> (Tensor y, Tensor state, Tensor index)", _fake)
+BACKWARD = define(
+    "channel_gate_backward",
+    f"(Tensor grad, Tensor x, Tensor? y, Tensor state, Tensor index, {_TENSORS}, {_CODES})"
+    " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight2,"
+    " Tensor grad_bias2, Tensor grad_affine_weight, Tensor grad_affine_bias)",
+    _fake_backward,
+)
+
+
+class _ChannelGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes):
+        parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
+        y, state, index = FORWARD[backend](x, *parameters, residual, *codes)
+        ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), state, index)
+        ctx.backend, ctx.codes = backend, codes
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters, y, residual, state, index = ctx.saved_tensors
+        if wants_graph():
+            grads = _differentiable(ctx, grad)
+        else:
+            grad_x, grad_residual, *grads = BACKWARD[ctx.backend](
+                grad, x, y, state, index, *parameters, residual, *ctx.codes
+            )
+            if not ctx.needs_input_grad[8]:
+                grad_residual = None
+            elif ctx.codes[-1] == IDENTITY:
+                grad_residual = grad
+            absent = (p is None for p in parameters)
+            grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
+        return None, *grads, *(None,) * len(ctx.codes)
+
+
+def _differentiable(ctx, grad):
+    x, *parameters, y, residual, _, _ = ctx.saved_tensors
+    layer, pool, ties, *activations = ctx.codes
+    activation, gate, pre_activation, post_activation = (ACTIVATION_NAMES[c] for c in activations)
+    needs = ctx.needs_input_grad[1:9]
+    recomputed = residual is not None or post_activation not in ("identity", "relu")
+    grad = before_epilogue(grad, y)
+
+    def function(x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual):
+        return reference.channel_gate(
+            x,
+            weight1,
+            bias1,
+            weight2,
+            bias2,
+            layer=LAYER_NAMES[layer],
+            pool=POOL_NAMES[pool],
+            ties=TIE_NAMES[ties],
+            activation=activation,
+            gate=gate,
+            affine=None if affine_weight is None else (affine_weight, affine_bias),
+            pre_activation=pre_activation,
+            residual=residual,
+            post_activation=post_activation if recomputed else "identity",
+        )
+
+    grads = differentiable_backward(function, (x, *parameters, residual), needs, grad)
+    return grads if recomputed else (*grads[:7], grad if needs[7] else None)
+
+
+def channel_gate(backend, *arguments) -> Tensor:
+    """The gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:8]):
+        return _ChannelGate.apply(backend, *arguments)
+    return FORWARD[backend](*arguments)[0]

@@ -1,0 +1,116 @@
+"""Op `scale`: post_activation(pre_activation(x * weight + bias) * gate + residual), one pass over each map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..codes import ACTIVATIONS
+from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+
+IDENTITY, RELU = ACTIVATIONS["identity"], ACTIVATIONS["relu"]
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+
+
+def _fake(x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation):
+    return empty_map(x)
+
+
+def _fake_backward(grad, x, y, gate, affine_weight, affine_bias, residual, pre_activation, post_activation):
+    return (
+        empty_map(x),
+        torch.empty_like(gate, memory_format=torch.contiguous_format),
+        x.new_empty(0) if post_activation == IDENTITY else empty_map(x),
+        like_or_none(affine_weight, x),
+        like_or_none(affine_bias, x),
+    )
+
+
+FORWARD = define(
+    "scale",
+    "(Tensor x, Tensor gate, Tensor? affine_weight, Tensor? affine_bias, Tensor? residual,"
+    " int pre_activation, int post_activation) -> Tensor",
+    _fake,
+)
+BACKWARD = define(
+    "scale_backward",
+    "(Tensor grad, Tensor x, Tensor? y, Tensor gate, Tensor? affine_weight, Tensor? affine_bias, Tensor? residual,"
+    " int pre_activation, int post_activation) -> (Tensor grad_x, Tensor grad_gate, Tensor grad_residual,"
+    " Tensor grad_affine_weight, Tensor grad_affine_bias)",
+    _fake_backward,
+)
+
+
+def saved_for_epilogue(y: Tensor, residual: Tensor | None, post_activation: int) -> tuple[Tensor | None, Tensor | None]:
+    """What backward needs for post_activation's derivative: (y, residual), each only where it must be kept.
+
+    ReLU's derivative is read off y, which the next layer keeps anyway; the others' is recomputed from the
+    sum, so from the residual.
+    """
+    if post_activation == IDENTITY:
+        return None, None
+    return (y, None) if post_activation == RELU else (None, residual)
+
+
+def before_epilogue(grad: Tensor, y: Tensor | None) -> Tensor:
+    """ReLU's epilogue taken off a gradient, for double backward (its second derivative is 0)."""
+    return grad if y is None else grad * (~(y <= 0)).to(grad.dtype)
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation):
+        y = FORWARD[backend](x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
+        ctx.save_for_backward(x, gate, affine_weight, affine_bias, *saved_for_epilogue(y, residual, post_activation))
+        ctx.backend, ctx.codes = backend, (pre_activation, post_activation)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate, affine_weight, affine_bias, y, residual = ctx.saved_tensors
+        pre_activation, post_activation = ctx.codes
+        if wants_graph():
+            grads = _differentiable(ctx, grad)
+        else:
+            grad_x, grad_gate, grad_residual, grad_weight, grad_bias = BACKWARD[ctx.backend](
+                grad, x, y, gate, affine_weight, affine_bias, residual, pre_activation, post_activation
+            )
+            if affine_weight is None:
+                grad_weight = grad_bias = None
+            if not ctx.needs_input_grad[5]:
+                grad_residual = None
+            elif post_activation == IDENTITY:
+                grad_residual = grad
+            grads = grad_x, grad_gate, grad_weight, grad_bias, grad_residual
+        return None, *grads, None, None
+
+
+def _differentiable(ctx, grad):
+    x, gate, affine_weight, affine_bias, y, residual = ctx.saved_tensors
+    pre_activation, post_activation = (ACTIVATION_NAMES[c] for c in ctx.codes)
+    needs = ctx.needs_input_grad[1:6]
+    recomputed = residual is not None or post_activation not in ("identity", "relu")
+    grad = before_epilogue(grad, y)
+
+    def function(x, gate, weight, bias, residual):
+        return reference.scale(
+            x,
+            gate,
+            affine=None if weight is None else (weight, bias),
+            pre_activation=pre_activation,
+            residual=residual,
+            post_activation=post_activation if recomputed else "identity",
+        )
+
+    inputs = (x, gate, affine_weight, affine_bias, residual)
+    grads = differentiable_backward(function, inputs, needs, grad)
+    return grads if recomputed else (*grads[:4], grad if needs[4] else None)
+
+
+def scale(backend, x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation) -> Tensor:
+    """The scaled map, in x's dtype and layout."""
+    arguments = (x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+        return _Scale.apply(backend, *arguments)
+    return FORWARD[backend](*arguments)

@@ -1,0 +1,97 @@
+"""Op `squeeze`: global average and/or maximum of a map in one pass over it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..codes import ACTIVATIONS, POOLS, TIES
+from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+
+AVG, MAX = POOLS["avg"], POOLS["max"]
+POOL_NAMES, TIE_NAMES, ACTIVATION_NAMES = (tuple(table) for table in (POOLS, TIES, ACTIVATIONS))
+
+
+def _fake(x, affine_weight, affine_bias, pre_activation, pool, ties):
+    descriptor, none = x.shape[:2], (0,)
+    return (
+        x.new_empty(none if pool == MAX else descriptor),
+        x.new_empty(none if pool == AVG else descriptor),
+        x.new_empty(none if pool == AVG else descriptor, dtype=torch.int32),
+    )
+
+
+def _fake_backward(grad_avg, grad_max, x, max, index, affine_weight, affine_bias, pre_activation, pool, ties):
+    return empty_map(x), like_or_none(affine_weight, x), like_or_none(affine_bias, x)
+
+
+FORWARD = define(
+    "squeeze",
+    "(Tensor x, Tensor? affine_weight, Tensor? affine_bias, int pre_activation, int pool, int ties)"
+    " -> (Tensor avg, Tensor max, Tensor index)",
+    _fake,
+)
+BACKWARD = define(
+    "squeeze_backward",
+    "(Tensor? grad_avg, Tensor? grad_max, Tensor x, Tensor max, Tensor index, Tensor? affine_weight,"
+    " Tensor? affine_bias, int pre_activation, int pool, int ties)"
+    " -> (Tensor grad_x, Tensor grad_affine_weight, Tensor grad_affine_bias)",
+    _fake_backward,
+)
+
+
+class _Squeeze(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, affine_weight, affine_bias, pre_activation, pool, ties):
+        avg, peak, index = FORWARD[backend](x, affine_weight, affine_bias, pre_activation, pool, ties)
+        ctx.save_for_backward(x, affine_weight, affine_bias, peak, index)
+        ctx.backend, ctx.codes = backend, (pre_activation, pool, ties)
+        ctx.set_materialize_grads(False)
+        return avg, peak
+
+    @staticmethod
+    def backward(ctx, grad_avg, grad_max):
+        x, affine_weight, affine_bias, peak, index = ctx.saved_tensors
+        pre_activation, pool, ties = ctx.codes
+        grad_avg = None if pool == MAX else grad_avg
+        grad_max = None if pool == AVG else grad_max
+        if grad_avg is None and grad_max is None:
+            return (None,) * 7
+        if wants_graph():
+            grads = _differentiable(ctx, x, affine_weight, affine_bias, grad_avg, grad_max)
+        else:
+            grads = BACKWARD[ctx.backend](
+                grad_avg, grad_max, x, peak, index, affine_weight, affine_bias, pre_activation, pool, ties
+            )
+            if affine_weight is None:
+                grads = (grads[0], None, None)
+        return None, *grads, None, None, None
+
+
+def _differentiable(ctx, x, affine_weight, affine_bias, grad_avg, grad_max):
+    pre_activation, pool, ties = ctx.codes
+
+    def function(x, weight, bias):
+        affine = None if weight is None else (weight, bias)
+        pooled = reference.squeeze(
+            x,
+            POOL_NAMES[pool],
+            ties=TIE_NAMES[ties],
+            affine=affine,
+            pre_activation=ACTIVATION_NAMES[pre_activation],
+        )
+        pooled = (pooled,) if isinstance(pooled, Tensor) else pooled
+        return [p for p, g in zip(pooled, grads, strict=True) if g is not None]
+
+    grads = {0: (grad_avg,), 1: (grad_max,), 2: (grad_avg, grad_max)}[pool]
+    return differentiable_backward(
+        function, (x, affine_weight, affine_bias), ctx.needs_input_grad[1:4], [g for g in grads if g is not None]
+    )
+
+
+def squeeze(backend, x, affine_weight, affine_bias, pre_activation, pool, ties) -> tuple[Tensor, Tensor]:
+    """(avg, max), each (B, C) in x's dtype; the one that `pool` does not ask for has size (0,)."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, affine_weight, affine_bias)):
+        return _Squeeze.apply(backend, x, affine_weight, affine_bias, pre_activation, pool, ties)
+    return FORWARD[backend](x, affine_weight, affine_bias, pre_activation, pool, ties)[:2]

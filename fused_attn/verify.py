@@ -1,0 +1,123 @@
+"""verify: fused against original on the user's own device and dtypes, beside the error of eager itself.
+
+The original in float64 is the truth. In every dtype the fused error may be twice the eager error plus a few
+roundings of the largest value, for outputs, the gradient of the input and the gradients of all parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import nn as fused_nn
+from . import reference
+from .fusion import explain, fuse
+
+#: Roundings allowed beside twice the eager error; float64 has no exacter truth than eager, so its share is larger.
+FLOOR = {torch.float64: 256.0, torch.float32: 8.0, torch.float16: 4.0, torch.bfloat16: 4.0}
+
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "SqueezeExcite": lambda m: m.SqueezeExcite(64),
+    "SqueezeExcite, as in MobileNetV3": lambda m: m.SqueezeExcite(72, hidden=24, gate="hard_sigmoid"),
+    "SqueezeExcite, as in EfficientNet": lambda m: m.SqueezeExcite(96, hidden=4, activation="silu"),
+    "SqueezeExcite, max": lambda m: m.SqueezeExcite(64, pool="max", bias=False),
+    "SqueezeExcite, avg and max": lambda m: m.SqueezeExcite(64, pool="avgmax", ties="even"),
+    "SqueezeExcite, gelu": lambda m: m.SqueezeExcite(64, activation="gelu"),
+    "SqueezeExcite, relu after": lambda m: m.SqueezeExcite(64, post_activation="relu"),
+    "EffectiveSE": lambda m: m.EffectiveSE(64),
+    "ECA": lambda m: m.ECA(64),
+    "ECA, circular": lambda m: m.ECA(64, padding="circular"),
+}
+
+
+@dataclass
+class Result:
+    """Worst errors of one subject in one dtype and layout, as shares of the largest value of each tensor."""
+
+    subject: str
+    dtype: torch.dtype
+    layout: str
+    fused: float
+    eager: float
+    worst: str
+    passed: bool
+
+
+def _values(model: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Output, gradient of the input and of every parameter."""
+    torch.manual_seed(0)  # dropout, drop-path: the same in every run
+    x = x.detach().requires_grad_()
+    y = model(x)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(y, [x, *named.values()], grad.to(y), allow_unused=True)
+    values = {"output": y, "input gradient": found[0]}
+    values |= {f"gradient of {name}": g for name, g in zip(named, found[1:], strict=True)}
+    return {name: v.detach().double() for name, v in values.items() if v is not None}
+
+
+def compare(
+    subject: str, original: nn.Module, fused: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> Result:
+    """Both models in one dtype and layout against the original in float64."""
+    device = next((p.device for p in original.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    if layout == "channels_last" and x.dim() in (4, 5):
+        x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    with torch.no_grad():
+        output = copy.deepcopy(original).to(dtype)(x)
+    grad = torch.randn(output.shape, generator=generator).to(device, dtype)
+    eager, ours = (_values(copy.deepcopy(m).to(dtype), x, grad) for m in (original, fused))
+    exact = _values(copy.deepcopy(original).double(), x.double(), grad.double())
+    # A parameter's gradient may cancel to nothing (a bias before a BatchNorm): its error is measured on the scale
+    # of all parameters' gradients.
+    scales = {name: v.abs().max().item() if v.numel() else 0.0 for name, v in exact.items()}
+    parameters = max((s for name, s in scales.items() if name.startswith("gradient of")), default=0.0)
+    result = Result(subject, dtype, layout, 0.0, 0.0, "", True)
+    margin = -1.0
+    for name, truth in exact.items():
+        scale = max(scales[name], parameters if name.startswith("gradient of") else 0.0) or 1.0
+        if truth.numel() == 0:
+            continue
+        error_fused = ((ours[name] - truth).abs().max() / scale).item()
+        error_eager = ((eager[name] - truth).abs().max() / scale).item()
+        allowed = 2 * error_eager + FLOOR[dtype] * torch.finfo(dtype).eps
+        if not error_fused <= allowed:  # NaN does not pass
+            result.passed = False
+        if not error_fused / allowed <= margin:
+            margin = error_fused / allowed
+            result.fused, result.eager, result.worst = error_fused, error_eager, name
+    return result
+
+
+def verify_blocks(device: torch.device, dtypes: list[torch.dtype], layouts: list[str]) -> Iterator[Result]:
+    """Every block of the library against its reference, on a map of 13 x 17."""
+    for name, build in BLOCKS.items():
+        torch.manual_seed(0)
+        original = build(reference).to(device)
+        fused = build(fused_nn).to(device)
+        fused.load_state_dict(original.state_dict())
+        channels = original.get_parameter("fc1.weight").shape[1] if hasattr(original, "fc1") else 64
+        for dtype in dtypes:
+            for layout in layouts:
+                yield compare(name, original, fused, (3, channels, 13, 17), dtype, layout)
+
+
+def verify_model(
+    name: str, model: nn.Module, shape: tuple[int, ...], dtypes: list[torch.dtype], layouts: list[str]
+) -> Iterator[Result]:
+    """A model in training mode against its fused copy.
+
+    Raises:
+        ValueError: nothing in the model would be fused.
+    """
+    fused = fuse(copy.deepcopy(model))
+    if not any(row.fused for row in explain(fused)):
+        raise ValueError(f"{name}: no block was fused; fused_attn.explain(model) says why")
+    for dtype in dtypes:
+        for layout in layouts:
+            yield compare(name, model, fused, shape, dtype, layout)

@@ -1,0 +1,211 @@
+"""Fused blocks under what people wrap models in: compile, export, autocast, checkpointing, DDP, FSDP2."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fused_attn
+from fused_attn import fuse, reference
+from tests.checks import LAYOUTS, in_layout, random
+
+
+class Net(nn.Module):
+    """Convolutions, a fused block of every kind, and a split one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        self.se = reference.SqueezeExcite(16, reduction=4, pool="avgmax", ties="even")
+        self.eca = reference.ECA(16)
+        self.ese = fused_attn.nn.EffectiveSE(16)
+        self.tail = fused_attn.nn.SqueezeExcite(16, reduction=4, post_activation="relu")
+        self.gate = fused_attn.nn.SqueezeExcite(16, reduction=4, return_gate=True)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.ese(self.eca(self.se(x)))
+        return self.tail(y, x) * self.gate(x)
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return fuse(Net())
+
+
+def loss_and_gradients(model, x, parameters):
+    loss = model(x).square().mean()
+    return loss, torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.slow  # 10 to 20 s of compiling
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compile_in_one_graph(layout):
+    model = net()
+    compiled = torch.compile(model, fullgraph=True)
+    x = in_layout(random(2, 3, 12, 12), layout)
+    parameters = list(model.parameters())
+    loss, grads = loss_and_gradients(model, x, parameters)
+    compiled_loss, compiled_grads = loss_and_gradients(compiled, x, parameters)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_grads, grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # 10 to 20 s of compiling
+def test_one_graph_for_every_batch_size():
+    model = net().eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(random(2, 3, 12, 12)), model(random(2, 3, 12, 12)), rtol=1e-4, atol=1e-5)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in (3, 5, 8):
+                x = random(batch, 3, 12, 12)
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # a fresh process and a cold compile
+def test_compile_in_a_cold_process():
+    code = """
+import torch, fused_attn
+model = torch.compile(fused_attn.nn.SqueezeExcite(16), fullgraph=True)
+x = torch.randn(2, 16, 5, 5, requires_grad=True)
+model(x).sum().backward()
+assert x.grad is not None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    model = net().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (random(2, 3, 12, 12),), dynamic_shapes=({0: batch},), strict=strict)
+    x = random(5, 3, 12, 12)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_export_of_the_reference_is_plain_aten():
+    """For runtimes without our operators (ONNX, TensorRT): reductions over space, no adaptive pooling."""
+    with fused_attn.backend("reference"):
+        program = torch.export.export(net().eval(), (random(2, 3, 12, 12),))
+    names = {str(node.target) for node in program.run_decompositions().graph.nodes if node.op == "call_function"}
+    assert not any("fused_attn" in name or "adaptive" in name for name in names)
+
+
+def test_autocast():
+    model, x = net(), random(2, 3, 12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        y.float().square().mean().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    block = fused_attn.nn.SqueezeExcite(16, reduction=4)
+    x = random(2, 16, 6, 6).requires_grad_()
+    expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+    for leaf, grad in zip([x, *block.parameters()], expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
+
+
+def test_functional_call_with_other_weights():
+    model, x = net(), random(2, 3, 12, 12)
+    other = {k: v + 0.1 for k, v in model.named_parameters()}
+    changed = torch.func.functional_call(model, other, (x,))
+    copied = copy.deepcopy(model)
+    copied.load_state_dict({**model.state_dict(), **other})
+    torch.testing.assert_close(changed, copied(x))
+
+
+def test_gradient_accumulation():
+    model, x = net(), random(4, 3, 12, 12)
+    parameters = list(model.parameters())
+    whole = [torch.zeros_like(p) for p in parameters]
+    for part in x.split(2):
+        model(part).square().sum().backward()
+        for total, grad in zip(whole, torch.autograd.grad(model(part).square().sum(), parameters), strict=True):
+            total += grad
+    for parameter, total in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(parameter.grad, total, rtol=1e-4, atol=1e-4)
+
+
+def test_inference_mode():
+    model, x = net().eval(), random(2, 3, 12, 12)
+    with torch.inference_mode():
+        y = model(x)
+    torch.testing.assert_close(y.clone(), model(x).detach())
+
+
+DISTRIBUTED = """
+import os, sys, torch, torch.distributed as dist
+from torch import nn
+import fused_attn
+from tests.compose.test_compose import net
+from tests.checks import random
+
+rank, port, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.set_num_threads(1)
+model = net()
+for module in model.modules():
+    if isinstance(module, nn.BatchNorm2d):
+        module.eval()
+single = net()
+single.load_state_dict(model.state_dict())
+for module in single.modules():
+    if isinstance(module, nn.BatchNorm2d):
+        module.eval()
+if kind == "ddp":
+    wrapped = nn.parallel.DistributedDataParallel(model)
+else:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh("cpu", (2,))
+    for child in (model.se, model.eca, model.ese, model.tail, model.gate):
+        fully_shard(child, mesh=mesh)
+    wrapped = fully_shard(model, mesh=mesh)
+x = random(4, 3, 12, 12)
+optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (wrapped, single)]
+for step in range(3):
+    for m, batch, optimizer in ((wrapped, x[2 * rank : 2 * rank + 2], optimizers[0]), (single, x, optimizers[1])):
+        optimizer.zero_grad()
+        m(batch).square().mean().backward()
+        optimizer.step()
+for (name, a), b in zip(model.named_parameters(), single.parameters()):
+    a = a.full_tensor() if hasattr(a, "full_tensor") else a
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+if kind == "fsdp2":
+    row = fused_attn.explain(model)[0]
+    assert row.fused, row
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow  # two processes, about 10 s
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes(kind):
+    """Two gloo processes with half the batch each end where one process with the whole batch does."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", DISTRIBUTED, str(rank), port, kind] for rank in (0, 1)]
+    started = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    errors = [process.communicate(timeout=240)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)

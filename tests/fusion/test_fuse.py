@@ -1,0 +1,297 @@
+"""fuse, unfuse, explain and register: what changes, what does not, what is refused and why."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fused_attn
+from fused_attn import explain, fuse, reference, unfuse
+from fused_attn.fusion import ChannelGate, FusionError, SplitGate, register
+from fused_attn.fusion.swap import host_class
+from tests.checks import random
+
+
+class SEBlock(nn.Module):
+    """As pasted from a tutorial."""
+
+    def __init__(self, channels=16, reduction=4):
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // reduction, channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        gate = self.fc(x.mean((2, 3)))
+        return x * gate[:, :, None, None]
+
+
+@register(SEBlock)
+def _(block):
+    if len(block.fc) != 4:
+        return "its excitation has another depth"
+    return ChannelGate("fc.0.weight", weight2="fc.2.weight")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.a = SEBlock()
+        self.b = SEBlock()
+        self.shared = self.a
+        self.plain = reference.ECA(16)
+
+    def forward(self, x):
+        return self.plain(self.shared(self.b(self.a(self.conv(x)))))
+
+
+X = random(2, 3, 9, 9)
+
+
+def test_a_registered_block_is_fused():
+    net = Net()
+    expected = net(X)
+    assert fuse(net) is net
+    assert isinstance(net.a, SEBlock) and type(net.a).__name__ == "FusedSEBlock"
+    assert net.shared is net.a
+    torch.testing.assert_close(net(X), expected)
+    assert [row.name for row in explain(net)] == ["a", "b", "plain"]
+    assert "3 of 3 blocks run fused" in str(explain(net))
+
+
+def test_fusing_again_changes_nothing():
+    net = fuse(Net())
+    classes = [type(m) for m in net.modules()]
+    assert [type(m) for m in fuse(net).modules()] == classes
+
+
+def test_unfuse_gives_back_the_original():
+    net = Net()
+    before = [(type(m), dict(m.__dict__)) for m in net.modules()]
+    unfuse(fuse(net))
+    assert [(type(m), dict(m.__dict__)) for m in net.modules()] == before
+    assert unfuse(net) is net
+
+
+def test_the_root_may_be_a_block():
+    block = fuse(SEBlock())
+    assert host_class(block) is SEBlock
+    assert explain(block)[0].name == "(the model)"
+
+
+def test_hooks_and_modes_stay():
+    net = Net().eval()
+    calls = []
+    net.a.register_forward_hook(lambda *_: calls.append("a"))
+    fuse(net)
+    net(X)
+    assert calls == ["a", "a"] and not net.a.training
+    assert net.train().a.training
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_run_fused_too(how):
+    net = fuse(Net())
+    if how == "deepcopy":
+        other = copy.deepcopy(net)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(net))
+    else:
+        buffer = io.BytesIO()
+        torch.save(net, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    assert str(explain(other)) == str(explain(net))
+    assert other.a is other.shared and other.a.fc[0].weight is not net.a.fc[0].weight
+    assert torch.equal(other(X), net(X))
+    assert type(unfuse(other).a) is SEBlock
+
+
+def test_a_saved_model_loads_in_a_fresh_process(tmp_path):
+    model = fuse(nn.Sequential(nn.Conv2d(3, 16, 3), reference.SqueezeExcite(16, reduction=4)))
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(X, tmp_path / "x.pt")
+    code = f"""
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+x = torch.load({str(tmp_path / "x.pt")!r})
+import fused_attn
+assert fused_attn.explain(model)[0].fused
+torch.save(model(x), {str(tmp_path / "y.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(X), rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_the_original_loads_and_back():
+    plain, net = Net(), fuse(Net())
+    net.load_state_dict(plain.state_dict())
+    assert list(net.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(net(X), plain(X))
+
+
+def test_meta_models_fuse():
+    with torch.device("meta"):
+        net = fuse(Net())
+    assert all(row.fused for row in explain(net))
+    assert net(X.to("meta")).shape == (2, 16, 7, 7)
+
+
+def refusal(block: nn.Module) -> str:
+    (row,) = [row for row in explain(fuse(block)) if not row.fused]
+    assert "\n" not in row.reason
+    with pytest.raises(FusionError, match="blocks left alone"):
+        fuse(block, strict=True)
+    return row.reason
+
+
+class OwnForward(SEBlock):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class OwnInit(SEBlock):
+    def __init__(self):
+        super().__init__(16, 2)
+
+
+def test_subclasses():
+    assert refusal(OwnForward()) == "OwnForward overrides forward of SEBlock"
+    assert explain(fuse(OwnInit()))[0].fused
+
+
+def test_hooked_layers_are_refused():
+    block = SEBlock()
+    block.fc[2].register_forward_hook(lambda *_: None)
+    assert refusal(block).startswith("fc.2 carries a hook")
+
+
+def test_a_replaced_forward_is_refused():
+    block = SEBlock()
+    block.forward = lambda x: x
+    assert "replaced" in refusal(block)
+
+
+def test_what_an_adapter_refuses():
+    block = SEBlock()
+    block.fc.append(nn.Dropout())
+    assert refusal(block) == "its excitation has another depth"
+
+
+def test_strict_changes_nothing_when_it_raises():
+    net = Net()
+    net.b.fc[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(FusionError, match="b: fc.0 carries a hook"):
+        fuse(net, strict=True)
+    assert type(net.a) is SEBlock
+
+
+class LoRA(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(16, 1), nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+
+@pytest.mark.parametrize("change", ["lora", "hook", "activation", "forward", "parametrization"])
+def test_changes_made_after_fusing_count(change):
+    block = fuse(SEBlock())
+    x = random(2, 16, 5, 5)
+    before = block(x)
+    if change == "lora":
+        block.fc[0] = LoRA(block.fc[0])
+    elif change == "hook":
+        block.fc[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    elif change == "activation":
+        block.fc[1] = nn.Tanh()
+    elif change == "forward":
+        block.fc[1].forward = lambda x: x + 1
+    else:
+        nn.utils.parametrizations.weight_norm(block.fc[0])
+        block.fc[0].parametrizations.weight.original0.data.mul_(2)
+    after = block(x)
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, SEBlock.forward(block, x))
+    row = explain(block)[0]
+    assert not row.fused and row.reason == "changed since fuse"
+
+
+def test_weights_are_read_at_every_call():
+    block = fuse(SEBlock())
+    x = random(2, 16, 5, 5)
+    before = block(x)
+    block.fc[0].weight = nn.Parameter(torch.zeros_like(block.fc[0].weight))
+    assert not torch.equal(block(x), before)
+    torch.testing.assert_close(block(x), x / 2)
+
+
+def test_a_block_without_a_known_class_is_not_mentioned():
+    assert not explain(fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())))
+    assert "no attention block" in str(explain(nn.ReLU()))
+
+
+def test_split_blocks_register_too():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x):
+            return x * self.norm(x.mean((2, 3)))[:, :, None, None].sigmoid()
+
+    @register(Odd)
+    def _(block):
+        return SplitGate(lambda block, descriptor: block.norm(descriptor).sigmoid())
+
+    block, x = Odd(), random(2, 16, 5, 5)
+    expected = block(x)
+    torch.testing.assert_close(fuse(block)(x), expected)
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse, explain])
+def test_what_is_no_model(function):
+    with pytest.raises(TypeError, match="model: expected an nn.Module; got str"):
+        function("resnet50")
+
+
+def test_register_checks_what_it_is_given():
+    with pytest.raises(TypeError, match="register: expected nn.Module classes"):
+        register(int)
+
+
+def test_fused_modules_of_this_library_explain_themselves():
+    (row,) = explain(fused_attn.nn.ECA(8))
+    assert row.fused and row.block == "ECA"
+    with fused_attn.backend("reference"):
+        (row,) = explain(fused_attn.nn.ECA(8))
+        assert (row.served_by, row.reason) == ("reference", "asked for")
+
+
+def test_host_libraries_are_not_imported():
+    code = """
+import sys
+from torch import nn
+import fused_attn
+fused_attn.fuse(nn.Sequential(nn.Conv2d(3, 3, 1)))
+print(sorted({"timm", "torchvision", "monai"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,165 @@
+"""squeeze and scale against their references, forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_attn import functional, reference
+from fused_attn.codes import ACTIVATIONS
+from tests.checks import LAYOUTS, assert_equivalent, in_layout, random
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((2, 16, 7, 7), (3, 8, 1, 1), (1, 40, 13, 17), (2, 1, 9, 5), (4, 24, 33), (1, 12, 3, 4, 5), (1, 72, 40, 41))
+
+
+def squeeze(module, **options):
+    def function(x, affine_weight=None, affine_bias=None):
+        affine = None if affine_weight is None else (affine_weight, affine_bias)
+        return module.squeeze(x, affine=affine, **options)
+
+    return function
+
+
+def scale(module, **options):
+    def function(x, gate, affine_weight=None, affine_bias=None, residual=None):
+        affine = None if affine_weight is None else (affine_weight, affine_bias)
+        return module.scale(x, gate, affine=affine, residual=residual, **options)
+
+    return function
+
+
+def affine(channels: int, dtype: torch.dtype) -> dict:
+    return {
+        "affine_weight": random(channels, seed=3, dtype=dtype),
+        "affine_bias": random(channels, seed=4, dtype=dtype),
+    }
+
+
+def check_squeeze(x, tensors, **options):
+    grads = [random(*x.shape[:2], seed=i, dtype=x.dtype) for i in range(2 if options.get("pool") == "avgmax" else 1)]
+    assert_equivalent(squeeze(functional, **options), squeeze(reference, **options), {"x": x, **tensors}, grads)
+
+
+def check_scale(x, tensors, **options):
+    grads = [random(*x.shape, seed=1, dtype=x.dtype)]
+    tensors = {"gate": random(*x.shape[:2], seed=2, dtype=x.dtype), **tensors}
+    assert_equivalent(scale(functional, **options), scale(reference, **options), {"x": x, **tensors}, grads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_squeeze(shape, dtype, ties, pool, layout):
+    x = random(*shape, dtype=dtype).mul(4).round().div(4)
+    check_squeeze(in_layout(x, layout), {}, pool=pool, ties=ties)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize("pre", ACTIVATIONS)
+def test_squeeze_after_a_prologue(pre, ties, layout):
+    x = in_layout(random(3, 20, 13, 17), layout)
+    check_squeeze(x, affine(20, x.dtype), pool="avgmax", ties=ties, pre_activation=pre)
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax"])
+def test_only_one_of_two_descriptors_is_used(pool):
+    x = random(2, 8, 5, 5).requires_grad_()
+    out = functional.squeeze(x, "avgmax")[0 if pool == "avgmax" else 1]
+    expected = reference.squeeze(x, "avgmax")[0 if pool == "avgmax" else 1]
+    grad = random(2, 8, seed=1)
+    torch.testing.assert_close(torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scale(shape, dtype, layout):
+    check_scale(in_layout(random(*shape, dtype=dtype), layout), {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("post", ACTIVATIONS)
+@pytest.mark.parametrize("pre", ["identity", "relu", "silu", "hard_swish", "gelu"])
+def test_scale_with_prologue_and_epilogue(pre, post, residual, layout):
+    x = in_layout(random(2, 20, 9, 11), layout)
+    tensors = affine(20, x.dtype)
+    if residual:
+        tensors["residual"] = random(*x.shape, seed=5)
+    check_scale(x, tensors, pre_activation=pre, post_activation=post)
+
+
+def test_gate_in_its_own_dtype_and_shape():
+    x = random(2, 6, 5, 5, dtype=torch.bfloat16).requires_grad_()
+    gate = random(2, 6, 1, 1).requires_grad_()
+    y = functional.scale(x, gate)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and gate.grad.dtype == torch.float32 and gate.grad.shape == gate.shape
+    torch.testing.assert_close(gate.grad.flatten(), x.detach().float().sum((2, 3)).flatten())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout):
+    x = in_layout(random(2, 4, 3, 3, dtype=torch.float64), layout).requires_grad_()
+    weight, bias = (t.requires_grad_() for t in affine(4, torch.float64).values())
+    gate = random(2, 4, seed=2, dtype=torch.float64).requires_grad_()
+    residual = random(2, 4, 3, 3, seed=5, dtype=torch.float64).requires_grad_()
+
+    def scaled(x, gate, weight, bias, residual):
+        return functional.scale(
+            x, gate, affine=(weight, bias), pre_activation="silu", residual=residual, post_activation="gelu"
+        )
+
+    def squeezed(x, weight, bias):
+        return functional.squeeze(x, "avgmax", affine=(weight, bias), pre_activation="silu")
+
+    assert torch.autograd.gradcheck(scaled, (x, gate, weight, bias, residual))
+    assert torch.autograd.gradgradcheck(scaled, (x, gate, weight, bias, residual))
+    assert torch.autograd.gradcheck(squeezed, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(squeezed, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(functional.squeeze, (x,))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
+    pool=st.sampled_from(["avg", "max", "avgmax"]),
+    ties=st.sampled_from(["first", "even"]),
+    layout=st.sampled_from(LAYOUTS),
+    levels=st.integers(1, 4),
+)
+def test_any_shape(shape, pool, ties, layout, levels):
+    batch, channels, spatial = shape
+    x = random(batch, channels, *spatial, dtype=torch.float64).mul(levels).round()
+    check_squeeze(in_layout(x, layout), {}, pool=pool, ties=ties)
+    check_scale(in_layout(x, layout), {"residual": x + 1})
+
+
+@pytest.mark.parametrize("op", ["squeeze", "scale"])
+def test_opcheck(op):
+    from fused_attn.backends import choose
+
+    x = random(2, 8, 5, 6)
+    backend = choose(op, x)
+    if backend == "reference":
+        pytest.skip("no native library on this machine: the reference is not an operator")
+    for values in (x, in_layout(x, "channels_last"), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        if op == "squeeze":
+            from fused_attn.ops.squeeze import BACKWARD, FORWARD
+
+            torch.library.opcheck(FORWARD[backend], (values, None, None, 0, 2, 1))
+            avg, peak, index = FORWARD[backend](values, None, None, 0, 2, 1)
+            torch.library.opcheck(BACKWARD[backend], (avg, peak, values, peak, index, None, None, 0, 2, 1))
+        else:
+            from fused_attn.ops.scale import BACKWARD, FORWARD
+
+            gate = random(2, 8)
+            torch.library.opcheck(FORWARD[backend], (values, gate, None, None, x, 0, 1))
+            y = FORWARD[backend](values, gate, None, None, x, 0, 1)
+            torch.library.opcheck(BACKWARD[backend], (x, values, y, gate, None, None, None, 0, 1))

@@ -1,0 +1,103 @@
+"""Which backend serves a call, and that it says why not another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fused_attn
+from fused_attn import backends, functional
+from tests.checks import random
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_backend_names_are_checked():
+    expected = "backend: expected one of reference, cpu, triton, cuda; got 'gpu'"
+    with pytest.raises(ValueError, match=expected), fused_attn.backend("gpu"):
+        pass
+
+
+def test_a_backend_that_cannot_serve_says_why():
+    with fused_attn.backend("cuda"), pytest.raises(RuntimeError, match="serves cuda tensors only"):
+        functional.channel_gate(random(1, 4, 2, 2))
+    with fused_attn.backend("triton"):
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            functional.squeeze(random(1, 4, 2, 2))
+        else:
+            with pytest.raises(RuntimeError, match="triton"):
+                functional.squeeze(random(1, 4, 2, 2))
+
+
+def test_context_is_left_even_after_an_error():
+    with pytest.raises(ZeroDivisionError), fused_attn.backend("reference"):
+        raise ZeroDivisionError
+    assert backends.forced() is None
+
+
+def test_every_combination_has_an_answer():
+    for name in backends.NAMES:
+        for op in backends.OPS:
+            for device in ("cpu", "cuda", "mps", "xpu"):
+                reason = backends.unavailable(name, op, device)
+                assert reason is None or (reason and "\n" not in reason)
+                chosen, why = backends.default(op, device)
+                assert backends.unavailable(chosen, op, device) is None and why
+
+
+def test_reference_is_plain_pytorch():
+    x = random(2, 4, 3, 3).requires_grad_()
+    with fused_attn.backend("reference"):
+        assert "Mul" in type(functional.channel_gate(x).grad_fn).__name__
+
+
+def test_environment_forces_a_backend():
+    code = "import fused_attn; print(fused_attn.backends.forced())"
+    assert python(code, FUSED_ATTN_BACKEND="reference") == "reference"
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_gives_the_same_function(isa):
+    """The narrower kernels, which this machine would not choose, against the reference."""
+    if backends.LIBRARY_ERROR:
+        pytest.skip(backends.LIBRARY_ERROR)
+    code = """
+import torch
+from fused_attn import functional, reference
+from tests.checks import LAYOUTS, assert_equivalent, in_layout, random
+from tests.ops.test_channel_gate import apply, excitation
+for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    for layout in LAYOUTS:
+        for shape in ((2, 19, 7, 7), (1, 40, 33, 31)):
+            for pool in ("avg", "avgmax"):
+                tensors, options = excitation("se", shape[1], dtype)
+                tensors["residual"] = random(*shape, seed=5, dtype=dtype)
+                options = {**options, "pool": pool, "post_activation": "silu", "activation": "hard_swish"}
+                x = in_layout(random(*shape, dtype=dtype), layout)
+                grad = [random(*shape, seed=9, dtype=dtype)]
+                assert_equivalent(apply(functional, options), apply(reference, options), {"x": x, **tensors}, grad)
+print("same")
+"""
+    assert python(code, FUSED_ATTN_ISA=isa) == "same"
+
+
+def test_import_starts_nothing():
+    """No CUDA initialisation, no Triton, none of the shell's packages or host libraries."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fused_attn
+new = {m.split(".")[0] for m in set(sys.modules) - before}
+print(sorted(new & {"triton", "click", "rich", "matplotlib", "sklearn", "timm", "torchvision", "monai"}))
+print(torch.cuda.is_initialized())
+"""
+    assert python(code).splitlines() == ["[]", "False"]

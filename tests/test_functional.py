@@ -1,0 +1,99 @@
+"""Bad input gets one line that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_attn import functional, nn, reference
+
+x = torch.zeros(2, 8, 4, 4)
+w1, w2 = torch.zeros(4, 8), torch.zeros(8, 4)
+
+BAD_CALLS = [
+    ("x: expected a tensor", TypeError, lambda: functional.squeeze([1.0])),
+    ("x: expected float64", TypeError, lambda: functional.squeeze(x.int())),
+    ("x: expected float64", TypeError, lambda: functional.squeeze(x.cfloat())),
+    ("x: expected (B, C, *spatial)", ValueError, lambda: functional.squeeze(x[:, :, 0, 0])),
+    ("x: expected (B, C, *spatial)", ValueError, lambda: functional.squeeze(x[..., None, None])),
+    ("pool: expected one of avg, max, avgmax; got 'mean'", ValueError, lambda: functional.squeeze(x, "mean")),
+    ("ties: expected one of first, even; got 'last'", ValueError, lambda: functional.squeeze(x, "max", ties="last")),
+    ("x: expected at least one spatial position", ValueError, lambda: functional.squeeze(x[..., :0], "max")),
+    ("gate: expected shape (2, 8)", ValueError, lambda: functional.scale(x, torch.zeros(2, 7))),
+    ("gate: expected shape (2, 8)", ValueError, lambda: functional.scale(x, torch.zeros(2, 8, 4, 4))),
+    ("residual: expected x's shape", ValueError, lambda: functional.scale(x, x[..., 0, 0], residual=x[:1])),
+    ("residual: expected x's dtype", TypeError, lambda: functional.scale(x, x[..., 0, 0], residual=x.double())),
+    ("affine weight: expected shape (8,)", ValueError, lambda: functional.squeeze(x, affine=(w1[0, :7], w1[0]))),
+    ("affine bias: expected x's dtype", TypeError, lambda: functional.squeeze(x, affine=(w1[0], w1[0].double()))),
+    ("weight1: expected shape (4, 8)", ValueError, lambda: functional.channel_gate(x, w1[:, :7], None, w2)),
+    ("weight2: expected shape (8, 4)", ValueError, lambda: functional.channel_gate(x, w1, None, w2[:7])),
+    ("weight2: expected shape (8, 4)", ValueError, lambda: functional.channel_gate(x, w1, None, w2.t())),
+    ("weight1: expected shape (hidden, 8)", ValueError, lambda: functional.channel_gate(x, w1[:0], None, w2[:, :0])),
+    ("weight1: expected shape (8, 8)", ValueError, lambda: functional.channel_gate(x, w1)),
+    ("bias1: expected shape (4,)", ValueError, lambda: functional.channel_gate(x, w1, torch.zeros(8), w2)),
+    ("bias2: expected shape (8,)", ValueError, lambda: functional.channel_gate(x, w1, None, w2, torch.zeros(4))),
+    ("bias1: expected None without weight1", ValueError, lambda: functional.channel_gate(x, None, torch.zeros(8))),
+    ("bias2: expected None without weight2", ValueError, lambda: functional.channel_gate(x, w1, bias2=w1[0])),
+    ("weight1: expected x's dtype", TypeError, lambda: functional.channel_gate(x, w1.double(), None, w2)),
+    ("weight1: expected x's dtype", TypeError, lambda: functional.channel_gate(x.bfloat16(), w1, None, w2)),
+    ("weight1: expected x's device", ValueError, lambda: functional.channel_gate(x, w1.to("meta"), None, w2)),
+    (
+        "weight1: expected shape (1, 1, k) with k odd; got (1, 1, 4)",
+        ValueError,
+        lambda: functional.channel_gate(x, torch.zeros(1, 1, 4), layer="conv"),
+    ),
+    (
+        "weight2: expected None for layer='conv'",
+        ValueError,
+        lambda: functional.channel_gate(x, torch.zeros(1, 1, 3), weight2=w2, layer="conv"),
+    ),
+    ("gate: expected one of identity", ValueError, lambda: functional.channel_gate(x, w1, None, w2, gate="swish")),
+    ("reduction: 16 leaves no hidden channel of 8", ValueError, lambda: nn.SqueezeExcite(8)),
+    ("reduction: expected a finite number", ValueError, lambda: nn.SqueezeExcite(8, reduction=float("nan"))),
+    ("reduction: expected a positive number", ValueError, lambda: nn.SqueezeExcite(8, reduction=-1)),
+    ("hidden: expected a positive integer", ValueError, lambda: nn.SqueezeExcite(8, hidden=0)),
+    ("channels: expected a positive integer", ValueError, lambda: nn.EffectiveSE(0)),
+    ("channels: expected a positive integer", ValueError, lambda: nn.ECA(8.0)),
+    ("kernel_size: expected an odd number; got 4", ValueError, lambda: nn.ECA(8, kernel_size=4)),
+    ("gamma: expected a finite number", ValueError, lambda: nn.ECA(8, gamma=float("nan"))),
+    ("gamma: expected a number other than 0", ValueError, lambda: nn.ECA(8, gamma=0)),
+    ("padding: expected one of zeros, circular", ValueError, lambda: nn.ECA(8, padding="same")),
+    ("post_activation: the gate alone has none", ValueError, lambda: nn.ECA(8, post_activation="relu", return_gate=1)),
+    ("residual: the gate alone has none", ValueError, lambda: nn.ECA(8, return_gate=True)(x, residual=x)),
+]
+
+
+@pytest.mark.parametrize("message, kind, call", BAD_CALLS, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD_CALLS)])
+def test_bad_input(message, kind, call):
+    with pytest.raises(kind) as caught:
+        call()
+    assert str(caught.value).startswith(message), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_reference_has_the_same_signatures():
+    import inspect
+
+    for name in ("squeeze", "scale", "channel_gate"):
+        assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
+    for name in nn.__all__:
+        assert inspect.signature(getattr(nn, name)) == inspect.signature(getattr(reference, name)), name
+
+
+def test_names_mean_the_same_numbers_everywhere():
+    """csrc/codes.h holds the numbers of fused_attn/codes.py."""
+    import re
+    from pathlib import Path
+
+    from fused_attn import codes
+
+    header = (Path(__file__).parents[1] / "csrc" / "codes.h").read_text()
+    found = {name: int(value) for name, value in re.findall(r"\bk(\w+) = (\d+)", header)}
+    expected = {
+        "".join(part.capitalize() for part in name.split("_")): value
+        for table in (codes.ACTIVATIONS, codes.POOLS, codes.TIES, codes.LAYERS)
+        for name, value in table.items()
+    }
+    expected["AvgMax"] = expected.pop("Avgmax")
+    assert found == expected
+    assert set(codes.FUNCTIONS) == set(codes.ACTIVATIONS)
