@@ -3,6 +3,7 @@
 from . import functional, nn, reference
 from .backends import backend
 from .fusion import explain, fuse, unfuse
+from .warmup import warmup
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +37,17 @@ MISSING: dict[tuple[str, str], str] = {
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
 
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote about the native library: what was built, with what, and why not more."""
+    path = LIBRARY_PATH.with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def load_library() -> str | None:
     """Load the native library; None, or why there is none."""
     if not LIBRARY_PATH.exists():
-        return "the native library was not built (no C++ compiler or no torch headers at install)"
+        reason = build_record().get("cpu", {}).get("reason") or "no record of a build"
+        return f"the native library was not built: {reason}"
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except OSError as error:
@@ -52,6 +62,8 @@ def _reason(name: str, op: str, device: str) -> str | None:
     if (name, op) in MISSING:
         return MISSING[name, op]
     if name == "triton":
+        if not Path(__file__).with_name("kernels").joinpath(f"{op}.py").exists():
+            return f"this version has no Triton kernel for {op}"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,7 +73,8 @@ def _reason(name: str, op: str, device: str) -> str | None:
     if device != name:
         return f"serves {name} tensors only"
     if LIBRARY_ERROR is None and name == "cuda" and not _has_cuda_kernel(op):
-        return "the native library was built without CUDA (no nvcc at install)"
+        reason = build_record().get("cuda", {}).get("reason") or "no record of a build"
+        return f"the native library was built without CUDA: {reason}"
     return LIBRARY_ERROR
 
 
@@ -71,6 +84,8 @@ def _has_cuda_kernel(op: str) -> bool:
 
 #: Why there is no native library here, or None.
 LIBRARY_ERROR = load_library()
+if LIBRARY_ERROR is not None:
+    warnings.warn(f"fused_attn: the CPU runs plain PyTorch, because {LIBRARY_ERROR}", stacklevel=2)
 
 #: (backend, op, device type) -> why it cannot serve, None where it can. Made once, at import: choosing a backend
 #: is then plain look-ups, which torch.compile can follow.

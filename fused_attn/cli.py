@@ -108,15 +108,19 @@ def main() -> None:
 
 @main.command("demo")
 @click.option("--quick", is_flag=True, help="A few steps only.")
-@click.option("--steps", type=click.IntRange(1), default=None, help="Training steps. Default: 150, about a minute.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=None, help="Training steps. Default: 300, or a minute's worth."
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("fused_attn_demo.png"))
 def demo_command(quick: bool, steps: int | None, out: Path) -> None:
     """Train a small network on real data with its blocks original and fused; write a picture."""
     need("sklearn")
     need("matplotlib")
-    steps = steps or (8 if quick else 150)
+    seconds = 60.0 if steps is None else float("inf")
+    steps = steps or (4 if quick else 300)
     with progress(steps) as advance:
-        original, fused = demo.train(steps, progress=lambda: advance("training both"))
+        original, fused = demo.train(steps, seconds=seconds, progress=lambda: advance("training both"))
+    steps = len(original.losses)
     rows = [
         [run.name, f"{run.losses[-1]:.6f}", f"{100 * run.accuracy:.2f} %", f"{1e3 * median(run.seconds):.1f} ms"]
         for run in (original, fused)

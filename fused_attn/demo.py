@@ -115,8 +115,14 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[held_out:], labels[held_out:], images[:held_out], labels[:held_out]
 
 
-def train(steps: int, batch: int = 64, progress: Callable[[], None] = lambda: None) -> tuple[Run, Run]:
-    """Train the same network twice from the same weights on the same batches, original and fused in turn."""
+def train(
+    steps: int, batch: int = 64, seconds: float = float("inf"), progress: Callable[[], None] = lambda: None
+) -> tuple[Run, Run]:
+    """Train the same network twice from the same weights on the same batches, original and fused in turn.
+
+    Ends after `steps`, or after the first step past `seconds`.
+    """
+    start = time.monotonic()
     torch.manual_seed(0)
     original = DigitsNet()
     runs = []
@@ -130,6 +136,8 @@ def train(steps: int, batch: int = 64, progress: Callable[[], None] = lambda: No
         for run in runs if step % 2 else reversed(runs):
             run.step(images[chosen], labels[chosen])
         progress()
+        if time.monotonic() - start > seconds:
+            break
     for run in runs:
         run.evaluate(held_images, held_labels)
     return runs[0], runs[1]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
-from pathlib import Path
 
 import torch
 
@@ -36,11 +34,10 @@ def devices() -> list[str]:
 
 def built() -> dict[str, str]:
     """What the native library holds, and why not more."""
-    path = Path(__file__).with_name("_build_info.json")
     found = {"library": backends.LIBRARY_ERROR or str(backends.LIBRARY_PATH)}
-    if not path.exists():
+    record = backends.build_record()
+    if not record:
         return {**found, "build": "no record of a build"}
-    record = json.loads(path.read_text())
     found["torch headers"] = str(record.get("torch_headers"))
     for part in ("cpu", "cuda"):
         details = record.get(part, {})

@@ -166,14 +166,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
             excite(0, x.batch);
             parallel(units, elements, [&](int64_t unit) { spread(unit / pieces, unit % pieces); });
         }
-        const auto grads = excitation.weight_gradients(x.batch, rows, width, grad_logits.data(), grad_hidden.data());
-        auto gradient = [&](const OptionalTensor& like, const std::vector<A>& values) {
-            return gradient_like<A>(like, [&]() -> const std::vector<A>& { return values; }, x_in);
-        };
         auto [grad_weight, grad_bias] = pass.affine_grads();
-        return std::make_tuple(pass.grad_x, pass.grad_residual, gradient(weight1, grads.weight1),
-                               gradient(bias1, grads.bias1), gradient(weight2, grads.weight2),
-                               gradient(bias2, grads.bias2), grad_weight, grad_bias);
+        const auto grads =
+            excitation.weight_gradients(x_in, x.batch, rows, width, grad_logits.data(), grad_hidden.data());
+        return std::make_tuple(pass.grad_x, pass.grad_residual, grads[0], grads[1], grads[2], grads[3], grad_weight,
+                               grad_bias);
     });
 }
 

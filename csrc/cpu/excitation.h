@@ -2,6 +2,8 @@
 // [descriptor (C) | logits (C) | hidden logits (hidden) | peak (C, ties shared evenly)].
 #pragma once
 
+#include <array>
+
 #include "map.h"
 
 namespace fused_attn::cpu {
@@ -16,6 +18,7 @@ class Excitation {
           layer_(layer),
           activation_(static_cast<int>(activation)),
           kernel_size_(weight1 && layer != kDense ? weight1->numel() : 0),
+          like_{weight1, bias1, weight2, bias2},
           weight1_(weight1),
           bias1_(bias1),
           weight2_(weight2),
@@ -73,31 +76,33 @@ class Excitation {
         }
     }
 
-    struct Gradients {
-        std::vector<A> weight1, bias1, weight2, bias2;
-    };
-    // Sums over the batch in order, rows of the weights on torch's threads.
-    Gradients weight_gradients(int64_t batch, const A* state, int64_t stride, const A* grad_logits,
-                               const A* grad_hidden) const {
-        Gradients out;
-        if (!weight1_.data()) return out;
-        if (kernel_size_) {
-            out.weight1 = kernel_gradient(batch, state, stride, grad_logits);
-            out.bias1 = {std::accumulate(grad_logits, grad_logits + batch * channels_, A(0))};
-        } else if (hidden_) {
-            out.weight1 = matrix_gradient(grad_hidden, hidden_, state, stride, batch, channels_);
-            out.bias1 = row_sum(grad_hidden, hidden_, batch);
-            std::vector<A> hidden(std::max<int64_t>(1, batch * hidden_));
-            for (int64_t s = 0; s < batch; ++s)
-                dense_kernels<A>().activate(state + s * stride + 2 * channels_, hidden_, activation_,
-                                            &hidden[s * hidden_]);
-            out.weight2 = matrix_gradient(grad_logits, channels_, hidden.data(), hidden_, batch, hidden_);
-            out.bias2 = row_sum(grad_logits, channels_, batch);
-        } else {
-            out.weight1 = matrix_gradient(grad_logits, channels_, state, stride, batch, channels_);
-            out.bias1 = row_sum(grad_logits, channels_, batch);
-        }
-        return out;
+    // Gradients of weight1, bias1, weight2, bias2: sums over the batch in order, rows of the weights on torch's
+    // threads.
+    std::array<Tensor, 4> weight_gradients(const Tensor& x, int64_t batch, const A* state, int64_t stride,
+                                           const A* grad_logits, const A* grad_hidden) const {
+        const A* grad_first = hidden_ ? grad_hidden : grad_logits;  // of the first layer's output
+        const int64_t rows = hidden_ ? hidden_ : channels_;
+        std::vector<A> hidden(std::max<int64_t>(1, batch * hidden_));
+        for (int64_t s = 0; hidden_ && s < batch; ++s)
+            dense_kernels<A>().activate(state + s * stride + 2 * channels_, hidden_, activation_, &hidden[s * hidden_]);
+        auto weight1 = [&](A* to) {
+            if (kernel_size_)
+                kernel_gradient(batch, state, stride, grad_logits, to);
+            else
+                matrix_gradient(grad_first, rows, state, stride, batch, channels_, to);
+        };
+        auto bias1 = [&](A* to) {
+            if (kernel_size_)
+                *to = std::accumulate(grad_logits, grad_logits + batch * channels_, A(0));
+            else
+                row_sum(grad_first, rows, batch, to);
+        };
+        auto weight2 = [&](A* to) {
+            matrix_gradient(grad_logits, channels_, hidden.data(), hidden_, batch, hidden_, to);
+        };
+        auto bias2 = [&](A* to) { row_sum(grad_logits, channels_, batch, to); };
+        return {gradient_like<A>(like_[0], x, weight1), gradient_like<A>(like_[1], x, bias1),
+                gradient_like<A>(like_[2], x, weight2), gradient_like<A>(like_[3], x, bias2)};
     }
 
   private:
@@ -126,7 +131,7 @@ class Excitation {
         std::reverse(flipped.begin(), flipped.end());
         correlate(flipped.data(), grad, out);
     }
-    std::vector<A> kernel_gradient(int64_t batch, const A* state, int64_t stride, const A* grad) const {
+    void kernel_gradient(int64_t batch, const A* state, int64_t stride, const A* grad, A* to) const {
         std::vector<double> total(kernel_size_, 0.0);
         std::vector<A> taps(kernel_size_);
         for (int64_t s = 0; s < batch; ++s) {
@@ -135,28 +140,26 @@ class Excitation {
                                        taps.data(), 1);
             for (int64_t j = 0; j < kernel_size_; ++j) total[j] += taps[j];
         }
-        return std::vector<A>(total.begin(), total.end());
+        std::copy(total.begin(), total.end(), to);
     }
-    static std::vector<A> matrix_gradient(const A* grad, int64_t rows, const A* in, int64_t in_stride, int64_t batch,
-                                          int64_t columns) {
-        std::vector<A> out(std::max<int64_t>(1, rows * columns));
-        constexpr int64_t kRows = 8;
+    static void matrix_gradient(const A* grad, int64_t rows, const A* in, int64_t in_stride, int64_t batch,
+                                int64_t columns, A* to) {
+        constexpr int64_t kRows = 16;
         parallel((rows + kRows - 1) / kRows, batch * rows * columns, [&](int64_t block) {
             dense_kernels<A>().weight_grad(grad, rows, in, in_stride, batch, block * kRows,
-                                           std::min(rows, (block + 1) * kRows), columns, out.data());
+                                           std::min(rows, (block + 1) * kRows), columns, to);
         });
-        return out;
     }
-    static std::vector<A> row_sum(const A* grad, int64_t n, int64_t batch) {
-        std::vector<A> out(std::max<int64_t>(1, n), A(0));
+    static void row_sum(const A* grad, int64_t n, int64_t batch, A* to) {
+        std::fill_n(to, n, A(0));
         for (int64_t s = 0; s < batch; ++s)
-            for (int64_t i = 0; i < n; ++i) out[i] += grad[s * n + i];
-        return out;
+            for (int64_t i = 0; i < n; ++i) to[i] += grad[s * n + i];
     }
 
     int64_t channels_, hidden_, layer_;
     int activation_;
     int64_t kernel_size_;
+    std::array<OptionalTensor, 4> like_;
     Values<A> weight1_, bias1_, weight2_, bias2_;
 };
 

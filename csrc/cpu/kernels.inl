@@ -506,25 +506,40 @@ void dense_transposed(const A* weight, int64_t rows, int64_t columns, int64_t sa
     }
 }
 
+// kRows rows by kColumns vectors of grad_weight in registers: every load serves several products.
+template <class A, int kRows, int kColumns>
+inline void weight_grad_tile(const A* grad, int64_t grad_stride, const A* in, int64_t in_stride, int64_t samples,
+                             int64_t columns, int64_t n, A* out) {
+    constexpr int64_t lanes = kLanes<A>;
+    Vec<A> total[kRows][kColumns] = {};
+    for (int64_t s = 0; s < samples; ++s) {
+        const A* g = grad + s * grad_stride;
+        const A* v = in + s * in_stride;
+        for (int j = 0; j < kColumns; ++j) {
+            const Vec<A> x = load_n(v + j * lanes, n);
+            for (int k = 0; k < kRows; ++k) total[k][j] += g[k] * x;
+        }
+    }
+    for (int k = 0; k < kRows; ++k)
+        for (int j = 0; j < kColumns; ++j) store_n(total[k][j], out + k * columns + j * lanes, n);
+}
+
 template <class A>
 void dense_weight_grad(const A* grad, int64_t grad_stride, const A* in, int64_t in_stride, int64_t samples,
                        int64_t first, int64_t last, int64_t columns, A* grad_weight) {
-    constexpr int64_t lanes = kLanes<A>, kRows = 4;  // four rows at a time: `in` is read once for all of them
-    for (int64_t r = first; r < last; r += kRows) {
-        const int64_t count = lesser(kRows, last - r);
-        for (int64_t i = 0; i < columns; i += lanes) {
-            const int64_t n = lesser(lanes, columns - i);
-            Vec<A> total[kRows] = {};
-            for (int64_t s = 0; s < samples; ++s) {
-                const Vec<A> v = load_n(in + s * in_stride + i, n);
-                const A* g = grad + s * grad_stride + r;
-                if (count == kRows)
-                    for (int64_t k = 0; k < kRows; ++k) total[k] += splat<A>(g[k]) * v;
-                else
-                    for (int64_t k = 0; k < count; ++k) total[k] += splat<A>(g[k]) * v;
-            }
-            for (int64_t k = 0; k < count; ++k) store_n(total[k], grad_weight + (r + k) * columns + i, n);
+    constexpr int64_t lanes = kLanes<A>;
+    for (int64_t i = 0; i < columns;) {  // a column block of `in` stays in cache for all rows
+        const bool wide = i + 2 * lanes <= columns;
+        const int64_t n = lesser(lanes, columns - i);
+        for (int64_t r = first; r < last;) {
+            A* out = grad_weight + r * columns + i;
+            const int64_t rows = last - r;
+            auto tile = wide ? (rows >= 4 ? weight_grad_tile<A, 4, 2> : weight_grad_tile<A, 1, 2>)
+                             : (rows >= 4 ? weight_grad_tile<A, 4, 1> : weight_grad_tile<A, 1, 1>);
+            tile(grad + r, grad_stride, in + i, in_stride, samples, columns, n, out);
+            r += rows >= 4 ? 4 : 1;
         }
+        i += wide ? 2 * lanes : lanes;
     }
 }
 

@@ -189,12 +189,19 @@ inline Tensor no_tensor(const Tensor& like) {
     const int64_t zero = 0;
     return torch::stable::empty({&zero, 1}, like.scalar_type(), std::nullopt, like.device());
 }
-// values() as a gradient of an optional input; of size (0,) without it.
+// The gradient of an optional input, of size (0,) without it: fill(p) writes its numbers, in place where its
+// dtype is A.
 template <class A, class F>
-Tensor gradient_like(const OptionalTensor& like, F values, const Tensor& x) {
+Tensor gradient_like(const OptionalTensor& like, const Tensor& x, F fill) {
     if (!like) return no_tensor(x);
     Tensor out = contiguous_like(*like);
-    write_values<A>(values().data(), out);
+    if (out.scalar_type() == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float)) {
+        fill(static_cast<A*>(out.data_ptr()));
+    } else {
+        std::vector<A> values(std::max<int64_t>(1, out.numel()));
+        fill(values.data());
+        write_values(values.data(), out);
+    }
     return out;
 }
 
@@ -242,10 +249,10 @@ template <class V>
 class PieceValues {
   public:
     template <class T>
-    PieceValues(const MapView<T>& map, int64_t pieces, V initial)
+    PieceValues(const MapView<T>& map, int64_t pieces, V initial, bool wanted = true)
         : channels_(map.channels),
           rows_(map.channels_last ? pieces : 1),
-          values_(std::max<int64_t>(1, map.batch * rows_ * map.channels), initial) {}
+          values_(wanted ? std::max<int64_t>(1, map.batch * rows_ * map.channels) : 0, initial) {}
     V* piece(int64_t sample, int64_t piece, int64_t first_channel) {
         return &values_[(sample * rows_ + (rows_ > 1 ? piece : 0)) * channels_ + first_channel];
     }
@@ -263,14 +270,12 @@ class PieceValues {
 
 // Merged per-sample numbers summed over the batch, in order.
 template <class A>
-std::vector<A> batch_sum(PieceValues<double>& values, int64_t batch, int64_t n) {
-    std::vector<A> out(std::max<int64_t>(n, 1));
+void batch_sum(PieceValues<double>& values, int64_t batch, int64_t n, A* out) {
     for (int64_t i = 0; i < n; ++i) {
         double total = 0;
         for (int64_t b = 0; b < batch; ++b) total += values.sample(b)[i];
         out[i] = static_cast<A>(total);
     }
-    return out;
 }
 
 }  // namespace fused_attn::cpu

@@ -28,9 +28,9 @@ class Pooling {
           wants_sum_(pool != kMax),
           wants_max_(pool != kAvg),
           even_(ties == kEven),
-          sums_(x, pieces, 0.0),
-          peaks_(x, wants_max_ ? pieces : 1, A(0)),
-          index_(x, wants_max_ ? pieces : 1, 0) {}
+          sums_(x, pieces, 0.0, wants_sum_),
+          peaks_(x, pieces, A(0), wants_max_),
+          index_(x, pieces, 0, wants_max_) {}
 
     void run(int64_t sample, int64_t piece) {
         const int64_t c = x_.first_channel(piece, pieces_);
@@ -104,7 +104,7 @@ class Backward {
           grad_x(empty_map<T>(x_dense_)),
           grad_residual(post_activation == kIdentity ? no_tensor(x_in) : empty_map<T>(x_dense_)),
           dots(x, pieces, 0.0),
-          grad_weight_(x, affine_weight ? pieces : 1, 0.0),
+          grad_weight_(x, pieces, 0.0, affine_weight.has_value()),
           grad_bias_(grad_weight_) {}
 
     void dot(int64_t sample, int64_t piece) {
@@ -128,10 +128,11 @@ class Backward {
     std::tuple<Tensor, Tensor> affine_grads() {
         if (affine_weight_)
             for (int64_t b = 0; b < x.batch; ++b) grad_weight_.merge(b), grad_bias_.merge(b);
-        return {
-            gradient_like<A>(
-                affine_weight_, [&] { return batch_sum<A>(grad_weight_, x.batch, x.channels); }, x_dense_),
-            gradient_like<A>(affine_bias_, [&] { return batch_sum<A>(grad_bias_, x.batch, x.channels); }, x_dense_)};
+        auto sum = [&](PieceValues<double>& values) {
+            return [&](A* to) { batch_sum(values, x.batch, x.channels, to); };
+        };
+        return {gradient_like<A>(affine_weight_, x_dense_, sum(grad_weight_)),
+                gradient_like<A>(affine_bias_, x_dense_, sum(grad_bias_))};
     }
 
   private:

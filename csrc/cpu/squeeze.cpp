@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> squeeze_backward(const OptionalTensor& grad_a
         const AffineValues<A> affine(affine_weight, affine_bias);
         const Prologue<A> prologue = affine.prologue(pre_activation);
         const bool wants_affine = affine_weight.has_value();
-        PieceValues<double> grad_weight(x, wants_affine ? pieces : 1, 0.0), grad_bias = grad_weight;
+        PieceValues<double> grad_weight(x, pieces, 0.0, wants_affine), grad_bias = grad_weight;
         parallel(x.batch * pieces, elements, [&](int64_t unit) {
             const int64_t b = unit / pieces, piece = unit % pieces, c = x.first_channel(piece, pieces);
             const int64_t at = x.offset(b, piece, pieces), row = b * channels + c;
@@ -81,11 +81,11 @@ std::tuple<Tensor, Tensor, Tensor> squeeze_backward(const OptionalTensor& grad_a
         });
         if (wants_affine)
             for (int64_t b = 0; b < x.batch; ++b) grad_weight.merge(b), grad_bias.merge(b);
-        return std::make_tuple(
-            grad_x,
-            gradient_like<A>(
-                affine_weight, [&] { return batch_sum<A>(grad_weight, x.batch, channels); }, x_in),
-            gradient_like<A>(affine_bias, [&] { return batch_sum<A>(grad_bias, x.batch, channels); }, x_in));
+        auto sum = [&](PieceValues<double>& values) {
+            return [&](A* to) { batch_sum(values, x.batch, channels, to); };
+        };
+        return std::make_tuple(grad_x, gradient_like<A>(affine_weight, x_in, sum(grad_weight)),
+                               gradient_like<A>(affine_bias, x_in, sum(grad_bias)));
     });
 }
 

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from .registry import recognise
-from .swap import ChannelGate, bypassed_hooks, host_class, restore, swap
+from .registry import ChannelGate, Recipe, recognise
+from .swap import bypassed_hooks, host_class, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -16,7 +16,7 @@ class FusionError(ValueError):
     """Raised by `fuse(strict=True)`: a known block was left alone."""
 
 
-def decide(block: nn.Module):
+def decide(block: nn.Module) -> Recipe | str | None:
     """The recipe to fuse a block by; a string: why it is left alone; None: not a block we know."""
     recipe = recognise(block)
     if isinstance(recipe, ChannelGate):

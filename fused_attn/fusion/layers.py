@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .registry import qualified_name
@@ -27,7 +29,7 @@ _ACTIVATIONS = {
 }
 
 
-def activation_name(layer: nn.Module | None) -> str | None:
+def activation_name(layer: Any) -> str | None:
     """Its name in `fused_attn.codes.ACTIVATIONS`, None if it is none of them."""
     kind = type(layer)
     if kind is nn.GELU:
@@ -39,7 +41,7 @@ def activation_name(layer: nn.Module | None) -> str | None:
     return _ACTIVATIONS.get(qualified_name(kind))
 
 
-def is_dense(layer: nn.Module | None) -> bool:
+def is_dense(layer: Any) -> bool:
     """A Linear, or a convolution with a kernel of one position, without groups, stride or padding."""
     if type(layer) is nn.Linear:
         return True
@@ -53,7 +55,7 @@ def is_dense(layer: nn.Module | None) -> bool:
     )
 
 
-def is_channel_convolution(layer: nn.Module | None, *, padded: bool) -> bool:
+def is_channel_convolution(layer: Any, *, padded: bool) -> bool:
     """ECA's Conv1d over the channels: one row in, one out, odd kernel, zero padding that keeps the length."""
     if type(layer) is not nn.Conv1d or layer.padding_mode != "zeros":
         return False
@@ -71,7 +73,7 @@ def bias_of(block: nn.Module, path: str) -> str | None:
     return f"{path}.bias" if block.get_submodule(path).bias is not None else None
 
 
-def two_dense_layers(block: nn.Module, first: str, second: str) -> dict[str, str | None]:
+def two_dense_layers(block: nn.Module, first: str, second: str) -> dict[str, Any]:
     """The parameters' paths of a bottleneck."""
     return {
         "weight1": f"{first}.weight",

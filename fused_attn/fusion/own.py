@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from .registry import ChannelGate, Recipe, register
 
@@ -10,14 +10,19 @@ _MODULE = "fused_attn.reference.squeeze_excite"
 
 
 @register(f"{_MODULE}.SqueezeExcite", f"{_MODULE}.EffectiveSE", f"{_MODULE}.ECA")
-def reference_module(block: nn.Module) -> Recipe | str:
+def reference_module(block: Any) -> Recipe | str:
     if block.return_gate or block.post_activation != "identity":
         return "returns its gate alone or has an epilogue; use fused_attn.nn"
     layers = [name for name, _ in block.named_children()]
-    paths = [f"{layer}.{name}" for layer in layers for name in ("weight", "bias")]
     present = dict(block.named_parameters())
+    parameters: dict[str, Any] = {
+        f"{kind}{i}": path
+        for i, layer in enumerate(layers, 1)
+        for kind in ("weight", "bias")
+        if (path := f"{layer}.{kind}") in present
+    }
     return ChannelGate(
-        *(path if path in present else None for path in paths),
+        **parameters,
         layer=block.layer,
         pool=block.pool,
         ties=block.ties,

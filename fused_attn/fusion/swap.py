@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ def bypassed_hooks(block: nn.Module) -> str | None:
     return None
 
 
-def _is_hooked(layer: nn.Module) -> bool:
+def _is_hooked(layer: Any) -> bool:
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
@@ -40,10 +39,17 @@ def _is_hooked(layer: nn.Module) -> bool:
     )
 
 
+def _split(path: str | None) -> tuple[str, str] | None:
+    if path is None:
+        return None
+    layer, _, name = path.rpartition(".")
+    return layer, name
+
+
 def plan(block: nn.Module, recipe: Recipe) -> Plan:
     paths = () if isinstance(recipe, SplitGate) else (recipe.weight1, recipe.bias1, recipe.weight2, recipe.bias2)
     layers = tuple((name, type(layer)) for name, layer in block.named_modules() if layer is not block)
-    return Plan(recipe, tuple(path and tuple(path.rpartition(".")[::2]) for path in paths), layers)
+    return Plan(recipe, tuple(_split(path) for path in paths), layers)
 
 
 def intact(block: nn.Module, plan: Plan) -> bool:
@@ -88,8 +94,17 @@ def run(block: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     return functional.scale(x, recipe.excite(block, descriptor), residual=residual)
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def fused_class(host: type[nn.Module]) -> type[nn.Module]:
+    """The one fused subclass of a host's class."""
+    if host not in _CLASSES:
+        _CLASSES[host] = _make_fused_class(host)
+    return _CLASSES[host]
+
+
+def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a host's class whose instances run fused. It copies and pickles as the host's class."""
 
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

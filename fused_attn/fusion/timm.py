@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .layers import activation_name, bias_of, is_channel_convolution, is_dense, two_dense_layers
 from .registry import ChannelGate, Recipe, SplitGate, register
 
 
-def _pooling(block: nn.Module) -> dict[str, str]:
+def _pooling(block: Any) -> dict[str, Any]:
     return {"pool": "avgmax" if getattr(block, "add_maxpool", False) else "avg", "ties": "even"}
 
 
-def _excite_se(block: nn.Module, descriptor: Tensor) -> Tensor:
+def _excite_se(block: Any, descriptor: Tensor) -> Tensor:
     s = block.fc1(descriptor[:, :, None, None])
     return block.gate(block.fc2(block.act(block.bn(s))))
 
 
 @register("timm.layers.squeeze_excite.SEModule")
-def se_module(block: nn.Module) -> Recipe:
+def se_module(block: Any) -> Recipe:
     activation, gate = activation_name(block.act), activation_name(block.gate)
     dense = is_dense(block.fc1) and is_dense(block.fc2) and type(block.bn) is nn.Identity
     if not dense or activation is None or gate is None:
@@ -27,17 +29,17 @@ def se_module(block: nn.Module) -> Recipe:
 
 
 @register("timm.layers.squeeze_excite.SqueezeExciteCl")
-def squeeze_excite_cl(block: nn.Module) -> str:
+def squeeze_excite_cl(block: Any) -> str:
     return "takes (B, H, W, C); the fused functions take (B, C, H, W)"
 
 
-def _excite_squeeze_excite(block: nn.Module, descriptor: Tensor) -> Tensor:
+def _excite_squeeze_excite(block: Any, descriptor: Tensor) -> Tensor:
     s = block.conv_reduce(descriptor[:, :, None, None])
     return block.gate(block.conv_expand(block.act1(s)))
 
 
 @register("timm.models._efficientnet_blocks.SqueezeExcite")
-def squeeze_excite(block: nn.Module) -> Recipe:
+def squeeze_excite(block: Any) -> Recipe:
     activation, gate = activation_name(block.act1), activation_name(block.gate)
     dense = is_dense(block.conv_reduce) and is_dense(block.conv_expand)
     if not dense or activation is None or gate is None:
@@ -45,19 +47,19 @@ def squeeze_excite(block: nn.Module) -> Recipe:
     return ChannelGate(**two_dense_layers(block, "conv_reduce", "conv_expand"), activation=activation, gate=gate)
 
 
-def _excite_effective(block: nn.Module, descriptor: Tensor) -> Tensor:
+def _excite_effective(block: Any, descriptor: Tensor) -> Tensor:
     return block.gate(block.fc(descriptor[:, :, None, None]))
 
 
 @register("timm.layers.squeeze_excite.EffectiveSEModule")
-def effective_se(block: nn.Module) -> Recipe:
+def effective_se(block: Any) -> Recipe:
     gate = activation_name(block.gate)
     if not is_dense(block.fc) or gate is None:
         return SplitGate(_excite_effective, **_pooling(block))
     return ChannelGate("fc.weight", bias_of(block, "fc"), **_pooling(block), gate=gate)
 
 
-def _excite_eca(block: nn.Module, descriptor: Tensor) -> Tensor:
+def _excite_eca(block: Any, descriptor: Tensor) -> Tensor:
     y = block.conv(descriptor[:, None])
     if block.conv2 is not None:
         y = block.conv2(block.act(y))
@@ -65,7 +67,7 @@ def _excite_eca(block: nn.Module, descriptor: Tensor) -> Tensor:
 
 
 @register("timm.layers.eca.EcaModule")
-def eca(block: nn.Module) -> Recipe:
+def eca(block: Any) -> Recipe:
     gate = activation_name(block.gate)
     if block.conv2 is not None or gate is None or not is_channel_convolution(block.conv, padded=True):
         return SplitGate(_excite_eca)
@@ -73,7 +75,7 @@ def eca(block: nn.Module) -> Recipe:
 
 
 @register("timm.layers.eca.CecaModule")
-def ceca(block: nn.Module) -> Recipe | str:
+def ceca(block: Any) -> Recipe | str:
     gate = activation_name(block.gate)
     if gate is None or not is_channel_convolution(block.conv, padded=False):
         return "its convolution or gate is not timm's"
@@ -83,14 +85,14 @@ def ceca(block: nn.Module) -> Recipe | str:
 
 
 @register("timm.models.senet.SEModule")
-def legacy_se(block: nn.Module) -> Recipe | str:
+def legacy_se(block: Any) -> Recipe | str:
     if not (is_dense(block.fc1) and is_dense(block.fc2) and activation_name(block.relu) == "relu"):
         return "its layers are not timm's"
     return ChannelGate(**two_dense_layers(block, "fc1", "fc2"))
 
 
 @register("timm.models.hgnet.EseModule")
-def hgnet_ese(block: nn.Module) -> Recipe | str:
+def hgnet_ese(block: Any) -> Recipe | str:
     if not is_dense(block.conv):
         return "its layer is not timm's"
     return ChannelGate("conv.weight", bias_of(block, "conv"))

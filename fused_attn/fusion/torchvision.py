@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .layers import activation_name, is_dense, two_dense_layers
 from .registry import ChannelGate, Recipe, SplitGate, register
 
 
-def _excite(block: nn.Module, descriptor: Tensor) -> Tensor:
+def _excite(block: Any, descriptor: Tensor) -> Tensor:
     s = block.activation(block.fc1(descriptor[:, :, None, None]))
     return block.scale_activation(block.fc2(s))
 
 
 @register("torchvision.ops.misc.SqueezeExcitation")
-def squeeze_excitation(block: nn.Module) -> Recipe | str:
+def squeeze_excitation(block: Any) -> Recipe | str:
     if type(block.avgpool) is not nn.AdaptiveAvgPool2d or block.avgpool.output_size not in (1, (1, 1)):
         return "its pool is not global"
     activation, gate = activation_name(block.activation), activation_name(block.scale_activation)

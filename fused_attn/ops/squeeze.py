@@ -81,8 +81,8 @@ def _differentiable(ctx, x, affine_weight, affine_bias, grad_avg, grad_max):
             affine=affine,
             pre_activation=ACTIVATION_NAMES[pre_activation],
         )
-        pooled = (pooled,) if isinstance(pooled, Tensor) else pooled
-        return [p for p, g in zip(pooled, grads, strict=True) if g is not None]
+        outputs = (pooled,) if isinstance(pooled, Tensor) else pooled
+        return [p for p, g in zip(outputs, grads, strict=True) if g is not None]
 
     grads = {0: (grad_avg,), 1: (grad_max,), 2: (grad_avg, grad_max)}[pool]
     return differentiable_backward(

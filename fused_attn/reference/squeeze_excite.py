@@ -10,6 +10,8 @@ from ..codes import ACTIVATIONS, FUNCTIONS, POOLS, TIES, code
 from .channel_gate import channel_gate, excite
 from .squeeze import per_channel, squeeze
 
+Excitation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 def positive_int(argument: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -84,7 +86,7 @@ class _ChannelGate(nn.Module):
         self.layer, self.pool, self.ties, self.activation, self.gate = layer, pool, ties, activation, gate
         self.post_activation, self.return_gate = post_activation, return_gate
 
-    def _excitation(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def _excitation(self) -> Excitation:
         """weight1, bias1, weight2, bias2."""
         raise NotImplementedError
 
@@ -149,7 +151,7 @@ class SqueezeExcite(_ChannelGate):
         self.fc1 = nn.Linear(channels, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
 
-    def _excitation(self):
+    def _excitation(self) -> Excitation:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
 
@@ -179,7 +181,7 @@ class EffectiveSE(_ChannelGate):
         )
         self.fc = nn.Linear(channels, channels, bias=bias)
 
-    def _excitation(self):
+    def _excitation(self) -> Excitation:
         return self.fc.weight, self.fc.bias, None, None
 
 
@@ -218,5 +220,5 @@ class ECA(_ChannelGate):
             raise ValueError(f"kernel_size: expected an odd number; got {kernel_size}")
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def _excitation(self):
+    def _excitation(self) -> Excitation:
         return self.conv.weight, None, None, None

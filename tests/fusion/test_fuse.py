@@ -295,3 +295,14 @@ print(sorted({"timm", "torchvision", "monai"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_warmup_leaves_everything_as_it_is():
+    net = fuse(nn.Sequential(Net(), nn.BatchNorm2d(16), nn.Dropout()))
+    before = copy.deepcopy(net.state_dict())
+    random_state = torch.get_rng_state()
+    assert fused_attn.warmup(net, X) == 3
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters()) and net.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not net[0].a._forward_pre_hooks

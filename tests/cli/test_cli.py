@@ -1,0 +1,203 @@
+"""The shell command as a user meets it: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fused_attn import cli, demo, verify
+from fused_attn.bench import blocks
+from fused_attn.bench.measure import Figure, Timing, geometric_means
+
+PNG = b"\x89PNG"
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli.main, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(cli.console, "_width", 200)
+
+
+@pytest.fixture(autouse=True)
+def console_writes_where_click_looks(monkeypatch):
+    """rich keeps the stream it was made with; click's runner swaps sys.stdout for each call."""
+    monkeypatch.setattr(cli.console, "_file", None)
+
+
+@pytest.mark.parametrize("command", ["demo", "verify", "bench", "info"])
+def test_help(command):
+    assert "--help" in run(command, "--help")
+
+
+def test_info():
+    text = run("info")
+    assert torch.__version__ in text and "channel_gate" in text
+    record = json.loads(run("info", "--json"))
+    assert set(record) == {"versions", "devices", "built", "serving"}
+    assert len(record["serving"]) == 6
+
+
+@pytest.mark.slow  # about 20 s
+def test_demo_is_quick_and_writes_a_picture(tmp_path):
+    out = tmp_path / "pictures" / "demo.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_attn", "demo", "--quick", "--out", out], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "original" in done.stdout and "fused" in done.stdout
+    assert out.read_bytes().startswith(PNG)
+
+
+def test_demo_trains_the_same_network():
+    original, fused = demo.train(steps=3, batch=8)
+    torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
+    assert type(fused.model.blocks[0].layers[6]).__name__ == "FusedSEBlock"
+
+
+def test_verify_blocks():
+    text = run("verify", "--dtype", "float32", "--dtype", "float16")
+    assert f"{4 * len(verify.BLOCKS)} of {4 * len(verify.BLOCKS)} checks passed" in text
+
+
+RIGHT = """
+import torch
+from torch import nn
+from fused_attn.fusion import ChannelGate, register
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x * self.up(self.down(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]
+
+@register(Mine)
+def _(block):
+    return ChannelGate("down.weight", "down.bias", "up.weight", "up.bias")
+
+def model():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Mine())
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_verify_a_file(tmp_path, wrong):
+    """A block registered with the wrong gate is found, and ends in exit code 1."""
+    source = RIGHT.replace("class Mine", f"class Mine{wrong}").replace("Mine()", f"Mine{wrong}()")
+    source = source.replace("@register(Mine)", f"@register(Mine{wrong})")
+    if wrong:
+        source = source.replace('"up.bias")', '"up.bias", gate="hard_sigmoid")')
+    path = tmp_path / f"mine_{wrong}.py"
+    path.write_text(source)
+    text = run("verify", "--model", f"{path}:model", "--shape", "2x3x12x12", code=int(wrong))
+    assert ("MISS" in text) == wrong
+
+
+@pytest.mark.slow  # about 20 s
+def test_verify_everything():
+    assert "checks passed" in run("verify", "--all", "--dtype", "float32", "--layout", "nchw")
+
+
+@pytest.mark.slow  # compiles a few small blocks, about 30 s
+def test_bench_writes_figures_and_a_picture(tmp_path):
+    figures, picture = tmp_path / "out" / "b.json", tmp_path / "b.png"
+    text = run("bench", "--quick", "--no-models", "--ops", "se", "--json", str(figures), "--plot", str(picture))
+    assert "geometric means" in text
+    record = json.loads(figures.read_text())
+    assert record["complete"] and record["environment"]["torch"] == torch.__version__
+    assert {f["case"]["pass"] for f in record["figures"]} == {"forward", "forward + backward"}
+    assert all(len(t["seconds"]) >= 7 for f in record["figures"] for t in f["timings"].values())
+    assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow  # two small networks, about 15 s
+def test_bench_measures_the_attention_tax(tmp_path):
+    path = tmp_path / "b.json"
+    text = run("bench", "--quick", "--no-blocks", "--no-compile", "--json", str(path))
+    assert "attention tax" in text
+    (first, second) = json.loads(path.read_text())["figures"]
+    assert set(first["facts"]["attention tax"]) == {"eager", "fused"} and second["case"]["pass"] == "training"
+
+
+def test_interrupted_bench_keeps_what_it_has(tmp_path, monkeypatch):
+    def interrupted(name, shape, *args, **kwargs):
+        if name == "eca":
+            raise KeyboardInterrupt
+        case = {"block": name, "pass": "forward", "dtype": "float32", "layout": "nchw", "shape": list(shape)}
+        yield Figure(case, {"eager": Timing([2.0] * 5), "fused": Timing([1.0] * 5)})
+
+    monkeypatch.setattr(blocks, "measure_block", interrupted)
+    path = tmp_path / "b.json"
+    text = run("bench", "--quick", "--no-models", "--json", str(path), code=130)
+    assert "interrupted" in text
+    record = json.loads(path.read_text())
+    assert not record["complete"] and record["figures"]
+
+
+def test_means_are_of_ratios():
+    def figure(shape, eager):
+        return Figure({"block": "se", "shape": shape}, {"eager": Timing([eager] * 3), "fused": Timing([1.0] * 3)})
+
+    (row,) = geometric_means([figure([1], 2.0), figure([2], 8.0)])
+    assert row["eager / fused"] == pytest.approx(4.0) and row["worst eager"] == 2.0
+
+
+MISTAKES = {
+    "a model that is not there": ["verify", "--model", "timm:no_such_network"],
+    "a library that is not there": ["verify", "--model", "no_such_library:factory"],
+    "a file that is not there": ["verify", "--model", "no/such/file.py:factory"],
+    "no factory": ["verify", "--model", "resnet50"],
+    "nothing to fuse": ["verify", "--model", "torch.nn:Identity"],
+    "no module": ["verify", "--model", "builtins:dict"],
+    "a shape": ["bench", "--shapes", "32-256"],
+    "a block": ["bench", "--ops", "attention"],
+    "a pair": ["bench", "--no-blocks", "--pair", "timm:resnet50"],
+    "a device": ["verify", "--device", "warp"],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_line(mistake):
+    result = CliRunner().invoke(cli.main, MISTAKES[mistake])
+    assert result.exit_code == 2, result.output
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fused-attn: "), result.output
+
+
+def test_a_missing_package_is_named_in_one_line():
+    code = "import sys; sys.modules['click'] = None; import fused_attn.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "fused-attn: click is not installed; pip install 'fused_attn[bench]'"
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_gpu_suite_says_that_there_is_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "benchmarks.gpu: no CUDA device here; --dry-run runs the same code on the CPU"
+
+
+@pytest.mark.slow  # compiles a few small blocks, about 30 s
+def test_gpu_suite_runs_dry(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dry run: no GPU figures" in done.stdout and "WRONG" not in done.stdout
+    assert not list(tmp_path.iterdir())
