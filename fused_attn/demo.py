@@ -39,39 +39,26 @@ def _(block: SEBlock) -> ChannelGate:
     return ChannelGate("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias", activation="relu", gate="sigmoid")
 
 
-class InvertedResidual(nn.Module):
-    """1x1 convolution up, depthwise 3x3, squeeze-and-excitation, 1x1 convolution down, as in MobileNetV3."""
-
-    def __init__(self, channels: int, expansion: int = 4) -> None:
-        super().__init__()
-        width = channels * expansion
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            SEBlock(width),
-            nn.Conv2d(width, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+def stage(channels: int, width: int, stride: int) -> list[nn.Module]:
+    """Convolution 3x3, BatchNorm, ReLU, squeeze-and-excitation."""
+    return [
+        nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        SEBlock(width),
+    ]
 
 
 class DigitsNet(nn.Module):
-    """Four inverted residuals at 32 x 32, then a linear classifier."""
+    """Three stages at 32 x 32, 16 x 16 and 8 x 8, each with squeeze-and-excitation, then a linear classifier."""
 
-    def __init__(self, channels: int = 24, blocks: int = 4) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(inplace=True))
-        self.blocks = nn.Sequential(*(InvertedResidual(channels) for _ in range(blocks)))
-        self.head = nn.Linear(channels, 10)
+        self.stages = nn.Sequential(*stage(1, width, 1), *stage(width, width, 2), *stage(width, 2 * width, 2))
+        self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return self.head(self.stages(x).mean((2, 3)))
 
 
 @dataclass

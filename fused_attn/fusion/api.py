@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from .registry import ChannelGate, Recipe, recognise
-from .swap import bypassed_hooks, host_class, restore, swap
+from .registry import Recipe, recognise
+from .swap import bypassed_hooks, host_class, refuse_sharded, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,8 +19,8 @@ class FusionError(ValueError):
 def decide(block: nn.Module) -> Recipe | str | None:
     """The recipe to fuse a block by; a string: why it is left alone; None: not a block we know."""
     recipe = recognise(block)
-    if isinstance(recipe, ChannelGate):
-        hooked = bypassed_hooks(block)
+    if recipe is not None and not isinstance(recipe, str):
+        hooked = bypassed_hooks(block, recipe)
         if hooked is not None:
             return f"{hooked} carries a hook or a forward of its own, which the fused block would skip"
     return recipe
@@ -61,10 +61,12 @@ def unfuse(model: Model) -> Model:
 
     Raises:
         TypeError: model is no `nn.Module`.
-        RuntimeError: it was sharded (fully_shard) after it was fused.
+        RuntimeError: it was sharded (fully_shard) after it was fused; nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
+    for block in model.modules():
+        refuse_sharded(block)
     for block in model.modules():
         restore(block)
     return model

@@ -68,16 +68,16 @@ def is_channel_convolution(layer: Any, *, padded: bool) -> bool:
     )
 
 
-def bias_of(block: nn.Module, path: str) -> str | None:
-    """Path of a layer's bias, None if it has none."""
-    return f"{path}.bias" if block.get_submodule(path).bias is not None else None
+def bias_of(path: str) -> str:
+    """Path of a layer's bias. It is read at every call, so that one set or taken away later counts."""
+    return f"{path}.bias"
 
 
-def two_dense_layers(block: nn.Module, first: str, second: str) -> dict[str, Any]:
+def two_dense_layers(first: str, second: str) -> dict[str, Any]:
     """The parameters' paths of a bottleneck."""
     return {
         "weight1": f"{first}.weight",
-        "bias1": bias_of(block, first),
+        "bias1": bias_of(first),
         "weight2": f"{second}.weight",
-        "bias2": bias_of(block, second),
+        "bias2": bias_of(second),
     }

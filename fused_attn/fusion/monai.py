@@ -31,5 +31,5 @@ def channel_se(block: Any) -> Recipe | str:
     if len(layers) == 4 and all(is_dense(layer) for layer in layers[::2]):
         activation, gate = activation_name(layers[1]), activation_name(layers[3])
         if activation is not None and gate is not None:
-            return ChannelGate(**two_dense_layers(block, "fc.0", "fc.2"), activation=activation, gate=gate, **common)
-    return SplitGate(_excite, **common)
+            return ChannelGate(**two_dense_layers("fc.0", "fc.2"), activation=activation, gate=gate, **common)
+    return SplitGate(_excite, **common, bypassed=("avg_pool",))

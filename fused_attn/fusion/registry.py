@@ -2,7 +2,7 @@
 
 An adapter is a function from a block to a `ChannelGate` or `SplitGate`, registered for its exact class, or to a
 string that says why this one is left alone. It runs once, at `fuse`; parameters are read at every call.
-Classes are known by their qualified names, so that no host library is imported for it.
+A class is known by itself, or, where its library must not be imported for it, by its qualified name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class ChannelGate:
 class SplitGate:
     """A block whose excitation is not one we fuse: `squeeze`, the block's own layers, `scale`.
 
-    excite(block, descriptor): from the (B, C) descriptor to the gate, (B, C) or (B, C, 1, ...).
+    excite(block, descriptor): from the (B, C) descriptor to the gate, (B, C) or (B, C, 1, ...). bypassed: paths of
+    the layers it does not run (the pool), whose hooks would be skipped.
     """
 
     excite: Callable[[nn.Module, Tensor], Tensor]
@@ -47,12 +48,13 @@ class SplitGate:
     ties: str = "first"
     adds_input: bool = False
     rank: int | None = 4
+    bypassed: tuple[str, ...] = ()
 
 
 Recipe = ChannelGate | SplitGate
 Adapter = Callable[[nn.Module], "Recipe | str"]
 
-ADAPTERS: dict[str, Adapter] = {}
+ADAPTERS: dict[type | str, Adapter] = {}
 
 
 def qualified_name(cls: type) -> str:
@@ -71,7 +73,7 @@ def register(*classes: type | str) -> Callable[[Adapter], Adapter]:
 
     def add(adapter: Adapter) -> Adapter:
         for cls in classes:
-            ADAPTERS[cls if isinstance(cls, str) else qualified_name(cls)] = adapter
+            ADAPTERS[cls] = adapter
         return adapter
 
     return add
@@ -79,7 +81,11 @@ def register(*classes: type | str) -> Callable[[Adapter], Adapter]:
 
 def known_class(cls: type) -> type | None:
     """The class itself or the base of it that an adapter is registered for."""
-    return next((base for base in cls.__mro__ if qualified_name(base) in ADAPTERS), None)
+    return next((base for base in cls.__mro__ if adapter_of(base) is not None), None)
+
+
+def adapter_of(cls: type) -> Adapter | None:
+    return ADAPTERS.get(cls) or ADAPTERS.get(qualified_name(cls))
 
 
 def recognise(block: nn.Module) -> Recipe | str | None:
@@ -93,7 +99,26 @@ def recognise(block: nn.Module) -> Recipe | str | None:
     changed = changed_by_subclass(cls, known)
     if changed:
         return changed
-    return ADAPTERS[qualified_name(known)](block)
+    adapter = adapter_of(known)
+    assert adapter is not None
+    recipe = adapter(block)
+    if isinstance(recipe, ChannelGate):
+        return swapped_layer(block, recipe) or recipe
+    return recipe
+
+
+_DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def swapped_layer(block: nn.Module, recipe: ChannelGate) -> str | None:
+    """Why a layer whose weight is read cannot be bypassed: LoRA and (fake-)quantised layers have a `weight` too,
+    so that an adapter which only names the path would drop what they add to it."""
+    for path in (recipe.weight1, recipe.weight2):
+        owner = block.get_submodule(path.rpartition(".")[0]) if path else block
+        plain = _DENSE if recipe.layer == "dense" else (nn.Conv1d,)
+        if owner is not block and type(owner) not in plain:
+            return f"{path} belongs to a {type(owner).__name__}, not to a plain layer"
+    return None
 
 
 def changed_by_subclass(cls: type, known: type) -> str | None:

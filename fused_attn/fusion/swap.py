@@ -18,15 +18,23 @@ class Plan(NamedTuple):
 
     recipe: Recipe
     parameters: tuple[tuple[str, str] | None, ...]  # (submodule, name) of weight1, bias1, weight2, bias2
-    layers: tuple[tuple[str, type], ...]
+    # parent (None: the block itself, which must not be in its own plan: a cycle would keep its memory), name, layer,
+    # its class, whether it is bypassed
+    layers: tuple[tuple[nn.Module | None, str, nn.Module, type, bool], ...]
+    sizes: tuple[tuple[nn.Module | None, int], ...]  # the number of children of each, so that an added one shows
+    options: tuple[tuple[str, Any], ...]  # the block's own plain attributes
 
 
-def bypassed_hooks(block: nn.Module) -> str | None:
-    """The first layer below the block that carries a hook, or a forward of its own, which a fused block would skip."""
+def bypassed_hooks(block: nn.Module, recipe: Recipe) -> str | None:
+    """The first bypassed layer that carries a hook, or a forward of its own, which a fused block would skip."""
     for name, layer in block.named_modules():
-        if layer is not block and _is_hooked(layer):
+        if layer is not block and _is_bypassed(name, recipe) and _is_hooked(layer):
             return name
     return None
+
+
+def _is_bypassed(name: str, recipe: Recipe) -> bool:
+    return isinstance(recipe, ChannelGate) or name in recipe.bypassed
 
 
 def _is_hooked(layer: Any) -> bool:
@@ -48,20 +56,37 @@ def _split(path: str | None) -> tuple[str, str] | None:
 
 def plan(block: nn.Module, recipe: Recipe) -> Plan:
     paths = () if isinstance(recipe, SplitGate) else (recipe.weight1, recipe.bias1, recipe.weight2, recipe.bias2)
-    layers = tuple((name, type(layer)) for name, layer in block.named_modules() if layer is not block)
-    return Plan(recipe, tuple(_split(path) for path in paths), layers)
+    modules: dict[str, nn.Module | None] = dict(block.named_modules(remove_duplicate=False))
+    modules[""] = None
+    layers = tuple(
+        (modules[name.rpartition(".")[0]], name.rpartition(".")[2], layer, type(layer), _is_bypassed(name, recipe))
+        for name, layer in modules.items()
+        if layer is not None
+    )
+    sizes = tuple((module, len((block if module is None else module)._modules)) for module in modules.values())
+    return Plan(recipe, tuple(_split(path) for path in paths), layers, sizes, _options(block))
+
+
+def _options(block: nn.Module) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (key, value)
+        for key, value in block.__dict__.items()
+        if key != "training" and not key.startswith("_") and isinstance(value, (bool, int, float, str))
+    )
 
 
 def intact(block: nn.Module, plan: Plan) -> bool:
-    """Whether the layers are those seen at `fuse`: no LoRA put in since, no hook, no other activation."""
-    split = isinstance(plan.recipe, SplitGate)
-    for name, kind in plan.layers:
-        layer: Any = block
-        for part in name.split("."):
-            layer = layer._modules.get(part)
-            if layer is None:
-                return False
-        if type(layer) is not kind or (not split and _is_hooked(layer)):
+    """Whether block and layers are those seen at `fuse`: none put in (LoRA), added, hooked or set differently since."""
+    for parent, name, layer, kind, bypassed in plan.layers:
+        owner = block if parent is None else parent
+        if owner._modules.get(name) is not layer or type(layer) is not kind or (bypassed and _is_hooked(layer)):
+            return False
+    for parent, size in plan.sizes:
+        if len((block if parent is None else parent)._modules) != size:
+            return False
+    own = block.__dict__
+    for key, value in plan.options:  # noqa: SIM110  (a loop costs less than a generator, and this runs at every call)
+        if own.get(key) != value:
             return False
     return True
 
@@ -107,11 +132,15 @@ def fused_class(host: type[nn.Module]) -> type[nn.Module]:
 def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a host's class whose instances run fused. It copies and pickles as the host's class."""
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         plan: Plan = self.__dict__[PLAN]
-        expected = not args and not kwargs and plan.recipe.rank in (None, x.dim())
+        if len(args) != 1 or kwargs:  # by keyword: hosts name it differently
+            return host.forward(self, *args, **kwargs)
+        (x,) = args
+        # What is no tensor is torch.fx's proxy, or an error that is the host's to raise.
+        expected = isinstance(x, Tensor) and plan.recipe.rank in (None, x.dim())
         if not expected or not intact(self, plan):
-            return host.forward(self, x, *args, **kwargs)
+            return host.forward(self, x)
         return run(self, plan, x)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple:
@@ -153,16 +182,16 @@ def swap(block: nn.Module, recipe: Recipe) -> None:
     block.__class__ = fused_class(type(block))
 
 
-def restore(block: nn.Module) -> None:
-    """Undo `swap`.
-
-    Raises:
-        RuntimeError: the block was sharded after it was fused.
-    """
+def refuse_sharded(block: nn.Module) -> None:
+    """Raise RuntimeError where a block was sharded after it was fused: its class is no longer ours to change."""
     host = host_class(block)
-    if host is None:
-        return
-    if type(block) is not fused_class(host):
+    if host is not None and type(block) is not fused_class(host):
         raise RuntimeError(f"{type(block).__name__} was sharded after it was fused; unfuse before fully_shard")
-    block.__class__ = host
-    del block.__dict__[PLAN]
+
+
+def restore(block: nn.Module) -> None:
+    """Undo `swap`, where `refuse_sharded` lets it."""
+    host = host_class(block)
+    if host is not None:
+        block.__class__ = host
+        del block.__dict__[PLAN]

@@ -25,7 +25,7 @@ def se_module(block: Any) -> Recipe:
     dense = is_dense(block.fc1) and is_dense(block.fc2) and type(block.bn) is nn.Identity
     if not dense or activation is None or gate is None:
         return SplitGate(_excite_se, **_pooling(block))
-    return ChannelGate(**two_dense_layers(block, "fc1", "fc2"), **_pooling(block), activation=activation, gate=gate)
+    return ChannelGate(**two_dense_layers("fc1", "fc2"), **_pooling(block), activation=activation, gate=gate)
 
 
 @register("timm.layers.squeeze_excite.SqueezeExciteCl")
@@ -44,7 +44,7 @@ def squeeze_excite(block: Any) -> Recipe:
     dense = is_dense(block.conv_reduce) and is_dense(block.conv_expand)
     if not dense or activation is None or gate is None:
         return SplitGate(_excite_squeeze_excite)
-    return ChannelGate(**two_dense_layers(block, "conv_reduce", "conv_expand"), activation=activation, gate=gate)
+    return ChannelGate(**two_dense_layers("conv_reduce", "conv_expand"), activation=activation, gate=gate)
 
 
 def _excite_effective(block: Any, descriptor: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def effective_se(block: Any) -> Recipe:
     gate = activation_name(block.gate)
     if not is_dense(block.fc) or gate is None:
         return SplitGate(_excite_effective, **_pooling(block))
-    return ChannelGate("fc.weight", bias_of(block, "fc"), **_pooling(block), gate=gate)
+    return ChannelGate("fc.weight", bias_of("fc"), **_pooling(block), gate=gate)
 
 
 def _excite_eca(block: Any, descriptor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def eca(block: Any) -> Recipe:
     gate = activation_name(block.gate)
     if block.conv2 is not None or gate is None or not is_channel_convolution(block.conv, padded=True):
         return SplitGate(_excite_eca)
-    return ChannelGate("conv.weight", bias_of(block, "conv"), layer="conv", gate=gate)
+    return ChannelGate("conv.weight", bias_of("conv"), layer="conv", gate=gate)
 
 
 @register("timm.layers.eca.CecaModule")
@@ -81,18 +81,18 @@ def ceca(block: Any) -> Recipe | str:
         return "its convolution or gate is not timm's"
     if block.padding != block.conv.kernel_size[0] // 2:
         return "its padding does not keep the number of channels"
-    return ChannelGate("conv.weight", bias_of(block, "conv"), layer="circular", gate=gate)
+    return ChannelGate("conv.weight", bias_of("conv"), layer="circular", gate=gate)
 
 
 @register("timm.models.senet.SEModule")
 def legacy_se(block: Any) -> Recipe | str:
     if not (is_dense(block.fc1) and is_dense(block.fc2) and activation_name(block.relu) == "relu"):
         return "its layers are not timm's"
-    return ChannelGate(**two_dense_layers(block, "fc1", "fc2"))
+    return ChannelGate(**two_dense_layers("fc1", "fc2"))
 
 
 @register("timm.models.hgnet.EseModule")
 def hgnet_ese(block: Any) -> Recipe | str:
     if not is_dense(block.conv):
         return "its layer is not timm's"
-    return ChannelGate("conv.weight", bias_of(block, "conv"))
+    return ChannelGate("conv.weight", bias_of("conv"))

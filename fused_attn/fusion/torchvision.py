@@ -21,5 +21,5 @@ def squeeze_excitation(block: Any) -> Recipe | str:
         return "its pool is not global"
     activation, gate = activation_name(block.activation), activation_name(block.scale_activation)
     if not (is_dense(block.fc1) and is_dense(block.fc2)) or activation is None or gate is None:
-        return SplitGate(_excite)
-    return ChannelGate(**two_dense_layers(block, "fc1", "fc2"), activation=activation, gate=gate)
+        return SplitGate(_excite, bypassed=("avgpool",))
+    return ChannelGate(**two_dense_layers("fc1", "fc2"), activation=activation, gate=gate)

@@ -62,7 +62,7 @@ def test_demo_is_quick_and_writes_a_picture(tmp_path):
 def test_demo_trains_the_same_network():
     original, fused = demo.train(steps=3, batch=8)
     torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
-    assert type(fused.model.blocks[0].layers[6]).__name__ == "FusedSEBlock"
+    assert type(fused.model.stages[3]).__name__ == "FusedSEBlock"
 
 
 def test_verify_blocks():

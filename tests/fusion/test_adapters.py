@@ -153,3 +153,30 @@ def test_channels_last_excitation_is_left_alone():
     block = timm_layers.squeeze_excite.SqueezeExciteCl(C)
     (row,) = explain(fuse(block))
     assert not row.fused and "(B, H, W, C)" in row.reason
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("name", "pool"), [("torchvision, softplus", "avgpool"), ("monai, prelu", "avg_pool")])
+def test_a_hook_on_the_pool_of_a_split_block_runs(name, pool, when):
+    block = randomised(name)
+    if when == "after":
+        fuse(block)
+    block.get_submodule(pool).register_forward_hook(lambda module, inputs, output: 5 * output)
+    cls = type(block).__mro__[1] if when == "after" else type(block)
+    fuse(block)
+    x = random(2, C, 5, 5)
+    assert torch.equal(block(x), cls.forward(block, x))
+    assert not explain(block)[0].fused
+
+
+def test_a_bias_set_after_fusing_counts():
+    block = fuse(timm_layers.SEModule(C, bias=False))
+    x = random(2, C, 5, 5)
+    block.fc2.bias = nn.Parameter(torch.full((C,), 2.0))
+    torch.testing.assert_close(block(x), timm_layers.SEModule.forward(block, x))
+
+
+def test_a_map_given_by_keyword():
+    block = tv_misc.SqueezeExcitation(C, 8)
+    x = random(2, C, 5, 5)
+    assert torch.equal(fuse(block)(input=x), tv_misc.SqueezeExcitation.forward(block, x))

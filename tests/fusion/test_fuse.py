@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -211,7 +213,10 @@ class LoRA(nn.Module):
         return self.base.weight
 
 
-@pytest.mark.parametrize("change", ["lora", "hook", "activation", "forward", "parametrization"])
+CHANGES = ["lora", "hook", "activation", "forward", "parametrization", "added layer", "class in place"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changes_made_after_fusing_count(change):
     block = fuse(SEBlock())
     x = random(2, 16, 5, 5)
@@ -224,6 +229,10 @@ def test_changes_made_after_fusing_count(change):
         block.fc[1] = nn.Tanh()
     elif change == "forward":
         block.fc[1].forward = lambda x: x + 1
+    elif change == "added layer":
+        block.fc.append(nn.Tanh())
+    elif change == "class in place":
+        block.fc[0].__class__ = Rounding
     else:
         nn.utils.parametrizations.weight_norm(block.fc[0])
         block.fc[0].parametrizations.weight.original0.data.mul_(2)
@@ -232,6 +241,80 @@ def test_changes_made_after_fusing_count(change):
     assert torch.equal(after, SEBlock.forward(block, x))
     row = explain(block)[0]
     assert not row.fused and row.reason == "changed since fuse"
+
+
+class Rounding(nn.Linear):
+    """As fake quantisation: a Linear whose weight is not what multiplies."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.sign(), self.bias)
+
+
+@pytest.mark.parametrize("layer", [LoRA, lambda base: Rounding(16, 4, bias=False)], ids=["lora", "fake quantised"])
+def test_a_swapped_layer_with_a_weight_is_refused(layer):
+    block = SEBlock()
+    block.fc[0] = layer(block.fc[0])
+    x = random(2, 16, 5, 5)
+    expected = block(x)
+    assert refusal(block).startswith("fc.0.weight belongs to a ")
+    assert torch.equal(block(x), expected)
+
+
+def test_a_copy_of_a_changed_block_is_not_fused_again():
+    block = fuse(SEBlock())
+    block.fc[0] = LoRA(block.fc[0])
+    x = random(2, 16, 5, 5)
+    assert torch.equal(copy.deepcopy(block)(x), SEBlock.forward(block, x))
+
+
+def test_options_changed_after_fusing_count():
+    block = fuse(reference.SqueezeExcite(16, reduction=4))
+    block.gate = "tanh"
+    x = random(2, 16, 5, 5)
+    assert torch.equal(block(x), reference.SqueezeExcite.forward(block, x))
+    assert explain(block)[0].reason == "changed since fuse"
+
+
+def test_a_class_of_the_same_name_is_another_class():
+    def make(factor):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(16, 16)
+
+            def forward(self, x):
+                return factor * x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+        return Block
+
+    known, other = make(1), make(7)
+    register(known)(lambda block: ChannelGate("fc.weight", "fc.bias"))
+    assert host_class(fuse(known())) is known
+    assert host_class(fuse(other())) is None
+
+
+def test_a_dropped_block_frees_its_memory_at_once():
+    block = fuse(SEBlock())
+    weight = weakref.ref(block.fc[0].weight)
+    gc.disable()
+    try:
+        del block
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_fused_block_in_a_model_is_traced_by_fx_as_the_original():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), fuse(SEBlock()))
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(X), net(X))
+
+
+def test_unfuse_of_a_sharded_model_changes_nothing():
+    net = fuse(nn.Sequential(SEBlock(), SEBlock()))
+    net[1].__class__ = type("FSDPBlock", (type(net[1]),), {})
+    with pytest.raises(RuntimeError, match="sharded after it was fused"):
+        unfuse(net)
+    assert host_class(net[0]) is SEBlock
 
 
 def test_weights_are_read_at_every_call():

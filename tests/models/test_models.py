@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fused_attn import explain, fuse
 from fused_attn.hosts import UnknownModel, build_model
-from tests.checks import random
+from tests.checks import largest, random
 
 #: name -> (blocks fused, input)
 MODELS = {
@@ -59,48 +59,69 @@ def labels_for(x: Tensor) -> Tensor:
     return torch.arange(len(x)) % 10
 
 
-@pytest.mark.slow  # up to 10 s a network
+def one_ulp_up(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.full_like(x, torch.inf))
+
+
+def assert_close(ours: Tensor, expected: Tensor, moved: Tensor, scale: float, name: str) -> None:
+    """As near to eager as eager is to itself with its input moved by one unit in the last place, within a factor.
+
+    In training mode a BatchNorm over a few values amplifies rounding by many orders; how many, only such a run tells.
+    """
+    allowed = 30 * (moved - expected).abs().max().item() + 1e-9 * scale
+    found = (ours - expected).abs().max().item()
+    assert found <= allowed, f"{name}: {found:.2e} is above {allowed:.2e}"
+
+
+@pytest.mark.slow  # up to 15 s a network
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_loss_and_gradients(name, training):
-    """float64: what remains is the order of summation, amplified by the depth; 1e-9 of the largest value bounds it."""
     blocks, shape = MODELS[name]
     original = build(name).train(training)
+    other = copy.deepcopy(original)
     fused = fuse(copy.deepcopy(original), strict=True)
     report = explain(fused)
     assert len(report) == blocks and all(row.fused for row in report)
     x = random(*shape, dtype=torch.float64)
     labels = labels_for(x)
     logits, loss, grads = gradients(original, x, labels)
+    moved_logits, moved_loss, moved_grads = gradients(other, one_ulp_up(x), labels)
     fused_logits, fused_loss, fused_grads = gradients(fused, x, labels)
-    torch.testing.assert_close(fused_logits, logits, rtol=0, atol=1e-9 * logits.abs().max().item())
-    torch.testing.assert_close(fused_loss, loss, rtol=1e-9, atol=0)
-    largest = max(g.abs().max().item() for g in grads.values())
+    assert_close(fused_logits, logits, moved_logits, largest(logits), "logits")
+    assert_close(fused_loss, loss, moved_loss, largest(loss), "loss")
+    scale = max(largest(g) for g in grads.values())
     for key, grad in grads.items():
-        torch.testing.assert_close(fused_grads[key], grad, rtol=0, atol=1e-8 * largest, msg=key)
+        assert_close(fused_grads[key], grad, moved_grads[key], scale, key)
     for key, value in original.state_dict().items():  # running statistics
-        torch.testing.assert_close(fused.state_dict()[key], value, rtol=1e-9, atol=1e-9, msg=key)
+        assert_close(fused.state_dict()[key].double(), value.double(), other.state_dict()[key].double(), 1.0, key)
 
 
-@pytest.mark.slow  # up to 30 s a network
+#: Learning rate and batch at which a network of random weights, so few images a BatchNorm, is not yet chaotic.
+STEPS = {"timm:regnety_016": (1e-5, 8), "monai:SEResNet50, 3-D": (1e-6, 4)}
+
+
+@pytest.mark.slow  # up to 40 s a network
 @pytest.mark.parametrize("name", MODELS)
 def test_twenty_steps_of_sgd_stay_together(name):
-    """In float64 rounding differences grow from 1e-16 by the training's own sensitivity; 1e-6 is far below any
-    difference in the function, which would show at the first step."""
-    shape = MODELS[name][1]
+    """The losses of 20 steps, beside those of eager with its first input moved by one unit in the last place."""
+    rate, batch = STEPS.get(name, (1e-5, 2))
+    shape = (batch, *MODELS[name][1][1:])
     original = build(name).train()
-    fused = fuse(copy.deepcopy(original))
     losses = []
-    for model in (original, fused):
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    models = copy.deepcopy(original), original, fuse(copy.deepcopy(original))
+    for model, nudge in zip(models, (False, True, False), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
         found = []
         for step in range(20):
             x = random(*shape, seed=step % 4, dtype=torch.float64)
-            loss = F.cross_entropy(model(x), labels_for(x))
+            loss = F.cross_entropy(model(one_ulp_up(x) if nudge and step == 0 else x), labels_for(x))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             found.append(loss.item())
-        losses.append(found)
-    assert losses[0][-1] != losses[0][0]
-    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-6, atol=1e-8)
+        losses.append(torch.tensor(found, dtype=torch.float64))
+    eager, moved, fused = losses
+    assert eager[-1] != eager[0]
+    drift, allowed = (fused - eager).abs().max().item(), 100 * (moved - eager).abs().max().item() + 1e-10
+    assert drift <= allowed < 1e-2, f"{drift:.2e} is above {allowed:.2e}"
