@@ -68,6 +68,7 @@ class Run:
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracy: float = 0.0
@@ -78,6 +79,7 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.schedule.step()
         self.seconds.append(time.perf_counter() - begin)
         self.losses.append(loss.item())
 
@@ -115,7 +117,8 @@ def train(
     runs = []
     for name, model in (("original", original), ("fused", fuse(copy.deepcopy(original)))):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        runs.append(Run(name, model, optimizer))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps + 1)
+        runs.append(Run(name, model, optimizer, schedule))
     images, labels, held_images, held_labels = digits()
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
