@@ -1,7 +1,7 @@
 """The integer codes by which options cross the dispatcher, and what each one means in PyTorch.
 
-Python functions take names; operators, C++ and Triton take the code. `csrc/codes.h` and
-`kernels/common.py` hold the same numbers; a test keeps the three together.
+Python functions take names; operators, C++ and Triton take the code. `csrc/codes.h` holds the same numbers; a test
+keeps the two together.
 """
 
 from __future__ import annotations

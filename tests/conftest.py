@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before fused_attn is imported: backend("triton") then runs on the CPU
 
 from fused_attn.hosts import define_torchvision_operators
 

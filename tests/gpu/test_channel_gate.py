@@ -1,4 +1,4 @@
-"""The resident kernels on a real device, judged beside eager; tests/emulate runs them without one."""
+"""Streaming (Triton) and resident (CUDA) kernels on a real device, judged beside eager."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 import fused_attn
 from fused_attn import functional, reference
+from fused_attn.backends import unavailable
 
 from ..checks import LAYOUTS, assert_equivalent, in_layout, random
 
@@ -17,12 +18,15 @@ pytestmark = pytest.mark.gpu
 HEADLINE = [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
 
 
-@pytest.fixture(autouse=True)
-def resident():
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def backend(request):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; this machine has none")
-    with fused_attn.backend("cuda"):
-        yield
+    reason = unavailable(request.param, "channel_gate", "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    with fused_attn.backend(request.param):
+        yield request.param
 
 
 def inputs_of(shape, dtype, layout, *, hidden=None, layer="dense", layers=2, affine=False, residual=False, batch=4):
@@ -99,6 +103,14 @@ def test_runs_agree_to_the_bit(layout):
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ["first", "even"])
+def test_a_split_maximum_with_ties(layout, ties):
+    inputs = inputs_of((64, 56, 56), torch.float32, layout, batch=1)
+    inputs["x"] = inputs["x"].mul(2).round()
+    check(inputs, pool="avgmax", ties=ties)
+
+
 def test_unaligned_views_and_gradients_of_any_strides():
     x = random(3, 5, 7, 7).to("cuda", torch.bfloat16)[1:].requires_grad_()  # 490 bytes into its storage
     y = functional.channel_gate(x, layer="dense")
@@ -108,7 +120,10 @@ def test_unaligned_views_and_gradients_of_any_strides():
     torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))
 
 
-def test_what_does_not_fit_says_so():
+def test_what_does_not_fit_says_so_or_streams(backend):
+    if backend == "triton":
+        check(inputs_of((256, 128, 128), torch.bfloat16, "nchw", batch=1))
+        return
     x = torch.zeros(1, 256, 128, 128, device="cuda")
     with pytest.raises(RuntimeError, match="does not fit the shared memory of a cluster"):
         functional.channel_gate(x)
@@ -124,3 +139,14 @@ def test_replays_from_a_cuda_graph():
         y.zero_()
         graph.replay()
     assert torch.equal(y, expected)
+
+
+def test_more_than_2_31_elements(backend):
+    """Offsets past 2**31, checked at both ends; 8.6 GB for x and y."""
+    if backend == "cuda":
+        pytest.skip("no cluster holds such a sample: the resident kernels refuse it")
+    x = torch.zeros(3, 1, 1 << 30, dtype=torch.bfloat16, device="cuda")
+    x[2, 0, -5:] = 1024.0
+    y = functional.channel_gate(x, gate="identity", pool="max")
+    assert y[2, 0, -6:].tolist() == [0.0] + [1024.0**2] * 5
+    assert not y[:2].any()

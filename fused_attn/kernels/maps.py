@@ -1,0 +1,281 @@
+"""Where a map's elements lie, and which program works on which of them.
+
+A map (B, C, *spatial) is seen as (B, C, S). Programs work on tiles of BLOCK_C channels x BLOCK_S positions, whose
+contiguous axis is the map's. C and S reach a kernel as `c_q * CV` and `s_q * SV`, CV and SV being the largest powers of
+two that a 16-byte load can use, so that the compiler sees the alignment of rows that are no multiple of 16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..codes import POOLS, TIES
+
+NCHW, CHANNELS_LAST = (tl.constexpr(i) for i in range(2))
+
+#: Integer arguments that must not make a new variant of a kernel when they are 1 or a multiple of 16.
+SIZES = ("c_q", "s_q", "n_cblk", "n_split", "blocks", "B", "H", "n_part", "width", "taps")
+
+
+@triton.jit
+def locate(n_cblk, n_split, LAYOUT: tl.constexpr, REVERSE: tl.constexpr):
+    """(sample, channel block, split) of this program, in the order of memory.
+
+    A second pass runs in REVERSE: what the first pass read last is still in the L2 cache.
+    """
+    pid = tl.program_id(0)
+    if REVERSE:
+        pid = tl.num_programs(0) - 1 - pid
+    if LAYOUT == CHANNELS_LAST:
+        cblk = pid % n_cblk
+        split = pid // n_cblk % n_split
+    else:
+        split = pid % n_split
+        cblk = pid // n_split % n_cblk
+    return (pid // (n_cblk * n_split)).to(tl.int64), cblk, split
+
+
+@triton.jit
+def tile_at(b, c0, s0, C, S, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(64-bit offset of a tile's first element, offsets within the tile, step to the next tile along space)."""
+    c = tl.arange(0, BLOCK_C)[:, None]
+    s = tl.arange(0, BLOCK_S)[None, :]
+    if LAYOUT == CHANNELS_LAST:
+        return (b * S + s0) * C + c0, c + s * C, (BLOCK_S * C).to(tl.int64)
+    else:
+        return (b * C + c0) * S + s0, c * S + s, tl.full((), BLOCK_S, tl.int64)
+
+
+@triton.jit
+def strided_tile_at(b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """tile_at for any strides."""
+    c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
+    s = tl.arange(0, BLOCK_S)[None, :].to(tl.int64)
+    first = b * stride_b + c0.to(tl.int64) * stride_c + s0.to(tl.int64) * stride_s
+    return first, c * stride_c + s * stride_s, tl.full((), BLOCK_S, tl.int64) * stride_s
+
+
+class Plan(NamedTuple):
+    """Programs over (sample, block of channels, split of space), each looping over its channels and `blocks` tiles."""
+
+    batch: int
+    channels: int
+    space: int
+    layout: int
+    block_k: int  # channels a program
+    block_c: int  # channels a tile
+    block_s: int  # positions a tile
+    n_cblk: int
+    n_split: int
+    blocks: int
+    lane: int  # elements a thread
+
+    @property
+    def programs(self) -> int:
+        return self.batch * self.n_cblk * self.n_split
+
+    @property
+    def parts(self) -> int:
+        """Programs, so rows of partial results, a sample."""
+        return self.n_cblk * self.n_split
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments that every kernel with passes over a map takes."""
+        vector = 16 // dtype.itemsize
+        cv, sv = math.gcd(self.channels, vector), math.gcd(max(self.space, 1), vector)
+        return {
+            "c_q": self.channels // cv,
+            "s_q": self.space // sv,
+            "n_cblk": self.n_cblk,
+            "n_split": self.n_split,
+            "blocks": self.blocks,
+            "CV": cv,
+            "SV": sv,
+            "LAYOUT": self.layout,
+            "BLOCK_K": self.block_k,
+            "BLOCK_C": self.block_c,
+            "BLOCK_S": self.block_s,
+            "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+            "num_warps": min(max(self.block_c * self.block_s // (32 * self.lane), 1), 4),
+        }
+
+
+# A thread has two 16-byte loads of each tensor in flight, or four elements where each is a load of its own (its address
+# takes two registers).
+LANE_BYTES, LANE_ALONE = 32, 4
+THREADS = 128
+SMALLEST_TILE = 512
+# Programs a multiprocessor that a launch aims at, and at most for one sample: each of a sample's programs sums what
+# all of them left (parts x hidden numbers), which must stay small beside the map.
+PROGRAMS_PER_SM = 8
+PARTS_PER_SM = 2
+CHANNELS_A_PROGRAM = 64
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; few for the interpreter, which runs programs one by one; an H100's for what is only compiled."""
+    if device.type == "cuda":
+        return _multiprocessors(device.index)
+    return 4 if device.type == "cpu" else 132
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _width(size: int, widest: int, narrowest: int) -> int:
+    """The widest power of two that covers `size` with at most 15 % idle lanes, else the least idle one."""
+    widest = min(widest, next_power_of_2(size))
+    widths = [1 << i for i in range(widest.bit_length() - 1, min(narrowest, widest).bit_length() - 2, -1)]
+    covered = {w: triton.cdiv(size, w) * w for w in widths}
+    return next((w for w in widths if covered[w] <= 1.15 * size), min(widths, key=lambda w: (covered[w], -w)))
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms: int) -> Plan:
+    """Tiles and programs for a map.
+
+    Rows of a tile are 128 to 512 bytes along the contiguous axis where the map has them; small maps take many channels
+    a tile and several tiles a program. Few samples: smaller tiles, fewer channels a program, space split.
+    """
+    size, wanted = max(space, 1), 2 * sms
+    contiguous = channels if layout == CHANNELS_LAST.value else size
+    lane = LANE_BYTES // itemsize if contiguous * itemsize % 8 == 0 else LANE_ALONE
+    tile = lane * THREADS
+    if layout == CHANNELS_LAST.value:
+        block_c = _width(channels, max(256 // itemsize, 1), 32 // itemsize)
+        block_s = min(next_power_of_2(size), tile // block_c)
+    else:
+        block_s = _width(size, 512, 64)
+        block_c = 1 if size >= 2**26 else min(next_power_of_2(channels), tile // block_s)  # offsets in a tile: 32 bits
+    least_c = min(block_c, 32 // itemsize) if layout == CHANNELS_LAST.value else 1
+    while block_c * block_s > SMALLEST_TILE and batch * _tiles(channels, size, block_c, block_s) < wanted:
+        if layout == CHANNELS_LAST.value and block_s > 1:
+            block_s //= 2
+        elif block_c > least_c:
+            block_c //= 2
+        else:
+            break
+    s_blocks = triton.cdiv(size, block_s)
+    block_k = block_c
+    while (
+        block_k < min(CHANNELS_A_PROGRAM, channels) and batch * _tiles(channels, size, 2 * block_k, block_s) >= wanted
+    ):
+        block_k *= 2
+    n_cblk = triton.cdiv(channels, block_k)
+    programs = min(PROGRAMS_PER_SM * sms // max(batch, 1), PARTS_PER_SM * sms)
+    blocks = triton.cdiv(s_blocks, min(max(programs // n_cblk, 1), s_blocks))
+    n_split = triton.cdiv(s_blocks, blocks)
+    return Plan(batch, channels, space, layout, block_k, block_c, block_s, n_cblk, n_split, blocks, lane)
+
+
+def _tiles(channels: int, size: int, block_c: int, block_s: int) -> int:
+    return triton.cdiv(channels, block_c) * triton.cdiv(size, block_s)
+
+
+def dense(x: Tensor) -> tuple[Tensor, Plan]:
+    """x, copied to NCHW where it is neither that nor channels_last, and the plan for it."""
+    space = x.shape[2:].numel()
+    if x.is_contiguous():
+        layout = CHANNELS_LAST if space == 1 else NCHW  # of a 1 x 1 map the channels are the contiguous axis
+    elif x.movedim(1, -1).is_contiguous():
+        layout = CHANNELS_LAST
+    else:
+        x, layout = x.contiguous(), NCHW
+    sms = multiprocessors(x.device)
+    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms)
+
+
+def as_map(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """t in the memory order of the dense map x; copied where it has another."""
+    if t is None or t.stride() == x.stride():
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def _collapsed(t: Tensor) -> tuple[int, int, int] | None:
+    """(batch, channel, space) strides where the spatial axes can be walked with one stride, else None."""
+    step, expected = None, 0
+    for size, stride in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return t.stride(0), t.stride(1), 1 if step is None else step
+
+
+def gradient(grad: Tensor | None, x: Tensor) -> tuple[Tensor | None, dict[str, int | None]]:
+    """(grad, its strides as kernel arguments, None: as x lies); copied where its spatial axes do not collapse."""
+    found = None if grad is None or grad.stride() == x.stride() else _collapsed(grad)
+    if found is None:
+        grad, found = as_map(grad, x), (None, None, None)
+    return grad, dict(zip(("stride_b", "stride_c", "stride_s"), found, strict=True))
+
+
+def row(t: Tensor | None) -> Tensor | None:
+    """A small tensor as kernels read it."""
+    return None if t is None else t.contiguous()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def table(x: Tensor, plan: Plan) -> Tensor:
+    """Room for one partial sum a channel and program."""
+    return x.new_empty((plan.batch, plan.n_split, plan.channels), dtype=accumulator(x.dtype))
+
+
+def pool_tables(x: Tensor, plan: Plan, pool: int) -> dict[str, Tensor | None]:
+    """What pool_pass leaves."""
+    best = None if pool == POOLS["avg"] else table(x, plan)
+    return {
+        "sums": None if pool == POOLS["max"] else table(x, plan),
+        "best": best,
+        "place": None if best is None else torch.empty_like(best, dtype=torch.int32),
+    }
+
+
+def affine_tables(x: Tensor, plan: Plan, affine_weight: Tensor | None) -> dict[str, Tensor | None]:
+    """What backward_pass leaves of the prologue's gradients."""
+    return {name: None if affine_weight is None else table(x, plan) for name in ("weight_sums", "bias_sums")}
+
+
+def affine_gradients(
+    sums: dict[str, Tensor | None], affine_weight: Tensor | None, affine_bias: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    if affine_weight is None:
+        return x.new_empty(0), x.new_empty(0)
+    return (
+        sums["weight_sums"].sum((0, 1)).to(affine_weight.dtype),
+        sums["bias_sums"].sum((0, 1)).to(affine_bias.dtype),
+    )
+
+
+def exact(pool: int, ties: int) -> dict[str, bool]:
+    """Launch options under which a value computed in two kernels has the same bits: shared ties compare them."""
+    return {"enable_fp_fusion": False} if pool != POOLS["avg"] and ties == TIES["even"] else {}
+
+
+def launch(kernel, on: Tensor, programs: int, /, **arguments: Any) -> None:
+    """Run a kernel over a one-dimensional grid, on the device of `on` and its current stream."""
+    if programs == 0:
+        return
+    with torch.cuda.device_of(on) if on.is_cuda else contextlib.nullcontext():
+        kernel[(programs,)](**arguments)

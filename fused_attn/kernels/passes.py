@@ -1,0 +1,236 @@
+"""The loops over a map that the ops are made of. Each program has its sample, BLOCK_K channels and a split of space.
+
+Numbers per channel come and go through memory, (B, C) tables and (B, n_split, C) tables of partial results; a program
+that goes on with what it has stored itself places a barrier in between.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .language import (
+    AVG,
+    EVEN,
+    IDENTITY,
+    MAX,
+    NOWHERE,
+    RELU,
+    activate,
+    activate_grad,
+    before_activation,
+    from_order_key,
+    load_affine,
+    max_of_rows,
+    reduce_max,
+    sum_rows,
+)
+from .maps import strided_tile_at, tile_at
+
+
+@triton.jit
+def inside(first, S, BLOCK_S: tl.constexpr):
+    """Which of BLOCK_S positions from `first` (64 bits) lie within space; compared in 32."""
+    return tl.arange(0, BLOCK_S) < tl.minimum(S - first, BLOCK_S).to(tl.int32)
+
+
+@triton.jit
+def pool_pass(
+    x, affine_weight, affine_bias, sums, best, place,
+    b, cblk, split, C, S, n_split, blocks,
+    PRE: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads x once; leaves partial sums, and partial maxima with first position or multiplicity, (B, n_split, C)."""
+    row = (b * n_split + split) * C
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
+        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        first = s0  # position of the tile
+        total = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        peak = tl.full((BLOCK_C, BLOCK_S), float("-inf"), ACC)
+        found = tl.full((BLOCK_C, BLOCK_S), 0 if TIES == EVEN else NOWHERE, tl.int32)
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            value = tl.load(x + at + offsets, mask=mask, other=0.0)
+            u = activate(before_activation(value.to(ACC), weight, bias, affine_weight is not None), PRE)
+            if POOL != MAX:
+                total += tl.where(mask, u, 0.0)
+            if POOL != AVG:
+                u = u.to(value.dtype).to(ACC)
+                better = mask & ((u > peak) | ((u != u) & (peak == peak)))
+                if TIES == EVEN:
+                    found = tl.where(better, 1, tl.where(mask & (u == peak), found + 1, found))
+                else:
+                    position = first.to(tl.int32) + tl.arange(0, BLOCK_S)
+                    found = tl.where(better, tl.broadcast_to(position[None, :], better.shape), found)
+                peak = tl.where(better, u, peak)
+            at += step
+            first += BLOCK_S
+        if POOL != MAX:
+            tl.store(sums + row + c, tl.sum(total, axis=1), mask=in_c)
+        if POOL != AVG:
+            key, where = reduce_max(peak, found, 1, TIES)
+            tl.store(best + row + c, from_order_key(key), mask=in_c)
+            tl.store(place + row + c, where, mask=in_c)
+
+
+@triton.jit
+def descriptor(
+    sums, best, place, b, c, mask, C, S, n_split,
+    POOL: tl.constexpr, TIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(mean, maximum, its place) of channels c from the partial results of all splits; what POOL lacks is the other."""
+    first = b * n_split * C
+    if POOL == MAX:
+        peak, found = max_of_rows(best + first, place + first, n_split, C, c, mask, TIES, BLOCK_ROWS, ACC)
+        return peak, peak, found
+    else:
+        mean = sum_rows(sums + first, n_split, C, c, mask, BLOCK_ROWS, ACC) / S
+        if POOL == AVG:
+            return mean, mean, c
+        else:
+            peak, found = max_of_rows(best + first, place + first, n_split, C, c, mask, TIES, BLOCK_ROWS, ACC)
+            return mean, peak, found
+
+
+@triton.jit
+def scale_pass(
+    x, residual, y, gate, affine_weight, affine_bias,
+    b, cblk, split, C, S, blocks,
+    GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads x and the residual once, writes y; `gate` points at the sample's row of what GATE is applied to."""
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
+        g = activate(tl.load(gate + c, mask=in_c, other=0.0).to(ACC), GATE)
+        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        first = s0  # position of the tile
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
+            result = activate(before_activation(value, weight, bias, affine_weight is not None), PRE) * g[:, None]
+            if residual is not None:
+                result += tl.load(residual + at + offsets, mask=mask, other=0.0).to(ACC)
+            tl.store(y + at + offsets, activate(result, POST), mask=mask)
+            at += step
+            first += BLOCK_S
+
+
+@triton.jit
+def backward_pass(
+    grad, x, y, residual, grad_x, grad_residual, affine_weight, affine_bias,
+    gate, mean, value, place, peak, dots, weight_sums, bias_sums,
+    b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
+    GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Backward of scale_pass and pool_pass, each tensor that is not None read or written once.
+
+    grad: after the epilogue, with the given strides (None: x's), or None where only pools have a gradient.
+    dots: partial sums of grad * u over space. grad_x gets grad * gate + mean (per channel) + value at `place`, or
+    with `peak` at every element that equals it. Pointers per channel are at the sample's row.
+    """
+    row = (b * n_split + split) * C
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    AFFINE: tl.constexpr = affine_weight is not None
+    READS_X: tl.constexpr = dots is not None or AFFINE or PRE != IDENTITY or peak is not None
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
+        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        if grad is not None:
+            g = activate(tl.load(gate + c, mask=in_c, other=0.0).to(ACC), GATE)
+            if stride_b is not None:
+                grad_at, grad_offsets, grad_step = strided_tile_at(
+                    b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+                )
+        if mean is not None:
+            shared = tl.load(mean + c, mask=in_c, other=0.0).to(ACC)
+        if value is not None:
+            to_peak = tl.load(value + c, mask=in_c, other=0.0).to(ACC)
+            if peak is not None:
+                highest = tl.load(peak + c, mask=in_c, other=0.0).to(ACC)
+            else:
+                position = tl.load(place + c, mask=in_c, other=0)
+        first = s0  # position of the tile
+        dot = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        weight_sum = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        bias_sum = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            if READS_X:
+                v = tl.load(x + at + offsets, mask=mask, other=0.0)
+                before = before_activation(v.to(ACC), weight, bias, AFFINE)
+                u = activate(before, PRE)
+            du = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+            if grad is not None:
+                if stride_b is not None:
+                    dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0).to(ACC)
+                    grad_at += grad_step
+                else:
+                    dy = tl.load(grad + at + offsets, mask=mask, other=0.0).to(ACC)
+                if POST == RELU:
+                    dy = tl.where(tl.load(y + at + offsets, mask=mask, other=0.0) <= 0, 0.0, dy)
+                elif POST != IDENTITY:
+                    result = u * g[:, None]
+                    if residual is not None:
+                        result += tl.load(residual + at + offsets, mask=mask, other=0.0).to(ACC)
+                    dy *= activate_grad(result, POST)
+                if grad_residual is not None:
+                    tl.store(grad_residual + at + offsets, dy, mask=mask)
+                if dots is not None:
+                    dot += tl.where(mask, dy * u, 0.0)
+                du += dy * g[:, None]
+            if grad_x is not None:
+                if mean is not None:
+                    du += shared[:, None]
+                if value is not None:
+                    if peak is not None:
+                        hit = u.to(v.dtype).to(ACC) == highest[:, None]
+                    else:
+                        hit = (first.to(tl.int32) + tl.arange(0, BLOCK_S))[None, :] == position[:, None]
+                    du += tl.where(hit, to_peak[:, None], 0.0)
+                if PRE != IDENTITY:
+                    du *= activate_grad(before, PRE)
+                if AFFINE:
+                    weight_sum += tl.where(mask, du * v.to(ACC), 0.0)
+                    bias_sum += tl.where(mask, du, 0.0)
+                    du *= weight[:, None]
+                tl.store(grad_x + at + offsets, du, mask=mask)
+            at += step
+            first += BLOCK_S
+        if dots is not None:
+            tl.store(dots + row + c, tl.sum(dot, axis=1), mask=in_c)
+        if AFFINE and grad_x is not None:
+            tl.store(weight_sums + row + c, tl.sum(weight_sum, axis=1), mask=in_c)
+            tl.store(bias_sums + row + c, tl.sum(bias_sum, axis=1), mask=in_c)
+
+
+@triton.jit
+def store_pool_gradients(
+    mean, value, grad_mean, grad_peak, peak, place, c, mask, S, POOL: tl.constexpr, TIES: tl.constexpr
+):  # fmt: skip
+    """What backward_pass spreads, `mean` and `value`, from the gradients of a mean and of a maximum.
+
+    A NaN maximum makes its channel NaN where ties are shared, as dividing by its multiplicity of 0 does in eager.
+    """
+    to_all = grad_mean / S
+    if POOL != AVG:
+        if TIES == EVEN:
+            grad_peak = grad_peak / tl.load(place + c, mask=mask, other=1)
+            highest = tl.load(peak + c, mask=mask, other=0.0)
+            to_all = tl.where(highest != highest, float("nan"), to_all)
+        tl.store(value + c, grad_peak, mask=mask)
+    tl.store(mean + c, to_all, mask=mask)

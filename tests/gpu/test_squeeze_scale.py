@@ -1,0 +1,58 @@
+"""squeeze and scale by the Triton kernels on a real device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_attn
+
+from ..checks import LAYOUTS, assert_equivalent, in_layout, random
+from ..ops.test_squeeze_scale import scale, squeeze
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = (
+    (4, 256, 56, 56),
+    (1, 64, 112, 112),
+    (8, 2048, 7, 7),
+    (2, 40, 13, 17),
+    (3, 9, 1, 1),
+    (2, 6, 31),
+    (2, 5, 3, 4, 5),
+)
+
+
+@pytest.fixture(autouse=True)
+def streaming():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; this machine has none")
+    with fused_attn.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_the_reference(shape, dtype, layout):
+    from fused_attn import functional, reference
+
+    def make(*size, seed):
+        return random(*size, seed=seed).to("cuda", dtype)
+
+    batch, channels = shape[:2]
+    x = in_layout(make(*shape, seed=0), layout)
+    ties_of_x = x.mul(2).round()
+    for pool in ("avg", "max", "avgmax"):
+        grads = [make(batch, channels, seed=i) for i in range(2 if pool == "avgmax" else 1)]
+        for ties in ("first", "even"):
+            options = {"pool": pool, "ties": ties}
+            assert_equivalent(squeeze(functional, **options), squeeze(reference, **options), {"x": ties_of_x}, grads)
+    inputs = {"x": x, "gate": make(batch, channels, seed=1), "residual": make(*shape, seed=2)}
+    for post in ("identity", "relu", "silu"):
+        assert_equivalent(
+            scale(functional, post_activation=post),
+            scale(reference, post_activation=post),
+            inputs,
+            [make(*shape, seed=3)],
+        )

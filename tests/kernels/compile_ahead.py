@@ -1,0 +1,154 @@
+"""Compile every Triton kernel ahead of time, with no GPU: python -m tests.kernels.compile_ahead CAPABILITY
+
+The ops run on `meta` tensors with the launch replaced, so what is compiled are the kernels, tiles and options
+that a call would use on an H100. Prints a JSON list: kernel, case, registers, stack, shared memory, loads of 16 bytes.
+A process of its own, because under TRITON_INTERPRET kernels are not compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_attn.codes import ACTIVATIONS, LAYERS, POOLS, TIES
+from fused_attn.kernels import channel_gate, maps, scale, squeeze
+
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+OPTIONS = ("num_warps", "enable_fp_fusion")
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+    layer: str = "dense"
+    layers: int = 2
+    pool: str = "avg"
+    ties: str = "first"
+    pre: str = "identity"
+    post: str = "identity"
+    affine: bool = False
+    residual: bool = False
+    strided_grad: bool = False
+
+    def __str__(self) -> str:
+        given = (f"{k}={v}" for k, v in self._asdict().items() if v != self._field_defaults.get(k))
+        return " ".join(given)
+
+
+HEADLINE = ((32, 256, 56, 56), (32, 1024, 14, 14), (32, 2048, 7, 7), (1, 256, 56, 56))
+CASES = [
+    *(Case(s, d, cl) for s in HEADLINE for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
+    *(Case(s, channels_last=cl, residual=True, post="relu") for s in HEADLINE[:3] for cl in (False, True)),
+    *(Case(HEADLINE[0], channels_last=cl, layer="conv", layers=1) for cl in (False, True)),
+    *(Case(HEADLINE[0], layer="dense", layers=n) for n in (0, 1)),
+    *(Case(HEADLINE[0], channels_last=cl, pool="avgmax", ties=t) for cl in (False, True) for t in TIES),
+    *(
+        Case(HEADLINE[3], torch.float32, cl, pool="max", pre="silu", post="gelu", affine=True, residual=True)
+        for cl in (False, True)
+    ),
+    Case((2, 40, 13, 17), torch.float64, pool="avgmax", ties="even", pre="relu", post="silu", affine=True),
+    Case((2, 40, 13, 17), torch.float16, True, "circular", 1, "max", pre="hard_swish", affine=True, strided_grad=True),
+]
+
+
+def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, arguments) of every launch of all ops, forward and backward."""
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=case.dtype, device="meta")
+
+    channels = case.shape[1]
+    x = make(*case.shape)
+    x = x.to(memory_format=torch.channels_last) if case.channels_last else x
+    hidden = max(channels // 16, 1)
+    weights = [None] * 4
+    if case.layers == 2:
+        weights = [make(hidden, channels), make(hidden), make(channels, hidden), make(channels)]
+    elif case.layers == 1:
+        weights = [make(channels, channels) if case.layer == "dense" else make(1, 1, 5), None, None, None]
+    affine = (make(channels), make(channels)) if case.affine else (None, None)
+    residual = torch.empty_like(x) if case.residual else None
+    pre, post = ACTIVATIONS[case.pre], ACTIVATIONS[case.post]
+    pools = POOLS[case.pool], TIES[case.ties]
+    keeps_y = case.post == "relu"
+    grad = make(*case.shape, 2)[..., 0] if case.strided_grad else torch.empty_like(x)
+
+    found: list[tuple[Any, dict[str, Any]]] = []
+    original, maps.launch = maps.launch, lambda kernel, on, programs, /, **given: found.append((kernel, given))
+    try:
+        codes = (LAYERS[case.layer], *pools, ACTIVATIONS["relu"], ACTIVATIONS["sigmoid"], pre, post)
+        y, state, index = channel_gate.channel_gate(x, *weights, *affine, residual, *codes)
+        kept = (y, None) if keeps_y else (None, residual)
+        channel_gate.channel_gate_backward(grad, x, kept[0], state, index, *weights, *affine, kept[1], *codes)
+        gate = make(*case.shape[:2])
+        scale.scale(x, gate, *affine, residual, pre, post)
+        scale.scale_backward(grad, x, kept[0], gate, *affine, kept[1], pre, post)
+        average, peak, place = squeeze.squeeze(x, *affine, pre, *pools)
+        to_avg = None if case.pool == "max" else average
+        squeeze.squeeze_backward(to_avg, None if case.pool == "avg" else peak, x, peak, place, *affine, pre, *pools)
+    finally:
+        maps.launch = original
+    return found
+
+
+def compiled(kernel: Any, given: dict[str, Any], capability: int) -> Any:
+    """What Triton's launcher would compile for these arguments, with 16-byte aligned pointers."""
+    options = {name: given[name] for name in OPTIONS if name in given}
+    signature, constants, hints = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = TYPES[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"
+        if is_tensor or (specialized and value % 16 == 0):
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(binary: Any) -> dict[str, int]:
+    """Registers and stack of a cubin, by the cuobjdump that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"\b{name}:(\d+)", out)[1]) for name in ("REG", "STACK", "LOCAL")}
+
+
+def main(capability: int) -> None:
+    found, seen = [], set()
+    for case in CASES:
+        for kernel, given in launches(case):
+            binary = compiled(kernel, given, capability)
+            if binary.hash in seen:
+                continue
+            seen.add(binary.hash)
+            loads = len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"]))
+            record = {"kernel": kernel.__name__, "case": str(case), "loads of 16 bytes": loads}
+            warps, shared = binary.metadata.num_warps, binary.metadata.shared
+            found.append(record | usage(binary) | {"warps": warps, "shared": shared, "dtype": str(case.dtype)})
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

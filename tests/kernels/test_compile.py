@@ -1,0 +1,40 @@
+"""The Triton kernels compile for every architecture with no GPU: no spills, wide loads, few enough registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+REGISTERS = 65536  # of a multiprocessor: at least two programs must fit it
+SHARED = 48 << 10  # what a program gets without asking for more
+MAP_KERNELS = {"_squeeze", "_squeeze_backward", "_scale", "_scale_backward", "_pool", "_gate", "_dot", "_spread"}
+SMALL_KERNELS = {"_finish", "_first_layer", "_parameters"}
+
+
+@pytest.mark.slow  # about 60 s an architecture: some 200 kernels each
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_kernel(capability):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_ahead", str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert {f["kernel"] for f in found} == MAP_KERNELS | SMALL_KERNELS
+    for f in found:
+        # ptxas may give up one 8-byte value, outside the loops, to fit one more program.
+        assert f["STACK"] <= (8 if f["REG"] <= 64 else 0) and f["LOCAL"] == 0, f
+        assert 2 * 32 * f["warps"] * f["REG"] <= REGISTERS, f
+        assert f["shared"] <= SHARED or "float64" in f["dtype"], f
+        print(f"sm_{capability} {f['kernel']} {f['case']}: {f['REG']} registers, {f['shared']} bytes shared")
+    aligned = [f for f in found if "56, 56" in f["case"] and f["kernel"] in MAP_KERNELS]
+    assert len(aligned) > 40
+    assert all(f["loads of 16 bytes"] for f in aligned if f["kernel"] != "_squeeze_backward"), (
+        "a load of a map is narrow"
+    )

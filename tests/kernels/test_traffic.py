@@ -1,0 +1,151 @@
+"""Passes over the map, counted: every load and store that the interpreter makes, by the tensor it goes to."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import functional
+from fused_attn.backends import unavailable
+from tests.checks import LAYOUTS, in_layout, random
+from tests.ops.test_channel_gate import excitation
+
+SHAPE = (2, 6, 20, 21)
+
+
+class Traffic:
+    """Launches with their elements read and written, for the arguments that are as large as the map."""
+
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
+        self.launches: list[tuple[str, Counter]] = []
+        self.ranges: list[tuple[str, int, int]] = []
+
+    def start(self, kernel: str, arguments: dict) -> None:
+        tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.numel() == self.elements}
+        self.ranges = [(k, v.data_ptr(), v.data_ptr() + v.untyped_storage().nbytes()) for k, v in tensors.items()]
+        self.launches.append((kernel, Counter()))
+
+    def count(self, what: str, addresses, mask) -> None:
+        for name, begin, end in self.ranges:
+            inside = (addresses >= begin) & (addresses < end) & mask
+            if inside.any():
+                self.launches[-1][1][f"{what} {name}"] += int(inside.sum())
+
+    def passes(self) -> list[tuple[str, dict[str, float]]]:
+        return [(kernel, {k: n / self.elements for k, n in c.items()}) for kernel, c in self.launches]
+
+    def total(self) -> float:
+        return sum(sum(p.values()) for _, p in self.passes())
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    reason = unavailable("triton", "channel_gate", "cpu")
+    if reason is not None:
+        pytest.skip(f"the interpreter is for machines without a GPU: {reason}")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from fused_attn.kernels import maps
+
+    counted = Traffic(torch.Size(SHAPE).numel())
+    launch, load, store = maps.launch, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting_launch(kernel, on, programs, /, **arguments):
+        counted.start(kernel.fn.__name__, arguments)
+        launch(kernel, on, programs, **arguments)
+
+    def counting_load(self, ptrs, mask, *rest):
+        counted.count("read", ptrs.data, mask.data)
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self, ptrs, value, mask, *rest):
+        counted.count("write", ptrs.data, mask.data)
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(maps, "launch", counting_launch)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+    with fused_attn.backend("triton"):
+        yield counted
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["se", "ese", "eca", "none"])
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_channel_gate(traffic, pool, kind, layout):
+    """3 + 4 passes; 2 + 3 launches (one more forward where SE's maximum is split among programs)."""
+    tensors, options = excitation(kind, SHAPE[1], torch.float32)
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    tensors = {k: v.requires_grad_() for k, v in tensors.items()}
+    y = functional.channel_gate(x, **tensors, **options, pool=pool)
+    forward = [("_pool", {"read x": 1}), ("_gate", {"read x": 1, "write y": 1})]
+    if kind == "se" and pool == "max":
+        forward.insert(1, ("_first_layer", {}))
+    assert traffic.passes() == forward
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    backward = [("_dot", {"read grad": 1, "read x": 1}), ("_spread", {"read grad": 1, "write grad_x": 1})]
+    if kind != "none":
+        backward.append(("_parameters", {}))
+    assert traffic.passes() == backward
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_residual_and_relu(traffic, layout):
+    """4 + 6 passes."""
+    tensors, options = excitation("se", SHAPE[1], torch.float32)
+    x, residual = (in_layout(random(*SHAPE, seed=i), layout).requires_grad_() for i in range(2))
+    y = functional.channel_gate(x, **tensors, **options, residual=residual, post_activation="relu")
+    assert traffic.passes()[1] == ("_gate", {"read x": 1, "read residual": 1, "write y": 1})
+    assert traffic.total() == 4
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=2), layout))
+    dot = {"read grad": 1, "read x": 1, "read y": 1, "write grad_residual": 1}
+    assert traffic.passes()[:2] == [("_dot", dot), ("_spread", {"read grad": 1, "write grad_x": 1})]
+    assert traffic.total() == 6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_a_prologue(traffic, layout):
+    """The prologue is recomputed, never written: 3 + 5 passes."""
+    tensors, options = excitation("se", SHAPE[1], torch.float32)
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    affine = random(SHAPE[1], seed=3).requires_grad_(), random(SHAPE[1], seed=4).requires_grad_()
+    y = functional.channel_gate(x, **tensors, **options, affine=affine, pre_activation="silu")
+    assert traffic.total() == 3
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=2), layout))
+    assert traffic.total() == 5
+    assert len(traffic.launches) == 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squeeze_and_scale(traffic, layout):
+    """squeeze 1 + 1 passes, also for both pools at once; scale 2 + 3."""
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    gate = random(*SHAPE[:2], seed=1).requires_grad_()
+    avg, peak = functional.squeeze(x, "avgmax")
+    assert traffic.total() == 1
+    traffic.launches.clear()
+    (avg + peak).backward(random(*SHAPE[:2]))
+    assert traffic.passes() == [("_squeeze_backward", {"write grad_x": 1})]
+    traffic.launches.clear()
+    y = functional.scale(x, gate)
+    assert traffic.passes() == [("_scale", {"read x": 1, "write y": 1})]
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=2), layout))
+    assert traffic.passes() == [("_scale_backward", {"read grad": 1, "read x": 1, "write grad_x": 1})]
+
+
+def test_a_gradient_of_other_strides_is_read_where_it_lies(traffic):
+    x = random(*SHAPE).requires_grad_()
+    y = functional.channel_gate(x)
+    traffic.launches.clear()
+    grad = in_layout(random(*SHAPE, seed=1), "channels_last")
+    y.backward(grad)
+    assert traffic.launches[0][1]["read grad"] == grad.numel()
+    assert traffic.total() == 4
