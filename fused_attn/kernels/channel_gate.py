@@ -590,5 +590,4 @@ def channel_gate_backward(
             num_warps=4,
             **sums,
         )
-    absent = x.new_empty(0)
-    return grad_x, absent if grad_residual is None else grad_residual, *(absent if g is None else g for g in grads)
+    return grad_x, *(x.new_empty(0) if g is None else g for g in (grad_residual, *grads))

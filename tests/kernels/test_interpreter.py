@@ -30,19 +30,27 @@ def triton():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_dtypes_layouts(shape, kind, dtype, layout):
-    tensors, options = excitation(kind, shape[1], dtype)
-    check(in_layout(random(*shape, dtype=dtype), layout), tensors, options)
+def test_shapes_and_layouts(shape, kind, layout):
+    tensors, options = excitation(kind, shape[1], torch.float32)
+    check(in_layout(random(*shape), layout), tensors, options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["se", "eca"])
+def test_dtypes(kind, dtype, layout):
+    for shape in SHAPES[:2]:
+        tensors, options = excitation(kind, shape[1], dtype)
+        check(in_layout(random(*shape, dtype=dtype), layout), tensors, options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ties", ["first", "even"])
 @pytest.mark.parametrize("pool", ["max", "avgmax"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(2, 16, 7, 7), (1, 12, 40, 41)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 7, 7), (1, 4, 40, 41)], ids=str)
 def test_maximum_with_ties(shape, kind, pool, ties, layout):
     """The larger shape is split among programs, so its maximum is put together from parts."""
     x = in_layout(random(*shape).mul(2).round().clamp(-2, 2), layout)
@@ -54,7 +62,7 @@ def test_maximum_with_ties(shape, kind, pool, ties, layout):
 @pytest.mark.parametrize("ties", ["first", "even"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squeeze(dtype, ties, layout):
-    for shape in SHAPES:
+    for shape in ((2, 16, 7, 7), (3, 8, 1, 1), (2, 1, 9, 5), (1, 6, 13, 17)):
         x = in_layout(random(*shape, dtype=dtype).mul(4).round().div(4), layout)
         for pool in POOLS:
             check_squeeze(x, {}, pool=pool, ties=ties)
@@ -65,7 +73,7 @@ def test_squeeze(dtype, ties, layout):
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("special", ["nan", "inf", "-inf", "all -inf", "negative zero"])
 def test_special_values(special, pool, ties, layout):
-    x = random(2, 6, 30, 31)
+    x = random(2, 5, 30, 31)
     if special == "all -inf":
         x[:, 2] = -torch.inf
     elif special == "negative zero":
@@ -92,7 +100,7 @@ def test_every_activation_in_every_place(activation, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (1, 64, 40, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (1, 16, 40, 40)], ids=str)
 def test_prologue_and_epilogue_together(shape, layout, dtype):
     """float32 and float64 with a prologue; in half precision eager and float64 disagree about what it rounds."""
     tensors, options = excitation("se", shape[1], dtype)
@@ -141,17 +149,18 @@ def test_mixed_dtypes_under_autocast():
 
 @pytest.mark.parametrize("kind", ["se", "eca"])
 def test_two_runs_agree_to_the_bit(kind):
-    tensors, options = excitation(kind, 64, torch.float32)
-    inputs = {"x": random(1, 64, 40, 41), **tensors}
-    grad = [random(1, 64, 40, 41, seed=1)]
+    tensors, options = excitation(kind, 16, torch.float32)
+    inputs = {"x": random(1, 16, 40, 41), **tensors}
+    grad = [random(1, 16, 40, 41, seed=1)]
     first, second = (run(apply(functional, {**options, "pool": "avgmax"}), inputs, grad) for _ in range(2))
     assert torch.equal(first[0][0], second[0][0])
     assert all(torch.equal(first[1][k], second[1][k]) for k in inputs)
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.slow  # 20 s
+@settings(deadline=None, max_examples=30)
 @given(
-    shape=st.tuples(st.integers(0, 3), st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 24), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
     kind=st.sampled_from(KINDS),
     pool=st.sampled_from(POOLS),
     ties=st.sampled_from(["first", "even"]),
