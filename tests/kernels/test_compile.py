@@ -28,8 +28,8 @@ def test_every_kernel(capability):
     found = json.loads(done.stdout)
     assert {f["kernel"] for f in found} == MAP_KERNELS | SMALL_KERNELS
     for f in found:
-        # ptxas may give up one 8-byte value, outside the loops, to fit one more program.
-        assert f["STACK"] <= (8 if f["REG"] <= 64 else 0) and f["LOCAL"] == 0, f
+        # ptxas may give up two 8-byte values for one more program on a multiprocessor; more is a spill.
+        assert f["STACK"] <= 16 and f["LOCAL"] == 0, f
         assert 2 * 32 * f["warps"] * f["REG"] <= REGISTERS, f
         assert f["shared"] <= SHARED or "float64" in f["dtype"], f
         print(f"sm_{capability} {f['kernel']} {f['case']}: {f['REG']} registers, {f['shared']} bytes shared")
