@@ -4,8 +4,11 @@ The functions and modules have the names and signatures of `fused_attn.functiona
 and the modules the same `state_dict`. They check nothing beyond what PyTorch itself checks.
 """
 
+from .cbam import cbam
 from .channel_gate import channel_gate
+from .channel_pool import channel_pool
 from .scale import scale
+from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
 
@@ -13,8 +16,11 @@ __all__ = [
     "ECA",
     "EffectiveSE",
     "SqueezeExcite",
+    "cbam",
     "channel_gate",
+    "channel_pool",
     "eca_kernel_size",
     "scale",
+    "spatial_gate",
     "squeeze",
 ]
