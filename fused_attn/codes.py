@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, int] = {
     "leaky_relu": 9,
     "relu6": 10,
 }
-POOLS: dict[str, int] = {"avg": 0, "max": 1, "avgmax": 2}
+POOLS: dict[str, int] = {"avg": 0, "max": 1, "avgmax": 2, "both": 3}
 TIES: dict[str, int] = {"first": 0, "even": 1}
 LAYERS: dict[str, int] = {"dense": 0, "conv": 1, "circular": 2}
 
