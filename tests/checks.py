@@ -112,6 +112,14 @@ def randomised(block: nn.Module) -> nn.Module:
     return block
 
 
+def with_state_of(block: nn.Module, original: nn.Module) -> nn.Module:
+    """The block with the original's state, tensor by tensor in order; a Linear's weight fits a 1x1 convolution."""
+    theirs = original.state_dict().values()
+    state = {k: v.reshape(w.shape) for (k, w), v in zip(block.state_dict().items(), theirs, strict=True)}
+    block.load_state_dict(state)
+    return block
+
+
 def assert_same_block(ours: nn.Module, original: nn.Module, x: Tensor, *, training: bool) -> None:
     """Two blocks with the same parameters in the same order: output, every gradient and the buffers, in float64."""
     found = []

@@ -4,6 +4,7 @@ The functions and modules have the names and signatures of `fused_attn.functiona
 and the modules the same `state_dict`. They check nothing beyond what PyTorch itself checks.
 """
 
+from .bam import BAM
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
@@ -14,9 +15,10 @@ from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
 
 __all__ = [
+    "BAM",
     "CBAM",
-    "ECA",
     "ChannelAttention",
+    "ECA",
     "EffectiveSE",
     "SpatialAttention",
     "SqueezeExcite",

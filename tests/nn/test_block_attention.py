@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attn import reference
-from tests.checks import assert_same_block, checkpoint, checkpoint_shapes, random, randomised
+from tests.checks import assert_same_block, checkpoint, checkpoint_shapes, random, randomised, with_state_of
 
 timm_cbam = pytest.importorskip("timm.layers.cbam", reason="timm is not installed")
 
@@ -175,14 +175,6 @@ PAIRS = {
 }
 
 
-def positional(block: nn.Module, original: nn.Module) -> nn.Module:
-    """The block with the original's state, tensor by tensor in order."""
-    theirs = original.state_dict().values()
-    state = {k: v.reshape(w.shape) for (k, w), v in zip(block.state_dict().items(), theirs, strict=True)}
-    block.load_state_dict(state)
-    return block
-
-
 @pytest.mark.parametrize("values", ["distinct", "ties"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", PAIRS)
@@ -191,7 +183,7 @@ def test_equals_the_original(name, training, values):
     x = random(3, C, *(6, 5, 4)[:rank], dtype=torch.float64)
     x = x.round() if values == "ties" else x
     original = randomised(original())
-    ours = positional(ours(reference).double(), original)
+    ours = with_state_of(ours(reference).double(), original)
     assert_same_block(ours, original, x, training=training)
 
 
