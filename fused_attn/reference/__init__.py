@@ -13,6 +13,7 @@ from .scale import scale
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
+from .triplet import TripletAttention
 
 __all__ = [
     "BAM",
@@ -22,6 +23,7 @@ __all__ = [
     "EffectiveSE",
     "SpatialAttention",
     "SqueezeExcite",
+    "TripletAttention",
     "cbam",
     "channel_gate",
     "channel_pool",
