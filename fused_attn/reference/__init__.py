@@ -10,6 +10,7 @@ from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .scale import scale
+from .scse import SCSE
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
@@ -21,6 +22,7 @@ __all__ = [
     "ChannelAttention",
     "ECA",
     "EffectiveSE",
+    "SCSE",
     "SpatialAttention",
     "SqueezeExcite",
     "TripletAttention",
