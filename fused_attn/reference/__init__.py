@@ -9,6 +9,7 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
+from .gather_excite import GatherExcite
 from .scale import scale
 from .scse import SCSE
 from .spatial_gate import spatial_gate
@@ -22,6 +23,7 @@ __all__ = [
     "ChannelAttention",
     "ECA",
     "EffectiveSE",
+    "GatherExcite",
     "SCSE",
     "SpatialAttention",
     "SqueezeExcite",
