@@ -9,6 +9,7 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
+from .coordinate import CoordinateAttention
 from .gather_excite import GatherExcite
 from .scale import scale
 from .scse import SCSE
@@ -21,6 +22,7 @@ __all__ = [
     "BAM",
     "CBAM",
     "ChannelAttention",
+    "CoordinateAttention",
     "ECA",
     "EffectiveSE",
     "GatherExcite",
