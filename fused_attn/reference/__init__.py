@@ -13,6 +13,7 @@ from .coordinate import CoordinateAttention
 from .gather_excite import GatherExcite
 from .scale import scale
 from .scse import SCSE
+from .simam import SimAM
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
@@ -27,6 +28,7 @@ __all__ = [
     "EffectiveSE",
     "GatherExcite",
     "SCSE",
+    "SimAM",
     "SpatialAttention",
     "SqueezeExcite",
     "TripletAttention",
