@@ -10,6 +10,7 @@ from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .coordinate import CoordinateAttention
+from .ema import EMA
 from .gather_excite import GatherExcite
 from .scale import scale
 from .scse import SCSE
@@ -25,6 +26,7 @@ __all__ = [
     "ChannelAttention",
     "CoordinateAttention",
     "ECA",
+    "EMA",
     "EffectiveSE",
     "GatherExcite",
     "SCSE",
