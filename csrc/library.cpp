@@ -11,4 +11,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("scale_backward.cpu", TORCH_BOX(&fused_attn::cpu::scale_backward));
     m.impl("channel_gate.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate));
     m.impl("channel_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate_backward));
+    m.impl("spatial_gate.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate));
+    m.impl("spatial_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate_backward));
 }

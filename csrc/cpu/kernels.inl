@@ -145,7 +145,7 @@ struct RunningMax {
     Vec<A> value = splat<A>(-kInfinity<A>);
     Mask<A> tag{};
     void update(Vec<A> u, Mask<A> position, Mask<A> in_use, bool even) {
-        const Mask<A> larger = ((u > value) | ((u != u) & (value == value))) & in_use;
+        const Mask<A> larger = ~(u <= value) & (value == value) & in_use;  // NaN is larger, and stays
         if (even) {
             const Mask<A> equal = (u == value) & in_use;
             tag = larger ? Mask<A>{} + 1 : (equal ? tag + 1 : tag);
@@ -434,6 +434,8 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
+#include "space.inl"
+
 template <class A, class F>
 inline void map_values(int64_t n, A* out, F f) {
     constexpr int64_t lanes = kLanes<A>;
@@ -545,6 +547,10 @@ void dense_weight_grad(const A* grad, int64_t grad_stride, const A* in, int64_t 
 
 template <class T>
 constexpr MapKernels<T> kMapKernels{pool<T>, scale<T>, dot<T>, spread<T>};
+template <class T>
+constexpr SpaceKernels<T> kSpaceKernels{pool_space<T>, scale_space<T>, dot_space<T>, weigh_space<T>, spread_space<T>};
+template <class A>
+constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>
 constexpr DenseKernels<A> kDenseKernels{activate_values<A>, activate_grad_values<A>, dense_forward<A>,
                                         dense_transposed<A>, dense_weight_grad<A>};

@@ -47,4 +47,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
     const OptionalTensor& residual, int64_t layer, int64_t pool, int64_t ties, int64_t activation, int64_t gate,
     int64_t pre_activation, int64_t post_activation);
 
+std::tuple<Tensor, Tensor, Tensor> spatial_gate(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
+                                                const OptionalTensor& residual, int64_t mean_first, int64_t ties,
+                                                int64_t gate, int64_t pre_activation, int64_t post_activation);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spatial_gate_backward(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& state, const Tensor& index,
+    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& affine_weight,
+    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t mean_first, int64_t ties, int64_t gate,
+    int64_t pre_activation, int64_t post_activation);
+
 }  // namespace fused_attn::cpu

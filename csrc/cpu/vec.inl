@@ -142,12 +142,13 @@ inline Vec<A> each(Vec<A> v, F f) {
 inline Vec<double> exp(Vec<double> x) {
     return each<double>(x, [](double t) { return std::exp(t); });
 }
-// e^x = 2^n e^r with |r| <= ln2 / 2 and a degree-6 polynomial, within 2 ulp; saturates beyond +-87.
+// e^x = 2^n e^r with |r| <= ln2 / 2 and a degree-6 polynomial, within 2 ulp; 0 below -87 and infinite above 88.
 inline Vec<float> exp(Vec<float> x) {
     using V = VectorOf<float>;
     const auto low = splat(-87.f), high = splat(88.f), magic = splat(12582912.f);  // 1.5 * 2^23: rounds
-    x = x < low ? low : x;
-    x = x > high ? high : x;
+    const auto under = x < low, over = x > high;
+    x = under ? low : x;
+    x = over ? high : x;
     const Vec<float> n = (x * 1.44269504f + magic) - magic;
     const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec<float> p = splat(1.9875691e-4f);
@@ -158,7 +159,8 @@ inline Vec<float> exp(Vec<float> x) {
     p = p * r + 0.5f;
     p = p * (r * r) + (r + 1.f);
     const auto exponent = (__builtin_convertvector(n == n ? n : V::type{}, V::mask) + 127) << 23;
-    return p * (V::type)exponent;
+    const Vec<float> power = under ? V::type{} : p * (V::type)exponent;
+    return over ? splat(kInfinity<float>) : power;
 }
 
 template <class V>
