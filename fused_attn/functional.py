@@ -82,7 +82,8 @@ def scale(
 
     Args:
         x: (B, C, *spatial).
-        gate: (B, C), or (B, C, 1, ...) as a gate-only module returns it; any floating-point dtype.
+        gate: one a channel: (B, C), or (B, C, 1, ...) as a gate-only module returns it; or one a position:
+            (B, 1, *spatial). Any floating-point dtype.
         affine: (weight, bias), each (C,).
         residual: a map of x's shape and dtype, any strides.
 
@@ -91,15 +92,19 @@ def scale(
     """
     codes = code(ACTIVATIONS, "pre_activation", pre_activation), code(ACTIVATIONS, "post_activation", post_activation)
     autocast = _check_map(x)
-    batch, channels = x.shape[:2]
+    batch, channels, *spatial = x.shape
     _check_tensor("gate", gate, x)
-    if gate.dim() == x.dim():
+    if gate.shape == (batch, channels, *(1,) * len(spatial)):
         gate = gate.flatten(1)
-    if gate.shape != (batch, channels):
-        raise ValueError(f"gate: expected shape ({batch}, {channels}) or (B, C, 1, ...); got {tuple(gate.shape)}")
+    of_space = gate.shape == (batch, 1, *spatial)
+    if gate.shape != (batch, channels) and not of_space:
+        raise ValueError(
+            f"gate: expected shape ({batch}, {channels}) or (B, C, 1, ...), or {(batch, 1, *spatial)}, one a position;"
+            f" got {tuple(gate.shape)}"
+        )
     weight, bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("scale", x)
+    backend = _choose("scale/space" if of_space else "scale", x)
     if backend == "reference":
         return reference.scale(
             x,
@@ -189,6 +194,37 @@ def channel_gate(
     return ops.channel_gate(backend, x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes)
 
 
+def channel_pool(
+    x: Tensor,
+    *,
+    order: Order = ("max", "mean"),
+    ties: str = "first",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+) -> Tensor:
+    """Maximum and mean of pre_activation(x * weight + bias) over the channels, one pass over x.
+
+    Args:
+        x: (B, C, *spatial), C at least 1.
+        order: which comes first, ("max", "mean") or ("mean", "max").
+        affine: (weight, bias), each (C,): a folded BatchNorm.
+
+    Returns:
+        (B, 2, *spatial) in x's dtype, contiguous.
+
+    Equivalent to `torch.cat([x.amax(1, True), x.mean(1, True)], 1)` (ties "even"), or with `x.max(1, True).values`
+    (ties "first").
+    """
+    codes = code(ACTIVATIONS, "pre_activation", pre_activation), _mean_first(order), code(TIES, "ties", ties)
+    autocast = _check_map(x)
+    _check_channel_pool(x)
+    weight, bias = _check_affine(x, affine, autocast)
+    backend = _choose("channel_pool", x)
+    if backend == "reference":
+        return reference.channel_pool(x, order=order, ties=ties, affine=affine, pre_activation=pre_activation)
+    return ops.channel_pool(backend, x, weight, bias, *codes)
+
+
 def spatial_gate(
     x: Tensor,
     weight: Tensor,
@@ -247,6 +283,91 @@ def spatial_gate(
             post_activation=post_activation,
         )
     return ops.spatial_gate(backend, x, weight, bias, affine_weight, affine_bias, residual, *codes)
+
+
+def cbam(
+    x: Tensor,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    weight2: Tensor | None = None,
+    bias2: Tensor | None = None,
+    spatial_weight: Tensor | None = None,
+    spatial_bias: Tensor | None = None,
+    *,
+    layer: str = "dense",
+    pool: str = "both",
+    channel_ties: str = "first",
+    activation: str = "relu",
+    channel_gate: str = "sigmoid",
+    order: Order = ("max", "mean"),
+    spatial_ties: str = "first",
+    spatial_gate: str = "sigmoid",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+) -> Tensor:
+    """A whole CBAM block: a channel gate, then a spatial gate on its output, which is never written.
+
+    With u = pre_activation(x * affine_weight + affine_bias), v = channel_gate(u) (see `channel_gate`, whose options
+    are meant by layer, pool, channel_ties, activation and channel_gate) and m the maximum and the mean of v over its
+    channels, returns post_activation(v * spatial_gate(conv(m, spatial_weight, spatial_bias)) + residual).
+
+    Args:
+        x: (B, C, *spatial).
+        weight1, bias1, weight2, bias2: the excitation, as in `channel_gate`.
+        spatial_weight: the convolution's, as in `spatial_gate`; required.
+        spatial_bias: (1,).
+        order, spatial_ties: as `order` and `ties` in `spatial_gate`.
+        affine: (weight, bias), each (C,): a folded BatchNorm.
+        residual: a map of x's shape and dtype, any strides.
+
+    Returns:
+        A map of x's shape, dtype and layout.
+
+    Source: arXiv:1807.06521 (CBAM).
+    """
+    codes = (
+        code(LAYERS, "layer", layer),
+        code(POOLS, "pool", pool),
+        code(TIES, "channel_ties", channel_ties),
+        code(ACTIVATIONS, "activation", activation),
+        code(ACTIVATIONS, "channel_gate", channel_gate),
+        _mean_first(order),
+        code(TIES, "spatial_ties", spatial_ties),
+        code(ACTIVATIONS, "spatial_gate", spatial_gate),
+        code(ACTIVATIONS, "pre_activation", pre_activation),
+        code(ACTIVATIONS, "post_activation", post_activation),
+    )
+    autocast = _check_map(x)
+    _check_pool(x, pool)
+    _check_channel_pool(x)
+    _check_excitation(x, weight1, bias1, weight2, bias2, layer, autocast)
+    _check_spatial_convolution("spatial_weight", spatial_weight, "spatial_bias", spatial_bias, x, autocast)
+    affine_weight, affine_bias = _check_affine(x, affine, autocast)
+    _check_residual(x, residual)
+    excitation = weight1, bias1, weight2, bias2
+    backend = _choose("cbam", x)
+    if backend == "reference":
+        return reference.cbam(
+            x,
+            *excitation,
+            spatial_weight,
+            spatial_bias,
+            layer=layer,
+            pool=pool,
+            channel_ties=channel_ties,
+            activation=activation,
+            channel_gate=channel_gate,
+            order=order,
+            spatial_ties=spatial_ties,
+            spatial_gate=spatial_gate,
+            affine=affine,
+            pre_activation=pre_activation,
+            residual=residual,
+            post_activation=post_activation,
+        )
+    return ops.cbam(backend, x, *excitation, spatial_weight, spatial_bias, affine_weight, affine_bias, residual, *codes)
 
 
 def _mean_first(order: Order) -> int:

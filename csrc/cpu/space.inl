@@ -3,39 +3,9 @@
 // position's are a vector; in a channels_last map it is the other way round.
 // Included by kernels.inl inside the namespace of one instruction set.
 
-// NCHW: positions that are taken through all channels at a time; their numbers stay in the first-level cache.
-constexpr int64_t kSpan = 1024;
-
-template <int kNumber>
-struct Count {
-    static constexpr int value = kNumber;
-};
-
-// The lanes of a vector that count: the last vector of a row ends with it and overlaps the one before.
-template <class A>
-struct AllLanes {
-    Mask<A> mask() const { return lanes_below<A>(kLanes<A>); }
-    Vec<A> of(Vec<A> v) const { return v; }
-};
-template <class A>
-struct SomeLanes {
-    Mask<A> fresh;
-    Mask<A> mask() const { return fresh; }
-    Vec<A> of(Vec<A> v) const { return fresh ? v : Vec<A>{}; }
-};
-
-// Calls step(i, n, lanes) for the vectors of first..last; n < kLanes only where the row is shorter than that.
-template <class A, class Step>
-inline void vectors(int64_t first, int64_t last, Step step) {
-    constexpr int64_t lanes = kLanes<A>;
-    int64_t i = first;
-    for (; i + lanes <= last; i += lanes) step(i, lanes, AllLanes<A>{});
-    if (i == last) return;
-    if (last - first >= lanes)
-        step(last - lanes, lanes, SomeLanes<A>{~lanes_below<A>(lanes - (last - i))});
-    else
-        step(first, last - first, SomeLanes<A>{lanes_below<A>(last - first)});
-}
+// NCHW: positions that are taken through all channels at a time, while their numbers stay in cache. (Arguments are
+// copies throughout: what is read through a reference is read again after every store.)
+constexpr int64_t kSpan = 4096;
 
 // Calls body(first, last) for spans of positions, none shorter than a vector unless all are.
 template <class A, class Body>
@@ -45,18 +15,9 @@ inline void spans(int64_t positions, Body body) {
         body(first, last);
     }
 }
-// Calls body(Count<k>, i) for i in first..last, four at a time while there are four.
-template <class Body>
-inline void fours(int64_t first, int64_t last, Body body) {
-    int64_t i = first;
-    for (; i + 4 <= last; i += 4) body(Count<4>{}, i);
-    for (; i < last; ++i) body(Count<1>{}, i);
-}
-
-// values[i] in every lane, or values[i], values[i + 1], ...; what stands for no array at all is `absent`.
+// values[i] in every lane, or values[i], values[i + 1], ...
 template <bool kSame, class A>
-inline Vec<A> numbers(const A* values, int64_t i, int64_t n, A absent) {
-    if (!values) return splat<A>(absent);
+inline Vec<A> numbers(const A* values, int64_t i, int64_t n) {
     if constexpr (kSame) return splat<A>(values[i]);
     return load_n(values + i, n);
 }
@@ -64,25 +25,25 @@ template <bool kSame, class A>
 inline Mask<A> indices(const int32_t* values, int64_t i, int64_t n) {
     Mask<A> v{};
     if constexpr (kSame) return v + values[i];
-    if (n == kLanes<A>)
+    if (n == kLanes<A>) {
+        if constexpr (sizeof(A) == sizeof(int32_t)) return load_bytes<Mask<A>>(values + i);
         for (int64_t lane = 0; lane < kLanes<A>; ++lane) v[lane] = values[i + lane];
-    else
+    } else {
         for (int64_t lane = 0; lane < n; ++lane) v[lane] = values[i + lane];
+    }
     return v;
 }
+// i in every lane, or i, i + 1, ...
 template <bool kSame, class A>
-inline Mask<A> counting_from(int64_t i) {
-    using Lane = std::remove_reference_t<decltype(Mask<A>{}[0])>;
-    Mask<A> v{};
-    if constexpr (!kSame)
-        for (int64_t lane = 0; lane < kLanes<A>; ++lane) v[lane] = static_cast<Lane>(lane);
-    return v + static_cast<Lane>(i);
+inline Mask<A> numbers_from(int64_t i) {
+    if constexpr (!kSame) return counting_from<A>(i);
+    return Mask<A>{} + static_cast<std::remove_reference_t<decltype(Mask<A>{}[0])>>(i);
 }
 
 // Calls body(channel(c, n), position(p, n), offset, n) for every vector of a panel; body must give the same when
 // it is repeated.
 template <bool kChannelsLast, class A, class Channel, class Position, class Body>
-inline void walk_space(const Panel& panel, Channel channel, Position position, Body body) {
+inline void walk_space(Panel panel, Channel channel, Position position, Body body) {
     if constexpr (kChannelsLast) {
         for (int64_t p = 0; p < panel.positions; ++p) {
             const auto here = position(p, kLanes<A>);
@@ -110,17 +71,17 @@ struct Terms {
 // term(channel(c, n), position(p, n), offset, n): one pass over the panel. term may be called twice for the same
 // element. Sums are of float for at most kBlock vectors (and four channels or positions), then of double.
 template <bool kChannelsLast, bool kPosition, int kChannelSums, class A, class Channel, class Position, class Term>
-inline void reduce_space(const Panel& panel, Channel channel, Position position, Term term, A* position_sums,
+inline void reduce_space(Panel panel, Channel channel, Position position, Term term, A* position_sums,
                          double* const* channel_sums) {
     constexpr int64_t lanes = kLanes<A>;
     const int64_t channels = panel.channels, positions = panel.positions;
     if constexpr (!kChannelsLast) {
         spans<A>(positions, [&](int64_t first, int64_t last) {
-            double total[kPosition ? kSpan + lanes : 1];
-            A part[kPosition ? kSpan + lanes : 1];
+            const int64_t length = kPosition ? last - first : 0;
+            Buffer<double> total(length + 1);
+            Buffer<A> part(length + lanes);
             for (int64_t begin = 0; begin < channels; begin += kBlock) {
-                if constexpr (kPosition)
-                    for (int64_t i = 0; i < kSpan + lanes; ++i) part[i] = A(0);
+                part.fill(A(0));
                 fours(begin, lesser(channels, begin + kBlock), [&](auto count, int64_t c) {
                     constexpr int kRows = decltype(count)::value;
                     decltype(channel(c, lanes)) row[kRows];
@@ -134,16 +95,17 @@ inline void reduce_space(const Panel& panel, Channel channel, Position position,
                             if constexpr (kPosition) sum += t.position;
                             for (int j = 0; j < kChannelSums; ++j) sums[j][k] += counted.of(t.channel[j]);
                         }
-                        if constexpr (kPosition) store(load(part + p - first) + counted.of(sum), part + p - first);
+                        if constexpr (kPosition) {
+                            A* to = &part[p - first];
+                            store(load(to) + counted.of(sum), to);
+                        }
                     });
                     for (int j = 0; j < kChannelSums; ++j)
                         for (int k = 0; k < kRows; ++k) channel_sums[j][c + k] += sum_of<A>(sums[j][k]);
                 });
-                if constexpr (kPosition)
-                    for (int64_t i = 0; i < last - first; ++i) total[i] = begin ? total[i] + part[i] : part[i];
+                for (int64_t i = 0; i < length; ++i) total[i] = begin ? total[i] + part[i] : part[i];
             }
-            if constexpr (kPosition)
-                for (int64_t i = first; i < last; ++i) position_sums[i] = static_cast<A>(total[i - first]);
+            for (int64_t i = 0; i < length; ++i) position_sums[first + i] = static_cast<A>(total[i]);
         });
     } else {
         const int64_t padded = channels + lanes;
@@ -193,77 +155,56 @@ struct ChannelVector {
 template <bool kChannelsLast, bool kPlain, class A>
 inline ChannelVector<A, kPlain> channel_of(const Prologue<A>& prologue, const A* gate, int64_t c, int64_t n) {
     return {PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n),
-            numbers<!kChannelsLast>(gate, c, n, A(1))};
-}
-
-// The lanes of a running maximum against each other: every lane then holds the maximum of all.
-template <class A>
-inline void across_lanes(RunningMax<A>& running, bool even) {
-    constexpr int64_t lanes = kLanes<A>;
-    for (int64_t by = lanes / 2; by > 0; by /= 2) {
-        Vec<A> v;
-        Mask<A> t;
-#if defined(__clang__)
-        for (int64_t i = 0; i < lanes; ++i)
-            v[i] = running.value[(i + by) % lanes], t[i] = running.tag[(i + by) % lanes];
-#else
-        Mask<A> from;
-        for (int64_t i = 0; i < lanes; ++i) from[i] = (i + by) % lanes;
-        v = __builtin_shuffle(running.value, from);
-        t = __builtin_shuffle(running.tag, from);
-#endif
-        const Mask<A> larger = ~(v <= running.value) & (running.value == running.value);
-        const Mask<A> smaller = ~(running.value <= v) & (v == v);
-        const Mask<A> tied = even ? running.tag + t : (t < running.tag ? t : running.tag);
-        running.tag = larger ? t : (smaller ? running.tag : tied);
-        running.value = larger ? v : running.value;
-    }
+            gate ? numbers<!kChannelsLast>(gate, c, n) : splat<A>(1)};
 }
 
 template <class T, bool kChannelsLast, bool kPlain>
-void pool_space_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue, const Accumulator<T>* gate,
-                   bool even, Accumulator<T>* mean, Accumulator<T>* peak, int32_t* index) {
+void pool_space_in(const T* x, Panel panel, Prologue<Accumulator<T>> prologue, const Accumulator<T>* gate, bool even,
+                   Accumulator<T>* mean, Accumulator<T>* peak, int32_t* index) {
     using A = Accumulator<T>;
     using Lane = std::remove_reference_t<decltype(Mask<A>{}[0])>;
     constexpr int64_t lanes = kLanes<A>;
     const int64_t channels = panel.channels, positions = panel.positions;
     const double share = 1.0 / static_cast<double>(channels);
-    auto channel = [&](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); };
-    auto value_of = [&](const ChannelVector<A, kPlain>& row, int64_t at, int64_t n) {
+    auto channel = [=](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); };
+    auto value_of = [=](const ChannelVector<A, kPlain>& row, int64_t at, int64_t n) {
         return row.u(load_n(x + at, n)) * row.gate;
     };
     if constexpr (!kChannelsLast) {
         spans<A>(positions, [&](int64_t first, int64_t last) {
-            double total[kSpan + lanes];
-            A part[kSpan + lanes], value[kSpan + lanes];
-            Lane tag[kSpan + lanes];
-            for (int64_t i = 0; i < kSpan + lanes; ++i) value[i] = -kInfinity<A>, tag[i] = 0;
+            const int64_t length = last - first;
+            Buffer<double> total(length);
+            Buffer<A> part(length + lanes), value(length + lanes);
+            Buffer<Lane> tag(length + lanes);
+            value.fill(-kInfinity<A>);
+            tag.fill(0);
             for (int64_t begin = 0; begin < channels; begin += kBlock) {
-                for (int64_t i = 0; i < kSpan + lanes; ++i) part[i] = A(0);
+                part.fill(A(0));
                 fours(begin, lesser(channels, begin + kBlock), [&](auto count, int64_t c) {
                     constexpr int kRows = decltype(count)::value;
                     ChannelVector<A, kPlain> row[kRows];
                     for (int k = 0; k < kRows; ++k) row[k] = channel(c + k, lanes);
                     vectors<A>(first, last, [&](int64_t p, int64_t n, auto counted) {
-                        const int64_t i = p - first;
-                        RunningMax<A> running{load(value + i), load_bytes<Mask<A>>(tag + i)};
+                        A *sum_at = &part[p - first], *value_at = &value[p - first];
+                        Lane* tag_at = &tag[p - first];
+                        RunningMax<A> running{load(value_at), load_bytes<Mask<A>>(tag_at)};
                         Vec<A> sum{};
                         for (int k = 0; k < kRows; ++k) {
                             const Vec<A> v = value_of(row[k], (c + k) * panel.channel_stride + p, n);
                             sum += v;
-                            running.update(rounded_to<T>(v), counting_from<true, A>(c + k), counted.mask(), even);
+                            running.update(rounded_to<T>(v), numbers_from<true, A>(c + k), counted.mask(), even);
                         }
-                        store(load(part + i) + counted.of(sum), part + i);
-                        store(running.value, value + i);
-                        std::memcpy(tag + i, &running.tag, sizeof(running.tag));
+                        store(load(sum_at) + counted.of(sum), sum_at);
+                        store(running.value, value_at);
+                        std::memcpy(tag_at, &running.tag, sizeof(running.tag));
                     });
                 });
-                for (int64_t i = 0; i < last - first; ++i) total[i] = begin ? total[i] + part[i] : part[i];
+                for (int64_t i = 0; i < length; ++i) total[i] = begin ? total[i] + part[i] : part[i];
             }
-            for (int64_t p = first; p < last; ++p) {
-                mean[p] = static_cast<A>(total[p - first] * share);
-                peak[p] = value[p - first];
-                index[p] = static_cast<int32_t>(tag[p - first]);
+            for (int64_t i = 0; i < length; ++i) {
+                mean[first + i] = static_cast<A>(total[i] * share);
+                peak[first + i] = value[i];
+                index[first + i] = static_cast<int32_t>(tag[i]);
             }
         });
     } else {
@@ -276,7 +217,7 @@ void pool_space_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>
                 Vec<A> sums[kRows] = {};
                 vectors<A>(begin, end, [&](int64_t c, int64_t n, auto counted) {
                     const auto column = channel(c, n);
-                    const Mask<A> id = counting_from<false, A>(c);
+                    const Mask<A> id = counting_from<A>(c);
                     for (int k = 0; k < kRows; ++k) {
                         const Vec<A> v = value_of(column, (p + k) * channels + c, n);
                         sums[k] += counted.of(v);
@@ -286,12 +227,8 @@ void pool_space_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>
                 for (int k = 0; k < kRows; ++k) total[k] += sum_of<A>(sums[k]);
                 begin = end;
             }
-            for (int k = 0; k < kRows; ++k) {
-                across_lanes(running[k], even);
-                mean[p + k] = static_cast<A>(total[k] * share);
-                peak[p + k] = running[k].value[0];
-                index[p + k] = static_cast<int32_t>(running[k].tag[0]);
-            }
+            finish<kRows>(running, even, peak + p, index + p);
+            for (int k = 0; k < kRows; ++k) mean[p + k] = static_cast<A>(total[k] * share);
         });
     }
 }
@@ -306,13 +243,13 @@ void pool_space(const T* x, Panel panel, Prologue<Accumulator<T>> prologue, cons
 }
 
 template <class T, bool kChannelsLast, bool kPlain>
-void scale_space_in(const T* x, const T* residual, const Panel& panel, const Prologue<Accumulator<T>>& prologue,
+void scale_space_in(const T* x, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue,
                     const Accumulator<T>* gate, const Accumulator<T>* space_gate, int activation, T* y) {
     using A = Accumulator<T>;
     walk_space<kChannelsLast, A>(
-        panel, [&](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); },
-        [&](int64_t p, int64_t n) { return numbers<kChannelsLast>(space_gate, p, n, A(1)); },
-        [&](const ChannelVector<A, kPlain>& row, const Vec<A>& here, int64_t at, int64_t n) {
+        panel, [=](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); },
+        [=](int64_t p, int64_t n) { return numbers<kChannelsLast>(space_gate, p, n); },
+        [=](const ChannelVector<A, kPlain>& row, const Vec<A>& here, int64_t at, int64_t n) {
             Vec<A> out = row.u(load_n(x + at, n)) * row.gate * here;
             if constexpr (!kPlain) {
                 if (residual) out += load_n(residual + at, n);
@@ -332,15 +269,14 @@ void scale_space(const T* x, const T* residual, Panel panel, Prologue<Accumulato
 }
 
 template <class T, bool kChannelsLast, bool kPlain, int kChannelSums>
-void dot_space_in(const T* grad, const T* x, const T* y, const T* residual, const Panel& panel,
-                  const Prologue<Accumulator<T>>& prologue, const Accumulator<T>* gate,
-                  const Accumulator<T>* space_gate, int activation, T* grad_residual, Accumulator<T>* space_dot,
-                  double* dot) {
+void dot_space_in(const T* grad, const T* x, const T* y, const T* residual, Panel panel,
+                  Prologue<Accumulator<T>> prologue, const Accumulator<T>* gate, const Accumulator<T>* space_gate,
+                  int activation, T* grad_residual, Accumulator<T>* space_dot, double* dot) {
     using A = Accumulator<T>;
     reduce_space<kChannelsLast, true, kChannelSums, A>(
-        panel, [&](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); },
-        [&](int64_t p, int64_t n) { return numbers<kChannelsLast>(space_gate, p, n, A(1)); },
-        [&](const ChannelVector<A, kPlain>& row, const Vec<A>& here, int64_t at, int64_t n) {
+        panel, [=](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); },
+        [=](int64_t p, int64_t n) { return numbers<kChannelsLast>(space_gate, p, n); },
+        [=](const ChannelVector<A, kPlain>& row, const Vec<A>& here, int64_t at, int64_t n) {
             const Vec<A> u = row.u(load_n(x + at, n));
             Vec<A> d = load_n(grad + at, n);
             if constexpr (!kPlain) {
@@ -373,30 +309,35 @@ void dot_space(const T* grad, const T* x, const T* y, const T* residual, Panel p
     run(grad, x, y, residual, panel, prologue, gate, space_gate, activation, grad_residual, space_dot, dot);
 }
 
-// What the pools over one axis pass to the elements of a vector; `id` of an element counts along that axis.
+// What the pools over one axis pass to the elements of a vector: the mean's share to each, the maximum's to the one
+// at `index` along that axis or, where ties are shared, to those that equal `peak`.
 template <class A>
 struct PoolGradVector {
     Vec<A> mean, value, peak;
     Mask<A> index;
-    template <bool kSame>
-    static PoolGradVector at(const PoolGrad<A>& grad, int64_t i, int64_t n) {
-        PoolGradVector v{};
-        v.mean = numbers<kSame>(grad.mean, i, n, A(0));
-        v.value = numbers<kSame>(grad.peak.value, i, n, A(0));
-        if (grad.peak.peak)
-            v.peak = numbers<kSame>(grad.peak.peak, i, n, A(0));
-        else if (grad.peak.value)
+    template <bool kSame, bool kEven>
+    static PoolGradVector at(PoolGrad<A> grad, int64_t i, int64_t n) {
+        PoolGradVector v;
+        v.mean = numbers<kSame>(grad.mean, i, n);
+        v.value = numbers<kSame>(grad.peak.value, i, n);
+        if (kEven && grad.peak.peak)
+            v.peak = numbers<kSame>(grad.peak.peak, i, n);
+        else
             v.index = indices<kSame, A>(grad.peak.index, i, n);
         return v;
     }
     Vec<A> to(Mask<A> chosen) const { return mean + (chosen ? value : Vec<A>{}); }
 };
 
+// A channel in weigh and spread: its number, and what pools over space pass to it.
 template <class A, bool kPlain>
-struct SpreadChannel {
+struct WeighChannel {
     ChannelVector<A, kPlain> in;
-    PoolGradVector<A> pools;
     Mask<A> id;
+};
+template <class A, bool kPlain>
+struct SpreadChannel : WeighChannel<A, kPlain> {
+    PoolGradVector<A> pools;
 };
 template <class A>
 struct SpreadPosition {
@@ -406,21 +347,23 @@ struct SpreadPosition {
 };
 
 template <class T, bool kChannelsLast, bool kPlain>
-void weigh_space_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue,
-                    const Accumulator<T>* gate, const PoolGrad<Accumulator<T>>& space, double* dot) {
+void weigh_space_in(const T* x, Panel panel, Prologue<Accumulator<T>> prologue, const Accumulator<T>* gate,
+                    PoolGrad<Accumulator<T>> space, double* dot) {
     using A = Accumulator<T>;
+    using Channel = WeighChannel<A, kPlain>;
     const bool even = space.peak.peak;
     reduce_space<kChannelsLast, false, 1, A>(
         panel,
-        [&](int64_t c, int64_t n) {
-            return SpreadChannel<A, kPlain>{
-                channel_of<kChannelsLast, kPlain>(prologue, gate, c, n), {}, counting_from<!kChannelsLast, A>(c)};
+        [=](int64_t c, int64_t n) {
+            return Channel{channel_of<kChannelsLast, kPlain>(prologue, gate, c, n), numbers_from<!kChannelsLast, A>(c)};
         },
-        [&](int64_t p, int64_t n) { return PoolGradVector<A>::template at<kChannelsLast>(space, p, n); },
-        [&](const SpreadChannel<A, kPlain>& row, const PoolGradVector<A>& here, int64_t at, int64_t n) {
+        [=](int64_t p, int64_t n) { return PoolGradVector<A>::template at<kChannelsLast, true>(space, p, n); },
+        [=](const Channel& row, const PoolGradVector<A>& here, int64_t at, int64_t n) {
             const Vec<A> u = row.in.u(load_n(x + at, n));
+            Mask<A> largest = row.id == here.index;
+            if (even) largest = rounded_to<T>(u * row.in.gate) == here.peak;
             Terms<A> terms;
-            terms.channel[0] = u * here.to(even ? rounded_to<T>(u * row.in.gate) == here.peak : row.id == here.index);
+            terms.channel[0] = u * here.to(largest);
             return terms;
         },
         nullptr, &dot);
@@ -435,39 +378,42 @@ void weigh_space(const T* x, Panel panel, Prologue<Accumulator<T>> prologue, con
     run(x, panel, prologue, gate, space, dot);
 }
 
-template <class T, bool kChannelsLast, bool kPlain>
-void spread_space_in(const T* grad, const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue,
-                     const Accumulator<T>* gate, const Accumulator<T>* space_gate,
-                     const PoolGrad<Accumulator<T>>& space, const PoolGrad<Accumulator<T>>& channel, T* grad_x,
-                     double* const* affine_grads) {
+template <class T, bool kChannelsLast, bool kPlain, bool kGated>
+void spread_space_in(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> prologue,
+                     const Accumulator<T>* gate, const Accumulator<T>* space_gate, PoolGrad<Accumulator<T>> space,
+                     PoolGrad<Accumulator<T>> channel, T* grad_x, double* grad_weight, double* grad_bias) {
     using A = Accumulator<T>;
-    const bool even_channels = space.peak.peak, even_positions = channel.peak.peak;  // equals count along that axis
-    auto make_channel = [&](int64_t c, int64_t n) {
-        return SpreadChannel<A, kPlain>{channel_of<kChannelsLast, kPlain>(prologue, gate, c, n),
-                                        PoolGradVector<A>::template at<!kChannelsLast>(channel, c, n),
-                                        counting_from<!kChannelsLast, A>(c)};
+    using Channel = SpreadChannel<A, kPlain>;
+    const bool even_channels = space.peak.peak, even_positions = channel.peak.peak;  // ties along that axis
+    auto make_channel = [=](int64_t c, int64_t n) {
+        Channel row;
+        row.in = channel_of<kChannelsLast, kPlain>(prologue, gate, c, n);
+        row.id = numbers_from<!kChannelsLast, A>(c);
+        if constexpr (kGated) row.pools = PoolGradVector<A>::template at<!kChannelsLast, !kPlain>(channel, c, n);
+        return row;
     };
-    auto make_position = [&](int64_t p, int64_t n) {
-        return SpreadPosition<A>{numbers<kChannelsLast>(space_gate, p, n, A(0)),
-                                 PoolGradVector<A>::template at<kChannelsLast>(space, p, n),
-                                 counting_from<kChannelsLast, A>(p + panel.first_position)};
+    auto make_position = [=](int64_t p, int64_t n) {
+        SpreadPosition<A> here;
+        if (grad) here.gate = numbers<kChannelsLast>(space_gate, p, n);
+        here.pools = PoolGradVector<A>::template at<kChannelsLast, !kPlain>(space, p, n);
+        here.id = numbers_from<kChannelsLast, A>(p + panel.first_position);
+        return here;
     };
-    // Writes grad_x; the terms are the gradient before the prologue's activation times x, and that itself.
-    auto term = [&](const SpreadChannel<A, kPlain>& row, const SpreadPosition<A>& here, int64_t at, int64_t n) {
-        Terms<A> terms;
-        Mask<A> largest_channel = row.id == here.pools.index, largest_position = here.id == row.pools.index;
+    // Writes grad_x; the terms are the gradient before the prologue's activation, times x and by itself.
+    auto term = [=](const Channel& row, const SpreadPosition<A>& here, int64_t at, int64_t n) {
+        Mask<A> largest_channel = row.id == here.pools.index, largest_position{};
+        if constexpr (kGated) largest_position = here.id == row.pools.index;
         Vec<A> x_at{};
         if constexpr (!kPlain) {
             x_at = load_n(x + at, n);
-            if (even_channels || even_positions) {
-                const Vec<A> u = row.in.u(x_at);
-                if (even_channels) largest_channel = rounded_to<T>(u * row.in.gate) == here.pools.peak;
-                if (even_positions) largest_position = rounded_to<T>(u) == row.pools.peak;
-            }
+            const Vec<A> u = row.in.u(x_at);
+            if (even_channels) largest_channel = rounded_to<T>(u * row.in.gate) == here.pools.peak;
+            if (even_positions) largest_position = rounded_to<T>(u) == row.pools.peak;
         }
         Vec<A> d = here.pools.to(largest_channel);
         if (grad) d += load_n(grad + at, n) * here.gate;
-        d = d * row.in.gate + row.pools.to(largest_position);
+        if constexpr (kGated) d = d * row.in.gate + row.pools.to(largest_position);
+        Terms<A> terms;
         if constexpr (!kPlain) {
             if (row.in.u.activation != kIdentity) d *= activate_grad<A>(row.in.u.before(x_at), row.in.u.activation);
             terms.channel[0] = d * x_at;
@@ -476,10 +422,11 @@ void spread_space_in(const T* grad, const T* x, const Panel& panel, const Prolog
         store_n(kPlain ? d : d * row.in.u.weight, grad_x + at, n);
         return terms;
     };
-    if (kPlain || !affine_grads[0])
+    double* const sums[2] = {grad_weight, grad_bias};
+    if (kPlain || !grad_weight)
         walk_space<kChannelsLast, A>(panel, make_channel, make_position, term);
     else
-        reduce_space<kChannelsLast, false, 2, A>(panel, make_channel, make_position, term, nullptr, affine_grads);
+        reduce_space<kChannelsLast, false, 2, A>(panel, make_channel, make_position, term, nullptr, sums);
 }
 
 template <class T>
@@ -487,10 +434,14 @@ void spread_space(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T
                   const Accumulator<T>* space_gate, PoolGrad<Accumulator<T>> space, PoolGrad<Accumulator<T>> channel,
                   T* grad_x, double* grad_weight, double* grad_bias) {
     const bool plain = prologue.identity() && !space.peak.peak && !channel.peak.peak;
-    auto run = panel.channels_last ? (plain ? spread_space_in<T, true, true> : spread_space_in<T, true, false>)
-                                   : (plain ? spread_space_in<T, false, true> : spread_space_in<T, false, false>);
-    double* const affine_grads[2] = {grad_weight, grad_bias};
-    run(grad, x, panel, prologue, gate, space_gate, space, channel, grad_x, affine_grads);
+    auto pick = [&](auto gated) {
+        constexpr bool kGated = decltype(gated)::value;
+        return panel.channels_last
+                   ? (plain ? spread_space_in<T, true, true, kGated> : spread_space_in<T, true, false, kGated>)
+                   : (plain ? spread_space_in<T, false, true, kGated> : spread_space_in<T, false, false, kGated>);
+    };
+    auto run = gate ? pick(Count<1>{}) : pick(Count<0>{});
+    run(grad, x, panel, prologue, gate, space_gate, space, channel, grad_x, grad_weight, grad_bias);
 }
 
 template <class A>

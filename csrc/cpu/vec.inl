@@ -122,6 +122,40 @@ inline Mask<A> lanes_below(int64_t n) {
     return iota < static_cast<Lane>(n);
 }
 template <class A>
+inline Mask<A> counting_from(int64_t first) {
+    Mask<A> iota;
+    using Lane = std::remove_reference_t<decltype(iota[0])>;
+    for (int64_t i = 0; i < kLanes<A>; ++i) iota[i] = static_cast<Lane>(i);
+    return iota + static_cast<Lane>(first);
+}
+
+// Lanes of a and b by number, b's after a's; from(i) is what lane i takes.
+template <class V, class From>
+inline V shuffled(V a, V b, From from) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(a[0]);
+#if defined(__clang__)
+    V v;
+    for (int64_t i = 0; i < lanes; ++i) v[i] = from(i) < lanes ? a[from(i)] : b[from(i) - lanes];
+    return v;
+#else
+    decltype(a < b) numbers;
+    for (int64_t i = 0; i < lanes; ++i) numbers[i] = from(i);
+    return __builtin_shuffle(a, b, numbers);
+#endif
+}
+template <int64_t kBy, class V>
+inline V rotated(V v) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(v[0]);
+    return shuffled(v, v, [](int64_t i) { return (i + kBy) % lanes; });
+}
+// Of every group of kWidth lanes in a, then in b, the first half or the second.
+template <int64_t kWidth, bool kSecond, class V>
+inline V half_groups(V a, V b) {
+    constexpr int64_t half = kWidth / 2;
+    return shuffled(a, b, [](int64_t i) { return i / half * kWidth + i % half + (kSecond ? half : 0); });
+}
+
+template <class A>
 inline A sum_of(Vec<A> v) {  // 16-byte parts first, then their lanes as a tree
     typedef A Part __attribute__((vector_size(16)));
     Part parts[VECTOR_BYTES / 16], total{};
@@ -146,7 +180,7 @@ inline Vec<double> exp(Vec<double> x) {
 inline Vec<float> exp(Vec<float> x) {
     using V = VectorOf<float>;
     const auto low = splat(-87.f), high = splat(88.f), magic = splat(12582912.f);  // 1.5 * 2^23: rounds
-    const auto under = x < low, over = x > high;
+    const auto under = x<low, over = x> high;
     x = under ? low : x;
     x = over ? high : x;
     const Vec<float> n = (x * 1.44269504f + magic) - magic;
