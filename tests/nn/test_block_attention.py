@@ -11,8 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fused_attn import nn as fused_nn
 from fused_attn import reference
-from tests.checks import assert_same_block, checkpoint, checkpoint_shapes, random, randomised, with_state_of
+from tests.checks import (
+    LAYOUTS,
+    assert_equivalent,
+    assert_same_block,
+    checkpoint,
+    checkpoint_shapes,
+    in_layout,
+    random,
+    randomised,
+    with_state_of,
+)
+from tests.ops.test_cbam import separated
 
 timm_cbam = pytest.importorskip("timm.layers.cbam", reason="timm is not installed")
 
@@ -372,3 +384,47 @@ def test_trains_under_deterministic_algorithms():
         block(random(2, C, 7, 9)).square().sum().backward()
         optimizer.step()
         assert all(torch.isfinite(p).all() for p in block.parameters())
+
+
+def fused_pair(build, dtype, training):
+    fused = randomised(build(fused_nn)).to(dtype).train(training)
+    plain = build(reference).to(dtype).train(training)
+    plain.load_state_dict(fused.state_dict())
+    return fused, plain
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_fused_equals_its_reference(name, training, dtype, layout):
+    build, _, rank = PAIRS[name]
+    fused, plain = fused_pair(build, dtype, training)
+    shape = (2, C, *(7, 9, 5)[:rank])
+    # In half precision only what has clear maxima: between near-equal ones eager and float64 choose differently.
+    x = separated(shape, dtype) if dtype == torch.bfloat16 else random(*shape, dtype=dtype)
+    inputs = {"x": in_layout(x, layout)}
+    inputs |= {k: v.detach() for k, v in fused.named_parameters()}
+
+    def call(module):
+        def function(x, **parameters):
+            tensors = {k: b.clone().to(x.dtype if b.is_floating_point() else b.dtype) for k, b in buffers.items()}
+            return torch.func.functional_call(module, tensors | parameters, (x,))
+
+        buffers = dict(module.named_buffers())
+        return function
+
+    assert_equivalent(call(fused), call(plain), inputs, [random(*shape, seed=1, dtype=dtype)])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fused_statistics_gate_and_residual(name, training):
+    fused, plain = fused_pair(BLOCKS[name], torch.float64, training)
+    x = random(3, C, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x, x.flip(0)), plain(x, x.flip(0)))
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    if not name.startswith("cbam"):
+        fused.return_gate = plain.return_gate = True
+        torch.testing.assert_close(fused(x), plain(x))
