@@ -16,7 +16,7 @@ enum Activation {
     kLeakyRelu = 9,
     kRelu6 = 10,
 };
-enum Pool { kAvg = 0, kMax = 1, kAvgMax = 2 };
+enum Pool { kAvg = 0, kMax = 1, kAvgMax = 2, kBoth = 3 };
 enum Ties { kFirst = 0, kEven = 1 };
 enum Layer { kDense = 0, kConv = 1, kCircular = 2 };
 

@@ -11,4 +11,10 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("scale_backward.cpu", TORCH_BOX(&fused_attn::cpu::scale_backward));
     m.impl("channel_gate.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate));
     m.impl("channel_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate_backward));
+    m.impl("spatial_gate.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate));
+    m.impl("spatial_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate_backward));
+    m.impl("channel_pool.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool));
+    m.impl("channel_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool_backward));
+    m.impl("cbam.cpu", TORCH_BOX(&fused_attn::cpu::cbam));
+    m.impl("cbam_backward.cpu", TORCH_BOX(&fused_attn::cpu::cbam_backward));
 }

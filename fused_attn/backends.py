@@ -23,7 +23,8 @@ from torch import Tensor
 from . import ops as ops  # defines the operators, before the library registers kernels for them
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPS = ("squeeze", "scale", "channel_gate")
+#: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
+OPS = ("squeeze", "scale", "scale/space", "channel_gate", "channel_gate/both", "channel_pool", "spatial_gate", "cbam")
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
 MEASURED: dict[str, str] = {"cpu": "cpu"}
@@ -32,6 +33,13 @@ MEASURED: dict[str, str] = {"cpu": "cpu"}
 MISSING: dict[tuple[str, str], str] = {
     ("cuda", "squeeze"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "scale"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "scale/space"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "channel_gate/both"): 'there is no resident kernel for pool="both"; use triton',
+    ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "spatial_gate"): "there is no resident kernel for it; use triton",
+    ("cuda", "cbam"): "there is no resident kernel for it; use triton",
+    ("triton", "scale/space"): "this version's Triton kernel has one gate a channel, none a position",
+    ("triton", "channel_gate/both"): 'this version\'s Triton kernel has no pool="both"',
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
@@ -62,7 +70,7 @@ def _reason(name: str, op: str, device: str) -> str | None:
     if (name, op) in MISSING:
         return MISSING[name, op]
     if name == "triton":
-        if not Path(__file__).with_name("kernels").joinpath(f"{op}.py").exists():
+        if not Path(__file__).with_name("kernels").joinpath(f"{op.partition('/')[0]}.py").exists():
             return f"this version has no Triton kernel for {op}"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -79,7 +87,7 @@ def _reason(name: str, op: str, device: str) -> str | None:
 
 
 def _has_cuda_kernel(op: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{op}.cuda", "CUDA")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{op.partition('/')[0]}.cuda", "CUDA")
 
 
 #: Why there is no native library here, or None.

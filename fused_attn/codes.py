@@ -24,9 +24,12 @@ ACTIVATIONS: dict[str, int] = {
     "leaky_relu": 9,
     "relu6": 10,
 }
-POOLS: dict[str, int] = {"avg": 0, "max": 1, "avgmax": 2}
+POOLS: dict[str, int] = {"avg": 0, "max": 1, "avgmax": 2, "both": 3}
 TIES: dict[str, int] = {"first": 0, "even": 1}
 LAYERS: dict[str, int] = {"dense": 0, "conv": 1, "circular": 2}
+
+#: The two maps of a channel pool by their order, as a convolution's weights have them: `mean_first`.
+ORDERS: dict[tuple[str, str], int] = {("max", "mean"): 0, ("mean", "max"): 1}
 
 #: What each activation is, as PyTorch computes it (the slope of leaky_relu is torch's default, 0.01).
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

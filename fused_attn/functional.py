@@ -24,9 +24,12 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends import choose
-from .codes import ACTIVATIONS, LAYERS, POOLS, TIES, code
+from .codes import ACTIVATIONS, LAYERS, ORDERS, POOLS, TIES, code
 
 Affine = tuple[Tensor, Tensor]
+Order = tuple[str, str]
+
+_SQUEEZE_POOLS = {name: code for name, code in POOLS.items() if name != "both"}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -51,7 +54,11 @@ def squeeze(
 
     Equivalent to `x.mean((2, 3))`, `x.amax((2, 3))` (ties "even") or `adaptive_max_pool2d(x, 1)` (ties "first").
     """
-    codes = code(ACTIVATIONS, "pre_activation", pre_activation), code(POOLS, "pool", pool), code(TIES, "ties", ties)
+    codes = (
+        code(ACTIVATIONS, "pre_activation", pre_activation),
+        code(_SQUEEZE_POOLS, "pool", pool),
+        code(TIES, "ties", ties),
+    )
     autocast = _check_map(x)
     _check_pool(x, pool)
     weight, bias = _check_affine(x, affine, autocast)
@@ -75,7 +82,8 @@ def scale(
 
     Args:
         x: (B, C, *spatial).
-        gate: (B, C), or (B, C, 1, ...) as a gate-only module returns it; any floating-point dtype.
+        gate: one a channel: (B, C), or (B, C, 1, ...) as a gate-only module returns it; or one a position:
+            (B, 1, *spatial). Any floating-point dtype.
         affine: (weight, bias), each (C,).
         residual: a map of x's shape and dtype, any strides.
 
@@ -84,15 +92,19 @@ def scale(
     """
     codes = code(ACTIVATIONS, "pre_activation", pre_activation), code(ACTIVATIONS, "post_activation", post_activation)
     autocast = _check_map(x)
-    batch, channels = x.shape[:2]
+    batch, channels, *spatial = x.shape
     _check_tensor("gate", gate, x)
-    if gate.dim() == x.dim():
+    if gate.shape == (batch, channels, *(1,) * len(spatial)):
         gate = gate.flatten(1)
-    if gate.shape != (batch, channels):
-        raise ValueError(f"gate: expected shape ({batch}, {channels}) or (B, C, 1, ...); got {tuple(gate.shape)}")
+    of_space = gate.shape == (batch, 1, *spatial)
+    if gate.shape != (batch, channels) and not of_space:
+        raise ValueError(
+            f"gate: expected shape ({batch}, {channels}) or (B, C, 1, ...), or {(batch, 1, *spatial)}, one a position;"
+            f" got {tuple(gate.shape)}"
+        )
     weight, bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("scale", x)
+    backend = _choose("scale/space" if of_space else "scale", x)
     if backend == "reference":
         return reference.scale(
             x,
@@ -125,7 +137,8 @@ def channel_gate(
     """A whole channel attention block: squeeze, excite, scale.
 
     With u = pre_activation(x * affine_weight + affine_bias) and s = pool(u) over space (avgmax: the mean of both),
-    returns post_activation(u * gate(excitation(s)) + residual). The excitation is
+    returns post_activation(u * gate(excitation(s)) + residual); pool="both" excites the average and the maximum each
+    by itself, with the same weights, and adds the two (CBAM's channel attention). The excitation is
 
     - two dense layers: weight2 activation(weight1 s + bias1) + bias2 (squeeze-and-excitation),
     - one dense layer: weight1 s + bias1 (effective SE),
@@ -144,7 +157,7 @@ def channel_gate(
     Returns:
         A map of x's shape, dtype and layout.
 
-    Sources: arXiv:1709.01507 (SE), 1911.06667 (effective SE), 1910.03151 (ECA).
+    Sources: arXiv:1709.01507 (SE), 1911.06667 (effective SE), 1910.03151 (ECA), 1807.06521 (CBAM).
     """
     codes = (
         code(LAYERS, "layer", layer),
@@ -160,7 +173,7 @@ def channel_gate(
     _check_excitation(x, weight1, bias1, weight2, bias2, layer, autocast)
     affine_weight, affine_bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("channel_gate", x)
+    backend = _choose("channel_gate/both" if pool == "both" else "channel_gate", x)
     if backend == "reference":
         return reference.channel_gate(
             x,
@@ -179,6 +192,189 @@ def channel_gate(
             post_activation=post_activation,
         )
     return ops.channel_gate(backend, x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes)
+
+
+def channel_pool(
+    x: Tensor,
+    *,
+    order: Order = ("max", "mean"),
+    ties: str = "first",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+) -> Tensor:
+    """Maximum and mean of pre_activation(x * weight + bias) over the channels, one pass over x.
+
+    Args:
+        x: (B, C, *spatial), C at least 1.
+        order: which comes first, ("max", "mean") or ("mean", "max").
+        affine: (weight, bias), each (C,): a folded BatchNorm.
+
+    Returns:
+        (B, 2, *spatial) in x's dtype, contiguous.
+
+    Equivalent to `torch.cat([x.amax(1, True), x.mean(1, True)], 1)` (ties "even"), or with `x.max(1, True).values`
+    (ties "first").
+    """
+    codes = code(ACTIVATIONS, "pre_activation", pre_activation), _mean_first(order), code(TIES, "ties", ties)
+    autocast = _check_map(x)
+    _check_channel_pool(x)
+    weight, bias = _check_affine(x, affine, autocast)
+    backend = _choose("channel_pool", x)
+    if backend == "reference":
+        return reference.channel_pool(x, order=order, ties=ties, affine=affine, pre_activation=pre_activation)
+    return ops.channel_pool(backend, x, weight, bias, *codes)
+
+
+def spatial_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: Order = ("max", "mean"),
+    ties: str = "first",
+    gate: str = "sigmoid",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+) -> Tensor:
+    """A whole spatial attention block: channel pool, convolution, scale.
+
+    With u = pre_activation(x * affine_weight + affine_bias) and m the maximum and the mean of u over its channels,
+    returns post_activation(u * gate(conv(m, weight, bias)) + residual), the convolution zero-padded to x's size.
+
+    Args:
+        x: (B, C, *spatial).
+        weight: (1, 2, k), (1, 2, k, k) or (1, 2, k, k, k) for one to three spatial axes, every k odd.
+        bias: (1,).
+        order: the two input channels of the convolution, ("max", "mean") or ("mean", "max").
+        affine: (weight, bias), each (C,): a folded BatchNorm.
+        residual: a map of x's shape and dtype, any strides.
+
+    Returns:
+        A map of x's shape, dtype and layout. Backward keeps x, and three numbers and an index a position.
+
+    Source: arXiv:1807.06521 (CBAM).
+    """
+    codes = (
+        _mean_first(order),
+        code(TIES, "ties", ties),
+        code(ACTIVATIONS, "gate", gate),
+        code(ACTIVATIONS, "pre_activation", pre_activation),
+        code(ACTIVATIONS, "post_activation", post_activation),
+    )
+    autocast = _check_map(x)
+    _check_channel_pool(x)
+    _check_spatial_convolution("weight", weight, "bias", bias, x, autocast)
+    affine_weight, affine_bias = _check_affine(x, affine, autocast)
+    _check_residual(x, residual)
+    backend = _choose("spatial_gate", x)
+    if backend == "reference":
+        return reference.spatial_gate(
+            x,
+            weight,
+            bias,
+            order=order,
+            ties=ties,
+            gate=gate,
+            affine=affine,
+            pre_activation=pre_activation,
+            residual=residual,
+            post_activation=post_activation,
+        )
+    return ops.spatial_gate(backend, x, weight, bias, affine_weight, affine_bias, residual, *codes)
+
+
+def cbam(
+    x: Tensor,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    weight2: Tensor | None = None,
+    bias2: Tensor | None = None,
+    spatial_weight: Tensor | None = None,
+    spatial_bias: Tensor | None = None,
+    *,
+    layer: str = "dense",
+    pool: str = "both",
+    channel_ties: str = "first",
+    activation: str = "relu",
+    channel_gate: str = "sigmoid",
+    order: Order = ("max", "mean"),
+    spatial_ties: str = "first",
+    spatial_gate: str = "sigmoid",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+) -> Tensor:
+    """A whole CBAM block: a channel gate, then a spatial gate on its output, which is never written.
+
+    With u = pre_activation(x * affine_weight + affine_bias), v = channel_gate(u) (see `channel_gate`, whose options
+    are meant by layer, pool, channel_ties, activation and channel_gate) and m the maximum and the mean of v over its
+    channels, returns post_activation(v * spatial_gate(conv(m, spatial_weight, spatial_bias)) + residual).
+
+    Args:
+        x: (B, C, *spatial).
+        weight1, bias1, weight2, bias2: the excitation, as in `channel_gate`.
+        spatial_weight: the convolution's, as in `spatial_gate`; required.
+        spatial_bias: (1,).
+        order, spatial_ties: as `order` and `ties` in `spatial_gate`.
+        affine: (weight, bias), each (C,): a folded BatchNorm.
+        residual: a map of x's shape and dtype, any strides.
+
+    Returns:
+        A map of x's shape, dtype and layout.
+
+    Source: arXiv:1807.06521 (CBAM).
+    """
+    codes = (
+        code(LAYERS, "layer", layer),
+        code(POOLS, "pool", pool),
+        code(TIES, "channel_ties", channel_ties),
+        code(ACTIVATIONS, "activation", activation),
+        code(ACTIVATIONS, "channel_gate", channel_gate),
+        _mean_first(order),
+        code(TIES, "spatial_ties", spatial_ties),
+        code(ACTIVATIONS, "spatial_gate", spatial_gate),
+        code(ACTIVATIONS, "pre_activation", pre_activation),
+        code(ACTIVATIONS, "post_activation", post_activation),
+    )
+    autocast = _check_map(x)
+    _check_pool(x, pool)
+    _check_channel_pool(x)
+    _check_excitation(x, weight1, bias1, weight2, bias2, layer, autocast)
+    _check_spatial_convolution("spatial_weight", spatial_weight, "spatial_bias", spatial_bias, x, autocast)
+    affine_weight, affine_bias = _check_affine(x, affine, autocast)
+    _check_residual(x, residual)
+    excitation = weight1, bias1, weight2, bias2
+    backend = _choose("cbam", x)
+    if backend == "reference":
+        return reference.cbam(
+            x,
+            *excitation,
+            spatial_weight,
+            spatial_bias,
+            layer=layer,
+            pool=pool,
+            channel_ties=channel_ties,
+            activation=activation,
+            channel_gate=channel_gate,
+            order=order,
+            spatial_ties=spatial_ties,
+            spatial_gate=spatial_gate,
+            affine=affine,
+            pre_activation=pre_activation,
+            residual=residual,
+            post_activation=post_activation,
+        )
+    return ops.cbam(backend, x, *excitation, spatial_weight, spatial_bias, affine_weight, affine_bias, residual, *codes)
+
+
+def _mean_first(order: Order) -> int:
+    for names, number in ORDERS.items():
+        if order == names:
+            return number
+    raise ValueError(f"order: expected ('max', 'mean') or ('mean', 'max'); got {order!r}")
 
 
 def _choose(op: str, x: Tensor) -> str:
@@ -215,6 +411,11 @@ def _check_pool(x: Tensor, pool: str) -> None:
         raise ValueError(f"x: expected fewer than 2**31 spatial positions for a maximum; got {positions}")
 
 
+def _check_channel_pool(x: Tensor) -> None:
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one channel for a maximum; got shape {tuple(x.shape)}")
+
+
 def _check_parameter(argument: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, autocast: bool) -> None:
     """A parameter of this shape, up to trailing axes of size 1, in x's dtype (any float dtype under autocast)."""
     _check_tensor(argument, tensor, x)
@@ -242,6 +443,23 @@ def _check_residual(x: Tensor, residual: Tensor | None) -> None:
         raise ValueError(f"residual: expected x's shape, {tuple(x.shape)}; got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
         raise TypeError(f"residual: expected x's dtype, {x.dtype}; got {residual.dtype}")
+
+
+def _check_spatial_convolution(
+    argument: str, weight: Tensor | None, bias_argument: str, bias: Tensor | None, x: Tensor, autocast: bool
+) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{argument}: expected a tensor; got {type(weight).__name__}")
+    rank = x.dim() - 2
+    kernel_size = tuple(weight.shape[2:])
+    if weight.shape[:2] != (1, 2) or len(kernel_size) != rank or any(k % 2 == 0 for k in kernel_size):
+        shape = ", ".join(("1", "2") + ("k",) * rank)
+        raise ValueError(f"{argument}: expected shape ({shape}) with every k odd; got {tuple(weight.shape)}")
+    _check_parameter(argument, weight, (1, 2, *kernel_size), x, autocast)
+    if bias is not None:
+        _check_parameter(bias_argument, bias, (1,), x, autocast)
+    if x.shape[2:].numel() == 0:
+        raise ValueError(f"x: expected at least one spatial position for a convolution; got shape {tuple(x.shape)}")
 
 
 def _check_excitation(

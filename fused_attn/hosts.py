@@ -1,4 +1,7 @@
-"""Models by name: "timm:seresnet50", "torchvision:mobilenet_v3_small", "package.module:factory", "file.py:factory"."""
+"""Models by name: "timm:seresnet50", "torchvision:mobilenet_v3_small", "package.module:factory", "file.py:factory".
+
+"timm:resnet50+cbam" is timm's resnet50 with that attention layer in every block.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,9 @@ def build_model(name: str) -> nn.Module:
         raise UnknownModel(f"{name!r}: expected timm:NAME, torchvision:NAME, package.module:factory or file.py:factory")
     try:
         if source == "timm":
-            model = import_host("timm").create_model(factory, pretrained=False)
+            backbone, _, attention = factory.partition("+")
+            options = {"block_args": {"attn_layer": attention}} if attention else {}
+            model = import_host("timm").create_model(backbone, pretrained=False, **options)
         elif source == "torchvision":
             import_host("torchvision")
             model = importlib.import_module("torchvision.models").get_model(factory, weights=None)

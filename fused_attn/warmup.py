@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fusion.report import OwnBlock
+from .fusion.api import candidates, is_own
 from .fusion.swap import host_class
 
 
@@ -31,7 +31,7 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
         x = arguments[0]
         seen.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, torch.randn_like(x)))
 
-    blocks = [m for m in model.modules() if host_class(m) is not None or isinstance(m, OwnBlock)]
+    blocks = [block for _, block, _ in candidates(model) if host_class(block) is not None or is_own(block)]
     hooks = [block.register_forward_pre_hook(remember) for block in blocks]
     modes = [(module, module.training) for module in model.modules()]
     try:

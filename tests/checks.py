@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: The rounding floor, in units of the dtype's epsilon at the largest value. float64 has no exacter reference
 #: than eager itself, so there the floor carries the whole difference between two orders of summation.
@@ -96,3 +99,52 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 7919 + sum(shape) + len(shape))
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def randomised(block: nn.Module) -> nn.Module:
+    """The block in float64 with every parameter and running statistic random: some start at zero."""
+    block.double()
+    for i, (name, tensor) in enumerate(block.state_dict().items()):
+        if tensor.is_floating_point():
+            scale = max(1, tensor[0].numel() if tensor.dim() > 1 else 1) ** -0.5
+            value = random(*tensor.shape, seed=i, dtype=torch.float64, scale=scale)
+            tensor.copy_(value.abs() + 0.5 if name.endswith("running_var") else value)
+    return block
+
+
+def with_state_of(block: nn.Module, original: nn.Module) -> nn.Module:
+    """The block with the original's state, tensor by tensor in order; a Linear's weight fits a 1x1 convolution."""
+    theirs = original.state_dict().values()
+    state = {k: v.reshape(w.shape) for (k, w), v in zip(block.state_dict().items(), theirs, strict=True)}
+    block.load_state_dict(state)
+    return block
+
+
+def assert_same_block(ours: nn.Module, original: nn.Module, x: Tensor, *, training: bool) -> None:
+    """Two blocks with the same parameters in the same order: output, every gradient and the buffers, in float64."""
+    found = []
+    for block in (ours, original):
+        block = copy.deepcopy(block).double().train(training)
+        leaf = x.detach().double().requires_grad_()
+        y = block(leaf)
+        y.backward(random(*y.shape, seed=1, dtype=torch.float64))
+        assert leaf.grad is not None and all(p.grad is not None for p in block.parameters())
+        found.append([y, leaf.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+    assert found[0][0].shape == found[1][0].shape
+    for mine, theirs in zip(*found, strict=True):
+        theirs = theirs.reshape(mine.shape)  # a Linear's weight, and that of a 1x1 convolution
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def checkpoint_shapes(source: str) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a checkpoint of other code, 64 channels."""
+    shapes = json.loads(Path(__file__).with_name("checkpoint_keys.json").read_text())[source]
+    return {key: tuple(shape) for key, shape in shapes.items()}
+
+
+def checkpoint(source: str) -> dict[str, Tensor]:
+    """Random values under those keys."""
+    return {
+        key: random(*shape, seed=i).abs() + 0.1 if shape else torch.tensor(3)
+        for i, (key, shape) in enumerate(checkpoint_shapes(source).items())
+    }

@@ -38,6 +38,23 @@ def test_a_backend_that_cannot_serve_says_why():
                 functional.squeeze(random(1, 4, 2, 2))
 
 
+def test_what_a_backend_has_no_kernel_for(monkeypatch):
+    """It is not chosen, and says so when it is asked for."""
+    x, weight = random(1, 4, 2, 2), random(1, 2, 3, 3)
+    for name, call in {
+        "channel_gate/both": lambda: functional.channel_gate(x, pool="both"),
+        "scale/space": lambda: functional.scale(x, random(1, 1, 2, 2)),
+        "channel_pool": lambda: functional.channel_pool(x),
+        "spatial_gate": lambda: functional.spatial_gate(x, weight),
+        "cbam": lambda: functional.cbam(x, spatial_weight=weight),
+    }.items():
+        assert backends.MISSING["cuda", name] == backends.unavailable("cuda", name, "cuda")
+        with fused_attn.backend("cuda"), pytest.raises(RuntimeError, match=f"cannot serve {name} on cpu"):
+            call()
+        monkeypatch.setitem(backends.MEASURED, "cuda", "cuda")
+        assert backends.default(name, "cuda") == ("reference", backends.MISSING["cuda", name])
+
+
 def test_context_is_left_even_after_an_error():
     with pytest.raises(ZeroDivisionError), fused_attn.backend("reference"):
         raise ZeroDivisionError
@@ -85,6 +102,21 @@ for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                 x = in_layout(random(*shape, dtype=dtype), layout)
                 grad = [random(*shape, seed=9, dtype=dtype)]
                 assert_equivalent(apply(functional, options), apply(reference, options), {"x": x, **tensors}, grad)
+from tests.ops import test_cbam
+for dtype in (torch.float64, torch.float32):
+    for layout in LAYOUTS:
+        for shape in ((2, 19, 7, 7), (1, 40, 33, 31), (3, 2, 3)):
+            for ties in ("first", "even"):
+                tensors, options = test_cbam.weights("se", shape, dtype)
+                tensors |= test_cbam.affine(shape[1], dtype) | {"residual": random(*shape, seed=5, dtype=dtype)}
+                options |= {"channel_ties": ties, "spatial_ties": ties, "post_activation": "silu"}
+                test_cbam.check(in_layout(random(*shape, dtype=dtype), layout), tensors, options)
+for dtype in (torch.float16, torch.bfloat16):
+    for layout in LAYOUTS:
+        for shape in ((2, 19, 7, 7), (1, 40, 33, 31)):
+            tensors, options = test_cbam.weights("se", shape, dtype)
+            x = in_layout(test_cbam.separated(shape, dtype), layout)
+            test_cbam.check(x, {name: tensor * 0.25 for name, tensor in tensors.items()}, options)
 print("same")
 """
     assert python(code, FUSED_ATTN_ISA=isa) == "same"

@@ -9,6 +9,7 @@ from fused_attn import functional, nn, reference
 
 x = torch.zeros(2, 8, 4, 4)
 w1, w2 = torch.zeros(4, 8), torch.zeros(8, 4)
+k3 = torch.zeros(1, 2, 3, 3)
 
 BAD_CALLS = [
     ("x: expected a tensor", TypeError, lambda: functional.squeeze([1.0])),
@@ -21,6 +22,50 @@ BAD_CALLS = [
     ("x: expected at least one spatial position", ValueError, lambda: functional.squeeze(x[..., :0], "max")),
     ("gate: expected shape (2, 8)", ValueError, lambda: functional.scale(x, torch.zeros(2, 7))),
     ("gate: expected shape (2, 8)", ValueError, lambda: functional.scale(x, torch.zeros(2, 8, 4, 4))),
+    ("gate: expected shape (2, 8)", ValueError, lambda: functional.scale(x, torch.zeros(2, 1, 4, 3))),
+    ("pool: expected one of avg, max, avgmax; got 'both'", ValueError, lambda: functional.squeeze(x, "both")),
+    ("x: expected at least one channel for a maximum", ValueError, lambda: functional.channel_pool(x[:, :0])),
+    ("order: expected ('max', 'mean')", ValueError, lambda: functional.channel_pool(x, order=("max", "max"))),
+    ("order: expected ('max', 'mean')", ValueError, lambda: functional.channel_pool(x, order="max")),
+    ("ties: expected one of first, even; got 'last'", ValueError, lambda: functional.channel_pool(x, ties="last")),
+    ("weight: expected a tensor", TypeError, lambda: functional.spatial_gate(x, None)),
+    (
+        "weight: expected shape (1, 2, k, k) with every k odd; got (1, 2, 3, 4)",
+        ValueError,
+        lambda: functional.spatial_gate(x, torch.zeros(1, 2, 3, 4)),
+    ),
+    ("weight: expected shape (1, 2, k, k)", ValueError, lambda: functional.spatial_gate(x, torch.zeros(1, 2, 3))),
+    ("weight: expected shape (1, 2, k, k)", ValueError, lambda: functional.spatial_gate(x, torch.zeros(1, 1, 3, 3))),
+    ("weight: expected shape (1, 2, k, k)", ValueError, lambda: functional.spatial_gate(x, torch.zeros(1, 2, 0, 3))),
+    ("weight: expected x's dtype", TypeError, lambda: functional.spatial_gate(x, k3.double())),
+    ("bias: expected shape (1,)", ValueError, lambda: functional.spatial_gate(x, k3, torch.zeros(2))),
+    ("x: expected at least one channel", ValueError, lambda: functional.spatial_gate(x[:, :0], k3)),
+    ("x: expected at least one spatial position", ValueError, lambda: functional.spatial_gate(x[..., :0], k3)),
+    ("gate: expected one of identity", ValueError, lambda: functional.spatial_gate(x, k3, gate="swish")),
+    ("residual: expected x's shape", ValueError, lambda: functional.spatial_gate(x, k3, residual=x[:1])),
+    ("spatial_weight: expected a tensor; got NoneType", TypeError, lambda: functional.cbam(x, w1, None, w2)),
+    ("spatial_weight: expected shape (1, 2, k, k)", ValueError, lambda: functional.cbam(x, spatial_weight=k3[:, :1])),
+    (
+        "spatial_bias: expected shape (1,)",
+        ValueError,
+        lambda: functional.cbam(x, spatial_weight=k3, spatial_bias=torch.zeros(8)),
+    ),
+    ("weight2: expected shape (8, 4)", ValueError, lambda: functional.cbam(x, w1, None, w2.t(), spatial_weight=k3)),
+    (
+        "channel_ties: expected one of first, even",
+        ValueError,
+        lambda: functional.cbam(x, spatial_weight=k3, channel_ties="last"),
+    ),
+    (
+        "spatial_gate: expected one of identity",
+        ValueError,
+        lambda: functional.cbam(x, spatial_weight=k3, spatial_gate="swish"),
+    ),
+    (
+        "x: expected at least one spatial",
+        ValueError,
+        lambda: functional.cbam(x[..., :0], spatial_weight=k3, pool="avg"),
+    ),
     ("residual: expected x's shape", ValueError, lambda: functional.scale(x, x[..., 0, 0], residual=x[:1])),
     ("residual: expected x's dtype", TypeError, lambda: functional.scale(x, x[..., 0, 0], residual=x.double())),
     ("affine weight: expected shape (8,)", ValueError, lambda: functional.squeeze(x, affine=(w1[0, :7], w1[0]))),
@@ -74,7 +119,7 @@ def test_bad_input(message, kind, call):
 def test_reference_has_the_same_signatures():
     import inspect
 
-    for name in ("squeeze", "scale", "channel_gate"):
+    for name in ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam"):
         assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
     for name in nn.__all__:
         assert inspect.signature(getattr(nn, name)) == inspect.signature(getattr(reference, name)), name

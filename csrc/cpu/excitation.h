@@ -1,5 +1,4 @@
-// The excitation of a channel gate, (B, C) descriptors to (B, C) logits, forward and backward, on rows of `state`:
-// [descriptor (C) | logits (C) | hidden logits (hidden) | peak (C, ties shared evenly)].
+// The excitation of a channel gate, (B, C) descriptors to (B, C) logits, forward and backward.
 #pragma once
 
 #include <array>
@@ -30,38 +29,39 @@ class Excitation {
         return hidden_ ? 2 * hidden_ * channels_ : channels_ * channels_;
     }
 
-    // Reads the descriptors of `samples` rows of state, writes their logits.
-    void forward(int64_t samples, A* state, int64_t stride) const {
+    // (samples, C) descriptors to logits, and hidden logits as far apart as the descriptors.
+    void forward(int64_t samples, const A* descriptor, int64_t stride, A* hidden_logits, A* logits,
+                 int64_t logits_stride) const {
         const auto& dense = dense_kernels<A>();
-        A* logits = state + channels_;
         if (hidden_) {
-            A* hidden_logits = state + 2 * channels_;
             std::vector<A> hidden(samples * hidden_);
-            dense.forward(weight1_.data(), bias1_.data(), hidden_, channels_, samples, state, stride, hidden_logits,
-                          stride);
+            dense.forward(weight1_.data(), bias1_.data(), hidden_, channels_, samples, descriptor, stride,
+                          hidden_logits, stride);
             for (int64_t s = 0; s < samples; ++s)
                 dense.activate(hidden_logits + s * stride, hidden_, activation_, &hidden[s * hidden_]);
             dense.forward(weight2_.data(), bias2_.data(), channels_, hidden_, samples, hidden.data(), hidden_, logits,
-                          stride);
+                          logits_stride);
         } else if (kernel_size_) {
-            for (int64_t s = 0; s < samples; ++s) convolve(state + s * stride, logits + s * stride);
+            for (int64_t s = 0; s < samples; ++s) convolve(descriptor + s * stride, logits + s * logits_stride);
         } else if (weight1_.data()) {
-            dense.forward(weight1_.data(), bias1_.data(), channels_, channels_, samples, state, stride, logits, stride);
+            dense.forward(weight1_.data(), bias1_.data(), channels_, channels_, samples, descriptor, stride, logits,
+                          logits_stride);
         } else {
-            for (int64_t s = 0; s < samples; ++s) std::copy_n(state + s * stride, channels_, logits + s * stride);
+            for (int64_t s = 0; s < samples; ++s)
+                std::copy_n(descriptor + s * stride, channels_, logits + s * logits_stride);
         }
     }
 
     // grad_logits (samples, C) to grad_descriptor (samples, C); grad_hidden (samples, hidden) is left for
     // the weights' gradients.
-    void backward(int64_t samples, const A* state, int64_t stride, const A* grad_logits, A* grad_hidden,
+    void backward(int64_t samples, const A* hidden_logits, int64_t stride, const A* grad_logits, A* grad_hidden,
                   A* grad_descriptor) const {
         const auto& dense = dense_kernels<A>();
         if (hidden_) {
             dense.transposed(weight2_.data(), channels_, hidden_, samples, grad_logits, channels_, grad_hidden,
                              hidden_);
             for (int64_t s = 0; s < samples; ++s)
-                dense.activate_grad(grad_hidden + s * hidden_, state + s * stride + 2 * channels_, hidden_, activation_,
+                dense.activate_grad(grad_hidden + s * hidden_, hidden_logits + s * stride, hidden_, activation_,
                                     grad_hidden + s * hidden_);
             dense.transposed(weight1_.data(), hidden_, channels_, samples, grad_hidden, hidden_, grad_descriptor,
                              channels_);
@@ -78,18 +78,18 @@ class Excitation {
 
     // Gradients of weight1, bias1, weight2, bias2: sums over the batch in order, rows of the weights on torch's
     // threads.
-    std::array<Tensor, 4> weight_gradients(const Tensor& x, int64_t batch, const A* state, int64_t stride,
-                                           const A* grad_logits, const A* grad_hidden) const {
+    std::array<Tensor, 4> weight_gradients(const Tensor& x, int64_t batch, const A* descriptor, const A* hidden_logits,
+                                           int64_t stride, const A* grad_logits, const A* grad_hidden) const {
         const A* grad_first = hidden_ ? grad_hidden : grad_logits;  // of the first layer's output
         const int64_t rows = hidden_ ? hidden_ : channels_;
         std::vector<A> hidden(std::max<int64_t>(1, batch * hidden_));
         for (int64_t s = 0; hidden_ && s < batch; ++s)
-            dense_kernels<A>().activate(state + s * stride + 2 * channels_, hidden_, activation_, &hidden[s * hidden_]);
+            dense_kernels<A>().activate(hidden_logits + s * stride, hidden_, activation_, &hidden[s * hidden_]);
         auto weight1 = [&](A* to) {
             if (kernel_size_)
-                kernel_gradient(batch, state, stride, grad_logits, to);
+                kernel_gradient(batch, descriptor, stride, grad_logits, to);
             else
-                matrix_gradient(grad_first, rows, state, stride, batch, channels_, to);
+                matrix_gradient(grad_first, rows, descriptor, stride, batch, channels_, to);
         };
         auto bias1 = [&](A* to) {
             if (kernel_size_)
@@ -131,11 +131,11 @@ class Excitation {
         std::reverse(flipped.begin(), flipped.end());
         correlate(flipped.data(), grad, out);
     }
-    void kernel_gradient(int64_t batch, const A* state, int64_t stride, const A* grad, A* to) const {
+    void kernel_gradient(int64_t batch, const A* descriptor, int64_t stride, const A* grad, A* to) const {
         std::vector<double> total(kernel_size_, 0.0);
         std::vector<A> taps(kernel_size_);
         for (int64_t s = 0; s < batch; ++s) {
-            const std::vector<A> row = padded(state + s * stride);
+            const std::vector<A> row = padded(descriptor + s * stride);
             dense_kernels<A>().forward(grad + s * channels_, nullptr, 1, channels_, kernel_size_, row.data(), 1,
                                        taps.data(), 1);
             for (int64_t j = 0; j < kernel_size_; ++j) total[j] += taps[j];

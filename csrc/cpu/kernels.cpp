@@ -53,6 +53,30 @@ const MapKernels<BFloat16>& map_kernels() {
     return choice().table->map_bfloat16;
 }
 template <>
+const SpaceKernels<double>& space_kernels() {
+    return choice().table->space_double;
+}
+template <>
+const SpaceKernels<float>& space_kernels() {
+    return choice().table->space_float;
+}
+template <>
+const SpaceKernels<Half>& space_kernels() {
+    return choice().table->space_half;
+}
+template <>
+const SpaceKernels<BFloat16>& space_kernels() {
+    return choice().table->space_bfloat16;
+}
+template <>
+const TapKernels<double>& tap_kernels() {
+    return choice().table->tap_double;
+}
+template <>
+const TapKernels<float>& tap_kernels() {
+    return choice().table->tap_float;
+}
+template <>
 const DenseKernels<double>& dense_kernels() {
     return choice().table->dense_double;
 }

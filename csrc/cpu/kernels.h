@@ -33,6 +33,7 @@ struct Panel {
     int64_t positions;
     bool channels_last;
     int64_t first_position = 0;  // of the panel in its sample, for the index of a maximum
+    int64_t channel_stride = 0;  // NCHW, where the panel is a piece of space: the positions of the whole sample
 };
 
 // u = activation(x * weight[c] + bias[c]); weight may be null.
@@ -74,6 +75,50 @@ struct MapKernels {
                    double* grad_weight, double* grad_bias);
 };
 
+// The gradient of the pools over one axis, as spread receives it: its share of the mean, and the maximum's.
+template <class A>
+struct PoolGrad {
+    const A* mean = nullptr;
+    PeakGrad<A> peak;
+};
+
+// Passes that pool and scale over the channels at each position. The panel is a piece of space with all its
+// channels; arrays a position begin at its first position, arrays a channel at channel 0. v = u * gate[c] (gate
+// null: 1) is the map that the channels are pooled of.
+template <class T>
+struct SpaceKernels {
+    using A = Accumulator<T>;
+    // Over the channels at each position: the mean of v, the maximum of v rounded to T (NaN if any), and its first
+    // channel or, with `even`, how many channels equal it.
+    void (*pool)(const T* x, Panel, Prologue<A>, const A* gate, bool even, A* mean, A* peak, int32_t* index);
+    // y = activation(v * space_gate[p] + residual)
+    void (*scale)(const T* x, const T* residual, Panel, Prologue<A>, const A* gate, const A* space_gate, int activation,
+                  T* y);
+    // d = grad * activation'(..), from y (ReLU) or recomputed; written to grad_residual unless activation is the
+    // identity; space_dot[p] = sum of d * v; dot[c] += sum of d * u * space_gate[p] (null: not wanted)
+    void (*dot)(const T* grad, const T* x, const T* y, const T* residual, Panel, Prologue<A>, const A* gate,
+                const A* space_gate, int activation, T* grad_residual, A* space_dot, double* dot);
+    // dot[c] += sum of u * what the pools over the channels pass to v
+    void (*weigh)(const T* x, Panel, Prologue<A>, const A* gate, PoolGrad<A> space, double* dot);
+    // grad_v = grad * space_gate[p] + what the pools over the channels pass (grad, space_gate null: only that);
+    // grad_u = grad_v * gate[c] + what the pools over space pass (arrays a channel);
+    // grad_x = grad_u through the prologue; grad_weight[c] += .., grad_bias[c] += .. (null without affine)
+    void (*spread)(const T* grad, const T* x, Panel, Prologue<A>, const A* gate, const A* space_gate, PoolGrad<A> space,
+                   PoolGrad<A> channel, T* grad_x, double* grad_weight, double* grad_bias);
+};
+
+// The convolution of a spatial gate, on maps whose rows are padded with zeros so that every tap is one offset.
+// Rows of numbers are read and written in whole blocks: past their ends lie kTapBlock numbers of slack, of zeros
+// where they are read.
+constexpr int64_t kTapBlock = 128;
+template <class A>
+struct TapKernels {
+    // out[i] = bias + sum over t of taps[t] * in[offsets[t] + i]
+    void (*correlate)(const A* in, const int64_t* offsets, const A* taps, int64_t count, A bias, int64_t n, A* out);
+    // sums[t] += sum over i of grad[i] * in[offsets[t] + i]
+    void (*tap_grad)(const A* grad, const A* in, const int64_t* offsets, int64_t count, int64_t n, double* sums);
+};
+
 // The excitation: dense layers on a few samples at a time, so that a weight is read once for all of them.
 template <class A>
 struct DenseKernels {
@@ -94,6 +139,10 @@ struct DenseKernels {
 // Filled for the best instruction set this processor has.
 template <class T>
 const MapKernels<T>& map_kernels();
+template <class T>
+const SpaceKernels<T>& space_kernels();
+template <class A>
+const TapKernels<A>& tap_kernels();
 template <class A>
 const DenseKernels<A>& dense_kernels();
 const char* instruction_set();

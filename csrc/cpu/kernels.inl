@@ -48,6 +48,44 @@ struct PrologueVector {
     Vec<A> operator()(Vec<A> x) const { return kPlain ? x : activate<A>(before(x), activation); }
 };
 
+template <int kNumber>
+struct Count {
+    static constexpr int value = kNumber;
+};
+
+// The lanes of a vector that count: the last vector of a row ends with it and overlaps the one before.
+template <class A>
+struct AllLanes {
+    Mask<A> mask() const { return lanes_below<A>(kLanes<A>); }
+    Vec<A> of(Vec<A> v) const { return v; }
+};
+template <class A>
+struct SomeLanes {
+    Mask<A> fresh;
+    Mask<A> mask() const { return fresh; }
+    Vec<A> of(Vec<A> v) const { return fresh ? v : Vec<A>{}; }
+};
+
+// Calls step(i, n, lanes) for the vectors of first..last; n < kLanes only where the row is shorter than that.
+template <class A, class Step>
+inline void vectors(int64_t first, int64_t last, Step step) {
+    constexpr int64_t lanes = kLanes<A>;
+    int64_t i = first;
+    for (; i + lanes <= last; i += lanes) step(i, lanes, AllLanes<A>{});
+    if (i == last) return;
+    if (last - first >= lanes)
+        step(last - lanes, lanes, SomeLanes<A>{~lanes_below<A>(lanes - (last - i))});
+    else
+        step(first, last - first, SomeLanes<A>{lanes_below<A>(last - first)});
+}
+// Calls body(Count<k>, i) for i in first..last, four at a time while there are four.
+template <class Body>
+inline void fours(int64_t first, int64_t last, Body body) {
+    int64_t i = first;
+    for (; i + 4 <= last; i += 4) body(Count<4>{}, i);
+    for (; i < last; ++i) body(Count<1>{}, i);
+}
+
 // Calls body(make(channel, n), offset, n) for the vectors of a panel; n is the number of lanes in use. A row's
 // last vector ends with the row and overlaps the one before, so body must give the same when it is repeated.
 template <bool kChannelsLast, class A, class Make, class Body>
@@ -145,7 +183,7 @@ struct RunningMax {
     Vec<A> value = splat<A>(-kInfinity<A>);
     Mask<A> tag{};
     void update(Vec<A> u, Mask<A> position, Mask<A> in_use, bool even) {
-        const Mask<A> larger = ((u > value) | ((u != u) & (value == value))) & in_use;
+        const Mask<A> larger = ~(u <= value) & (value == value) & in_use;  // NaN is larger, and stays
         if (even) {
             const Mask<A> equal = (u == value) & in_use;
             tag = larger ? Mask<A>{} + 1 : (equal ? tag + 1 : tag);
@@ -154,59 +192,118 @@ struct RunningMax {
         }
         value = larger ? u : value;
     }
+    // Lane by lane the maximum of both, from elements that have nothing in common.
+    RunningMax with(const RunningMax& other, bool even) const {
+        const Mask<A> larger = ~(other.value <= value) & (value == value);
+        const Mask<A> smaller = ~(value <= other.value) & (other.value == other.value);
+        const Mask<A> tied = even ? tag + other.tag : (other.tag < tag ? other.tag : tag);
+        return {larger ? other.value : value, larger ? other.tag : (smaller ? tag : tied)};
+    }
+    // Half of the lanes of every group of kWidth in a, then in b: the first halves or the second.
+    template <int64_t kWidth, bool kSecond>
+    static RunningMax halves(const RunningMax& a, const RunningMax& b) {
+        return {half_groups<kWidth, kSecond>(a.value, b.value), half_groups<kWidth, kSecond>(a.tag, b.tag)};
+    }
+    // The maximum of every group of kWidth lanes, in the group's first lane.
+    template <int64_t kWidth>
+    RunningMax in_groups(bool even) const {
+        if constexpr (kWidth == 1)
+            return *this;
+        else
+            return with({rotated<kWidth / 2>(value), rotated<kWidth / 2>(tag)}, even)
+                .template in_groups<kWidth / 2>(even);
+    }
 };
 
-template <class T, bool kPlain>
-void pool_max_nchw(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue, bool even,
-                   Accumulator<T>* peak, int32_t* index) {
-    using A = Accumulator<T>;
-    using Lane = std::remove_reference_t<decltype(Mask<A>{}[0])>;
+// The maximum over the lanes of each of kCount running maxima: value[k], tag[k].
+template <int kCount, class A, class Tag>
+inline void finish(const RunningMax<A>* running, bool even, A* value, Tag* tag) {
     constexpr int64_t lanes = kLanes<A>;
-    const int64_t positions = panel.positions;
-    Mask<A> iota;
-    for (int64_t i = 0; i < lanes; ++i) iota[i] = static_cast<Lane>(i);
-    for (int64_t c = 0; c < panel.channels; ++c) {
-        const auto u = PrologueVector<A, kPlain>::template at<false>(prologue, c, lanes);
-        RunningMax<A> running;
-        for (int64_t i = 0; i < positions; i += lanes) {
-            const int64_t n = lesser(lanes, positions - i);
-            running.update(rounded_to<T>(u(load_n(x + c * positions + i, n))), iota + static_cast<Lane>(i),
-                           lanes_below<A>(n), even);
+    if constexpr (kCount == 4 && lanes >= 4) {  // four vectors are folded into one, a quarter each
+        auto fold = [&](const RunningMax<A>& a, const RunningMax<A>& b, auto width) {
+            constexpr int64_t kWidth = decltype(width)::value;
+            return RunningMax<A>::template halves<kWidth, false>(a, b).with(
+                RunningMax<A>::template halves<kWidth, true>(a, b), even);
+        };
+        const auto all = fold(fold(running[0], running[1], Count<lanes>{}),
+                              fold(running[2], running[3], Count<lanes>{}), Count<lanes / 2>{})
+                             .template in_groups<lanes / 4>(even);
+        for (int k = 0; k < 4; ++k) {
+            value[k] = all.value[k * (lanes / 4)];
+            tag[k] = static_cast<Tag>(all.tag[k * (lanes / 4)]);
         }
-        A best = running.value[0];
-        int64_t tag = running.tag[0];
-        for (int64_t lane = 1; lane < lanes; ++lane) {
-            const A v = running.value[lane];
-            const int64_t t = running.tag[lane];
-            if (v > best || (v != v && best == best)) {
-                best = v;
-                tag = t;
-            } else if (v == best || (v != v && best != best)) {
-                tag = even ? tag + t : lesser(tag, t);
-            }
+    } else {
+        for (int k = 0; k < kCount; ++k) {
+            const auto all = running[k].template in_groups<lanes>(even);
+            value[k] = all.value[0];
+            tag[k] = static_cast<Tag>(all.tag[0]);
         }
-        peak[c] = best;
-        index[c] = static_cast<int32_t>(tag);
     }
 }
 
-// Channels in vectors; value and tag carry the running maxima from one block of positions to the next.
+// Rows of channels, four at a time.
+template <class T, bool kPlain>
+void pool_max_nchw(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue, bool even, double* sum,
+                   Accumulator<T>* peak, int32_t* index) {
+    using A = Accumulator<T>;
+    constexpr int64_t lanes = kLanes<A>;
+    const int64_t positions = panel.positions;
+    fours(0, panel.channels, [&](auto count, int64_t c) {
+        constexpr int kRows = decltype(count)::value;
+        PrologueVector<A, kPlain> u[kRows];
+        for (int k = 0; k < kRows; ++k) u[k] = PrologueVector<A, kPlain>::template at<false>(prologue, c + k, lanes);
+        RunningMax<A> running[kRows];
+        double total[kRows] = {};
+        for (int64_t first = 0, last; first < positions; first = last) {
+            last = positions - first < (kBlock + 1) * lanes ? positions : first + kBlock * lanes;
+            Vec<A> sums[kRows] = {};
+            vectors<A>(first, last, [&](int64_t i, int64_t n, auto counted) {
+                const Mask<A> position = counting_from<A>(i);
+                for (int k = 0; k < kRows; ++k) {
+                    const Vec<A> v = u[k](load_n(x + (c + k) * positions + i, n));
+                    sums[k] += counted.of(v);
+                    running[k].update(rounded_to<T>(v), position, counted.mask(), even);
+                }
+            });
+            for (int k = 0; k < kRows; ++k) total[k] += sum_of<A>(sums[k]);
+        }
+        finish<kRows>(running, even, peak + c, index + c);
+        if (sum)
+            for (int k = 0; k < kRows; ++k) sum[c + k] += total[k];
+    });
+}
+
+// Channels in vectors, four at a time; value and tag carry the running maxima from one block of positions to the
+// next.
 template <class T, bool kPlain, class Lane>
 void pool_max_nhwc(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& prologue, bool even,
                    Accumulator<T>* value, Lane* tag) {
     using A = Accumulator<T>;
     constexpr int64_t lanes = kLanes<A>;
     const auto all = lanes_below<A>(lanes);
-    for (int64_t c = 0; c < panel.channels; c += lanes) {
-        const int64_t n = lesser(lanes, panel.channels - c);
-        const auto u = PrologueVector<A, kPlain>::template at<true>(prologue, c, n);
-        RunningMax<A> running{load(value + c), load_bytes<Mask<A>>(tag + c)};
-        for (int64_t p = 0; p < panel.positions; ++p)
-            running.update(rounded_to<T>(u(load_n(x + p * panel.channels + c, n))),
-                           Mask<A>{} + static_cast<Lane>(panel.first_position + p), all, even);
-        store(running.value, value + c);
-        std::memcpy(tag + c, &running.tag, sizeof(running.tag));
-    }
+    fours(0, (panel.channels + lanes - 1) / lanes, [&](auto count, int64_t block) {
+        constexpr int kColumns = decltype(count)::value;
+        const int64_t c = block * lanes, n = lesser(lanes, panel.channels - c - (kColumns - 1) * lanes);
+        PrologueVector<A, kPlain> u[kColumns];
+        RunningMax<A> running[kColumns];
+        for (int k = 0; k < kColumns; ++k) {
+            const int64_t column = c + k * lanes;
+            u[k] = PrologueVector<A, kPlain>::template at<true>(prologue, column, k == kColumns - 1 ? n : lanes);
+            running[k] = {load(value + column), load_bytes<Mask<A>>(tag + column)};
+        }
+        for (int64_t p = 0; p < panel.positions; ++p) {
+            const Mask<A> position = Mask<A>{} + static_cast<Lane>(panel.first_position + p);
+            for (int k = 0; k < kColumns; ++k) {
+                const T* from = x + p * panel.channels + c + k * lanes;
+                running[k].update(rounded_to<T>(u[k](load_n(from, k == kColumns - 1 ? n : lanes))), position, all,
+                                  even);
+            }
+        }
+        for (int k = 0; k < kColumns; ++k) {
+            store(running[k].value, value + c + k * lanes);
+            std::memcpy(tag + c + k * lanes, &running[k].tag, sizeof(running[k].tag));
+        }
+    });
 }
 
 // Both pools in one pass over memory: a cache block at a time, a channel (NCHW) or some positions.
@@ -226,12 +323,7 @@ void pool_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& pro
     if (!peak) return add(panel, x, prologue, sum);
     Panel part = panel;
     if constexpr (!kChannelsLast) {
-        part.channels = 1;
-        for (int64_t c = 0; c < panel.channels; ++c) {
-            const T* from = x + c * panel.positions;
-            if (sum) add(part, from, prologue.from(c), sum + c);
-            pool_max_nchw<T, kPlain>(from, part, prologue.from(c), even, peak + c, index + c);
-        }
+        pool_max_nchw<T, kPlain>(x, panel, prologue, even, sum, peak, index);
     } else {
         const int64_t padded = (panel.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
         Buffer<A> value(padded);
@@ -434,6 +526,8 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
+#include "space.inl"
+
 template <class A, class F>
 inline void map_values(int64_t n, A* out, F f) {
     constexpr int64_t lanes = kLanes<A>;
@@ -545,6 +639,10 @@ void dense_weight_grad(const A* grad, int64_t grad_stride, const A* in, int64_t 
 
 template <class T>
 constexpr MapKernels<T> kMapKernels{pool<T>, scale<T>, dot<T>, spread<T>};
+template <class T>
+constexpr SpaceKernels<T> kSpaceKernels{pool_space<T>, scale_space<T>, dot_space<T>, weigh_space<T>, spread_space<T>};
+template <class A>
+constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>
 constexpr DenseKernels<A> kDenseKernels{activate_values<A>, activate_grad_values<A>, dense_forward<A>,
                                         dense_transposed<A>, dense_weight_grad<A>};

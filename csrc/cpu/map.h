@@ -114,6 +114,15 @@ struct MapView {
         const int64_t first = begin(piece, count), length = begin(piece + 1, count) - first;
         return channels_last ? Panel{channels, length, true, first} : Panel{length, positions, false, 0};
     }
+    // Pieces of space have all channels.
+    int64_t first_position(int64_t piece, int64_t count) const { return positions * piece / count; }
+    int64_t space_offset(int64_t sample, int64_t piece, int64_t count) const {
+        return sample * sample_size() + first_position(piece, count) * (channels_last ? channels : 1);
+    }
+    Panel space(int64_t piece, int64_t count) const {
+        const int64_t first = first_position(piece, count);
+        return {channels, first_position(piece + 1, count) - first, channels_last, first, positions};
+    }
 };
 
 template <class T>
@@ -185,6 +194,12 @@ void write_values(const A* values, const Tensor& to) {
 inline Tensor contiguous_like(const Tensor& like) {
     return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device());
 }
+template <class A>
+constexpr ScalarType kScalarType = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
+inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, like.device());
+}
 inline Tensor no_tensor(const Tensor& like) {
     const int64_t zero = 0;
     return torch::stable::empty({&zero, 1}, like.scalar_type(), std::nullopt, like.device());
@@ -195,7 +210,7 @@ template <class A, class F>
 Tensor gradient_like(const OptionalTensor& like, const Tensor& x, F fill) {
     if (!like) return no_tensor(x);
     Tensor out = contiguous_like(*like);
-    if (out.scalar_type() == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float)) {
+    if (out.scalar_type() == kScalarType<A>) {
         fill(static_cast<A*>(out.data_ptr()));
     } else {
         std::vector<A> values(std::max<int64_t>(1, out.numel()));
@@ -225,11 +240,16 @@ auto dispatch(const Tensor& x, F f) {
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerialElements = 1 << 15;
 
+// Calls body(begin, end) for ranges that cover 0..count, on torch's threads.
+template <class F>
+void parallel_ranges(int64_t count, int64_t elements, const F& body) {
+    const int64_t grain = elements < kSerialElements ? std::max<int64_t>(1, count) : 1;
+    torch::stable::parallel_for(0, count, grain, body);
+}
 // Calls body(0), ..., body(count - 1) on torch's threads.
 template <class F>
 void parallel(int64_t count, int64_t elements, const F& body) {
-    const int64_t grain = elements < kSerialElements ? std::max<int64_t>(1, count) : 1;
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    parallel_ranges(count, elements, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) body(i);
     });
 }

@@ -10,6 +10,12 @@ struct KernelTable {
     MapKernels<float> map_float;
     MapKernels<Half> map_half;
     MapKernels<BFloat16> map_bfloat16;
+    SpaceKernels<double> space_double;
+    SpaceKernels<float> space_float;
+    SpaceKernels<Half> space_half;
+    SpaceKernels<BFloat16> space_bfloat16;
+    TapKernels<double> tap_double;
+    TapKernels<float> tap_float;
     DenseKernels<double> dense_double;
     DenseKernels<float> dense_float;
 };
@@ -26,8 +32,9 @@ extern const KernelTable kTable;
 
 }  // namespace fused_attn::cpu
 
-#define FUSED_ATTN_KERNEL_TABLE(isa)                                        \
-    constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{    \
-        kMapKernels<double>,   kMapKernels<float>,    kMapKernels<Half>,    \
-        kMapKernels<BFloat16>, kDenseKernels<double>, kDenseKernels<float>, \
+#define FUSED_ATTN_KERNEL_TABLE(isa)                                                                 \
+    constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{                             \
+        kMapKernels<double>,   kMapKernels<float>,   kMapKernels<Half>,     kMapKernels<BFloat16>,   \
+        kSpaceKernels<double>, kSpaceKernels<float>, kSpaceKernels<Half>,   kSpaceKernels<BFloat16>, \
+        kTapKernels<double>,   kTapKernels<float>,   kDenseKernels<double>, kDenseKernels<float>,    \
     };

@@ -122,6 +122,40 @@ inline Mask<A> lanes_below(int64_t n) {
     return iota < static_cast<Lane>(n);
 }
 template <class A>
+inline Mask<A> counting_from(int64_t first) {
+    Mask<A> iota;
+    using Lane = std::remove_reference_t<decltype(iota[0])>;
+    for (int64_t i = 0; i < kLanes<A>; ++i) iota[i] = static_cast<Lane>(i);
+    return iota + static_cast<Lane>(first);
+}
+
+// Lanes of a and b by number, b's after a's; from(i) is what lane i takes.
+template <class V, class From>
+inline V shuffled(V a, V b, From from) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(a[0]);
+#if defined(__clang__)
+    V v;
+    for (int64_t i = 0; i < lanes; ++i) v[i] = from(i) < lanes ? a[from(i)] : b[from(i) - lanes];
+    return v;
+#else
+    decltype(a < b) numbers;
+    for (int64_t i = 0; i < lanes; ++i) numbers[i] = from(i);
+    return __builtin_shuffle(a, b, numbers);
+#endif
+}
+template <int64_t kBy, class V>
+inline V rotated(V v) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(v[0]);
+    return shuffled(v, v, [](int64_t i) { return (i + kBy) % lanes; });
+}
+// Of every group of kWidth lanes in a, then in b, the first half or the second.
+template <int64_t kWidth, bool kSecond, class V>
+inline V half_groups(V a, V b) {
+    constexpr int64_t half = kWidth / 2;
+    return shuffled(a, b, [](int64_t i) { return i / half * kWidth + i % half + (kSecond ? half : 0); });
+}
+
+template <class A>
 inline A sum_of(Vec<A> v) {  // 16-byte parts first, then their lanes as a tree
     typedef A Part __attribute__((vector_size(16)));
     Part parts[VECTOR_BYTES / 16], total{};
@@ -142,12 +176,13 @@ inline Vec<A> each(Vec<A> v, F f) {
 inline Vec<double> exp(Vec<double> x) {
     return each<double>(x, [](double t) { return std::exp(t); });
 }
-// e^x = 2^n e^r with |r| <= ln2 / 2 and a degree-6 polynomial, within 2 ulp; saturates beyond +-87.
+// e^x = 2^n e^r with |r| <= ln2 / 2 and a degree-6 polynomial, within 2 ulp; 0 below -87 and infinite above 88.
 inline Vec<float> exp(Vec<float> x) {
     using V = VectorOf<float>;
     const auto low = splat(-87.f), high = splat(88.f), magic = splat(12582912.f);  // 1.5 * 2^23: rounds
-    x = x < low ? low : x;
-    x = x > high ? high : x;
+    const auto under = x<low, over = x> high;
+    x = under ? low : x;
+    x = over ? high : x;
     const Vec<float> n = (x * 1.44269504f + magic) - magic;
     const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec<float> p = splat(1.9875691e-4f);
@@ -158,7 +193,8 @@ inline Vec<float> exp(Vec<float> x) {
     p = p * r + 0.5f;
     p = p * (r * r) + (r + 1.f);
     const auto exponent = (__builtin_convertvector(n == n ? n : V::type{}, V::mask) + 127) << 23;
-    return p * (V::type)exponent;
+    const Vec<float> power = under ? V::type{} : p * (V::type)exponent;
+    return over ? splat(kInfinity<float>) : power;
 }
 
 template <class V>

@@ -127,6 +127,7 @@ struct Prepared {
         int64_t spatial = 1;
         for (int64_t axis = 2; axis < x.dim(); ++axis) spatial *= x.size(axis);
         batch = x.size(0);
+        STD_TORCH_CHECK(o.pool != kBoth, "fused_attn: there is no resident kernel for both pools");
         STD_TORCH_CHECK(x.size(1) < (1 << 22) && spatial < (1 << 30), "fused_attn: map too large to be resident");
         acc = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 

@@ -2,7 +2,19 @@
 
 from . import monai, own, timm, torchvision  # noqa: F401  (they register their adapters)
 from .api import FusionError, fuse, unfuse
-from .registry import ChannelGate, SplitGate, register
+from .registry import CbamGate, ChannelGate, SpatialGate, SplitGate, register
 from .report import Report, Row, explain
 
-__all__ = ["ChannelGate", "FusionError", "Report", "Row", "SplitGate", "explain", "fuse", "register", "unfuse"]
+__all__ = [
+    "CbamGate",
+    "ChannelGate",
+    "FusionError",
+    "Report",
+    "Row",
+    "SpatialGate",
+    "SplitGate",
+    "explain",
+    "fuse",
+    "register",
+    "unfuse",
+]

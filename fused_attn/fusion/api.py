@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeVar
 
 from torch import nn
 
-from .registry import Recipe, recognise
-from .swap import bypassed_hooks, host_class, refuse_sharded, restore, swap
+from ..reference import CBAM
+from .registry import Recipe, SplitGate, recognise
+from .swap import PLAN, bypassed_hooks, host_class, refuse_sharded, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,6 +26,27 @@ def decide(block: nn.Module) -> Recipe | str | None:
         if hooked is not None:
             return f"{hooked} carries a hook or a forward of its own, which the fused block would skip"
     return recipe
+
+
+def is_own(block: nn.Module) -> bool:
+    """Whether it is one of `fused_attn.nn`: fused as it is."""
+    return type(block).__module__.startswith("fused_attn.nn.")
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str | None]]:
+    """Every module and, where it is neither fused nor one of `fused_attn.nn`, its `decide`. The parts of a CBAM, and of
+    any block that is one op, are left out: they are served with it."""
+    parts: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(parts):
+            continue
+        done = is_own(module) or host_class(module) is not None
+        found = None if done else decide(module)
+        yield name, module, found
+        recipe = module.__dict__[PLAN].recipe if host_class(module) is not None else found
+        one_op = not (recipe is None or isinstance(recipe, (str, SplitGate)))
+        if one_op or is_own(module) or isinstance(module, CBAM):
+            parts = (f"{name}." if name else "",)
 
 
 def fuse(model: Model, *, strict: bool = False) -> Model:
@@ -46,7 +69,7 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    decisions = [(name, block, decide(block)) for name, block in model.named_modules() if host_class(block) is None]
+    decisions = list(candidates(model))
     refused = [f"{name or '(the model)'}: {why}" for name, _, why in decisions if isinstance(why, str)]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))

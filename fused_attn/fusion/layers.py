@@ -68,6 +68,25 @@ def is_channel_convolution(layer: Any, *, padded: bool) -> bool:
     )
 
 
+def is_spatial_convolution(layer: Any, inputs: int) -> bool:
+    """A convolution to one channel of these many inputs, odd kernel, zero padding that keeps the size."""
+    return (
+        type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and (layer.in_channels, layer.out_channels, layer.groups, layer.padding_mode) == (inputs, 1, 1, "zeros")
+        and all(k % 2 == 1 for k in layer.kernel_size)
+        and (layer.padding == "same" or layer.padding == tuple(k // 2 for k in layer.kernel_size))
+        and all(s == 1 for s in layer.stride)
+        and all(d == 1 for d in layer.dilation)
+    )
+
+
+def is_batch_norm(layer: Any) -> bool:
+    """A BatchNorm; timm's with an activation only where that is none."""
+    if qualified_name(type(layer)) == "timm.layers.norm_act.BatchNormAct2d":
+        return type(layer.act) is nn.Identity and type(layer.drop) is nn.Identity
+    return type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
 def bias_of(path: str) -> str:
     """Path of a layer's bias. It is read at every call, so that one set or taken away later counts."""
     return f"{path}.bias"

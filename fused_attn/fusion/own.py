@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from .registry import ChannelGate, Recipe, register
+from ..reference import ChannelAttention, SpatialAttention
+from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, register
 
-_MODULE = "fused_attn.reference.squeeze_excite"
+_MODULE = "fused_attn.reference"
+_EPILOGUE = "returns its gate alone or has an epilogue; use fused_attn.nn"
 
 
-@register(f"{_MODULE}.SqueezeExcite", f"{_MODULE}.EffectiveSE", f"{_MODULE}.ECA")
-def reference_module(block: Any) -> Recipe | str:
+@register(
+    f"{_MODULE}.squeeze_excite.SqueezeExcite",
+    f"{_MODULE}.squeeze_excite.EffectiveSE",
+    f"{_MODULE}.squeeze_excite.ECA",
+    f"{_MODULE}.block_attention.ChannelAttention",
+)
+def channel_attention(block: Any) -> Recipe | str:
     if block.return_gate or block.post_activation != "identity":
-        return "returns its gate alone or has an epilogue; use fused_attn.nn"
+        return _EPILOGUE
+    return _channel_gate(block, "")
+
+
+def _channel_gate(block: Any, prefix: str) -> ChannelGate:
+    """Of a block at this path, "" or with a dot at its end."""
     layers = [name for name, _ in block.named_children()]
     present = dict(block.named_parameters())
     parameters: dict[str, Any] = {
-        f"{kind}{i}": path
+        f"{kind}{i}": prefix + path
         for i, layer in enumerate(layers, 1)
         for kind in ("weight", "bias")
         if (path := f"{layer}.{kind}") in present
@@ -30,3 +42,40 @@ def reference_module(block: Any) -> Recipe | str:
         gate=block.gate,
         rank=None,
     )
+
+
+@register(f"{_MODULE}.block_attention.SpatialAttention")
+def spatial_attention(block: Any) -> Recipe | str:
+    if block.return_gate or block.post_activation != "identity":
+        return _EPILOGUE
+    return _spatial_gate(block, "")
+
+
+def _spatial_gate(block: Any, prefix: str) -> SpatialGate:
+    _, norm = block._layers()
+    return SpatialGate(
+        (f"{prefix}conv",) if norm is None else (f"{prefix}conv.conv", f"{prefix}conv.bn"),
+        order=block.order,
+        ties=block.ties,
+        gate=block.gate,
+        rank=block.rank + 2,
+    )
+
+
+@register(f"{_MODULE}.block_attention.CBAM")
+def cbam(block: Any) -> Recipe | str:
+    channel, spatial = block.channel, block.spatial
+    if type(channel) is not ChannelAttention or type(spatial) not in (SpatialAttention, type(None)):
+        return "its parts are not plain ChannelAttention and SpatialAttention"
+    last = channel if spatial is None else spatial
+    if channel.return_gate or last.return_gate or last.post_activation != "identity":
+        return _EPILOGUE
+    gate = _channel_gate(channel, "channel.")
+    return gate if spatial is None else CbamGate(gate, _spatial_gate(spatial, "spatial."))
+
+
+@register(f"{_MODULE}.gather_excite.GatherExcite")
+def gather_excite(block: Any) -> Recipe | str:
+    if block.extent:
+        return "its pool is not global"
+    return ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)

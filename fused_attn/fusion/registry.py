@@ -1,7 +1,8 @@
 """What a block is, in the terms of the fused functions, and how host libraries' classes are turned into that.
 
-An adapter is a function from a block to a `ChannelGate` or `SplitGate`, registered for its exact class, or to a
-string that says why this one is left alone. It runs once, at `fuse`; parameters are read at every call.
+An adapter is a function from a block to a recipe (`ChannelGate`, `SpatialGate`, `CbamGate` or `SplitGate`), registered
+for its exact class, or to a string that says why this one is left alone. It runs once, at `fuse`; parameters are
+read at every call.
 A class is known by itself, or, where its library must not be imported for it, by its qualified name.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,6 +38,41 @@ class ChannelGate:
 
 
 @dataclass(frozen=True)
+class SpatialGate:
+    """A block that is one `functional.spatial_gate`.
+
+    layers: paths of the convolution and, where there is one, of the BatchNorm behind it. What uses running statistics
+    is folded into the convolution at every call; for those of the batch the block's own layers run, between
+    `functional.channel_pool` and `functional.scale`. merged: the convolution has one input, the mean of both pools.
+    The rest as in `functional.spatial_gate` and `ChannelGate`.
+    """
+
+    layers: tuple[str] | tuple[str, str]
+    order: tuple[str, str] = ("max", "mean")
+    ties: str = "first"
+    gate: str = "sigmoid"
+    merged: bool = False
+    adds_input: bool = False
+    rank: int | None = 4
+
+
+@dataclass(frozen=True)
+class CbamGate:
+    """A block that is one `functional.cbam`: a channel gate, then a spatial gate on its output."""
+
+    channel: ChannelGate
+    spatial: SpatialGate
+
+    @property
+    def rank(self) -> int | None:
+        return self.spatial.rank
+
+    @property
+    def adds_input(self) -> bool:
+        return self.spatial.adds_input
+
+
+@dataclass(frozen=True)
 class SplitGate:
     """A block whose excitation is not one we fuse: `squeeze`, the block's own layers, `scale`.
 
@@ -51,7 +88,7 @@ class SplitGate:
     bypassed: tuple[str, ...] = ()
 
 
-Recipe = ChannelGate | SplitGate
+Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate
 Adapter = Callable[[nn.Module], "Recipe | str"]
 
 ADAPTERS: dict[type | str, Adapter] = {}
@@ -102,22 +139,31 @@ def recognise(block: nn.Module) -> Recipe | str | None:
     adapter = adapter_of(known)
     assert adapter is not None
     recipe = adapter(block)
-    if isinstance(recipe, ChannelGate):
-        return swapped_layer(block, recipe) or recipe
-    return recipe
+    return recipe if isinstance(recipe, str) else swapped_layer(block, recipe) or recipe
 
 
-_DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, "timm.layers.norm_act.BatchNormAct2d")
 
 
-def swapped_layer(block: nn.Module, recipe: ChannelGate) -> str | None:
+def swapped_layer(block: nn.Module, recipe: Recipe) -> str | None:
     """Why a layer whose weight is read cannot be bypassed: LoRA and (fake-)quantised layers have a `weight` too,
     so that an adapter which only names the path would drop what they add to it."""
-    for path in (recipe.weight1, recipe.weight2):
-        owner = block.get_submodule(path.rpartition(".")[0]) if path else block
-        plain = _DENSE if recipe.layer == "dense" else (nn.Conv1d,)
-        if owner is not block and type(owner) not in plain:
-            return f"{path} belongs to a {type(owner).__name__}, not to a plain layer"
+    read: list[tuple[str, tuple[type | str, ...]]] = []
+    channel = recipe.channel if isinstance(recipe, CbamGate) else recipe
+    if isinstance(channel, ChannelGate):
+        plain = (nn.Linear, *_CONVOLUTIONS) if channel.layer == "dense" else (nn.Conv1d,)
+        read += [(path.rpartition(".")[0], plain) for path in (channel.weight1, channel.weight2) if path]
+    spatial = recipe.spatial if isinstance(recipe, CbamGate) else recipe
+    if isinstance(spatial, SpatialGate):
+        read += zip(spatial.layers, (_CONVOLUTIONS, _NORMS), strict=False)
+    for path, kinds in read:
+        layer: Any = block.get_submodule(path)
+        kind = type(layer)
+        if path and kind not in kinds and qualified_name(kind) not in kinds:
+            return f"{path}.weight belongs to a {kind.__name__}, not to a plain layer"
+        if path and layer.weight is None:
+            return f"{path} has no weight"
     return None
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .. import backends
-from ..reference.squeeze_excite import _ChannelGate as OwnBlock
-from .api import decide
-from .registry import ChannelGate, Recipe, qualified_name
+from ..reference import CBAM, SpatialAttention
+from .api import candidates, is_own
+from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, qualified_name
 from .swap import PLAN, host_class, intact
 
 
@@ -44,9 +45,14 @@ class Report(list[Row]):
 
 def describe(block: nn.Module, recipe: Recipe) -> str:
     """Such as "SqueezeExcite(256 -> 16, relu, sigmoid)"."""
-    pool = "" if recipe.pool == "avg" else f", {recipe.pool} pool"
     residual = ", adds its input" if recipe.adds_input else ""
-    if not isinstance(recipe, ChannelGate):
+    if isinstance(recipe, SpatialGate):
+        return f"SpatialAttention({_describe_spatial(block, recipe)}{residual})"
+    if isinstance(recipe, CbamGate):
+        channel = describe(block, recipe.channel)
+        return f"CBAM({channel}, {_describe_spatial(block, recipe.spatial)}{residual})"
+    pool = {"avg": "", "both": ", both pools"}.get(recipe.pool, f", {recipe.pool} pool")
+    if isinstance(recipe, SplitGate):
         return f"squeeze, its own layers, scale{pool and f' ({pool[2:]})'}"
     if recipe.weight1 is None:
         return f"gate({recipe.gate}{pool}{residual})"
@@ -58,6 +64,12 @@ def describe(block: nn.Module, recipe: Recipe) -> str:
     return f"SqueezeExcite({shape[1]} -> {shape[0]}, {recipe.activation}, {recipe.gate}{pool}{residual})"
 
 
+def _describe_spatial(block: nn.Module, recipe: SpatialGate) -> str:
+    size = " x ".join(str(k) for k in block.get_parameter(f"{recipe.layers[0]}.weight").shape[2:])
+    pools = "mean of both pools" if recipe.merged else " and ".join(recipe.order)
+    return f"kernel {size}, {pools}, {recipe.gate}"
+
+
 def explain(model: nn.Module) -> Report:
     """A printable report of the attention blocks in a model, fused or not: what each is and what serves it.
 
@@ -66,13 +78,13 @@ def explain(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    return Report(row for name, block in model.named_modules() if (row := _row(name, block)) is not None)
+    return Report(row for found in candidates(model) if (row := _row(*found)) is not None)
 
 
-def _row(name: str, block: nn.Module) -> Row | None:
+def _row(name: str, block: nn.Module, found: Recipe | str | None) -> Row | None:
     name = name or "(the model)"
-    if isinstance(block, OwnBlock) and type(block).__module__.startswith("fused_attn.nn"):
-        served, why = _backend(block, ("channel_gate",))
+    if is_own(block):
+        served, why = _own_backend(block)
         return Row(name, type(block).__name__, qualified_name(type(block)), True, served, why)
     host = host_class(block)
     if host is not None:
@@ -81,7 +93,6 @@ def _row(name: str, block: nn.Module) -> Row | None:
             return Row(name, "", qualified_name(host), False, "its own forward", "changed since fuse")
         served, why = _backend(block, _ops(plan.recipe))
         return Row(name, describe(block, plan.recipe), qualified_name(host), True, served, why)
-    found = decide(block)
     if found is None:
         return None
     cls = qualified_name(type(block))
@@ -91,7 +102,25 @@ def _row(name: str, block: nn.Module) -> Row | None:
 
 
 def _ops(recipe: Recipe) -> tuple[str, ...]:
-    return ("channel_gate",) if isinstance(recipe, ChannelGate) else ("squeeze", "scale")
+    if isinstance(recipe, SplitGate):
+        return "squeeze", "scale"
+    if isinstance(recipe, ChannelGate):
+        return (_channel_op(recipe.pool),)
+    return ("spatial_gate" if isinstance(recipe, SpatialGate) else "cbam",)
+
+
+def _channel_op(pool: str) -> str:
+    return "channel_gate/both" if pool == "both" else "channel_gate"
+
+
+def _own_backend(block: Any) -> tuple[str, str]:
+    if getattr(block, "extent", 0):
+        return "reference", "its windows are pooled by PyTorch"
+    if isinstance(block, SpatialAttention):
+        return _backend(block, ("spatial_gate",))
+    if isinstance(block, CBAM):
+        return _backend(block, ("cbam",)) if block.spatial is not None else _own_backend(block.channel)
+    return _backend(block, (_channel_op(block.pool),))
 
 
 def _backend(block: nn.Module, ops: tuple[str, ...]) -> tuple[str, str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .registry import ChannelGate, Recipe, SplitGate, recognise
+from ..codes import FUNCTIONS
+from ..reference.block_attention import fold_batch_norm, uses_batch_statistics
+from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, recognise
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -22,7 +25,7 @@ class Plan(NamedTuple):
     # its class, whether it is bypassed
     layers: tuple[tuple[nn.Module | None, str, nn.Module, type, bool], ...]
     sizes: tuple[tuple[nn.Module | None, int], ...]  # the number of children of each, so that an added one shows
-    options: tuple[tuple[str, Any], ...]  # the block's own plain attributes
+    options: tuple[tuple[nn.Module | None, str, Any], ...]  # plain attributes of the block and parts of its library
 
 
 def bypassed_hooks(block: nn.Module, recipe: Recipe) -> str | None:
@@ -34,7 +37,7 @@ def bypassed_hooks(block: nn.Module, recipe: Recipe) -> str | None:
 
 
 def _is_bypassed(name: str, recipe: Recipe) -> bool:
-    return isinstance(recipe, ChannelGate) or name in recipe.bypassed
+    return not isinstance(recipe, SplitGate) or name in recipe.bypassed
 
 
 def _is_hooked(layer: Any) -> bool:
@@ -55,7 +58,8 @@ def _split(path: str | None) -> tuple[str, str] | None:
 
 
 def plan(block: nn.Module, recipe: Recipe) -> Plan:
-    paths = () if isinstance(recipe, SplitGate) else (recipe.weight1, recipe.bias1, recipe.weight2, recipe.bias2)
+    gate = recipe.channel if isinstance(recipe, CbamGate) else recipe
+    paths = (gate.weight1, gate.bias1, gate.weight2, gate.bias2) if isinstance(gate, ChannelGate) else ()
     modules: dict[str, nn.Module | None] = dict(block.named_modules(remove_duplicate=False))
     modules[""] = None
     layers = tuple(
@@ -67,11 +71,13 @@ def plan(block: nn.Module, recipe: Recipe) -> Plan:
     return Plan(recipe, tuple(_split(path) for path in paths), layers, sizes, _options(block))
 
 
-def _options(block: nn.Module) -> tuple[tuple[str, Any], ...]:
+def _options(block: nn.Module) -> tuple[tuple[nn.Module | None, str, Any], ...]:
     return tuple(
-        (key, value)
-        for key, value in block.__dict__.items()
-        if key != "training" and not key.startswith("_") and isinstance(value, (bool, int, float, str))
+        (None if module is block else module, key, value)
+        for module in block.modules()
+        if module is block or not type(module).__module__.startswith("torch.")
+        for key, value in module.__dict__.items()
+        if key != "training" and not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple))
     )
 
 
@@ -84,9 +90,8 @@ def intact(block: nn.Module, plan: Plan) -> bool:
     for parent, size in plan.sizes:
         if len((block if parent is None else parent)._modules) != size:
             return False
-    own = block.__dict__
-    for key, value in plan.options:  # noqa: SIM110  (a loop costs less than a generator, and this runs at every call)
-        if own.get(key) != value:
+    for part, key, value in plan.options:  # noqa: SIM110  (a loop costs less than a generator; it runs at every call)
+        if (block if part is None else part).__dict__.get(key) != value:
             return False
     return True
 
@@ -94,29 +99,87 @@ def intact(block: nn.Module, plan: Plan) -> bool:
 def _parameter(block: nn.Module, path: tuple[str, str] | None) -> Tensor | None:
     if path is None:
         return None
+    return getattr(_layer(block, path[0]), path[1])
+
+
+def _layer(block: nn.Module, path: str) -> Any:
     owner = block
-    for part in path[0].split(".") if path[0] else ():
+    for part in path.split(".") if path else ():
         owner = getattr(owner, part)
-    return getattr(owner, path[1])
+    return owner
 
 
 def run(block: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     recipe = plan.recipe
     residual = x if recipe.adds_input else None
     if isinstance(recipe, ChannelGate):
-        return functional.channel_gate(
-            x,
-            *(_parameter(block, path) for path in plan.parameters),
-            layer=recipe.layer,
-            pool=recipe.pool,
-            ties=recipe.ties,
-            activation=recipe.activation,
-            gate=recipe.gate,
-            residual=residual,
-        )
+        return _run_channel(block, plan, recipe, x, residual)
+    if isinstance(recipe, SpatialGate):
+        return _run_spatial(block, recipe, x, residual)
+    if isinstance(recipe, CbamGate):
+        return _run_cbam(block, plan, recipe, x, residual)
     pooled = functional.squeeze(x, recipe.pool, ties=recipe.ties)
     descriptor = pooled if isinstance(pooled, Tensor) else 0.5 * pooled[0] + 0.5 * pooled[1]
     return functional.scale(x, recipe.excite(block, descriptor), residual=residual)
+
+
+def _run_channel(block: nn.Module, plan: Plan, recipe: ChannelGate, x: Tensor, residual: Tensor | None) -> Tensor:
+    return functional.channel_gate(
+        x,
+        *(_parameter(block, path) for path in plan.parameters),
+        layer=recipe.layer,
+        pool=recipe.pool,
+        ties=recipe.ties,
+        activation=recipe.activation,
+        gate=recipe.gate,
+        residual=residual,
+    )
+
+
+def _spatial_convolution(block: nn.Module, recipe: SpatialGate) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of the convolution, the BatchNorm folded in; None where that needs the batch's statistics."""
+    conv, *norms = (_layer(block, path) for path in recipe.layers)
+    if any(uses_batch_statistics(norm) for norm in norms):
+        return None
+    weight, bias = conv.weight, conv.bias
+    for norm in norms:
+        weight, bias = fold_batch_norm(weight, bias, norm)
+    return (torch.cat([weight, weight], 1) * 0.5 if recipe.merged else weight), bias
+
+
+def _run_spatial(block: nn.Module, recipe: SpatialGate, x: Tensor, residual: Tensor | None) -> Tensor:
+    convolution = _spatial_convolution(block, recipe)
+    if convolution is not None:
+        return functional.spatial_gate(
+            x, *convolution, order=recipe.order, ties=recipe.ties, gate=recipe.gate, residual=residual
+        )
+    z = functional.channel_pool(x, order=recipe.order, ties=recipe.ties)
+    if recipe.merged:
+        z = 0.5 * z[:, :1] + 0.5 * z[:, 1:]
+    for path in recipe.layers:
+        z = _layer(block, path)(z)
+    return functional.scale(x, FUNCTIONS[recipe.gate](z), residual=residual)
+
+
+def _run_cbam(block: nn.Module, plan: Plan, recipe: CbamGate, x: Tensor, residual: Tensor | None) -> Tensor:
+    channel, spatial = recipe.channel, recipe.spatial
+    convolution = _spatial_convolution(block, spatial)
+    if convolution is None:
+        return _run_spatial(block, spatial, _run_channel(block, plan, channel, x, None), residual)
+    parameters: list[Any] = [*(_parameter(block, path) for path in plan.parameters), *convolution]
+    return functional.cbam(
+        x,
+        *parameters,
+        layer=channel.layer,
+        pool=channel.pool,
+        channel_ties=channel.ties,
+        activation=channel.activation,
+        channel_gate=channel.gate,
+        order=spatial.order,
+        spatial_ties=spatial.ties,
+        spatial_gate=spatial.gate,
+        residual=residual,
+    )
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

@@ -1,4 +1,5 @@
-"""timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, and the SE of older models."""
+"""timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
+and the SE of older models."""
 
 from __future__ import annotations
 
@@ -6,8 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import activation_name, bias_of, is_channel_convolution, is_dense, two_dense_layers
-from .registry import ChannelGate, Recipe, SplitGate, register
+from .layers import (
+    activation_name,
+    bias_of,
+    is_batch_norm,
+    is_channel_convolution,
+    is_dense,
+    is_spatial_convolution,
+    two_dense_layers,
+)
+from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, qualified_name, register
+
+
+def _is_exactly(layer: Any, name: str) -> bool:
+    return qualified_name(type(layer)) == f"timm.layers.{name}"
 
 
 def _pooling(block: Any) -> dict[str, Any]:
@@ -96,3 +109,68 @@ def hgnet_ese(block: Any) -> Recipe | str:
     if not is_dense(block.conv):
         return "its layer is not timm's"
     return ChannelGate("conv.weight", bias_of("conv"))
+
+
+@register("timm.layers.gather_excite.GatherExcite")
+def gather_excite(block: Any) -> Recipe | str:
+    gate = activation_name(block.gate)
+    if block.gather is not None or block.extent != 0:
+        return "its pool is not global"
+    if gate is None:
+        return "its gate is not one we fuse"
+    mlp = block.mlp
+    if type(mlp) is nn.Identity:
+        return ChannelGate(**_pooling(block), gate=gate)
+    plain = _is_exactly(mlp, "mlp.ConvMlp") and type(mlp.norm) is nn.Identity
+    activation = activation_name(mlp.act) if plain else None
+    if activation is None or mlp.drop.p != 0 or not (is_dense(mlp.fc1) and is_dense(mlp.fc2)):
+        return "its layers are not timm's"
+    return ChannelGate(**two_dense_layers("mlp.fc1", "mlp.fc2"), **_pooling(block), activation=activation, gate=gate)
+
+
+def _cbam(block: Any, *, light: bool) -> Recipe | str:
+    channel, spatial = block.channel, block.spatial
+    kind = "Light" if light else ""
+    if not (
+        _is_exactly(channel, f"cbam.{kind}ChannelAttn")
+        and _is_exactly(spatial, f"cbam.{kind}SpatialAttn")
+        and _is_exactly(spatial.conv, "conv_bn_act.ConvNormAct")
+    ):
+        return "its parts are not timm's"
+    conv, norm = spatial.conv.conv, spatial.conv.bn
+    dense = is_dense(channel.fc1) and is_dense(channel.fc2)
+    if not (dense and is_spatial_convolution(conv, 1 if light else 2) and is_batch_norm(norm)):
+        return "its layers are not timm's"
+    if spatial.conv.aa is not None:
+        return "it blurs its gate"
+    activation, spatial_gate = activation_name(channel.act), activation_name(spatial.gate)
+    # The light channel attention takes the sigmoid whatever its gate is.
+    channel_gate = "sigmoid" if light else activation_name(channel.gate)
+    if activation is None or channel_gate is None or spatial_gate is None:
+        return "its activation or gate is not one we fuse"
+    return CbamGate(
+        ChannelGate(
+            **two_dense_layers("channel.fc1", "channel.fc2"),
+            pool="avgmax" if light else "both",
+            ties="even",
+            activation=activation,
+            gate=channel_gate,
+        ),
+        SpatialGate(
+            ("spatial.conv.conv", "spatial.conv.bn"),
+            order=("mean", "max"),
+            ties="even",
+            gate=spatial_gate,
+            merged=light,
+        ),
+    )
+
+
+@register("timm.layers.cbam.CbamModule")
+def cbam(block: Any) -> Recipe | str:
+    return _cbam(block, light=False)
+
+
+@register("timm.layers.cbam.LightCbamModule")
+def light_cbam(block: Any) -> Recipe | str:
+    return _cbam(block, light=True)

@@ -1,7 +1,10 @@
 """The dispatcher operators: schema, fake kernel and backward, one file an op; one overload a backend."""
 
+from .cbam import cbam
 from .channel_gate import channel_gate
+from .channel_pool import channel_pool
 from .scale import scale
+from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 
-__all__ = ["channel_gate", "scale", "squeeze"]
+__all__ = ["cbam", "channel_gate", "channel_pool", "scale", "spatial_gate", "squeeze"]

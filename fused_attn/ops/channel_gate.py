@@ -2,7 +2,8 @@
 
 Between forward and backward travel x (y too where a ReLU follows) and `state`, (B, 2C + hidden [+ C]) in the
 accumulator's dtype: the descriptors, the gate's logits, the hidden logits and, for ties shared evenly, the
-maxima; with a maximum also `index` (B, C), its position ("first") or multiplicity ("even").
+maxima; with a maximum also `index` (B, C), its position ("first") or multiplicity ("even"). With both pools the
+rows of `state` are the averages, the logits, the averages' hidden logits, the maxima and theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .. import reference
 from ..codes import LAYERS, TIES
 from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, wants_graph
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
-from .squeeze import AVG, POOL_NAMES, TIE_NAMES
+from .squeeze import AVG, BOTH, POOL_NAMES, TIE_NAMES
 
 LAYER_NAMES = tuple(LAYERS)
 
@@ -23,6 +24,23 @@ _TENSORS = (
     " Tensor? affine_weight, Tensor? affine_bias, Tensor? residual"
 )
 _CODES = "int layer, int pool, int ties, int activation, int gate, int pre_activation, int post_activation"
+
+
+def empty_state(
+    x: Tensor, weight1: Tensor | None, weight2: Tensor | None, pool: int, ties: int
+) -> tuple[Tensor, Tensor]:
+    """(state, index) of a channel gate on x."""
+    batch, channels = x.shape[:2]
+    hidden = 0 if weight1 is None or weight2 is None else weight1.shape[0]
+    width = 2 * channels + hidden
+    if pool == BOTH:
+        width += channels + hidden
+    elif pool != AVG and ties == TIES["even"]:
+        width += channels
+    return (
+        x.new_empty((batch, width), dtype=accumulator(x.dtype)),
+        x.new_empty((0,) if pool == AVG else (batch, channels), dtype=torch.int32),
+    )
 
 
 def _fake(
@@ -42,14 +60,7 @@ def _fake(
     pre_activation,
     post_activation,
 ):
-    batch, channels = x.shape[:2]
-    hidden = 0 if weight2 is None else weight1.shape[0]
-    peak = channels if pool != AVG and ties == TIES["even"] else 0
-    return (
-        empty_map(x),
-        x.new_empty((batch, 2 * channels + hidden + peak), dtype=accumulator(x.dtype)),
-        x.new_empty((0,) if pool == AVG else (batch, channels), dtype=torch.int32),
-    )
+    return empty_map(x), *empty_state(x, weight1, weight2, pool, ties)
 
 
 def _fake_backward(

@@ -1,4 +1,7 @@
-"""Op `scale`: post_activation(pre_activation(x * weight + bias) * gate + residual), one pass over each map."""
+"""Op `scale`: post_activation(pre_activation(x * weight + bias) * gate + residual), one pass over each map.
+
+The gate is (B, C), one a channel, or (B, 1, *spatial), one a position.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from .. import reference
 from ..codes import ACTIVATIONS, POOLS, TIES
 from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
 
-AVG, MAX = POOLS["avg"], POOLS["max"]
+AVG, MAX, BOTH = POOLS["avg"], POOLS["max"], POOLS["both"]
 POOL_NAMES, TIE_NAMES, ACTIVATION_NAMES = (tuple(table) for table in (POOLS, TIES, ACTIVATIONS))
 
 

@@ -4,17 +4,41 @@ The functions and modules have the names and signatures of `fused_attn.functiona
 and the modules the same `state_dict`. They check nothing beyond what PyTorch itself checks.
 """
 
+from .bam import BAM
+from .block_attention import CBAM, ChannelAttention, SpatialAttention
+from .cbam import cbam
 from .channel_gate import channel_gate
+from .channel_pool import channel_pool
+from .coordinate import CoordinateAttention
+from .ema import EMA
+from .gather_excite import GatherExcite
 from .scale import scale
+from .scse import SCSE
+from .simam import SimAM
+from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
+from .triplet import TripletAttention
 
 __all__ = [
+    "BAM",
+    "CBAM",
+    "ChannelAttention",
+    "CoordinateAttention",
     "ECA",
+    "EMA",
     "EffectiveSE",
+    "GatherExcite",
+    "SCSE",
+    "SimAM",
+    "SpatialAttention",
     "SqueezeExcite",
+    "TripletAttention",
+    "cbam",
     "channel_gate",
+    "channel_pool",
     "eca_kernel_size",
     "scale",
+    "spatial_gate",
     "squeeze",
 ]

@@ -61,11 +61,14 @@ def channel_gate(
 ) -> Tensor:
     """See `fused_attn.functional.channel_gate`."""
     x = prologue(x, affine, pre_activation)
-    if pool == "max":
-        descriptor = global_max(x, ties)
+
+    def logits_of(descriptor: Tensor) -> Tensor:
+        return excite(descriptor, weight1, bias1, weight2, bias2, layer=layer, activation=activation)
+
+    if pool == "both":
+        logits = logits_of(x.mean(space(x))) + logits_of(global_max(x, ties))
+    elif pool == "avgmax":
+        logits = logits_of(0.5 * x.mean(space(x)) + 0.5 * global_max(x, ties))
     else:
-        descriptor = x.mean(space(x))
-        if pool == "avgmax":
-            descriptor = 0.5 * descriptor + 0.5 * global_max(x, ties)
-    logits = excite(descriptor, weight1, bias1, weight2, bias2, layer=layer, activation=activation)
+        logits = logits_of(x.mean(space(x)) if pool == "avg" else global_max(x, ties))
     return scale(x, FUNCTIONS[gate](logits), residual=residual, post_activation=post_activation)

@@ -1,4 +1,4 @@
-"""Scale: a map times one gate a channel, with what stands before and after it."""
+"""Scale: a map times one gate a channel or a position, with what stands before and after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def scale(
     post_activation: str = "identity",
 ) -> Tensor:
     """See `fused_attn.functional.scale`."""
-    y = prologue(x, affine, pre_activation) * per_channel(gate, x).to(x.dtype)
+    gate = gate if gate.dim() == x.dim() else per_channel(gate, x)
+    y = prologue(x, affine, pre_activation) * gate.to(x.dtype)
     if residual is not None:
         y = y + residual
     return FUNCTIONS[post_activation](y)

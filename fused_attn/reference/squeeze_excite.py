@@ -111,10 +111,17 @@ class _ChannelGate(nn.Module):
             )
         if residual is not None:
             raise ValueError("residual: the gate alone has none; expected None with return_gate=True")
-        pooled = self._squeeze(x, self.pool, ties=self.ties)
-        descriptor = pooled if isinstance(pooled, Tensor) else 0.5 * pooled[0] + 0.5 * pooled[1]
-        logits = excite(descriptor, *self._excitation(), layer=self.layer, activation=self.activation)
+        pooled = self._squeeze(x, "avgmax" if self.pool == "both" else self.pool, ties=self.ties)
+        if isinstance(pooled, Tensor):
+            logits = self._logits(pooled)
+        elif self.pool == "both":
+            logits = self._logits(pooled[0]) + self._logits(pooled[1])
+        else:
+            logits = self._logits(0.5 * pooled[0] + 0.5 * pooled[1])
         return per_channel(FUNCTIONS[self.gate](logits), x)
+
+    def _logits(self, descriptor: Tensor) -> Tensor:
+        return excite(descriptor, *self._excitation(), layer=self.layer, activation=self.activation)
 
 
 class SqueezeExcite(_ChannelGate):

@@ -76,7 +76,7 @@ def test_shapes_dtypes_layouts(shape, kind, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ties", ["first", "even"])
-@pytest.mark.parametrize("pool", ["max", "avgmax"])
+@pytest.mark.parametrize("pool", ["max", "avgmax", "both"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 16, 7, 7), (1, 12, 40, 41), (3, 9, 1, 1)], ids=str)
 def test_maximum_with_ties(shape, dtype, pool, ties, layout):
@@ -86,7 +86,18 @@ def test_maximum_with_ties(shape, dtype, pool, ties, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+@pytest.mark.parametrize("kind", ["se", "ese", "eca", "ceca", "none"])
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (9, 300, 3, 4)], ids=str)
+def test_both_pools(shape, bias, ties, kind, layout):
+    """The second shape's weights are too large for the cache: a thread takes a few samples at a time."""
+    tensors, options = excitation(kind, shape[1], torch.float32, bias)
+    check(in_layout(random(*shape), layout), tensors, {**options, "pool": "both", "ties": ties, "activation": "silu"})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "both"])
 @pytest.mark.parametrize("pre", ACTIVATIONS)
 def test_prologue(pre, pool, layout):
     """float32: in half precision eager and float64 disagree on which of two near-equal values is the maximum."""
@@ -256,7 +267,7 @@ def test_the_number_of_threads_changes_no_bit(layout):
 
 @pytest.mark.parametrize("kind", ["se", "ese", "eca", "ceca", "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "both"])
 def test_gradcheck(pool, layout, kind):
     tensors, options = excitation(kind, 6, torch.float64)
     tensors |= {"affine_weight": random(6, seed=3).double() + 2, "affine_bias": random(6, seed=4).double()}
@@ -355,7 +366,7 @@ shapes = st.tuples(st.integers(0, 3), st.integers(1, 40), st.lists(st.integers(1
 @given(
     shape=shapes,
     kind=st.sampled_from(["se", "ese", "eca", "ceca", "none"]),
-    pool=st.sampled_from(["avg", "max", "avgmax"]),
+    pool=st.sampled_from(["avg", "max", "avgmax", "both"]),
     layout=st.sampled_from(LAYOUTS),
     grad_layout=st.sampled_from(LAYOUTS),
     affine=st.booleans(),
@@ -393,7 +404,11 @@ def test_more_than_2_31_elements():
 
 @pytest.mark.parametrize(
     "kind, options",
-    list(itertools.product(["se", "eca"], [{}, {"pool": "avgmax", "ties": "even", "post_activation": "relu"}])),
+    list(
+        itertools.product(
+            ["se", "eca"], [{}, {"pool": "avgmax", "ties": "even", "post_activation": "relu"}, {"pool": "both"}]
+        )
+    ),
 )
 def test_opcheck(kind, options):
     """Schema, fake kernel (strides too) and autograd registration as torch checks them, permuted layouts included."""

@@ -1,0 +1,102 @@
+// spatial_gate: reads x, reads it again and writes y; backward reads grad and x, then grad again (and x after a
+// prologue or for ties shared evenly) and writes grad_x. A thread takes whole samples, and a sample's second read
+// comes right after its first, from cache. Too few samples: pieces of space, phase by phase.
+#include "ops.h"
+#include "space.h"
+
+namespace fused_attn::cpu {
+
+std::tuple<Tensor, Tensor, Tensor> spatial_gate(const Tensor& x_in, const Tensor& weight, const OptionalTensor& bias,
+                                                const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
+                                                const OptionalTensor& residual, int64_t mean_first, int64_t ties,
+                                                int64_t gate, int64_t pre_activation, int64_t post_activation) {
+    return dispatch(x_in, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        const Tensor x_dense = dense_map(x_in);
+        const MapView<T> x(x_dense);
+        const OptionalTensor added = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
+        const T* from = pointer<T>(added);
+        Tensor y = empty_map<T>(x_dense);
+        T* out = static_cast<T*>(y.data_ptr());
+        auto [state, index] = empty_space_state<A>(x_in);
+        const AffineValues<A> affine(affine_weight, affine_bias);
+        const SpatialConvolution<A> convolution(x_in, weight, bias, mean_first);
+        const SpatialGate<T> pass(x, affine.prologue(pre_activation), nullptr, convolution, ties, gate, state, index);
+        const int64_t elements = x.batch * x.sample_size(), pieces = pass.pieces;
+        if (pieces == 1) {
+            parallel_ranges(x.batch, elements, [&](int64_t begin, int64_t end) {
+                auto numbers = pass.numbers(false);
+                for (int64_t b = begin; b < end; ++b) {
+                    pass.pool(b, 0);
+                    pass.excite(b, numbers);
+                    pass.scale(b, 0, numbers, from, post_activation, out);
+                }
+            });
+        } else {
+            std::vector<SpaceNumbers<A>> numbers(x.batch, pass.numbers(false));
+            const int64_t units = x.batch * pieces;
+            parallel(units, elements, [&](int64_t unit) { pass.pool(unit / pieces, unit % pieces); });
+            parallel(x.batch, elements, [&](int64_t b) { pass.excite(b, numbers[b]); });
+            parallel(units, elements, [&](int64_t unit) {
+                pass.scale(unit / pieces, unit % pieces, numbers[unit / pieces], from, post_activation, out);
+            });
+        }
+        return std::make_tuple(y, state, index);
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spatial_gate_backward(
+    const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y, const Tensor& state, const Tensor& index,
+    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& affine_weight,
+    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t mean_first, int64_t ties, int64_t gate,
+    int64_t pre_activation, int64_t post_activation) {
+    return dispatch(x_in, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        const BackwardMaps<T> maps(grad_in, x_in, y, residual, post_activation);
+        const MapView<T>& x = maps.x;
+        const AffineValues<A> affine(affine_weight, affine_bias);
+        const SpatialConvolution<A> convolution(x_in, weight, bias, mean_first);
+        const SpatialGate<T> pass(x, affine.prologue(pre_activation), nullptr, convolution, ties, gate, state, index);
+        const int64_t elements = x.batch * x.sample_size(), pieces = pass.pieces, taps = convolution.taps();
+        const bool wants_affine = affine_weight.has_value();
+        ChannelSums grad_weight(x.batch, pieces, x.channels, wants_affine), grad_bias = grad_weight;
+        std::vector<double> grad_taps(x.batch * taps, 0.0), grad_logits(x.batch, 0.0);
+
+        auto dot = [&](int64_t b, int64_t piece, SpaceNumbers<A>& numbers) {
+            pass.dot(b, piece, numbers, maps.grad, maps.y, maps.residual, post_activation, maps.epilogue, nullptr);
+        };
+        auto excite = [&](int64_t b, SpaceNumbers<A>& numbers) {
+            pass.excite_backward(b, numbers, &grad_taps[b * taps], &grad_logits[b]);
+        };
+        auto spread = [&](int64_t b, int64_t piece, const SpaceNumbers<A>& numbers) {
+            pass.spread(b, piece, numbers, maps.epilogue ? maps.epilogue : maps.grad, {}, maps.out,
+                        grad_weight.piece(b, piece), grad_bias.piece(b, piece));
+        };
+        if (pieces == 1) {
+            parallel_ranges(x.batch, elements, [&](int64_t begin, int64_t end) {
+                auto numbers = pass.numbers(true);
+                for (int64_t b = begin; b < end; ++b) {
+                    pass.open(b, numbers);
+                    dot(b, 0, numbers);
+                    excite(b, numbers);
+                    spread(b, 0, numbers);
+                }
+            });
+        } else {
+            std::vector<SpaceNumbers<A>> numbers(x.batch, pass.numbers(true));
+            const int64_t units = x.batch * pieces;
+            for (int64_t b = 0; b < x.batch; ++b) pass.open(b, numbers[b]);
+            parallel(units, elements, [&](int64_t unit) { dot(unit / pieces, unit % pieces, numbers[unit / pieces]); });
+            parallel(x.batch, elements, [&](int64_t b) { excite(b, numbers[b]); });
+            parallel(units, elements,
+                     [&](int64_t unit) { spread(unit / pieces, unit % pieces, numbers[unit / pieces]); });
+        }
+        auto [weight_out, bias_out] = convolution.gradients(x_in, x.batch, grad_taps.data(), grad_logits.data());
+        return std::make_tuple(maps.grad_x, maps.grad_residual, weight_out, bias_out,
+                               grad_weight.gradient<A>(affine_weight, x_in), grad_bias.gradient<A>(affine_bias, x_in));
+    });
+}
+
+}  // namespace fused_attn::cpu

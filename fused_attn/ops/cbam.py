@@ -1,0 +1,132 @@
+"""Op `cbam`: a channel gate and a spatial gate on its output, as one operator; the map between is never written.
+
+Between forward and backward travel x (y too where a ReLU follows) and both gates' states: that of the channel
+gate, (B, 2C + hidden [+ C [+ hidden]]) with its index, and that of the spatial gate, (B, 3, *spatial) with its
+index (see ops/channel_gate.py and ops/spatial_gate.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .channel_gate import LAYER_NAMES, empty_state
+from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
+from .spatial_gate import ORDER_NAMES
+from .spatial_gate import empty_state as empty_spatial_state
+from .squeeze import POOL_NAMES, TIE_NAMES
+
+_TENSORS = (
+    "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, Tensor spatial_weight, Tensor? spatial_bias,"
+    " Tensor? affine_weight, Tensor? affine_bias, Tensor? residual"
+)
+_CODES = (
+    "int layer, int pool, int channel_ties, int activation, int channel_gate, int mean_first, int spatial_ties,"
+    " int spatial_gate, int pre_activation, int post_activation"
+)
+_STATE = "Tensor channel_state, Tensor channel_index, Tensor state, Tensor index"
+
+
+def _fake(
+    x,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    spatial_weight,
+    spatial_bias,
+    affine_weight,
+    affine_bias,
+    residual,
+    layer,
+    pool,
+    channel_ties,
+    *others,
+):
+    return empty_map(x), *empty_state(x, weight1, weight2, pool, channel_ties), *empty_spatial_state(x)
+
+
+def _fake_backward(grad, x, y, channel_state, channel_index, state, index, *others):
+    *parameters, _ = others[:9]
+    return (
+        empty_map(x),
+        x.new_empty(0) if others[-1] == IDENTITY else empty_map(x),
+        *(like_or_none(t, x) for t in parameters),
+    )
+
+
+FORWARD = define("cbam", f"(Tensor x, {_TENSORS}, {_CODES}) -> (Tensor y, {_STATE})", _fake)
+BACKWARD = define(
+    "cbam_backward",
+    f"(Tensor grad, Tensor x, Tensor? y, {_STATE}, {_TENSORS}, {_CODES})"
+    " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight2,"
+    " Tensor grad_bias2, Tensor grad_spatial_weight, Tensor grad_spatial_bias, Tensor grad_affine_weight,"
+    " Tensor grad_affine_bias)",
+    _fake_backward,
+)
+
+
+class _Cbam(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, *arguments):
+        parameters, residual, codes = arguments[:8], arguments[8], arguments[9:]
+        y, *states = FORWARD[backend](x, *arguments)
+        ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), *states)
+        ctx.backend, ctx.codes = backend, codes
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters, y, residual, channel_state, channel_index, state, index = ctx.saved_tensors
+        if wants_graph():
+            grads = _differentiable(ctx, x, parameters, y, residual, grad)
+        else:
+            grad_x, grad_residual, *grads = BACKWARD[ctx.backend](
+                grad, x, y, channel_state, channel_index, state, index, *parameters, residual, *ctx.codes
+            )
+            if not ctx.needs_input_grad[10]:
+                grad_residual = None
+            elif ctx.codes[-1] == IDENTITY:
+                grad_residual = grad
+            absent = (p is None for p in parameters)
+            grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
+        return None, *grads, *(None,) * len(ctx.codes)
+
+
+def _differentiable(ctx, x, parameters, y, residual, grad):
+    layer, pool, channel_ties, activation, channel_gate, mean_first, spatial_ties, spatial_gate, pre, post = ctx.codes
+    post_activation = ACTIVATION_NAMES[post]
+    needs = ctx.needs_input_grad[1:11]
+    recomputed = residual is not None or post_activation not in ("identity", "relu")
+    grad = before_epilogue(grad, y)
+
+    def function(x, *tensors):
+        *weights, affine_weight, affine_bias, residual = tensors
+        return reference.cbam(
+            x,
+            *weights,
+            layer=LAYER_NAMES[layer],
+            pool=POOL_NAMES[pool],
+            channel_ties=TIE_NAMES[channel_ties],
+            activation=ACTIVATION_NAMES[activation],
+            channel_gate=ACTIVATION_NAMES[channel_gate],
+            order=ORDER_NAMES[mean_first],
+            spatial_ties=TIE_NAMES[spatial_ties],
+            spatial_gate=ACTIVATION_NAMES[spatial_gate],
+            affine=None if affine_weight is None else (affine_weight, affine_bias),
+            pre_activation=ACTIVATION_NAMES[pre],
+            residual=residual,
+            post_activation=post_activation if recomputed else "identity",
+        )
+
+    grads = differentiable_backward(function, (x, *parameters, residual), needs, grad)
+    return grads if recomputed else (*grads[:9], grad if needs[9] else None)
+
+
+def cbam(backend, *arguments) -> Tensor:
+    """The gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:10]):
+        return _Cbam.apply(backend, *arguments)
+    return FORWARD[backend](*arguments)[0]

@@ -1,0 +1,81 @@
+"""BAM: the bottleneck attention module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .block_attention import CONVOLUTIONS, NORMS, spatial_rank
+from .squeeze import per_channel, squeeze
+from .squeeze_excite import hidden_channels, positive_int
+
+
+class BAM(nn.Module):
+    """Bottleneck attention: x * (1 + sigmoid(c * s)), c one number a channel, s one a position.
+
+    c: the mean over space through dense layers to channels // reduction, each with BatchNorm and ReLU, and one back.
+    s: x through a 1x1 convolution to channels // reduction, dilated 3x3 convolutions, each with BatchNorm and ReLU,
+    and a 1x1 convolution to one channel.
+
+    Args:
+        channels: C, the channels of the map.
+        reduction: both branches are channels // reduction wide.
+        num_layers: dense layers before the last.
+        dilated_convs: number of 3x3 convolutions.
+        dilation: their dilation.
+        rank: number of spatial axes, 1 to 3.
+
+    `forward(x)`: x (B, C, *spatial); a map of the same shape. In training B must be at least 2, as in the original:
+    the BatchNorm of the channel branch has one value a sample.
+
+    Keys: those of the authors' code, `channel_att.gate_c.gate_c_fc_0.weight` and so on.
+
+    Raises:
+        ValueError: an option is out of range, or the reduction leaves no hidden channel.
+
+    Source: BAM, arXiv:1807.06514; equivalent to the authors' `BAM` (the paper has c + s, the code and its weights
+    c * s) on square maps. On others the authors pool over height x height only, which is an error or no global mean;
+    here the pool is always global.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: float = 16,
+        num_layers: int = 1,
+        dilated_convs: int = 2,
+        dilation: int = 4,
+        rank: int = 2,
+    ) -> None:
+        super().__init__()
+        self.channels = positive_int("channels", channels)
+        width = hidden_channels(channels, reduction, None)
+        positive_int("num_layers", num_layers)
+        positive_int("dilated_convs", dilated_convs)
+        positive_int("dilation", dilation)
+        self.rank = spatial_rank(rank)
+        conv, norm = CONVOLUTIONS[rank - 1], NORMS[rank - 1]
+
+        gate_c = nn.Sequential()
+        for i in range(num_layers):
+            gate_c.add_module(f"gate_c_fc_{i}", nn.Linear(width if i else channels, width))
+            gate_c.add_module(f"gate_c_bn_{i + 1}", nn.BatchNorm1d(width))
+            gate_c.add_module(f"gate_c_relu_{i + 1}", nn.ReLU())
+        gate_c.add_module("gate_c_fc_final", nn.Linear(width, channels))
+        self.channel_att = nn.ModuleDict({"gate_c": gate_c})
+
+        gate_s = nn.Sequential()
+        gate_s.add_module("gate_s_conv_reduce0", conv(channels, width, 1))
+        gate_s.add_module("gate_s_bn_reduce0", norm(width))
+        gate_s.add_module("gate_s_relu_reduce0", nn.ReLU())
+        for i in range(dilated_convs):
+            gate_s.add_module(f"gate_s_conv_di_{i}", conv(width, width, 3, padding=dilation, dilation=dilation))
+            gate_s.add_module(f"gate_s_bn_di_{i}", norm(width))
+            gate_s.add_module(f"gate_s_relu_di_{i}", nn.ReLU())
+        gate_s.add_module("gate_s_conv_final", conv(width, 1, 1))
+        self.spatial_att = nn.ModuleDict({"gate_s": gate_s})
+
+    def forward(self, x: Tensor) -> Tensor:
+        channel = self.channel_att["gate_c"](squeeze(x))
+        spatial = self.spatial_att["gate_s"](x)
+        return x * (1 + (per_channel(channel, x) * spatial).sigmoid())

@@ -1,0 +1,307 @@
+"""The modules of CBAM in plain PyTorch: channel attention, spatial attention, and one after the other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..codes import ACTIVATIONS, FUNCTIONS, TIES, code
+from .cbam import cbam
+from .channel_pool import Order, channel_pool
+from .checkpoints import OtherNames
+from .scale import scale
+from .spatial_gate import spatial_gate, spatial_logits
+from .squeeze_excite import Excitation, _ChannelGate, eca_kernel_size, finite, hidden_channels, positive_int
+
+CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+MLP_LAYERS = ("linear", "conv1x1", "conv1d")
+
+
+def odd(argument: str, value: int) -> int:
+    if positive_int(argument, value) % 2 == 0:
+        raise ValueError(f"{argument}: expected an odd number; got {value}")
+    return value
+
+
+def spatial_rank(rank: int) -> int:
+    if isinstance(rank, bool) or rank not in (1, 2, 3):
+        raise ValueError(f"rank: expected 1, 2 or 3; got {rank!r}")
+    return rank
+
+
+def optional_channels(channels: int | None) -> int | None:
+    """The channel count of a block that works for any: given, maps are held against it."""
+    return channels if channels is None else positive_int("channels", channels)
+
+
+def check_channels(channels: int | None, x: Tensor) -> None:
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"x: expected {channels} channels; got shape {tuple(x.shape)}")
+
+
+def uses_batch_statistics(norm: Any) -> bool:
+    """Whether a BatchNorm takes mean and variance from its input, not from what it has seen before."""
+    return norm.training or norm.running_mean is None
+
+
+def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution to one channel with the BatchNorm that follows it, in eval mode."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    factor = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    shift = norm.running_mean.to(dtype) if bias is None else norm.running_mean.to(dtype) - bias.to(dtype)
+    folded = weight.to(dtype) * factor, norm.bias.to(dtype) - shift * factor
+    return folded[0].to(weight.dtype), folded[1].to(weight.dtype)
+
+
+class ChannelAttention(OtherNames, _ChannelGate):
+    """See `fused_attn.nn.ChannelAttention`."""
+
+    other_names: ClassVar[dict[str, str]] = {
+        theirs: ours
+        for first, second in (("mlp.1", "mlp.3"), ("mlp.fc1", "mlp.fc2"))
+        + tuple((f"{name}.0", f"{name}.2") for name in ("fc", "fc_layers", "sharedMLP", "se"))
+        for theirs, ours in ((first, "fc1"), (second, "fc2"))
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: float = 16,
+        divisor: int | None = None,
+        hidden: int | None = None,
+        bias: bool = True,
+        layer: str = "linear",
+        kernel_size: int | None = None,
+        gamma: float = 2,
+        beta: float = 1,
+        pool: str = "both",
+        ties: str = "first",
+        activation: str = "relu",
+        gate: str = "sigmoid",
+        post_activation: str = "identity",
+        return_gate: bool = False,
+    ) -> None:
+        if layer not in MLP_LAYERS:
+            raise ValueError(f"layer: expected one of {', '.join(MLP_LAYERS)}; got {layer!r}")
+        super().__init__(
+            channels,
+            layer="conv" if layer == "conv1d" else "dense",
+            pool=pool,
+            ties=ties,
+            activation=activation,
+            gate=gate,
+            post_activation=post_activation,
+            return_gate=return_gate,
+        )
+        if layer == "conv1d":
+            k = eca_kernel_size(channels, gamma, beta) if kernel_size is None else odd("kernel_size", kernel_size)
+            self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+            return
+        if kernel_size is not None:
+            raise ValueError(f"kernel_size: expected None for layer={layer!r}; got {kernel_size!r}")
+        width = hidden_channels(channels, reduction, divisor) if hidden is None else positive_int("hidden", hidden)
+        dense = nn.Linear if layer == "linear" else functools.partial(nn.Conv2d, kernel_size=1)
+        self.fc1 = dense(channels, width, bias=bias)
+        self.fc2 = dense(width, channels, bias=bias)
+
+    def _excitation(self) -> Excitation:
+        if self.layer == "conv":
+            return self.conv.weight, None, None, None
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+
+class SpatialAttention(OtherNames):
+    """See `fused_attn.nn.SpatialAttention`."""
+
+    #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
+    _channel_pool = staticmethod(channel_pool)
+    _spatial_gate = staticmethod(spatial_gate)
+    _scale = staticmethod(scale)
+
+    other_names: ClassVar[dict[str, str]] = {"spatial": "conv", "conv1": "conv", "cv1": "conv"}
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        *,
+        kernel_size: int | Sequence[int] = 7,
+        order: Order = ("max", "mean"),
+        bias: bool = False,
+        batch_norm: bool = True,
+        momentum: float = 0.01,
+        ties: str = "first",
+        gate: str = "sigmoid",
+        post_activation: str = "identity",
+        return_gate: bool = False,
+        rank: int = 2,
+    ) -> None:
+        super().__init__()
+        self.channels = optional_channels(channels)
+        self.rank = spatial_rank(rank)
+        sizes = (kernel_size,) * rank if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(sizes) != rank:
+            raise ValueError(f"kernel_size: expected an odd number or {rank} of them; got {kernel_size!r}")
+        for size in sizes:
+            odd("kernel_size", size)
+        if tuple(order) not in (("max", "mean"), ("mean", "max")):
+            raise ValueError(f"order: expected ('max', 'mean') or ('mean', 'max'); got {order!r}")
+        self.order: Order = (order[0], order[1])
+        code(TIES, "ties", ties)
+        for argument, name in (("gate", gate), ("post_activation", post_activation)):
+            code(ACTIVATIONS, argument, name)
+        if return_gate and post_activation != "identity":
+            raise ValueError("post_activation: the gate alone has none; expected 'identity' with return_gate=True")
+        self.ties, self.gate, self.post_activation, self.return_gate = ties, gate, post_activation, return_gate
+        conv: nn.Module = CONVOLUTIONS[rank - 1](2, 1, sizes, padding=tuple(k // 2 for k in sizes), bias=bias)
+        # Names as in timm with the BatchNorm, and as in most other code without.
+        finite("momentum", momentum)
+        norm = NORMS[rank - 1](1, momentum=momentum) if batch_norm else None
+        self.conv = conv if norm is None else nn.ModuleDict({"conv": conv, "bn": norm})
+
+    def extra_repr(self) -> str:
+        options = [] if self.channels is None else [str(self.channels)]
+        options += [f"order={self.order!r}", f"gate={self.gate!r}"]
+        options += [f"post_activation={self.post_activation!r}"] if self.post_activation != "identity" else []
+        options += ["return_gate=True"] if self.return_gate else []
+        return ", ".join(options)
+
+    def _layers(self) -> tuple[Any, Any]:
+        """The convolution and the BatchNorm."""
+        return (self.conv["conv"], self.conv["bn"]) if isinstance(self.conv, nn.ModuleDict) else (self.conv, None)
+
+    def _needs_batch_statistics(self) -> bool:
+        norm = self._layers()[1]
+        return norm is not None and uses_batch_statistics(norm)
+
+    def _convolution(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with the BatchNorm folded in, if it uses its running statistics."""
+        conv, norm = self._layers()
+        if norm is None:
+            return conv.weight, conv.bias
+        return fold_batch_norm(conv.weight, conv.bias, norm)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """The gate alone, (B, 1, *spatial)."""
+        pooled = self._channel_pool(x, order=self.order, ties=self.ties)
+        if self._needs_batch_statistics():
+            conv, norm = self._layers()
+            return FUNCTIONS[self.gate](norm(spatial_logits(pooled, conv.weight, conv.bias)))
+        return FUNCTIONS[self.gate](spatial_logits(pooled, *self._convolution()))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_channels(self.channels, x)
+        if self.return_gate:
+            if residual is not None:
+                raise ValueError("residual: the gate alone has none; expected None with return_gate=True")
+            return self._gate(x)
+        if self._needs_batch_statistics():
+            return self._scale(x, self._gate(x), residual=residual, post_activation=self.post_activation)
+        return self._spatial_gate(
+            x,
+            *self._convolution(),
+            order=self.order,
+            ties=self.ties,
+            gate=self.gate,
+            residual=residual,
+            post_activation=self.post_activation,
+        )
+
+
+class CBAM(OtherNames):
+    """See `fused_attn.nn.CBAM`."""
+
+    #: What it is made of; `fused_attn.nn` puts the fused ones here.
+    _cbam = staticmethod(cbam)
+    _channel_attention = ChannelAttention
+    _spatial_attention = SpatialAttention
+
+    other_names: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("ChannelGate", "ca", "channel_attention_block", "channel_attention", "ch_gate"), "channel"),
+        **dict.fromkeys(("SpatialGate", "sa", "spatial_attention_block", "spatial_attention", "sp_gate"), "spatial"),
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: float = 16,
+        divisor: int | None = None,
+        hidden: int | None = None,
+        bias: bool = True,
+        layer: str = "linear",
+        channel_kernel_size: int | None = None,
+        gamma: float = 2,
+        beta: float = 1,
+        pool: str = "both",
+        activation: str = "relu",
+        no_spatial: bool = False,
+        kernel_size: int | Sequence[int] = 7,
+        order: Order = ("max", "mean"),
+        spatial_bias: bool = False,
+        batch_norm: bool = True,
+        momentum: float = 0.01,
+        ties: str = "first",
+        gate: str = "sigmoid",
+        post_activation: str = "identity",
+        rank: int = 2,
+    ) -> None:
+        super().__init__()
+        self.channel = self._channel_attention(
+            channels,
+            reduction=reduction,
+            divisor=divisor,
+            hidden=hidden,
+            bias=bias,
+            layer=layer,
+            kernel_size=channel_kernel_size,
+            gamma=gamma,
+            beta=beta,
+            pool=pool,
+            ties=ties,
+            activation=activation,
+            gate=gate,
+            post_activation=post_activation if no_spatial else "identity",
+        )
+        self.spatial = None
+        if not no_spatial:
+            self.spatial = self._spatial_attention(
+                channels,
+                kernel_size=kernel_size,
+                order=order,
+                bias=spatial_bias,
+                batch_norm=batch_norm,
+                momentum=momentum,
+                ties=ties,
+                gate=gate,
+                post_activation=post_activation,
+                rank=rank,
+            )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        channel, spatial = self.channel, self.spatial
+        if spatial is None:
+            return channel(x, residual)
+        if spatial._needs_batch_statistics():
+            return spatial(channel(x), residual)
+        check_channels(channel.channels, x)
+        return self._cbam(
+            x,
+            *channel._excitation(),
+            *spatial._convolution(),
+            layer=channel.layer,
+            pool=channel.pool,
+            channel_ties=channel.ties,
+            activation=channel.activation,
+            channel_gate=channel.gate,
+            order=spatial.order,
+            spatial_ties=spatial.ties,
+            spatial_gate=spatial.gate,
+            residual=residual,
+            post_activation=spatial.post_activation,
+        )

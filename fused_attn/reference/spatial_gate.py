@@ -1,0 +1,36 @@
+"""Spatial gate: channel pool, convolution of its two maps to one, scale."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..codes import FUNCTIONS
+from .channel_pool import Order, channel_pool
+from .scale import scale
+from .squeeze import Affine, prologue
+
+
+def spatial_logits(pooled: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, 2, *spatial) to (B, 1, *spatial): a convolution of odd kernel, zero-padded to the same size."""
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[pooled.dim() - 3]
+    return convolve(pooled, weight, bias, padding=tuple(k // 2 for k in weight.shape[2:]))
+
+
+def spatial_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: Order = ("max", "mean"),
+    ties: str = "first",
+    gate: str = "sigmoid",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+) -> Tensor:
+    """See `fused_attn.functional.spatial_gate`."""
+    x = prologue(x, affine, pre_activation)
+    logits = spatial_logits(channel_pool(x, order=order, ties=ties), weight, bias)
+    return scale(x, FUNCTIONS[gate](logits), residual=residual, post_activation=post_activation)

@@ -1,0 +1,90 @@
+"""Coordinate attention against timm's and the authors' formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn import reference
+from tests.checks import assert_same_block, checkpoint, checkpoint_shapes, random, randomised, with_state_of
+
+timm_layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+
+
+class Original(nn.Module):
+    """The two strips apart: what is shared is their convolution and the statistics of the norm."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.shared, self.norm = nn.Linear(channels, width), nn.BatchNorm1d(width)
+        self.rows, self.columns = nn.Linear(width, channels), nn.Linear(width, channels)
+
+    def forward(self, x):
+        strip = torch.cat([x.mean(3), x.mean(2)], 2).transpose(1, 2)  # (B, H + W, C)
+        z = self.norm(self.shared(strip).transpose(1, 2)).transpose(1, 2)
+        z = z * (z + 3).clamp(0, 6) / 6
+        height = x.shape[2]
+        rows = self.rows(z[:, :height]).sigmoid().transpose(1, 2)[..., None]
+        columns = self.columns(z[:, height:]).sigmoid().transpose(1, 2)[:, :, None]
+        return x * rows * columns
+
+
+PAIRS = {
+    "authors": (lambda: reference.CoordinateAttention(32), lambda: Original(32, 8)),
+    "authors, wide": (lambda: reference.CoordinateAttention(48, reduction=4), lambda: Original(48, 12)),
+    "timm": (
+        lambda: reference.CoordinateAttention(32, hidden=8, bias=False),
+        lambda: timm_layers.coord_attn.CoordAttn(32),
+    ),
+    "timm, options": (
+        lambda: reference.CoordinateAttention(32, hidden=10, activation="silu", gate="hard_sigmoid"),
+        lambda: timm_layers.coord_attn.CoordAttn(
+            32, rd_channels=10, bias=True, act_layer=nn.SiLU, gate_layer="hard_sigmoid"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_equals_the_original(name, training):
+    ours, original = PAIRS[name]
+    original = randomised(original())
+    block = with_state_of(ours().double(), original)
+    x = random(3, block.channels, 6, 9, dtype=torch.float64)
+    assert_same_block(block, original, x, training=training)
+
+
+@pytest.mark.parametrize(("source", "bias"), [("CoordAtt", True), ("timm.CoordAttn", False)])
+def test_keys(source, bias):
+    block = reference.CoordinateAttention(64, bias=bias)
+    block.load_state_dict(checkpoint(source))
+    assert {k: tuple(v.shape) for k, v in block.state_dict().items()} == checkpoint_shapes(source)
+
+
+def test_one_position():
+    assert torch.isfinite(reference.CoordinateAttention(32)(random(1, 32, 1, 1))).all()
+
+
+ERRORS = {
+    "channels: expected a positive integer; got 0": lambda: reference.CoordinateAttention(0),
+    "hidden: expected a positive integer; got 0": lambda: reference.CoordinateAttention(32, hidden=0),
+    "reduction: expected a positive number; got 0": lambda: reference.CoordinateAttention(32, reduction=0),
+    "activation: expected one of ": lambda: reference.CoordinateAttention(32, activation="mish"),
+    "gate: expected one of ": lambda: reference.CoordinateAttention(32, gate="softmax"),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message):
+    with pytest.raises(ValueError) as caught:
+        ERRORS[message]()
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_trains_under_deterministic_algorithms():
+    assert torch.are_deterministic_algorithms_enabled()
+    block = reference.CoordinateAttention(32)
+    block(random(2, 32, 6, 5)).square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in block.parameters())
