@@ -38,8 +38,6 @@ MISSING: dict[tuple[str, str], str] = {
     ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "spatial_gate"): "there is no resident kernel for it; use triton",
     ("cuda", "cbam"): "there is no resident kernel for it; use triton",
-    ("triton", "scale/space"): "this version's Triton kernel has one gate a channel, none a position",
-    ("triton", "channel_gate/both"): 'this version\'s Triton kernel has no pool="both"',
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")

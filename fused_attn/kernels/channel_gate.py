@@ -9,6 +9,9 @@ not hold, and a launch of its own forms the products.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from ..codes import ACTIVATIONS, LAYERS, POOLS, TIES
 from . import maps
-from .language import AVG, AVGMAX, CIRCULAR, DENSE, EVEN, IDENTITY, MAX, activate, activate_grad, sum_rows
+from .language import AVG, AVGMAX, BOTH, CIRCULAR, DENSE, EVEN, IDENTITY, MAX, activate, activate_grad, sum_rows
 from .maps import SIZES, locate
 from .passes import backward_pass, descriptor, pool_pass, scale_pass, store_pool_gradients
 
@@ -26,10 +29,12 @@ def _pooled(
     sums, best, place, b, c, mask, C, S, n_split,
     POOL: tl.constexpr, TIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The descriptor s of channels c."""
+    """The descriptor s of channels c; for both pools their sum, which is what a linear excitation needs."""
     mean, peak, _ = descriptor(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
     if POOL == AVGMAX:
         return 0.5 * mean + 0.5 * peak
+    elif POOL == BOTH:
+        return mean + peak
     else:
         return mean
 
@@ -54,6 +59,23 @@ def _store_products(matrix, values, out, c, mask, H, width_h, width_c, BLOCK_H: 
         tl.store(out + h, tl.sum(w * tl.where(mask, values, 0.0)[None, :], axis=1), mask=h < H)
 
 
+@triton.jit
+def _first_layer_part(
+    weight1, sums, best, place, products, b, cblk, c, C, S, n_cblk, n_split, H,
+    POOL: tl.constexpr, TIES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Weight1's products with the whole descriptors of channels c; with both pools those of each, side by side."""
+    mask = c < C
+    if POOL == BOTH:
+        mean, peak, _ = descriptor(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
+        out = products + (b * n_cblk + cblk) * 2 * H
+        _store_products(weight1, mean, out, c, mask, H, C, 1, BLOCK_H, ACC)
+        _store_products(weight1, peak, out + H, c, mask, H, C, 1, BLOCK_H, ACC)
+    else:
+        s = _pooled(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
+        _store_products(weight1, s, products + (b * n_cblk + cblk) * H, c, mask, H, C, 1, BLOCK_H, ACC)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pool(
     x, affine_weight, affine_bias, weight1, sums, best, place, products,
@@ -72,11 +94,13 @@ def _pool(
         tl.debug_barrier()
         c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
         if POOL == AVG:
+            out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
             s = tl.load(sums + (b * n_split + split) * C + c, mask=c < C, other=0.0) / S
+            _store_products(weight1, s, out, c, c < C, H, C, 1, BLOCK_H, ACC)
         else:  # not split
-            s = _pooled(sums, best, place, b, c, c < C, C, S, 1, POOL, TIES, 1, ACC)
-        out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
-        _store_products(weight1, s, out, c, c < C, H, C, 1, BLOCK_H, ACC)
+            _first_layer_part(
+                weight1, sums, best, place, products, b, cblk, c, C, S, n_cblk, 1, H, POOL, TIES, BLOCK_H, 1, ACC
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -90,8 +114,89 @@ def _first_layer(
     b = (tl.program_id(0) // n_cblk).to(tl.int64)
     cblk = tl.program_id(0) % n_cblk
     c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-    s = _pooled(sums, best, place, b, c, c < C, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-    _store_products(weight1, s, products + (b * n_cblk + cblk) * H, c, c < C, H, C, 1, BLOCK_H, ACC)
+    _first_layer_part(
+        weight1, sums, best, place, products, b, cblk, c, C, S, n_cblk, n_split, H,
+        POOL, TIES, BLOCK_H, BLOCK_ROWS, ACC,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_hidden(products, bias1, out, n_part, width, H, h, first, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr):
+    """Hidden logits h from the partial products of all programs; the `first` channels' program stores them."""
+    z1 = sum_rows(products, n_part, width, h, h < H, BLOCK_ROWS, ACC)
+    if bias1 is not None:
+        z1 += tl.load(bias1 + h, mask=h < H, other=0.0).to(ACC)
+    if first:
+        tl.store(out + h, z1, mask=h < H)
+    return z1
+
+
+@triton.jit
+def excite(
+    weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
+    b, cblk, C, S, n_split, H, n_part, taps, width,
+    LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store the descriptors and logits of the program's channels from the partial results of n_split programs.
+
+    Programs that share channels store the same numbers; each may read what it has stored, after a barrier.
+    """
+    row = state + b * width
+    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_c = c < C
+    PAIR: tl.constexpr = 2 if POOL == BOTH else 1  # an excitation of both pools has each bias twice
+    mean, peak, found = descriptor(sums, best, place, b, c, in_c, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
+    s = mean
+    if POOL != AVG:
+        tl.store(index + b * C + c, found, mask=in_c)
+        if POOL == AVGMAX:
+            s = 0.5 * mean + 0.5 * peak
+        if POOL == BOTH:
+            tl.store(row + 2 * C + H + c, peak, mask=in_c)
+        elif TIES == EVEN:
+            tl.store(row + width - C + c, peak, mask=in_c)
+    tl.store(row + c, s, mask=in_c)
+    if weight1 is None:
+        z = s
+        if POOL == BOTH:
+            z += peak
+    elif LAYER != DENSE:
+        z = tl.zeros((BLOCK_K,), ACC)
+        for t in range(taps):
+            near, exists = _neighbour(c, t, taps, C, LAYER)
+            exists &= in_c
+            at_near = _pooled(sums, best, place, b, near, exists, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
+            z += tl.load(weight1 + t).to(ACC) * tl.where(exists, at_near, 0.0)
+        if bias1 is not None:
+            z += PAIR * tl.load(bias1).to(ACC)
+    elif weight2 is None:
+        z = tl.zeros((BLOCK_K,), ACC)
+        for k0 in range(0, C, BLOCK_H):
+            k = k0 + tl.arange(0, BLOCK_H)
+            at_k = _pooled(sums, best, place, b, k, k < C, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
+            at = c[:, None] * C + k[None, :]
+            w = tl.load(weight1 + at, mask=in_c[:, None] & (k < C)[None, :], other=0.0).to(ACC)
+            z += tl.sum(w * tl.where(k < C, at_k, 0.0)[None, :], axis=1)
+        if bias1 is not None:
+            z += PAIR * tl.load(bias1 + c, mask=in_c, other=0.0).to(ACC)
+    else:
+        z = tl.zeros((BLOCK_K,), ACC)
+        for h0 in range(0, H, BLOCK_H):
+            h = h0 + tl.arange(0, BLOCK_H)
+            part = products + b * n_part * PAIR * H
+            z1 = _store_hidden(part, bias1, row + 2 * C, n_part, PAIR * H, H, h, cblk == 0, BLOCK_ROWS, ACC)
+            hidden = activate(z1, ACTIVATION)
+            if POOL == BOTH:
+                out = row + 3 * C + H
+                z1 = _store_hidden(part + H, bias1, out, n_part, PAIR * H, H, h, cblk == 0, BLOCK_ROWS, ACC)
+                hidden += activate(z1, ACTIVATION)
+            at = c[:, None] * H + h[None, :]
+            w = tl.load(weight2 + at, mask=in_c[:, None] & (h < H)[None, :], other=0.0).to(ACC)
+            z += tl.sum(w * tl.where(h < H, hidden, 0.0)[None, :], axis=1)
+        if bias2 is not None:
+            z += PAIR * tl.load(bias2 + c, mask=in_c, other=0.0).to(ACC)
+    tl.store(row + C + c, z, mask=in_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -104,64 +209,18 @@ def _gate(
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the program's channels from the partial results; then reads x and the residual, writes y.
-
-    Programs that share channels store the same numbers to `state`; each reads only what it has stored.
-    """
+    """The logits of the program's channels; then reads x and the residual, writes y."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
-    row = state + b * width
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_c = c < C
-    mean, peak, found = descriptor(sums, best, place, b, c, in_c, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-    s = mean
-    if POOL != AVG:
-        tl.store(index + b * C + c, found, mask=in_c)
-        if POOL == AVGMAX:
-            s = 0.5 * mean + 0.5 * peak
-        if TIES == EVEN:
-            tl.store(row + width - C + c, peak, mask=in_c)
-    tl.store(row + c, s, mask=in_c)
-    if weight1 is None:
-        z = s
-    elif LAYER != DENSE:
-        z = tl.zeros((BLOCK_K,), ACC)
-        for t in range(taps):
-            near, exists = _neighbour(c, t, taps, C, LAYER)
-            exists &= in_c
-            at_near = _pooled(sums, best, place, b, near, exists, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-            z += tl.load(weight1 + t).to(ACC) * tl.where(exists, at_near, 0.0)
-        if bias1 is not None:
-            z += tl.load(bias1).to(ACC)
-    elif weight2 is None:
-        z = tl.zeros((BLOCK_K,), ACC)
-        for k0 in range(0, C, BLOCK_H):
-            k = k0 + tl.arange(0, BLOCK_H)
-            at_k = _pooled(sums, best, place, b, k, k < C, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-            at = c[:, None] * C + k[None, :]
-            w = tl.load(weight1 + at, mask=in_c[:, None] & (k < C)[None, :], other=0.0).to(ACC)
-            z += tl.sum(w * tl.where(k < C, at_k, 0.0)[None, :], axis=1)
-        if bias1 is not None:
-            z += tl.load(bias1 + c, mask=in_c, other=0.0).to(ACC)
-    else:
-        z = tl.zeros((BLOCK_K,), ACC)
-        for h0 in range(0, H, BLOCK_H):
-            h = h0 + tl.arange(0, BLOCK_H)
-            z1 = sum_rows(products + b * n_part * H, n_part, H, h, h < H, BLOCK_ROWS, ACC)
-            if bias1 is not None:
-                z1 += tl.load(bias1 + h, mask=h < H, other=0.0).to(ACC)
-            if cblk == 0:
-                tl.store(row + 2 * C + h, z1, mask=h < H)
-            at = c[:, None] * H + h[None, :]
-            w = tl.load(weight2 + at, mask=in_c[:, None] & (h < H)[None, :], other=0.0).to(ACC)
-            z += tl.sum(w * tl.where(h < H, activate(z1, ACTIVATION), 0.0)[None, :], axis=1)
-        if bias2 is not None:
-            z += tl.load(bias2 + c, mask=in_c, other=0.0).to(ACC)
-    tl.store(row + C + c, z, mask=in_c)
+    excite(
+        weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
+        b, cblk, C, S, n_split, H, n_part, taps, width,
+        LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+    )  # fmt: skip
     tl.debug_barrier()
     scale_pass(
-        x, residual, y, row + C, affine_weight, affine_bias, b, cblk, split, C, S, blocks,
-        GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        x, residual, y, state + b * width + C, None, affine_weight, affine_bias, b, cblk, split, C, S, blocks,
+        GATE, IDENTITY, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -175,6 +234,21 @@ def _grad_logits(
     return tl.where(mask, dot * activate_grad(z, GATE), 0.0)
 
 
+@triton.jit
+def store_hidden_grads(
+    weight2, logits, dots, products, b, cblk, split, C, n_cblk, n_split, H,
+    GATE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The second layer's transposed products with what this program has stored in `dots`; its gate's derivative does
+    not depend on other programs."""
+    tl.debug_barrier()
+    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+    dot = tl.load(dots + (b * n_split + split) * C + c, mask=c < C, other=0.0)
+    dot *= activate_grad(tl.load(logits + c, mask=c < C, other=0.0), GATE)
+    out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
+    _store_products(weight2, dot, out, c, c < C, H, 1, H, BLOCK_H, ACC)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _dot(
     grad, x, y, weight2, affine_weight, affine_bias, residual, state, grad_residual, dots, products,
@@ -182,45 +256,32 @@ def _dot(
     GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads grad and x (after an epilogue y or the residual too, and writes grad_residual); leaves partial dots.
-
-    The gate's derivative does not depend on them, so the second layer's transposed products are formed here.
-    """
+    """Reads grad and x (after an epilogue y or the residual too, and writes grad_residual); leaves partial dots and,
+    with a second layer, its transposed products with them."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     logits = state + b * width + C
     backward_pass(
         grad, x, y, residual, None, grad_residual, affine_weight, affine_bias,
-        logits, None, None, None, None, dots, None, None,
+        logits, None, None, None, None, dots, None, None, None, None, None, None,
         b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        GATE, IDENTITY, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
     if weight2 is not None:
-        tl.debug_barrier()
-        c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-        dot = tl.load(dots + (b * n_split + split) * C + c, mask=c < C, other=0.0)
-        dot *= activate_grad(tl.load(logits + c, mask=c < C, other=0.0), GATE)
-        out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
-        _store_products(weight2, dot, out, c, c < C, H, 1, H, BLOCK_H, ACC)
+        store_hidden_grads(
+            weight2, logits, dots, products, b, cblk, split, C, n_cblk, n_split, H, GATE, BLOCK_K, BLOCK_H, ACC
+        )
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _spread(
-    grad, x, weight1, bias1, weight2, affine_weight, affine_bias, state, index,
-    dots, products, mean, value, grad_logits, grad_hidden, tap_sums, grad_x, weight_sums, bias_sums,
-    c_q, s_q, n_cblk, n_split, blocks, H, n_part, taps, width, stride_b, stride_c, stride_s,
+@triton.jit
+def excite_backward(
+    weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
+    b, cblk, C, S, n_cblk, n_split, H, n_part, taps, width,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of its descriptors; then reads grad (x too after a prologue or for shared ties), writes grad_x.
-
-    Leaves what the parameters' gradients are summed from: gradients of the logits and hidden logits, a program's sums
-    for each tap, and for the prologue.
-    """
-    C, S = c_q * CV, s_q * SV
-    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    """Store what the program's channels give to their pools, `mean` and `value`, from the partial dots; and what the
+    parameters' gradients are summed from: gradients of the logits and hidden logits, sums for each tap."""
     row = state + b * width
     c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
     in_c = c < C
@@ -238,8 +299,10 @@ def _spread(
             ds += tl.load(weight1 + t).to(ACC) * dz_near
             near, exists = _neighbour(c, t, taps, C, LAYER)
             s = tl.load(row + near, mask=exists & in_c, other=0.0)
+            if POOL == BOTH:
+                s += tl.load(row + 2 * C + H + near, mask=exists & in_c, other=0.0)
             tl.store(sums + t, tl.sum(dz * s, axis=0))
-        tl.store(sums + taps, tl.sum(dz, axis=0))
+        tl.store(sums + taps, (2 if POOL == BOTH else 1) * tl.sum(dz, axis=0))
     elif weight2 is None:
         ds = tl.zeros((BLOCK_K,), ACC)
         for k0 in range(0, C, BLOCK_H):
@@ -250,51 +313,82 @@ def _spread(
             ds += tl.sum(w * dz_k[:, None], axis=0)
     else:
         ds = tl.zeros((BLOCK_K,), ACC)
+        to_peak = tl.zeros((BLOCK_K,), ACC)
         for h0 in range(0, H, BLOCK_H):
             h = h0 + tl.arange(0, BLOCK_H)
             in_h = h < H
-            dz1 = sum_rows(products + b * n_part * H, n_part, H, h, in_h, BLOCK_ROWS, ACC)
-            dz1 *= activate_grad(tl.load(row + 2 * C + h, mask=in_h, other=0.0), ACTIVATION)
-            if cblk == 0:
-                tl.store(grad_hidden + b * H + h, dz1, mask=in_h)
+            dh = sum_rows(products + b * n_part * H, n_part, H, h, in_h, BLOCK_ROWS, ACC)
             w = tl.load(weight1 + h[:, None] * C + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0).to(ACC)
+            out = grad_hidden + b * (2 if POOL == BOTH else 1) * H
+            dz1 = dh * activate_grad(tl.load(row + 2 * C + h, mask=in_h, other=0.0), ACTIVATION)
             ds += tl.sum(w * tl.where(in_h, dz1, 0.0)[:, None], axis=0)
+            if cblk == 0:
+                tl.store(out + h, dz1, mask=in_h)
+            if POOL == BOTH:
+                dz1 = dh * activate_grad(tl.load(row + 3 * C + H + h, mask=in_h, other=0.0), ACTIVATION)
+                to_peak += tl.sum(w * tl.where(in_h, dz1, 0.0)[:, None], axis=0)
+                if cblk == 0:
+                    tl.store(out + H + h, dz1, mask=in_h)
     if POOL == AVGMAX:
         ds *= 0.5
-    peak = row + width - C
+    if POOL != BOTH or weight2 is None:
+        to_peak = ds
     store_pool_gradients(
-        mean + b * C, value + b * C, tl.zeros((BLOCK_K,), ACC) if POOL == MAX else ds, ds, peak, index + b * C,
-        c, in_c, S, POOL, TIES,
+        mean + b * C, value + b * C, tl.zeros((BLOCK_K,), ACC) if POOL == MAX else ds, to_peak,
+        row + (2 * C + H if POOL == BOTH else width - C), index + b * C, c, in_c, S, POOL, TIES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _spread(
+    grad, x, weight1, weight2, affine_weight, affine_bias, state, index,
+    dots, products, mean, value, grad_logits, grad_hidden, tap_sums, grad_x, weight_sums, bias_sums,
+    c_q, s_q, n_cblk, n_split, blocks, H, n_part, taps, width, stride_b, stride_c, stride_s,
+    LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
+    PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the program's descriptors; then reads grad (x too after a prologue or for shared ties), writes
+    grad_x, and leaves partial sums for the prologue."""
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    excite_backward(
+        weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
+        b, cblk, C, S, n_cblk, n_split, H, n_part, taps, width,
+        LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
     )  # fmt: skip
     tl.debug_barrier()
+    row = state + b * width
+    peak = row + (2 * C + H if POOL == BOTH else width - C)
     backward_pass(
         grad, x, None, None, grad_x, None, affine_weight, affine_bias,
         row + C, mean + b * C, None if POOL == AVG else value + b * C, index + b * C,
-        peak if POOL != AVG and TIES == EVEN else None, None, weight_sums, bias_sums,
+        peak if POOL != AVG and TIES == EVEN else None, None, weight_sums, bias_sums, None, None, None, None,
         b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        GATE, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        GATE, IDENTITY, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit
-def _store_sum(out, table, n_rows, width, columns, mask, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr):
+def _store_sum(out, table, times, n_rows, width, columns, mask, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr):
     if out is not None:
-        tl.store(out + columns, sum_rows(table, n_rows, width, columns, mask, BLOCK_ROWS, ACC), mask=mask)
+        tl.store(out + columns, times * sum_rows(table, n_rows, width, columns, mask, BLOCK_ROWS, ACC), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _parameters(
     state, grad_logits, grad_hidden, tap_sums, weight_sums, bias_sums,
     grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_affine_weight, grad_affine_bias,
-    B, c_q, n_cblk, n_split, H, taps, width,
-    LAYER: tl.constexpr, ACTIVATION: tl.constexpr, CV: tl.constexpr, BLOCK_TAPS: tl.constexpr,
+    B, C, n_cblk, n_split, H, taps, width,
+    LAYER: tl.constexpr, PAIR: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_TAPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all parameters: programs over tiles of the (H or C, C) weights, each sums over the batch in order.
 
-    One layer counts as hidden logits that are the logits.
+    One layer counts as hidden logits that are the logits. With both pools (PAIR 2) a sample has two descriptors.
     """
-    C = c_q * CV
+    TWO_LAYERS: tl.constexpr = grad_weight2 is not None
     c_blocks = tl.cdiv(C, BLOCK_C)
     hblk, cblk = tl.program_id(0) // c_blocks, tl.program_id(0) % c_blocks
     c = cblk * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -303,26 +397,32 @@ def _parameters(
     if LAYER == DENSE and grad_weight1 is not None:
         first = tl.zeros((BLOCK_H, BLOCK_C), ACC)
         second = tl.zeros((BLOCK_H, BLOCK_C), ACC)
-        for b0 in range(0, B, BLOCK_B):
-            b = (b0 + tl.arange(0, BLOCK_B)).to(tl.int64)
-            hidden_at = b[None, :] * H + h[:, None]
+        for row0 in range(0, PAIR * B, BLOCK_B):
+            row = (row0 + tl.arange(0, BLOCK_B)).to(tl.int64)
+            b, of_max = row // PAIR, row % PAIR
             hidden_mask = in_h[:, None] & (b < B)[None, :]
             channel_mask = (b < B)[:, None] & in_c[None, :]
-            dz1 = tl.load(grad_hidden + hidden_at, mask=hidden_mask, other=0.0)
-            s = tl.load(state + b[:, None] * width + c[None, :], mask=channel_mask, other=0.0)
+            hidden_row = row if TWO_LAYERS else b
+            dz1 = tl.load(grad_hidden + hidden_row[None, :] * H + h[:, None], mask=hidden_mask, other=0.0)
+            s_at = b * width + of_max * (2 * C + (H if TWO_LAYERS else 0))
+            s = tl.load(state + s_at[:, None] + c[None, :], mask=channel_mask, other=0.0)
             first += tl.dot(dz1, s, input_precision="ieee", out_dtype=ACC)
-            if grad_weight2 is not None:
-                z1 = tl.load(state + b[None, :] * width + 2 * C + h[:, None], mask=hidden_mask, other=0.0)
+            if TWO_LAYERS:
+                z1_at = b * width + 2 * C + of_max * (C + H)
+                z1 = tl.load(state + z1_at[None, :] + h[:, None], mask=hidden_mask, other=0.0)
                 hidden = tl.where(hidden_mask, activate(z1, ACTIVATION), 0.0)
                 dz = tl.load(grad_logits + b[:, None] * C + c[None, :], mask=channel_mask, other=0.0)
                 second += tl.dot(hidden, dz, input_precision="ieee", out_dtype=ACC)
         mask = in_h[:, None] & in_c[None, :]
         tl.store(grad_weight1 + h[:, None] * C + c[None, :], first, mask=mask)
-        if grad_weight2 is not None:
+        if TWO_LAYERS:
             tl.store(grad_weight2 + c[None, :] * H + h[:, None], second, mask=mask)
     if cblk == 0:
         if LAYER == DENSE:
-            _store_sum(grad_bias1, grad_hidden, B, H, h, in_h, BLOCK_B, ACC)
+            if TWO_LAYERS:
+                _store_sum(grad_bias1, grad_hidden, 1, PAIR * B, H, h, in_h, BLOCK_B, ACC)
+            else:
+                _store_sum(grad_bias1, grad_hidden, PAIR, B, H, h, in_h, BLOCK_B, ACC)
         elif hblk == 0:
             t = tl.arange(0, BLOCK_TAPS)
             total = sum_rows(tap_sums, B * n_cblk, taps + 1, t, t < taps + 1, 2048 // BLOCK_TAPS, ACC)
@@ -330,12 +430,12 @@ def _parameters(
             if grad_bias1 is not None:
                 tl.store(grad_bias1 + t - taps, total, mask=t == taps)
     if hblk == 0:
-        _store_sum(grad_bias2, grad_logits, B, C, c, in_c, BLOCK_B, ACC)
-        _store_sum(grad_affine_weight, weight_sums, B * n_split, C, c, in_c, BLOCK_B, ACC)
-        _store_sum(grad_affine_bias, bias_sums, B * n_split, C, c, in_c, BLOCK_B, ACC)
+        _store_sum(grad_bias2, grad_logits, PAIR, B, C, c, in_c, BLOCK_B, ACC)
+        _store_sum(grad_affine_weight, weight_sums, 1, B * n_split, C, c, in_c, BLOCK_B, ACC)
+        _store_sum(grad_affine_bias, bias_sums, 1, B * n_split, C, c, in_c, BLOCK_B, ACC)
 
 
-def _sizes(plan: maps.Plan, weight1: Tensor | None, weight2: Tensor | None, layer: int) -> dict[str, int]:
+def sizes_of(plan: maps.Plan, weight1: Tensor | None, weight2: Tensor | None, layer: int) -> dict[str, int]:
     """Sizes and blocks of the excitation."""
     hidden = 0 if weight2 is None else weight1.shape[0]
     return {
@@ -344,6 +444,132 @@ def _sizes(plan: maps.Plan, weight1: Tensor | None, weight2: Tensor | None, laye
         "BLOCK_H": min(max(maps.next_power_of_2(hidden), 16), 32),
         "BLOCK_ROWS": min(maps.next_power_of_2(max(plan.n_split, plan.parts if hidden else 1)), 32),
     }
+
+
+def squeezed(
+    x: Tensor,
+    plan: maps.Plan,
+    weight1: Tensor | None,
+    weight2: Tensor | None,
+    affine: dict[str, Tensor | None],
+    sizes: dict[str, int],
+    pool: int,
+    ties: int,
+    pre_activation: int,
+) -> dict[str, Any]:
+    """Launch the read of x for its pools over space; the arguments by which `excite` finds what that left."""
+    arguments = plan.arguments(x.dtype)
+    tables = maps.pool_tables(x, plan, pool)
+    split_maximum = pool != POOLS["avg"] and plan.n_split > 1
+    n_part = plan.n_cblk if split_maximum else plan.parts
+    products = None
+    if weight2 is not None:
+        shape = (plan.batch, n_part, sizes["H"] * (2 if pool == POOLS["both"] else 1))
+        products = x.new_empty(shape, dtype=maps.accumulator(x.dtype))
+    shared = {"POOL": pool, "TIES": ties, "H": sizes["H"], "BLOCK_H": sizes["BLOCK_H"], **tables}
+    maps.launch(
+        _pool,
+        x,
+        plan.programs,
+        x=x,
+        weight1=None if products is None else weight1,
+        products=None if split_maximum else products,
+        PRE=pre_activation,
+        **affine,
+        **shared,
+        **arguments,
+        **maps.exact(ties, pool),
+    )
+    if split_maximum and products is not None:
+        maps.launch(
+            _first_layer,
+            x,
+            plan.batch * plan.n_cblk,
+            weight1=weight1,
+            products=products,
+            BLOCK_ROWS=sizes["BLOCK_ROWS"],
+            **shared,
+            **{k: arguments[k] for k in ("c_q", "s_q", "n_cblk", "n_split", "CV", "SV", "BLOCK_K", "ACC")},
+        )
+    return {"products": products, "n_part": n_part, **tables}
+
+
+def empty_state(x: Tensor, plan: maps.Plan, hidden: int, pool: int, ties: int) -> tuple[Tensor, Tensor]:
+    """(state, index) as ops/channel_gate.py describes them."""
+    width = 2 * plan.channels + hidden
+    if pool == POOLS["both"]:
+        width += plan.channels + hidden
+    elif pool != POOLS["avg"] and ties == TIES["even"]:
+        width += plan.channels
+    return (
+        x.new_empty((plan.batch, width), dtype=maps.accumulator(x.dtype)),
+        x.new_empty((0,) if pool == POOLS["avg"] else (plan.batch, plan.channels), dtype=torch.int32),
+    )
+
+
+def excitation_tables(
+    state: Tensor, plan: maps.Plan, weight1: Tensor | None, sizes: dict[str, int], pool: int
+) -> dict[str, Tensor | None]:
+    """Room for what excite_backward leaves."""
+
+    def table(*shape: int) -> Tensor:
+        return state.new_empty(shape)
+
+    batch, channels, hidden, taps = plan.batch, plan.channels, sizes["H"], sizes["taps"]
+    logits = table(batch, channels) if weight1 is not None and not taps else None
+    return {
+        "mean": table(batch, channels),
+        "value": table(batch, channels),
+        "grad_logits": logits,
+        "grad_hidden": table(batch, hidden * (2 if pool == POOLS["both"] else 1)) if hidden else logits,
+        "tap_sums": table(batch, plan.n_cblk, taps + 1) if taps else None,
+    }
+
+
+def parameter_gradients(
+    x: Tensor,
+    state: Tensor,
+    plan: maps.Plan,
+    tables: dict[str, Tensor | None],
+    sums: dict[str, Tensor | None],
+    parameters: Sequence[Tensor | None],
+    sizes: dict[str, int],
+    layer: int,
+    pool: int,
+    activation: int,
+) -> list[Tensor]:
+    """Gradients of weight1, bias1, weight2, bias2 and of the prologue, of size (0,) where there is none."""
+    grads = [None if p is None else torch.empty_like(p) for p in parameters]
+    if any(g is not None for g in grads):
+        rows = 1 if tables["grad_hidden"] is None else sizes["H"] or plan.channels
+        block_h, block_c = min(max(maps.next_power_of_2(rows), 16), 32), 32
+        names = ("weight1", "bias1", "weight2", "bias2", "affine_weight", "affine_bias")
+        maps.launch(
+            _parameters,
+            x,
+            triton.cdiv(rows, block_h) * triton.cdiv(plan.channels, block_c),
+            state=state,
+            B=plan.batch,
+            C=plan.channels,
+            n_cblk=plan.n_cblk,
+            n_split=plan.n_split,
+            H=rows,
+            taps=sizes["taps"],
+            width=state.shape[1],
+            LAYER=layer,
+            PAIR=2 if pool == POOLS["both"] else 1,
+            ACTIVATION=activation,
+            BLOCK_TAPS=maps.next_power_of_2(sizes["taps"] + 1),
+            BLOCK_B=32,
+            BLOCK_H=block_h,
+            BLOCK_C=block_c,
+            ACC=maps.triton_accumulator(state.dtype),
+            num_warps=4,
+            **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)},
+            **{k: tables[k] for k in ("grad_logits", "grad_hidden", "tap_sums")},
+            **sums,
+        )
+    return [x.new_empty(0) if g is None else g for g in grads]
 
 
 def channel_gate(
@@ -363,59 +589,13 @@ def channel_gate(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
-    weight1, bias1, weight2, bias2, affine_weight, affine_bias = map(
-        maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias)
-    )
-    batch, channels = plan.batch, plan.channels
-    sizes = _sizes(plan, weight1, weight2, layer)
-    keeps_peak = pool != POOLS["avg"] and ties == TIES["even"]
-    width = 2 * channels + sizes["H"] + (channels if keeps_peak else 0)
-    acc = maps.accumulator(x.dtype)
+    x, plan = maps.dense(x, whole=pool != POOLS["avg"])
+    weight1, bias1, weight2, bias2 = map(maps.row, (weight1, bias1, weight2, bias2))
+    affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
+    sizes = sizes_of(plan, weight1, weight2, layer)
     y = torch.empty_like(x)
-    state = x.new_empty((batch, width), dtype=acc)
-    index = x.new_empty((0,) if pool == POOLS["avg"] else (batch, channels), dtype=torch.int32)
-
-    arguments = plan.arguments(x.dtype)
-    tables = maps.pool_tables(x, plan, pool)
-    two_layers = weight2 is not None
-    split_maximum = pool != POOLS["avg"] and plan.n_split > 1
-    n_part = plan.n_cblk if split_maximum else plan.parts
-    products = x.new_empty((batch, n_part, sizes["H"]), dtype=acc) if two_layers else None
-    maps.launch(
-        _pool,
-        x,
-        plan.programs,
-        x=x,
-        affine_weight=affine_weight,
-        affine_bias=affine_bias,
-        weight1=weight1 if two_layers else None,
-        products=None if split_maximum else products,
-        PRE=pre_activation,
-        POOL=pool,
-        TIES=ties,
-        H=sizes["H"],
-        BLOCK_H=sizes["BLOCK_H"],
-        **tables,
-        **arguments,
-        **maps.exact(pool, ties),
-    )
-    if split_maximum and two_layers:
-        shared = {k: arguments[k] for k in ("c_q", "s_q", "n_cblk", "n_split", "CV", "SV", "BLOCK_K", "ACC")}
-        maps.launch(
-            _first_layer,
-            x,
-            batch * plan.n_cblk,
-            weight1=weight1,
-            products=products,
-            POOL=pool,
-            TIES=ties,
-            H=sizes["H"],
-            BLOCK_H=sizes["BLOCK_H"],
-            BLOCK_ROWS=sizes["BLOCK_ROWS"],
-            **tables,
-            **shared,
-        )
+    state, index = empty_state(x, plan, sizes["H"], pool, ties)
+    found = squeezed(x, plan, weight1, weight2, affine, sizes, pool, ties, pre_activation)
     maps.launch(
         _gate,
         x,
@@ -425,15 +605,11 @@ def channel_gate(
         bias1=bias1,
         weight2=weight2,
         bias2=bias2,
-        affine_weight=affine_weight,
-        affine_bias=affine_bias,
         residual=maps.as_map(residual, x),
-        products=products,
         y=y,
         state=state,
         index=index,
-        n_part=n_part,
-        width=width,
+        width=state.shape[1],
         LAYER=layer,
         POOL=pool,
         TIES=ties,
@@ -441,9 +617,10 @@ def channel_gate(
         GATE=gate,
         PRE=pre_activation,
         POST=post_activation,
+        **affine,
         **sizes,
-        **tables,
-        **arguments,
+        **found,
+        **plan.arguments(x.dtype),
     )
     return y, state, index
 
@@ -471,123 +648,61 @@ def channel_gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
     grad, strides = maps.gradient(grad, x)
-    weight1, bias1, weight2, bias2, affine_weight, affine_bias = parameters = tuple(
-        map(maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias))
-    )
-    batch, channels = plan.batch, plan.channels
-    sizes = _sizes(plan, weight1, weight2, layer)
-    hidden, taps, width = sizes["H"], sizes["taps"], state.shape[1]
-    arguments = plan.arguments(x.dtype)
-
-    def descriptors(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=state.dtype)
-
+    parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias)))
+    weight1, _, weight2, _, affine_weight, affine_bias = parameters
+    sizes = sizes_of(plan, weight1, weight2, layer)
+    shared = {
+        "x": x,
+        "affine_weight": affine_weight,
+        "affine_bias": affine_bias,
+        "state": state,
+        "weight2": weight2,
+        "dots": maps.table(x, plan),
+        "products": state.new_empty((plan.batch, plan.parts, sizes["H"])) if sizes["H"] else None,
+        "width": state.shape[1],
+        "GATE": gate,
+        "PRE": pre_activation,
+        **plan.arguments(x.dtype),
+    }
     grad_x = torch.empty_like(x)
-    has_epilogue = post_activation != ACTIVATIONS["identity"]
-    grad_residual = torch.empty_like(x) if has_epilogue else None
-    dots = maps.table(x, plan)
-    products = descriptors(batch, plan.parts, hidden) if hidden else None
+    grad_residual = None if post_activation == ACTIVATIONS["identity"] else torch.empty_like(x)
     maps.launch(
         _dot,
         x,
         plan.programs,
         grad=grad,
-        x=x,
         y=maps.as_map(y, x),
-        weight2=weight2,
-        affine_weight=affine_weight,
-        affine_bias=affine_bias,
         residual=maps.as_map(residual, x),
-        state=state,
         grad_residual=grad_residual,
-        dots=dots,
-        products=products,
-        H=hidden,
-        width=width,
-        GATE=gate,
-        PRE=pre_activation,
+        H=sizes["H"],
         POST=post_activation,
         BLOCK_H=sizes["BLOCK_H"],
+        **shared,
         **strides,
-        **arguments,
     )
-    if has_epilogue:
+    if grad_residual is not None:
         grad, strides = grad_residual, dict.fromkeys(strides)
-    dense_layer = weight1 is not None and not taps
-    grad_logits = descriptors(batch, channels) if dense_layer else None
-    grad_hidden = descriptors(batch, hidden) if hidden else grad_logits
-    tap_sums = descriptors(batch, plan.n_cblk, taps + 1) if taps else None
-    spread = descriptors(2, batch, channels)
+    tables = excitation_tables(state, plan, weight1, sizes, pool)
     sums = maps.affine_tables(x, plan, affine_weight)
     maps.launch(
         _spread,
         x,
         plan.programs,
         grad=grad,
-        x=x,
         weight1=weight1,
-        bias1=bias1,
-        weight2=weight2,
-        affine_weight=affine_weight,
-        affine_bias=affine_bias,
-        state=state,
         index=index,
-        dots=dots,
-        products=products,
-        mean=spread[0],
-        value=spread[1],
-        grad_logits=grad_logits,
-        grad_hidden=grad_hidden,
-        tap_sums=tap_sums,
         grad_x=grad_x,
         n_part=plan.parts,
-        width=width,
         LAYER=layer,
         POOL=pool,
         TIES=ties,
         ACTIVATION=activation,
-        GATE=gate,
-        PRE=pre_activation,
         **sizes,
+        **tables,
         **sums,
+        **shared,
         **strides,
-        **arguments,
-        **maps.exact(pool, ties),
+        **maps.exact(ties, pool),
     )
-    grads = [None if p is None else torch.empty_like(p) for p in parameters]
-    if any(g is not None for g in grads):
-        rows = (hidden or channels) if dense_layer else 1
-        block_h, block_c = min(max(maps.next_power_of_2(rows), 16), 32), 32
-        maps.launch(
-            _parameters,
-            x,
-            triton.cdiv(rows, block_h) * triton.cdiv(channels, block_c),
-            state=state,
-            grad_logits=grad_logits,
-            grad_hidden=grad_hidden,
-            tap_sums=tap_sums,
-            grad_weight1=grads[0],
-            grad_bias1=grads[1],
-            grad_weight2=grads[2],
-            grad_bias2=grads[3],
-            grad_affine_weight=grads[4],
-            grad_affine_bias=grads[5],
-            B=batch,
-            c_q=arguments["c_q"],
-            n_cblk=plan.n_cblk,
-            n_split=plan.n_split,
-            H=rows,
-            taps=taps,
-            width=width,
-            LAYER=layer,
-            ACTIVATION=activation,
-            CV=arguments["CV"],
-            BLOCK_TAPS=maps.next_power_of_2(taps + 1),
-            BLOCK_B=32,
-            BLOCK_H=block_h,
-            BLOCK_C=block_c,
-            ACC=arguments["ACC"],
-            num_warps=4,
-            **sums,
-        )
-    return grad_x, *(x.new_empty(0) if g is None else g for g in (grad_residual, *grads))
+    grads = parameter_gradients(x, state, plan, tables, sums, parameters, sizes, layer, pool, activation)
+    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, *grads

@@ -22,7 +22,22 @@ from ..codes import POOLS, TIES
 NCHW, CHANNELS_LAST = (tl.constexpr(i) for i in range(2))
 
 #: Integer arguments that must not make a new variant of a kernel when they are 1 or a multiple of 16.
-SIZES = ("c_q", "s_q", "n_cblk", "n_split", "blocks", "B", "H", "n_part", "width", "taps")
+SIZES = (
+    *(
+        "c_q",
+        "s_q",
+        "n_cblk",
+        "n_split",
+        "blocks",
+        "s_blocks",
+        "n_part",
+        "n_rows",
+        "affine_rows",
+        "width",
+        "pool_split",
+    ),
+    *("B", "C", "D", "H", "W", "KD", "KH", "KW", "taps", "n_taps"),
+)
 
 
 @triton.jit
@@ -103,7 +118,7 @@ class Plan(NamedTuple):
             "BLOCK_K": self.block_k,
             "BLOCK_C": self.block_c,
             "BLOCK_S": self.block_s,
-            "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+            "ACC": triton_accumulator(dtype),
             "num_warps": min(max(self.block_c * self.block_s // (32 * self.lane), 1), 4),
         }
 
@@ -118,6 +133,7 @@ SMALLEST_TILE = 512
 PROGRAMS_PER_SM = 8
 PARTS_PER_SM = 2
 CHANNELS_A_PROGRAM = 64
+CHANNELS_A_POOL = 256  # where channels are what is reduced
 
 
 def next_power_of_2(n: int) -> int:
@@ -145,11 +161,12 @@ def _width(size: int, widest: int, narrowest: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms: int) -> Plan:
+def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms: int, whole: bool = False) -> Plan:
     """Tiles and programs for a map.
 
     Rows of a tile are 128 to 512 bytes along the contiguous axis where the map has them; small maps take many channels
     a tile and several tiles a program. Few samples: smaller tiles, fewer channels a program, space split.
+    With `whole` space is split only where whole channels are too few programs: a split maximum costs a launch more.
     """
     size, wanted = max(space, 1), 2 * sms
     contiguous = channels if layout == CHANNELS_LAST.value else size
@@ -182,12 +199,37 @@ def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms:
     return Plan(batch, channels, space, layout, block_k, block_c, block_s, n_cblk, n_split, blocks, lane)
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan_over_channels(plan: Plan, itemsize: int, sms: int) -> Plan:
+    size, wanted = max(plan.space, 1), 2 * sms
+    block_c, block_s = plan.block_c, plan.block_s
+    block_k = max(min(next_power_of_2(plan.channels), CHANNELS_A_POOL), block_c)
+
+    def programs() -> int:
+        return plan.batch * triton.cdiv(plan.channels, block_k) * triton.cdiv(size, block_s)
+
+    least_s = 64 if plan.layout == NCHW.value else 4
+    while programs() < wanted and block_s > least_s:
+        block_s //= 2
+    while programs() < wanted and block_k > max(block_c, CHANNELS_A_PROGRAM):
+        block_k //= 2
+    s_blocks, n_cblk = triton.cdiv(size, block_s), triton.cdiv(plan.channels, block_k)
+    blocks = triton.cdiv(s_blocks, min(max(PROGRAMS_PER_SM * sms // max(plan.batch * n_cblk, 1), 1), s_blocks))
+    n_split = triton.cdiv(s_blocks, blocks)
+    return plan._replace(block_k=block_k, block_s=block_s, n_cblk=n_cblk, n_split=n_split, blocks=blocks)
+
+
+def plan_over_channels(x: Tensor, plan: Plan) -> Plan:
+    """A plan for passes that reduce over channels: as many channels a program as may be, split along space first."""
+    return _plan_over_channels(plan, x.element_size(), multiprocessors(x.device))
+
+
 def _tiles(channels: int, size: int, block_c: int, block_s: int) -> int:
     return triton.cdiv(channels, block_c) * triton.cdiv(size, block_s)
 
 
-def dense(x: Tensor) -> tuple[Tensor, Plan]:
-    """x, copied to NCHW where it is neither that nor channels_last, and the plan for it."""
+def dense(x: Tensor, *, whole: bool = False) -> tuple[Tensor, Plan]:
+    """x, copied to NCHW where it is neither that nor channels_last, and the plan for it; see `plan` for `whole`."""
     space = x.shape[2:].numel()
     if x.is_contiguous():
         layout = CHANNELS_LAST if space == 1 else NCHW  # of a 1 x 1 map the channels are the contiguous axis
@@ -196,7 +238,7 @@ def dense(x: Tensor) -> tuple[Tensor, Plan]:
     else:
         x, layout = x.contiguous(), NCHW
     sms = multiprocessors(x.device)
-    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms)
+    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms, whole)
 
 
 def as_map(t: Tensor | None, x: Tensor) -> Tensor | None:
@@ -237,6 +279,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def table(x: Tensor, plan: Plan) -> Tensor:
     """Room for one partial sum a channel and program."""
     return x.new_empty((plan.batch, plan.n_split, plan.channels), dtype=accumulator(x.dtype))
@@ -250,6 +296,17 @@ def pool_tables(x: Tensor, plan: Plan, pool: int) -> dict[str, Tensor | None]:
         "best": best,
         "place": None if best is None else torch.empty_like(best, dtype=torch.int32),
     }
+
+
+def channel_table(x: Tensor, plan: Plan) -> Tensor:
+    """Room for one partial sum a position and block of channels."""
+    return x.new_empty((plan.batch, plan.n_cblk, max(plan.space, 0)), dtype=accumulator(x.dtype))
+
+
+def channel_pool_tables(x: Tensor, plan: Plan) -> dict[str, Tensor]:
+    """What channel_pool_pass leaves."""
+    best = channel_table(x, plan)
+    return {"sums": torch.empty_like(best), "best": best, "place": torch.empty_like(best, dtype=torch.int32)}
 
 
 def affine_tables(x: Tensor, plan: Plan, affine_weight: Tensor | None) -> dict[str, Tensor | None]:
@@ -268,7 +325,7 @@ def affine_gradients(
     )
 
 
-def exact(pool: int, ties: int) -> dict[str, bool]:
+def exact(ties: int, pool: int = POOLS["max"]) -> dict[str, bool]:
     """Launch options under which a value computed in two kernels has the same bits: shared ties compare them."""
     return {"enable_fp_fusion": False} if pool != POOLS["avg"] and ties == TIES["even"] else {}
 

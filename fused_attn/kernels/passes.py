@@ -99,26 +99,46 @@ def descriptor(
 
 
 @triton.jit
+def channel_gates(gate, c, mask, GATE: tl.constexpr, ACC: tl.constexpr):
+    """The gates of channels c, (BLOCK_C, 1), from a sample's row of what GATE is applied to; None: one."""
+    if gate is None:
+        return 1.0
+    else:
+        return activate(tl.load(gate + c, mask=mask, other=0.0).to(ACC), GATE)[:, None]
+
+
+@triton.jit
+def space_gates(gate, first, S, GATE: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr):
+    """The gates of BLOCK_S positions, (1, BLOCK_S), likewise."""
+    if gate is None:
+        return 1.0
+    else:
+        at = gate + first + tl.arange(0, BLOCK_S)
+        return activate(tl.load(at, mask=inside(first, S, BLOCK_S), other=0.0).to(ACC), GATE)[None, :]
+
+
+@triton.jit
 def scale_pass(
-    x, residual, y, gate, affine_weight, affine_bias,
+    x, residual, y, gate, space_gate, affine_weight, affine_bias,
     b, cblk, split, C, S, blocks,
-    GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
     LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and the residual once, writes y; `gate` points at the sample's row of what GATE is applied to."""
+    """Reads x and the residual once, writes y; `gate` and `space_gate` point at the sample's rows."""
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     for j in range(BLOCK_K // BLOCK_C):
         c0 = cblk * BLOCK_K + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
-        g = activate(tl.load(gate + c, mask=in_c, other=0.0).to(ACC), GATE)
+        g = channel_gates(gate, c, in_c, GATE, ACC)
         at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
         first = s0  # position of the tile
         for _ in range(blocks):
             mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
             value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
-            result = activate(before_activation(value, weight, bias, affine_weight is not None), PRE) * g[:, None]
+            result = activate(before_activation(value, weight, bias, affine_weight is not None), PRE) * g
+            result *= space_gates(space_gate, first, S, SPACE_GATE, BLOCK_S, ACC)
             if residual is not None:
                 result += tl.load(residual + at + offsets, mask=mask, other=0.0).to(ACC)
             tl.store(y + at + offsets, activate(result, POST), mask=mask)
@@ -127,35 +147,47 @@ def scale_pass(
 
 
 @triton.jit
+def before_epilogue(dy, result, y, residual, at, mask, POST: tl.constexpr):
+    """The gradient dy taken back through POST: by y's sign for ReLU, else at `result` plus the residual."""
+    if POST == RELU:
+        return tl.where(tl.load(y + at, mask=mask, other=0.0) <= 0, 0.0, dy)
+    else:
+        if residual is not None:
+            result += tl.load(residual + at, mask=mask, other=0.0).to(result.dtype)
+        return dy * activate_grad(result, POST)
+
+
+@triton.jit
 def backward_pass(
     grad, x, y, residual, grad_x, grad_residual, affine_weight, affine_bias,
-    gate, mean, value, place, peak, dots, weight_sums, bias_sums,
+    gate, mean, value, place, peak, dots, weight_sums, bias_sums, space_gate, space_grads, channel, space_peak,
     b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-    GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
     LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Backward of scale_pass and pool_pass, each tensor that is not None read or written once.
+    """Backward of scale_pass and both pools, each tensor that is not None read or written once.
 
-    grad: after the epilogue, with the given strides (None: x's), or None where only pools have a gradient.
-    dots: partial sums of grad * u over space. grad_x gets grad * gate + mean (per channel) + value at `place`, or
-    with `peak` at every element that equals it. Pointers per channel are at the sample's row.
+    u is the map after the prologue, v = u * gate, y = v * space_gate. grad: y's, with the given strides (None: x's), or
+    None where only pools have a gradient. The gradient of v is grad * space_gate plus what its pools over channels had,
+    `space_grads` (2, S) for maximum and mean, the maximum's at `channel`, or with `space_peak` wherever v equals it.
+    `dots`: partial sums over space of the gradient of v times u. grad_x gets the gradient of v times gate, `mean`
+    (per channel) and `value` at `place`, or with `peak` wherever u equals it. Pointers are at the sample's row.
     """
     row = (b * n_split + split) * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     AFFINE: tl.constexpr = affine_weight is not None
-    READS_X: tl.constexpr = dots is not None or AFFINE or PRE != IDENTITY or peak is not None
+    READS_X: tl.constexpr = dots is not None or AFFINE or PRE != IDENTITY or peak is not None or space_peak is not None
     for j in range(BLOCK_K // BLOCK_C):
         c0 = cblk * BLOCK_K + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
         at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
-        if grad is not None:
-            g = activate(tl.load(gate + c, mask=in_c, other=0.0).to(ACC), GATE)
-            if stride_b is not None:
-                grad_at, grad_offsets, grad_step = strided_tile_at(
-                    b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
-                )
+        g = channel_gates(gate, c, in_c, GATE, ACC)
+        if stride_b is not None:
+            grad_at, grad_offsets, grad_step = strided_tile_at(
+                b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+            )
         if mean is not None:
             shared = tl.load(mean + c, mask=in_c, other=0.0).to(ACC)
         if value is not None:
@@ -163,7 +195,7 @@ def backward_pass(
             if peak is not None:
                 highest = tl.load(peak + c, mask=in_c, other=0.0).to(ACC)
             else:
-                position = tl.load(place + c, mask=in_c, other=0)
+                peak_at = tl.load(place + c, mask=in_c, other=0)
         first = s0  # position of the tile
         dot = tl.zeros((BLOCK_C, BLOCK_S), ACC)
         weight_sum = tl.zeros((BLOCK_C, BLOCK_S), ACC)
@@ -174,33 +206,41 @@ def backward_pass(
                 v = tl.load(x + at + offsets, mask=mask, other=0.0)
                 before = before_activation(v.to(ACC), weight, bias, AFFINE)
                 u = activate(before, PRE)
-            du = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+            du = tl.zeros((BLOCK_C, BLOCK_S), ACC)  # first of v
             if grad is not None:
                 if stride_b is not None:
                     dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0).to(ACC)
                     grad_at += grad_step
                 else:
                     dy = tl.load(grad + at + offsets, mask=mask, other=0.0).to(ACC)
-                if POST == RELU:
-                    dy = tl.where(tl.load(y + at + offsets, mask=mask, other=0.0) <= 0, 0.0, dy)
-                elif POST != IDENTITY:
-                    result = u * g[:, None]
-                    if residual is not None:
-                        result += tl.load(residual + at + offsets, mask=mask, other=0.0).to(ACC)
-                    dy *= activate_grad(result, POST)
+                by_space = space_gates(space_gate, first, S, SPACE_GATE, BLOCK_S, ACC)
+                if POST != IDENTITY:
+                    dy = before_epilogue(dy, u * g * by_space if READS_X else dy, y, residual, at + offsets, mask, POST)
                 if grad_residual is not None:
                     tl.store(grad_residual + at + offsets, dy, mask=mask)
-                if dots is not None:
-                    dot += tl.where(mask, dy * u, 0.0)
-                du += dy * g[:, None]
+                du += dy * by_space
+            if space_grads is not None:
+                position = first + tl.arange(0, BLOCK_S)
+                in_s = inside(first, S, BLOCK_S)
+                to_max = tl.load(space_grads + position, mask=in_s, other=0.0)
+                du += tl.load(space_grads + S + position, mask=in_s, other=0.0)[None, :]
+                if space_peak is not None:
+                    highest_of_v = tl.load(space_peak + position, mask=in_s, other=0.0)
+                    here = (u * g).to(x.dtype.element_ty).to(ACC) == highest_of_v[None, :]
+                else:
+                    here = c[:, None] == tl.load(channel + position, mask=in_s, other=0)[None, :]
+                du += tl.where(here, to_max[None, :], 0.0)
+            if dots is not None:
+                dot += tl.where(mask, du * u, 0.0)
+            du *= g
             if grad_x is not None:
                 if mean is not None:
                     du += shared[:, None]
                 if value is not None:
                     if peak is not None:
-                        hit = u.to(v.dtype).to(ACC) == highest[:, None]
+                        hit = u.to(x.dtype.element_ty).to(ACC) == highest[:, None]
                     else:
-                        hit = (first.to(tl.int32) + tl.arange(0, BLOCK_S))[None, :] == position[:, None]
+                        hit = (first.to(tl.int32) + tl.arange(0, BLOCK_S))[None, :] == peak_at[:, None]
                     du += tl.where(hit, to_peak[:, None], 0.0)
                 if PRE != IDENTITY:
                     du *= activate_grad(before, PRE)

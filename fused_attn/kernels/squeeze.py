@@ -92,8 +92,9 @@ def _squeeze_backward(
         None, x, None, None, grad_x, None, affine_weight, affine_bias,
         None, mean + row, None if grad_max is None else value + row, index + row,
         max + row if grad_max is not None and TIES == EVEN else None, None, weight_sums, bias_sums,
+        None, None, None, None,
         b, cblk, split, C, S, n_split, blocks, None, None, None,
-        IDENTITY, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        IDENTITY, IDENTITY, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def squeeze(
         **tables,
         **out,
         **arguments,
-        **maps.exact(pool, ties),
+        **maps.exact(ties, pool),
     )
     if plan.n_split > 1:
         block = min(128, maps.next_power_of_2(plan.channels))
@@ -180,6 +181,6 @@ def squeeze_backward(
         TIES=ties,
         **sums,
         **plan.arguments(x.dtype),
-        **maps.exact(pool, ties),
+        **maps.exact(ties, pool),
     )
     return grad_x, *maps.affine_gradients(sums, affine_weight, affine_bias, x)

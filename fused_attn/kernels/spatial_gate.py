@@ -1,0 +1,401 @@
+"""Op `spatial_gate`: forward 3 launches (read x; convolve; read x, write y), backward 4 (read grad and x; convolve;
+read grad, write grad_x; gradients of the parameters). Between them travel numbers per position only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..codes import ACTIVATIONS, TIES
+from . import maps, space
+from .language import IDENTITY
+from .maps import SIZES, locate
+from .passes import backward_pass, scale_pass
+from .space import channel_dot_pass, channel_pool_pass
+
+CONVOLUTION_BLOCK = 64  # positions a program
+TAPS_BLOCK = 16
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _channel_pool(
+    x, affine_weight, affine_bias, sums, best, place, c_q, s_q, n_cblk, n_split, blocks,
+    PRE: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    channel_pool_pass(
+        x, affine_weight, affine_bias, None, sums, best, place, b, cblk, split, C, S, n_cblk, blocks,
+        IDENTITY, PRE, TIES, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _scale_space(
+    x, affine_weight, affine_bias, residual, y, logits, logits_row, c_q, s_q, n_cblk, n_split, blocks,
+    GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    scale_pass(
+        x, residual, y, None, logits + b * logits_row, affine_weight, affine_bias, b, cblk, split, C, S, blocks,
+        IDENTITY, GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _dot_channels(
+    grad, x, y, residual, grad_residual, affine_weight, affine_bias, logits, dots, logits_row,
+    c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    channel_dot_pass(
+        grad, x, y, residual, grad_residual, affine_weight, affine_bias, None, logits + b * logits_row, dots,
+        b, cblk, split, C, S, n_cblk, blocks, stride_b, stride_c, stride_s,
+        IDENTITY, GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _spread_space(
+    grad, x, grad_x, affine_weight, affine_bias, logits, index, peaks, space_grads, weight_sums, bias_sums, logits_row,
+    c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    GATE: tl.constexpr, PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    grads, at, peak = None, None, None
+    if space_grads is not None:
+        grads, at = space_grads + b * 2 * S, index + b * S
+    if peaks is not None:
+        peak = peaks + b * logits_row
+    backward_pass(
+        grad, x, None, None, grad_x, None, affine_weight, affine_bias,
+        None, None, None, None, None, None, weight_sums, bias_sums,
+        None if logits is None else logits + b * logits_row, grads, at, peak,
+        b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
+        IDENTITY, GATE, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+def convolution(x: Tensor, weight: Tensor) -> dict[str, int]:
+    """Sizes of the map and of the kernel as the convolution's launches take them."""
+    rank = x.dim() - 2
+    sizes = dict(zip("DHW", (1,) * (3 - rank) + tuple(x.shape[2:]), strict=True))
+    kernel = dict(zip(("KD", "KH", "KW"), (1,) * (3 - rank) + tuple(weight.shape[2:]), strict=True))
+    positions = max(x.shape[2:].numel(), 1)
+    block_s = min(CONVOLUTION_BLOCK, maps.next_power_of_2(positions))
+    return {
+        "C": x.shape[1],
+        **sizes,
+        **kernel,
+        "s_blocks": triton.cdiv(positions, block_s),
+        "BLOCK_S": block_s,
+        "BLOCK_T": TAPS_BLOCK,
+        "ACC": maps.triton_accumulator(x.dtype),
+    }
+
+
+def convolve(
+    x: Tensor, plan: maps.Plan, tables: dict[str, Tensor], weight: Tensor, bias: Tensor | None, order: int, ties: int
+) -> tuple[Tensor, Tensor]:
+    """(state, index) of the spatial gate."""
+    state = x.new_empty((plan.batch, 3, *x.shape[2:]), dtype=maps.accumulator(x.dtype))
+    index = x.new_empty((plan.batch, *x.shape[2:]), dtype=torch.int32)
+    sizes = convolution(x, weight)
+    maps.launch(
+        space.convolve,
+        x,
+        plan.batch * sizes["s_blocks"],
+        weight=weight,
+        bias=bias,
+        state=state,
+        index=index,
+        n_cblk=plan.n_cblk,
+        MEAN_FIRST=order,
+        TIES=ties,
+        BLOCK_ROWS=min(maps.next_power_of_2(plan.n_cblk), 8),
+        num_warps=2,
+        **tables,
+        **sizes,
+    )
+    return state, index
+
+
+def convolve_backward(
+    x: Tensor,
+    plan: maps.Plan,
+    dots: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    index: Tensor,
+    order: int,
+    ties: int,
+    gate: int,
+) -> tuple[Tensor, Tensor]:
+    """(gradients for maximum and mean of each position, partial sums for the convolution's parameters)."""
+    sizes = convolution(x, weight)
+    programs = plan.batch * sizes["s_blocks"]
+    grads = state.new_empty((plan.batch, 2, *x.shape[2:]))
+    tap_sums = state.new_empty((programs, weight.numel() + 1))
+    maps.launch(
+        space.convolve_backward,
+        x,
+        programs,
+        dots=dots,
+        weight=weight,
+        state=state,
+        index=index,
+        grads=grads,
+        tap_sums=tap_sums,
+        n_cblk=plan.n_cblk,
+        MEAN_FIRST=order,
+        TIES=ties,
+        GATE=gate,
+        num_warps=2,
+        **sizes,
+    )
+    return grads, tap_sums
+
+
+def convolution_gradients(x: Tensor, tap_sums: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the convolution's weight and bias from the partial sums, in a fixed order."""
+    grad_weight = torch.empty_like(weight)
+    grad_bias = None if bias is None else torch.empty_like(bias)
+    block = 16
+    maps.launch(
+        space.convolution_parameters,
+        x,
+        triton.cdiv(weight.numel() + 1, block),
+        tap_sums=tap_sums,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        n_taps=weight.numel(),
+        n_rows=tap_sums.shape[0],
+        BLOCK_COLUMNS=block,
+        BLOCK_ROWS=128,
+        ACC=maps.triton_accumulator(x.dtype),
+        num_warps=4,
+    )
+    return grad_weight, x.new_empty(0) if grad_bias is None else grad_bias
+
+
+def read_for_channel_pool(
+    x: Tensor, plan: maps.Plan, affine_weight: Tensor | None, affine_bias: Tensor | None, pre_activation: int, ties: int
+) -> dict[str, Tensor]:
+    """Partial pools over channels, one read of x."""
+    tables = maps.channel_pool_tables(x, plan)
+    maps.launch(
+        _channel_pool,
+        x,
+        plan.programs,
+        x=x,
+        affine_weight=affine_weight,
+        affine_bias=affine_bias,
+        PRE=pre_activation,
+        TIES=ties,
+        **tables,
+        **plan.arguments(x.dtype),
+        **maps.exact(ties),
+    )
+    return tables
+
+
+def scale_over_space(
+    x: Tensor,
+    plan: maps.Plan,
+    logits: Tensor,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    residual: Tensor | None,
+    gate: int,
+    pre_activation: int,
+    post_activation: int,
+) -> Tensor:
+    """y; `logits` (B, *spatial), each sample's dense, is what the activation `gate` is applied to."""
+    y = torch.empty_like(x)
+    maps.launch(
+        _scale_space,
+        x,
+        plan.programs,
+        x=x,
+        affine_weight=affine_weight,
+        affine_bias=affine_bias,
+        residual=maps.as_map(residual, x),
+        y=y,
+        logits=logits,
+        logits_row=logits.stride(0),
+        GATE=gate,
+        PRE=pre_activation,
+        POST=post_activation,
+        **plan.arguments(x.dtype),
+    )
+    return y
+
+
+def dots_over_channels(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    plan: maps.Plan,
+    logits: Tensor,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    residual: Tensor | None,
+    gate: int,
+    pre_activation: int,
+    post_activation: int,
+) -> tuple[Tensor, Tensor | None]:
+    """(partial dots over channels (B, n_cblk, S), grad_residual after an epilogue)."""
+    grad, strides = maps.gradient(grad, x)
+    dots = maps.channel_table(x, plan)
+    grad_residual = None if post_activation == ACTIVATIONS["identity"] else torch.empty_like(x)
+    maps.launch(
+        _dot_channels,
+        x,
+        plan.programs,
+        grad=grad,
+        x=x,
+        y=maps.as_map(y, x),
+        residual=maps.as_map(residual, x),
+        grad_residual=grad_residual,
+        affine_weight=affine_weight,
+        affine_bias=affine_bias,
+        logits=logits,
+        dots=dots,
+        logits_row=logits.stride(0),
+        GATE=gate,
+        PRE=pre_activation,
+        POST=post_activation,
+        **strides,
+        **plan.arguments(x.dtype),
+    )
+    return dots, grad_residual
+
+
+def spread_over_space(
+    x: Tensor,
+    plan: maps.Plan,
+    grad: Tensor | None,
+    logits: Tensor | None,
+    peaks: Tensor | None,
+    index: Tensor | None,
+    space_grads: Tensor | None,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    pre_activation: int,
+    ties: int,
+    gate: int = ACTIVATIONS["identity"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x, gradients of the prologue): of a map scaled by its positions' gates, pooled over channels, or both."""
+    grad, strides = maps.gradient(grad, x)
+    grad_x = torch.empty_like(x)
+    sums = maps.affine_tables(x, plan, affine_weight)
+    rows = logits if logits is not None else peaks
+    maps.launch(
+        _spread_space,
+        x,
+        plan.programs,
+        grad=grad,
+        x=x,
+        grad_x=grad_x,
+        affine_weight=maps.row(affine_weight),
+        affine_bias=maps.row(affine_bias),
+        logits=logits,
+        index=index,
+        peaks=peaks,
+        space_grads=space_grads,
+        logits_row=0 if rows is None else rows.stride(0),
+        GATE=gate,
+        PRE=pre_activation,
+        **sums,
+        **strides,
+        **plan.arguments(x.dtype),
+        **maps.exact(ties),
+    )
+    return grad_x, *maps.affine_gradients(sums, affine_weight, affine_bias, x)
+
+
+def spatial_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    residual: Tensor | None,
+    mean_first: int,
+    ties: int,
+    gate: int,
+    pre_activation: int,
+    post_activation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, plan = maps.dense(x)
+    over_channels = maps.plan_over_channels(x, plan)
+    weight, bias, affine_weight, affine_bias = map(maps.row, (weight, bias, affine_weight, affine_bias))
+    tables = read_for_channel_pool(x, over_channels, affine_weight, affine_bias, pre_activation, ties)
+    state, index = convolve(x, over_channels, tables, weight, bias, mean_first, ties)
+    y = scale_over_space(
+        x, plan, state[:, 2], affine_weight, affine_bias, residual, gate, pre_activation, post_activation
+    )
+    return y, state, index
+
+
+def spatial_gate_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    state: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    residual: Tensor | None,
+    mean_first: int,
+    ties: int,
+    gate: int,
+    pre_activation: int,
+    post_activation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, plan = maps.dense(x)
+    over_channels = maps.plan_over_channels(x, plan)
+    weight, bias, affine_weight, affine_bias = map(maps.row, (weight, bias, affine_weight, affine_bias))
+    dots, grad_residual = dots_over_channels(
+        grad,
+        x,
+        y,
+        over_channels,
+        state[:, 2],
+        affine_weight,
+        affine_bias,
+        residual,
+        gate,
+        pre_activation,
+        post_activation,
+    )
+    space_grads, tap_sums = convolve_backward(x, over_channels, dots, weight, state, index, mean_first, ties, gate)
+    grad_x, *affine_grads = spread_over_space(
+        x,
+        plan,
+        grad if grad_residual is None else grad_residual,
+        state[:, 2],
+        state[:, 0] if ties == TIES["even"] else None,
+        index,
+        space_grads,
+        affine_weight,
+        affine_bias,
+        pre_activation,
+        ties,
+        gate,
+    )
+    grads = convolution_gradients(x, tap_sums, weight, bias)
+    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, *grads, *affine_grads
