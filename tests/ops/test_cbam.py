@@ -354,10 +354,10 @@ def test_compile_in_one_graph_for_every_batch_size(layout):
         return functional.channel_gate(functional.scale(y, gate.sigmoid()), pool="both")
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
-    for batch in (2, 3, 5):
+    for batch in (6, 3, 5):  # not 2 first: torch takes equal sizes, as that of the weight, for the same size
         x = in_layout(random(batch, 16, 9, 11), layout)
         grad = [random(*x.shape, seed=1)]
-        with torch.compiler.set_stance("default" if batch == 2 else "fail_on_recompile"):
+        with torch.compiler.set_stance("default" if batch == 6 else "fail_on_recompile"):
             found, grads = run(compiled, {"x": x, **tensors}, grad)
         expected, expected_grads = run(function, {"x": x, **tensors}, grad)
         torch.testing.assert_close(found, expected)
