@@ -4,12 +4,12 @@ Every function takes a map x of shape (B, C, *spatial) with one to three spatial
 float32, float16 or bfloat16. NCHW-contiguous and channels_last maps are read as they lie and the output
 has x's layout; a map with other strides is copied once. Sums are float32 (float64 for float64 maps) and
 rounded once, at the output. Under autocast x keeps its dtype and parameters are read as they are.
-Results are deterministic to the bit. Backward keeps x, O(B * C) numbers, and y where a ReLU follows
-(the residual for other activations); with `create_graph=True` it runs the reference, which costs what eager
-costs. Under torch.func transforms the reference runs too.
+Results are deterministic to the bit. Backward keeps x, O(B * C) numbers, O(B * positions) where channels are
+pooled, and y where a ReLU follows (the residual for other activations); with `create_graph=True` it runs the
+reference, which costs what eager costs. Under torch.func transforms the reference runs too.
 
-Options are names: activations in `fused_attn.codes.ACTIVATIONS`; pool "avg", "max" or "avgmax"; ties "first"
-(the gradient of a maximum goes to its first position, as in adaptive_max_pool and max(dim)) or "even"
+Options are names: activations in `fused_attn.codes.ACTIVATIONS`; pool "avg", "max", "avgmax" or "both"; ties
+"first" (the gradient of a maximum goes to the first that has it, as in adaptive_max_pool and max(dim)) or "even"
 (shared, as in amax); layer "dense", "conv" or "circular".
 
 All raise TypeError for what is not a floating-point tensor or mixes dtypes outside autocast, and ValueError

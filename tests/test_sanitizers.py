@@ -52,11 +52,14 @@ def test_cpu_kernels(tmp_path):
         "UBSAN_OPTIONS": "halt_on_error=1",
         "PYTHONPATH": str(tmp_path),
     }
-    selection = "prologue or epilogue or ties or strides or empty or convolution or mixed"
+    selection = (
+        "prologue or epilogue or ties or strides or empty or convolution or mixed or kernels or threads or pools"
+    )
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tmp_path, "-k", selection]
+    files = [tmp_path / "tests" / "ops" / f"test_{op}.py" for op in ("channel_gate", "spatial_gate", "cbam")]
     for isa in ("avx2", "baseline"):
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *arguments, tmp_path / "tests" / "ops" / "test_channel_gate.py"],
+            [sys.executable, "-m", "pytest", *arguments, *files],
             env={**environment, "FUSED_ATTN_ISA": isa},
             cwd=tmp_path,
             capture_output=True,

@@ -182,7 +182,7 @@ template <class A>
 struct RunningMax {
     Vec<A> value = splat<A>(-kInfinity<A>);
     Mask<A> tag{};
-    void update(Vec<A> u, Mask<A> position, Mask<A> in_use, bool even) {
+    __attribute__((always_inline)) void update(Vec<A> u, Mask<A> position, Mask<A> in_use, bool even) {
         const Mask<A> larger = ~(u <= value) & (value == value) & in_use;  // NaN is larger, and stays
         if (even) {
             const Mask<A> equal = (u == value) & in_use;

@@ -1,5 +1,5 @@
-"""Op `scale`: one launch that reads x (and the residual) and writes y. Backward with a gate a channel is one, too (reads
-grad and x, writes grad_x); with a gate a position two, because its sums go over channels: grad is read again."""
+"""Op `scale`: one launch that reads x (and the residual) and writes y. Backward with a gate a channel is one, too
+(reads grad and x, writes grad_x); with a gate a position two: its sums go over channels, and grad is read again."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ STEPS = {"timm:regnety_016": (1e-5, 8), "monai:SEResNet50, 3-D": (1e-6, 4)}
 
 
 @pytest.mark.slow  # up to 40 s a network
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "timm:resnet26+lcbam"])
 def test_twenty_steps_of_sgd_stay_together(name):
     """The losses of 20 steps, beside those of eager with its first input moved by one unit in the last place."""
     rate, batch = STEPS.get(name, (1e-5, 2))

@@ -340,6 +340,30 @@ def test_bfloat16_gradients_are_finite_and_right():
         assert torch.nn.functional.cosine_similarity(found.float().flatten(), exact[name].flatten(), 0) > 0.98, name
 
 
+@pytest.mark.slow  # 10 to 20 s of compiling
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compile_in_one_graph_for_every_batch_size(layout):
+    """cbam, and what a spatial gate in training falls apart into."""
+    tensors, options = weights("se", (2, 16, 9, 11), torch.float32)
+
+    def function(x, **tensors):
+        y = functional.cbam(x, **tensors, **options)
+        y = functional.spatial_gate(y, tensors["spatial_weight"], tensors["spatial_bias"], order=("mean", "max"))
+        pooled = functional.channel_pool(y, ties="even")
+        gate = torch.nn.functional.conv2d(pooled, tensors["spatial_weight"], padding=(1, 2))
+        return functional.channel_gate(functional.scale(y, gate.sigmoid()), pool="both")
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for batch in (6, 3, 5):  # not 2 first: torch takes equal sizes, as that of the weight, for the same size
+        x = in_layout(random(batch, 16, 9, 11), layout)
+        grad = [random(*x.shape, seed=1)]
+        with torch.compiler.set_stance("default" if batch == 6 else "fail_on_recompile"):
+            found, grads = run(compiled, {"x": x, **tensors}, grad)
+        expected, expected_grads = run(function, {"x": x, **tensors}, grad)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=3)),
