@@ -22,7 +22,8 @@ def runtime(name: str) -> str | None:
     return found if os.path.isabs(found) else None
 
 
-@pytest.mark.slow  # about a minute and a half, most of it compiling
+@pytest.mark.slow  # some minutes, half of them compiling
+@pytest.mark.timeout(1800)
 def test_cpu_kernels(tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no g++")

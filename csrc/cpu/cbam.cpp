@@ -18,12 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
-        const Tensor x_dense = dense_map(x_in);
-        const MapView<T> x(x_dense);
-        const OptionalTensor added = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
-        const T* from = pointer<T>(added);
-        Tensor y = empty_map<T>(x_dense);
-        T* out = static_cast<T*>(y.data_ptr());
+        const ForwardMaps<T> maps(x_in, residual);
+        const MapView<T>& x = maps.x;
         const int64_t elements = x.batch * x.sample_size();
         const AffineValues<A> affine(affine_weight, affine_bias);
         const Prologue<A> prologue = affine.prologue(pre_activation);
@@ -48,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
                     for (int64_t b = last; b-- > first;) {  // the last sample pooled is still in cache
                         space.pool(b, 0);
                         space.excite(b, numbers);
-                        space.scale(b, 0, numbers, from, post_activation, out);
+                        space.scale(b, 0, numbers, maps.residual, post_activation, maps.out);
                     }
                 }
             });
@@ -60,10 +56,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
             parallel(x.batch * parts, elements, [&](int64_t unit) { space.pool(unit / parts, unit % parts); });
             parallel(x.batch, elements, [&](int64_t b) { space.excite(b, numbers[b]); });
             parallel(x.batch * parts, elements, [&](int64_t unit) {
-                space.scale(unit / parts, unit % parts, numbers[unit / parts], from, post_activation, out);
+                space.scale(unit / parts, unit % parts, numbers[unit / parts], maps.residual, post_activation,
+                            maps.out);
             });
         }
-        return std::make_tuple(y, channel_state, channel_index, state, index);
+        return std::make_tuple(maps.y, channel_state, channel_index, state, index);
     });
 }
 
@@ -110,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         auto spread = [&](int64_t b, int64_t piece, const SpaceNumbers<A>& numbers) {
             PoolGrad<A> pools = gates.pool_grad(b);
             if (!pools.peak.value) pools.peak = {nothing.data(), nullptr, nowhere.data()};
-            space.spread(b, piece, numbers, maps.epilogue ? maps.epilogue : maps.grad, pools, maps.out,
-                         grad_weight.piece(b, piece), grad_bias.piece(b, piece));
+            space.spread(b, piece, numbers, maps.before_gate(), pools, maps.out, grad_weight.piece(b, piece),
+                         grad_bias.piece(b, piece));
         };
         if (pieces == 1) {
             const int64_t group = gates.group(2);

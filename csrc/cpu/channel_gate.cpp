@@ -15,12 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x_in, const Option
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
-        const Tensor x_dense = dense_map(x_in);
-        const MapView<T> x(x_dense);
-        const OptionalTensor added = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
-        const T* from = pointer<T>(added);
-        Tensor y = empty_map<T>(x_dense);
-        const MapView<T> out(y);
+        const ForwardMaps<T> maps(x_in, residual);
+        const MapView<T>& x = maps.x;
         const int64_t channels = x.channels, elements = x.batch * x.sample_size();
         const Excitation<A> excitation(channels, weight1, bias1, weight2, bias2, layer, activation);
         const AffineValues<A> affine(affine_weight, affine_bias);
@@ -33,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x_in, const Option
         Pooling<T> pooling(x, pieces, prologue, pool, ties);
         auto apply = [&](int64_t b, int64_t piece) {
             const int64_t c = x.first_channel(piece, pieces), at = x.offset(b, piece, pieces);
-            map_kernels<T>().scale(x.data + at, from ? from + at : nullptr, x.panel(piece, pieces), prologue.from(c),
-                                   gates.gates() + b * channels + c, static_cast<int>(post_activation), out.data + at);
+            map_kernels<T>().scale(x.data + at, from(maps.residual, at), x.panel(piece, pieces), prologue.from(c),
+                                   gates.gates() + b * channels + c, static_cast<int>(post_activation), maps.out + at);
         };
         if (pieces == 1) {
             const int64_t group = gates.group(1);
@@ -50,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x_in, const Option
             gates.excite(0, x.batch, pooling);
             parallel(units, elements, [&](int64_t unit) { apply(unit / pieces, unit % pieces); });
         }
-        return std::make_tuple(y, state, index);
+        return std::make_tuple(maps.y, state, index);
     });
 }
 
@@ -98,8 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
         }
         auto [grad_weight, grad_bias] = pass.affine_grads();
         const auto grads = gates.weight_gradients(x_in);
-        return std::make_tuple(pass.grad_x, pass.grad_residual, grads[0], grads[1], grads[2], grads[3], grad_weight,
-                               grad_bias);
+        return std::make_tuple(pass.maps.grad_x, pass.maps.grad_residual, grads[0], grads[1], grads[2], grads[3],
+                               grad_weight, grad_bias);
     });
 }
 

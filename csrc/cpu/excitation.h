@@ -93,7 +93,7 @@ class Excitation {
         };
         auto bias1 = [&](A* to) {
             if (kernel_size_)
-                *to = std::accumulate(grad_logits, grad_logits + batch * channels_, A(0));
+                *to = static_cast<A>(std::accumulate(grad_logits, grad_logits + batch * channels_, 0.0));
             else
                 row_sum(grad_first, rows, batch, to);
         };

@@ -16,6 +16,60 @@ struct AffineValues {
     }
 };
 
+// The maps that a forward reads and writes, all in x's layout; residual may be null.
+template <class T>
+struct ForwardMaps {
+    Tensor x_dense;
+    OptionalTensor residual_dense;
+    Tensor y;
+    MapView<T> x;
+    const T* residual;
+    T* out;
+
+    ForwardMaps(const Tensor& x_in, const OptionalTensor& residual_in)
+        : x_dense(dense_map(x_in)),
+          residual_dense(residual_in ? OptionalTensor(in_layout_of<T>(x_dense, *residual_in)) : residual_in),
+          y(empty_map<T>(x_dense)),
+          x(x_dense),
+          residual(pointer<T>(residual_dense)),
+          out(static_cast<T*>(y.data_ptr())) {}
+};
+
+// The maps that a backward reads and writes, all in x's layout. `epilogue` is where grad_residual is written, null
+// without an activation after the gate.
+template <class T>
+struct BackwardMaps {
+    Tensor x_dense, grad_dense;
+    OptionalTensor y_dense, residual_dense;
+    Tensor grad_x, grad_residual;
+    MapView<T> x;
+    const T *grad, *y, *residual;
+    T *epilogue, *out;
+
+    BackwardMaps(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y_in,
+                 const OptionalTensor& residual_in, int64_t post_activation)
+        : x_dense(dense_map(x_in)),
+          grad_dense(in_layout_of<T>(x_dense, grad_in)),
+          y_dense(y_in ? OptionalTensor(in_layout_of<T>(x_dense, *y_in)) : y_in),
+          residual_dense(residual_in ? OptionalTensor(in_layout_of<T>(x_dense, *residual_in)) : residual_in),
+          grad_x(empty_map<T>(x_dense)),
+          grad_residual(post_activation == kIdentity ? no_tensor(x_in) : empty_map<T>(x_dense)),
+          x(x_dense),
+          grad(static_cast<const T*>(grad_dense.data_ptr())),
+          y(pointer<T>(y_dense)),
+          residual(pointer<T>(residual_dense)),
+          epilogue(post_activation == kIdentity ? nullptr : static_cast<T*>(grad_residual.data_ptr())),
+          out(static_cast<T*>(grad_x.data_ptr())) {}
+    // The gradient of what the gate multiplies out to: grad, or what was written to grad_residual.
+    const T* before_gate() const { return epilogue ? epilogue : grad; }
+};
+
+// A map's data from an offset on; null stays null.
+template <class T>
+T* from(T* map, int64_t at) {
+    return map ? map + at : nullptr;
+}
+
 // Sums and maxima of every sample, one read of the map.
 template <class T>
 class Pooling {
@@ -87,41 +141,39 @@ template <class T>
 class Backward {
   public:
     using A = Accumulator<T>;
-    Backward(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y_in, const OptionalTensor& residual_in,
+    Backward(const Tensor& grad, const Tensor& x_in, const OptionalTensor& y, const OptionalTensor& residual,
              const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t pre_activation,
              int64_t post_activation)
-        : x_dense_(dense_map(x_in)),
-          grad_dense_(in_layout_of<T>(x_dense_, grad_in)),
-          y_dense_(y_in ? OptionalTensor(in_layout_of<T>(x_dense_, *y_in)) : y_in),
-          residual_dense_(residual_in ? OptionalTensor(in_layout_of<T>(x_dense_, *residual_in)) : residual_in),
+        : maps(grad, x_in, y, residual, post_activation),
+          x(maps.x),
+          pieces(pieces_of(x.batch, x.axis_length(), x.batch * x.sample_size())),
+          dots(x, pieces, 0.0),
           affine_weight_(affine_weight),
           affine_bias_(affine_bias),
           affine_(affine_weight, affine_bias),
           prologue_(affine_.prologue(pre_activation)),
           post_activation_(static_cast<int>(post_activation)),
-          x(x_dense_),
-          pieces(pieces_of(x.batch, x.axis_length(), x.batch * x.sample_size())),
-          grad_x(empty_map<T>(x_dense_)),
-          grad_residual(post_activation == kIdentity ? no_tensor(x_in) : empty_map<T>(x_dense_)),
-          dots(x, pieces, 0.0),
           grad_weight_(x, pieces, 0.0, affine_weight.has_value()),
           grad_bias_(grad_weight_) {}
 
+    const BackwardMaps<T> maps;
+    const MapView<T>& x;
+    const int64_t pieces;
+    PieceValues<double> dots;
+    const A* gates = nullptr;  // (batch, channels)
+
     void dot(int64_t sample, int64_t piece) {
         const int64_t c = x.first_channel(piece, pieces), at = x.offset(sample, piece, pieces);
-        map_kernels<T>().dot(data(grad_dense_) + at, x.data + at, offset(pointer<T>(y_dense_), at),
-                             offset(pointer<T>(residual_dense_), at), x.panel(piece, pieces), prologue_.from(c),
-                             gates + sample * x.channels + c, post_activation_,
-                             post_activation_ == kIdentity ? nullptr : data(grad_residual) + at,
-                             dots.piece(sample, piece, c));
+        map_kernels<T>().dot(maps.grad + at, x.data + at, from(maps.y, at), from(maps.residual, at),
+                             x.panel(piece, pieces), prologue_.from(c), gates + sample * x.channels + c,
+                             post_activation_, from(maps.epilogue, at), dots.piece(sample, piece, c));
     }
     // mean and peak: what the pools receive, per channel of this sample.
     void spread(int64_t sample, int64_t piece, const A* mean, PeakGrad<A> peak) {
         const int64_t c = x.first_channel(piece, pieces), at = x.offset(sample, piece, pieces);
-        const Tensor& grad = post_activation_ == kIdentity ? grad_dense_ : grad_residual;
         if (peak.value) peak = {peak.value + c, peak.peak ? peak.peak + c : nullptr, peak.index + c};
-        map_kernels<T>().spread(data(grad) + at, x.data + at, x.panel(piece, pieces), prologue_.from(c),
-                                gates + sample * x.channels + c, mean ? mean + c : nullptr, peak, data(grad_x) + at,
+        map_kernels<T>().spread(maps.before_gate() + at, x.data + at, x.panel(piece, pieces), prologue_.from(c),
+                                gates + sample * x.channels + c, mean ? mean + c : nullptr, peak, maps.out + at,
                                 affine_weight_ ? grad_weight_.piece(sample, piece, c) : nullptr,
                                 affine_weight_ ? grad_bias_.piece(sample, piece, c) : nullptr);
     }
@@ -131,28 +183,15 @@ class Backward {
         auto sum = [&](PieceValues<double>& values) {
             return [&](A* to) { batch_sum(values, x.batch, x.channels, to); };
         };
-        return {gradient_like<A>(affine_weight_, x_dense_, sum(grad_weight_)),
-                gradient_like<A>(affine_bias_, x_dense_, sum(grad_bias_))};
+        return {gradient_like<A>(affine_weight_, maps.x_dense, sum(grad_weight_)),
+                gradient_like<A>(affine_bias_, maps.x_dense, sum(grad_bias_))};
     }
 
   private:
-    static T* data(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
-    static const T* offset(const T* p, int64_t at) { return p ? p + at : nullptr; }
-
-    Tensor x_dense_, grad_dense_;
-    OptionalTensor y_dense_, residual_dense_, affine_weight_, affine_bias_;
+    OptionalTensor affine_weight_, affine_bias_;
     AffineValues<A> affine_;
     Prologue<A> prologue_;
     int post_activation_;
-
-  public:
-    MapView<T> x;
-    int64_t pieces;
-    Tensor grad_x, grad_residual;
-    PieceValues<double> dots;
-    const A* gates = nullptr;  // (batch, channels)
-
-  private:
     PieceValues<double> grad_weight_, grad_bias_;
 };
 

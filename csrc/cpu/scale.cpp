@@ -12,23 +12,19 @@ Tensor scale_space(const Tensor& x_in, const Tensor& gate, const OptionalTensor&
                    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t pre_activation,
                    int64_t post_activation) {
     using A = Accumulator<T>;
-    const Tensor x_dense = dense_map(x_in);
-    const MapView<T> x(x_dense);
-    const OptionalTensor added = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
-    const T* from = pointer<T>(added);
-    Tensor y = empty_map<T>(x_dense);
-    T* out = static_cast<T*>(y.data_ptr());
+    const ForwardMaps<T> maps(x_in, residual);
+    const MapView<T>& x = maps.x;
     const Values<A> gates(gate);
     const AffineValues<A> affine(affine_weight, affine_bias);
     const int64_t pieces = space_pieces(x);
     parallel(x.batch * pieces, x.batch * x.sample_size(), [&](int64_t unit) {
         const int64_t b = unit / pieces, piece = unit % pieces, at = x.space_offset(b, piece, pieces);
-        space_kernels<T>().scale(x.data + at, from ? from + at : nullptr, x.space(piece, pieces),
+        space_kernels<T>().scale(x.data + at, from(maps.residual, at), x.space(piece, pieces),
                                  affine.prologue(pre_activation), nullptr,
                                  gates.data() + b * x.positions + x.first_position(piece, pieces),
-                                 static_cast<int>(post_activation), out + at);
+                                 static_cast<int>(post_activation), maps.out + at);
     });
-    return y;
+    return maps.y;
 }
 
 template <class T>
@@ -52,12 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_space_backward(
         const int64_t b = unit / pieces, piece = unit % pieces, at = x.space_offset(b, piece, pieces);
         const int64_t first = b * x.positions + x.first_position(piece, pieces);
         const Panel panel = x.space(piece, pieces);
-        auto moved = [&](auto* map) { return map ? map + at : nullptr; };
-        space_kernels<T>().dot(maps.grad + at, x.data + at, moved(maps.y), moved(maps.residual), panel, prologue,
-                               nullptr, gates.data() + first, static_cast<int>(post_activation), moved(maps.epilogue),
-                               &grad_gate[first], nullptr);
-        space_kernels<T>().spread((maps.epilogue ? maps.epilogue : maps.grad) + at, x.data + at, panel, prologue,
-                                  nullptr, gates.data() + first,
+        space_kernels<T>().dot(maps.grad + at, x.data + at, from(maps.y, at), from(maps.residual, at), panel, prologue,
+                               nullptr, gates.data() + first, static_cast<int>(post_activation),
+                               from(maps.epilogue, at), &grad_gate[first], nullptr);
+        space_kernels<T>().spread(maps.before_gate() + at, x.data + at, panel, prologue, nullptr, gates.data() + first,
                                   {nothing.data(), {nothing.data(), nullptr, nowhere.data()}}, {}, maps.out + at,
                                   grad_weight.piece(b, piece), grad_bias.piece(b, piece));
     });
@@ -77,12 +71,8 @@ Tensor scale(const Tensor& x_in, const Tensor& gate, const OptionalTensor& affin
         using A = Accumulator<T>;
         if (gate.dim() > 2)
             return scale_space<T>(x_in, gate, affine_weight, affine_bias, residual, pre_activation, post_activation);
-        const Tensor x_dense = dense_map(x_in);
-        const MapView<T> x(x_dense);
-        const OptionalTensor added = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
-        const T* from = pointer<T>(added);
-        Tensor y = empty_map<T>(x_dense);
-        const MapView<T> out(y);
+        const ForwardMaps<T> maps(x_in, residual);
+        const MapView<T>& x = maps.x;
         const Values<A> gates(gate);
         const AffineValues<A> affine(affine_weight, affine_bias);
         const Prologue<A> prologue = affine.prologue(pre_activation);
@@ -91,10 +81,10 @@ Tensor scale(const Tensor& x_in, const Tensor& gate, const OptionalTensor& affin
         parallel(x.batch * pieces, elements, [&](int64_t unit) {
             const int64_t b = unit / pieces, piece = unit % pieces, c = x.first_channel(piece, pieces);
             const int64_t at = x.offset(b, piece, pieces);
-            map_kernels<T>().scale(x.data + at, from ? from + at : nullptr, x.panel(piece, pieces), prologue.from(c),
-                                   gates.data() + b * x.channels + c, static_cast<int>(post_activation), out.data + at);
+            map_kernels<T>().scale(x.data + at, from(maps.residual, at), x.panel(piece, pieces), prologue.from(c),
+                                   gates.data() + b * x.channels + c, static_cast<int>(post_activation), maps.out + at);
         });
-        return y;
+        return maps.y;
     });
 }
 
@@ -127,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_backward(const Tensor& 
         Tensor gate_out = contiguous_like(gate);
         write_values<A>(grad_gate.data(), gate_out);
         auto [grad_weight, grad_bias] = pass.affine_grads();
-        return std::make_tuple(pass.grad_x, gate_out, pass.grad_residual, grad_weight, grad_bias);
+        return std::make_tuple(pass.maps.grad_x, gate_out, pass.maps.grad_residual, grad_weight, grad_bias);
     });
 }
 

@@ -124,33 +124,6 @@ std::tuple<Tensor, Tensor> empty_space_state(const Tensor& x) {
     return {empty_tensor(x, shape, kScalarType<A>), index};
 }
 
-// The maps that a backward reads and writes, all in x's layout. `epilogue` is where grad_residual is written, null
-// without an activation after the gate.
-template <class T>
-struct BackwardMaps {
-    Tensor x_dense, grad_dense;
-    OptionalTensor y_dense, residual_dense;
-    Tensor grad_x, grad_residual;
-    MapView<T> x;
-    const T *grad, *y, *residual;
-    T *epilogue, *out;
-
-    BackwardMaps(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y_in,
-                 const OptionalTensor& residual_in, int64_t post_activation)
-        : x_dense(dense_map(x_in)),
-          grad_dense(in_layout_of<T>(x_dense, grad_in)),
-          y_dense(y_in ? OptionalTensor(in_layout_of<T>(x_dense, *y_in)) : y_in),
-          residual_dense(residual_in ? OptionalTensor(in_layout_of<T>(x_dense, *residual_in)) : residual_in),
-          grad_x(empty_map<T>(x_dense)),
-          grad_residual(post_activation == kIdentity ? no_tensor(x_in) : empty_map<T>(x_dense)),
-          x(x_dense),
-          grad(static_cast<const T*>(grad_dense.data_ptr())),
-          y(pointer<T>(y_dense)),
-          residual(pointer<T>(residual_dense)),
-          epilogue(post_activation == kIdentity ? nullptr : static_cast<T*>(grad_residual.data_ptr())),
-          out(static_cast<T*>(grad_x.data_ptr())) {}
-};
-
 // What a sample has by position between the passes.
 template <class A>
 struct SpaceNumbers {
@@ -201,8 +174,8 @@ class SpatialGate {
     // Reads x (and the residual), writes y.
     void scale(int64_t b, int64_t piece, const SpaceNumbers<A>& n, const T* residual, int64_t activation, T* y) const {
         const int64_t offset = at(b, piece);
-        space_kernels<T>().scale(x_.data + offset, residual ? residual + offset : nullptr, panel(piece), prologue_,
-                                 gates(b), n.gate.data() + first(piece), static_cast<int>(activation), y + offset);
+        space_kernels<T>().scale(x_.data + offset, from(residual, offset), panel(piece), prologue_, gates(b),
+                                 n.gate.data() + first(piece), static_cast<int>(activation), y + offset);
     }
 
     // Reads grad and x (and y or the residual, and writes grad_residual): the sums of their product over the
@@ -210,10 +183,9 @@ class SpatialGate {
     void dot(int64_t b, int64_t piece, SpaceNumbers<A>& n, const T* grad, const T* y, const T* residual,
              int64_t activation, T* grad_residual, double* channel_dot) const {
         const int64_t offset = at(b, piece), p = first(piece);
-        space_kernels<T>().dot(grad + offset, x_.data + offset, y ? y + offset : nullptr,
-                               residual ? residual + offset : nullptr, panel(piece), prologue_, gates(b),
-                               n.gate.data() + p, static_cast<int>(activation),
-                               grad_residual ? grad_residual + offset : nullptr, n.dot.data() + p, channel_dot);
+        space_kernels<T>().dot(grad + offset, x_.data + offset, from(y, offset), from(residual, offset), panel(piece),
+                               prologue_, gates(b), n.gate.data() + p, static_cast<int>(activation),
+                               from(grad_residual, offset), n.dot.data() + p, channel_dot);
     }
     // Back through the gate and the convolution: what the pools over the channels pass on.
     void excite_backward(int64_t b, SpaceNumbers<A>& n, double* grad_taps, double* grad_bias) const {

@@ -86,22 +86,25 @@ inline void reduce_space(Panel panel, Channel channel, Position position, Term t
                     constexpr int kRows = decltype(count)::value;
                     decltype(channel(c, lanes)) row[kRows];
                     for (int k = 0; k < kRows; ++k) row[k] = channel(c + k, lanes);
-                    Vec<A> sums[2][kRows] = {};
-                    vectors<A>(first, last, [&](int64_t p, int64_t n, auto counted) {
-                        const auto here = position(p, n);
-                        Vec<A> sum{};
-                        for (int k = 0; k < kRows; ++k) {
-                            const Terms<A> t = term(row[k], here, (c + k) * panel.channel_stride + p, n);
-                            if constexpr (kPosition) sum += t.position;
-                            for (int j = 0; j < kChannelSums; ++j) sums[j][k] += counted.of(t.channel[j]);
-                        }
-                        if constexpr (kPosition) {
-                            A* to = &part[p - first];
-                            store(load(to) + counted.of(sum), to);
-                        }
-                    });
-                    for (int j = 0; j < kChannelSums; ++j)
-                        for (int k = 0; k < kRows; ++k) channel_sums[j][c + k] += sum_of<A>(sums[j][k]);
+                    for (int64_t from = first, to; from < last; from = to) {
+                        to = last - from < (kBlock + 1) * lanes ? last : from + kBlock * lanes;
+                        Vec<A> sums[2][kRows] = {};
+                        vectors<A>(from, to, [&](int64_t p, int64_t n, auto counted) {
+                            const auto here = position(p, n);
+                            Vec<A> sum{};
+                            for (int k = 0; k < kRows; ++k) {
+                                const Terms<A> t = term(row[k], here, (c + k) * panel.channel_stride + p, n);
+                                if constexpr (kPosition) sum += t.position;
+                                for (int j = 0; j < kChannelSums; ++j) sums[j][k] += counted.of(t.channel[j]);
+                            }
+                            if constexpr (kPosition) {
+                                A* at = &part[p - first];
+                                store(load(at) + counted.of(sum), at);
+                            }
+                        });
+                        for (int j = 0; j < kChannelSums; ++j)
+                            for (int k = 0; k < kRows; ++k) channel_sums[j][c + k] += sum_of<A>(sums[j][k]);
+                    }
                 });
                 for (int64_t i = 0; i < length; ++i) total[i] = begin ? total[i] + part[i] : part[i];
             }

@@ -13,12 +13,8 @@ std::tuple<Tensor, Tensor, Tensor> spatial_gate(const Tensor& x_in, const Tensor
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
-        const Tensor x_dense = dense_map(x_in);
-        const MapView<T> x(x_dense);
-        const OptionalTensor added = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
-        const T* from = pointer<T>(added);
-        Tensor y = empty_map<T>(x_dense);
-        T* out = static_cast<T*>(y.data_ptr());
+        const ForwardMaps<T> maps(x_in, residual);
+        const MapView<T>& x = maps.x;
         auto [state, index] = empty_space_state<A>(x_in);
         const AffineValues<A> affine(affine_weight, affine_bias);
         const SpatialConvolution<A> convolution(x_in, weight, bias, mean_first);
@@ -30,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_gate(const Tensor& x_in, const Tensor
                 for (int64_t b = begin; b < end; ++b) {
                     pass.pool(b, 0);
                     pass.excite(b, numbers);
-                    pass.scale(b, 0, numbers, from, post_activation, out);
+                    pass.scale(b, 0, numbers, maps.residual, post_activation, maps.out);
                 }
             });
         } else {
@@ -39,10 +35,11 @@ std::tuple<Tensor, Tensor, Tensor> spatial_gate(const Tensor& x_in, const Tensor
             parallel(units, elements, [&](int64_t unit) { pass.pool(unit / pieces, unit % pieces); });
             parallel(x.batch, elements, [&](int64_t b) { pass.excite(b, numbers[b]); });
             parallel(units, elements, [&](int64_t unit) {
-                pass.scale(unit / pieces, unit % pieces, numbers[unit / pieces], from, post_activation, out);
+                pass.scale(unit / pieces, unit % pieces, numbers[unit / pieces], maps.residual, post_activation,
+                           maps.out);
             });
         }
-        return std::make_tuple(y, state, index);
+        return std::make_tuple(maps.y, state, index);
     });
 }
 
@@ -71,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spatial_gate_backward
             pass.excite_backward(b, numbers, &grad_taps[b * taps], &grad_logits[b]);
         };
         auto spread = [&](int64_t b, int64_t piece, const SpaceNumbers<A>& numbers) {
-            pass.spread(b, piece, numbers, maps.epilogue ? maps.epilogue : maps.grad, {}, maps.out,
-                        grad_weight.piece(b, piece), grad_bias.piece(b, piece));
+            pass.spread(b, piece, numbers, maps.before_gate(), {}, maps.out, grad_weight.piece(b, piece),
+                        grad_bias.piece(b, piece));
         };
         if (pieces == 1) {
             parallel_ranges(x.batch, elements, [&](int64_t begin, int64_t end) {
