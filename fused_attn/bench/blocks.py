@@ -49,6 +49,9 @@ BLOCKS: dict[str, Block] = {
     "ese": Block(lambda m, c: m.EffectiveSE(c), (3, 7)),
     "se-max": Block(lambda m, c: m.SqueezeExcite(c, pool="avgmax"), (3, 7)),
     "se-residual-relu": Block(lambda m, c: m.SqueezeExcite(c, post_activation="relu"), (4, 10), residual=True),
+    "channel-attention": Block(lambda m, c: m.ChannelAttention(c), (3, 7)),
+    "spatial-attention": Block(lambda m, c: m.SpatialAttention(c, batch_norm=False), (3, 7)),
+    "cbam": Block(lambda m, c: m.CBAM(c, batch_norm=False), (4, 10)),
 }
 
 

@@ -17,6 +17,7 @@ TAX_PAIRS = (
     ("timm:seresnet50", "timm:resnet50"),
     ("timm:ecaresnet50d", "timm:resnet50d"),
     ("timm:regnety_016", "timm:regnetx_016"),
+    ("timm:resnet50+cbam", "timm:resnet50"),
 )
 
 

@@ -194,7 +194,7 @@ def cbam(
         ACTIVATION=activation,
         **{f"space_{k}": v for k, v in tables.items()},
         **shared,
-        **sizes,
+        **(sizes | {"BLOCK_H": 16}),  # a program has up to four times the channels that one of channel_gate has
         **found,
         **over_channels.arguments(x.dtype),
         **maps.exact(spatial_ties),

@@ -213,10 +213,13 @@ def _plan_over_channels(plan: Plan, itemsize: int, sms: int) -> Plan:
         block_s //= 2
     while programs() < wanted and block_k > max(block_c, CHANNELS_A_PROGRAM):
         block_k //= 2
+    block_c = max(min(block_k, plan.lane * THREADS // block_s), 1)  # tiles stay as large as they were
     s_blocks, n_cblk = triton.cdiv(size, block_s), triton.cdiv(plan.channels, block_k)
     blocks = triton.cdiv(s_blocks, min(max(PROGRAMS_PER_SM * sms // max(plan.batch * n_cblk, 1), 1), s_blocks))
     n_split = triton.cdiv(s_blocks, blocks)
-    return plan._replace(block_k=block_k, block_s=block_s, n_cblk=n_cblk, n_split=n_split, blocks=blocks)
+    return plan._replace(
+        block_k=block_k, block_c=block_c, block_s=block_s, n_cblk=n_cblk, n_split=n_split, blocks=blocks
+    )
 
 
 def plan_over_channels(x: Tensor, plan: Plan) -> Plan:

@@ -47,7 +47,7 @@ def channel_pool_pass(
             c = c0 + tl.arange(0, BLOCK_C)
             in_c = c < C
             weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
-            at, offsets, _ = tile_at(b, c0, first, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+            at, offsets, _step = tile_at(b, c0, first, C, S, LAYOUT, BLOCK_C, BLOCK_S)
             mask = in_c[:, None] & in_s[None, :]
             value = tl.load(x + at + offsets, mask=mask, other=0.0)
             v = activate(before_activation(value.to(ACC), weight, bias, affine_weight is not None), PRE)
@@ -88,13 +88,15 @@ def channel_dot_pass(
             c = c0 + tl.arange(0, BLOCK_C)
             in_c = c < C
             weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
-            at, offsets, _ = tile_at(b, c0, first, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+            at, offsets, _step = tile_at(b, c0, first, C, S, LAYOUT, BLOCK_C, BLOCK_S)
             mask = in_c[:, None] & in_s[None, :]
             value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
             v = activate(before_activation(value, weight, bias, affine_weight is not None), PRE)
             v = v * channel_gates(gate, c, in_c, GATE, ACC)
             if stride_b is not None:
-                grad_at, grad_offsets, _ = strided_tile_at(b, c0, first, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S)
+                grad_at, grad_offsets, _step = strided_tile_at(
+                    b, c0, first, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+                )
                 dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0).to(ACC)
             else:
                 dy = tl.load(grad + at + offsets, mask=mask, other=0.0).to(ACC)

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_attn.codes import ACTIVATIONS, LAYERS, POOLS, TIES
-from fused_attn.kernels import channel_gate, maps, scale, squeeze
+from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, scale, spatial_gate, squeeze
 
 TYPES = {
     torch.float64: "*fp64",
@@ -59,6 +59,7 @@ CASES = [
     *(Case(HEADLINE[0], channels_last=cl, layer="conv", layers=1) for cl in (False, True)),
     *(Case(HEADLINE[0], layer="dense", layers=n) for n in (0, 1)),
     *(Case(HEADLINE[0], channels_last=cl, pool="avgmax", ties=t) for cl in (False, True) for t in TIES),
+    *(Case(s, channels_last=cl, pool="both") for s in HEADLINE[:2] for cl in (False, True)),
     *(
         Case(HEADLINE[3], torch.float32, cl, pool="max", pre="silu", post="gelu", affine=True, residual=True)
         for cl in (False, True)
@@ -97,12 +98,24 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         y, state, index = channel_gate.channel_gate(x, *weights, *affine, residual, *codes)
         kept = (y, None) if keeps_y else (None, residual)
         channel_gate.channel_gate_backward(grad, x, kept[0], state, index, *weights, *affine, kept[1], *codes)
-        gate = make(*case.shape[:2])
-        scale.scale(x, gate, *affine, residual, pre, post)
-        scale.scale_backward(grad, x, kept[0], gate, *affine, kept[1], pre, post)
-        average, peak, place = squeeze.squeeze(x, *affine, pre, *pools)
-        to_avg = None if case.pool == "max" else average
-        squeeze.squeeze_backward(to_avg, None if case.pool == "avg" else peak, x, peak, place, *affine, pre, *pools)
+        for gate in (make(*case.shape[:2]), make(case.shape[0], 1, *case.shape[2:])):
+            scale.scale(x, gate, *affine, residual, pre, post)
+            scale.scale_backward(grad, x, kept[0], gate, *affine, kept[1], pre, post)
+        if case.pool != "both":  # which squeeze calls avgmax
+            average, peak, place = squeeze.squeeze(x, *affine, pre, *pools)
+            to_avg = None if case.pool == "max" else average
+            squeeze.squeeze_backward(to_avg, None if case.pool == "avg" else peak, x, peak, place, *affine, pre, *pools)
+        if case.dtype == torch.float32 and not case.affine:  # the spatial gates: as many kernels again
+            return found
+        space_codes = (0, TIES[case.ties], ACTIVATIONS["sigmoid"], pre, post)
+        spatial = (make(1, 2, 7, 7), make(1))
+        _, *states = spatial_gate.spatial_gate(x, *spatial, *affine, residual, *space_codes)
+        spatial_gate.spatial_gate_backward(grad, x, kept[0], *states, *spatial, *affine, kept[1], *space_codes)
+        pooled, place = channel_pool.channel_pool(x, *affine, pre, 0, TIES[case.ties])
+        channel_pool.channel_pool_backward(pooled, x, pooled, place, *affine, pre, 0, TIES[case.ties])
+        both_codes = (*codes[:5], *space_codes)
+        _, *states = cbam.cbam(x, *weights, *spatial, *affine, residual, *both_codes)
+        cbam.cbam_backward(grad, x, kept[0], *states, *weights, *spatial, *affine, kept[1], *both_codes)
     finally:
         maps.launch = original
     return found

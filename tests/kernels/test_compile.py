@@ -12,8 +12,15 @@ import pytest
 
 REGISTERS = 65536  # of a multiprocessor: at least two programs must fit it
 SHARED = 48 << 10  # what a program gets without asking for more
-MAP_KERNELS = {"_squeeze", "_squeeze_backward", "_scale", "_scale_backward", "_pool", "_gate", "_dot", "_spread"}
-SMALL_KERNELS = {"_finish", "_first_layer", "_parameters"}
+MAP_KERNELS = {
+    *("_squeeze", "_squeeze_backward", "_scale", "_scale_backward", "_pool", "_gate", "_dot", "_spread"),
+    *("_channel_pool", "_scale_space", "_dot_channels", "_spread_space"),
+    *("_excite_and_pool", "_scale_both", "_dot_channels_gated", "_dot_space", "_spread_both"),
+}
+SMALL_KERNELS = {
+    *("_finish", "_first_layer", "_parameters", "_finish_pool"),
+    *("convolve", "convolve_backward", "convolution_parameters"),
+}
 
 
 @pytest.mark.slow  # about 60 s an architecture: some 200 kernels each

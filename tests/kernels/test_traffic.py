@@ -11,7 +11,9 @@ import fused_attn
 from fused_attn import functional
 from fused_attn.backends import unavailable
 from tests.checks import LAYOUTS, in_layout, random
+from tests.ops.test_cbam import weights
 from tests.ops.test_channel_gate import excitation
+from tests.ops.test_spatial_gate import convolution
 
 SHAPE = (2, 6, 20, 21)
 
@@ -139,6 +141,40 @@ def test_squeeze_and_scale(traffic, layout):
     traffic.launches.clear()
     y.backward(in_layout(random(*SHAPE, seed=2), layout))
     assert traffic.passes() == [("_scale_backward", {"read grad": 1, "read x": 1, "write grad_x": 1})]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_spatial_gate(traffic, layout):
+    """3 + 4 passes in 3 + 4 launches."""
+    tensors = {k: v.requires_grad_() for k, v in convolution(SHAPE, torch.float32).items()}
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    y = functional.spatial_gate(x, **tensors)
+    pool, scale = ("_channel_pool", {"read x": 1}), ("_scale_space", {"read x": 1, "write y": 1})
+    assert traffic.passes() == [pool, ("convolve", {}), scale]
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    dot = ("_dot_channels", {"read grad": 1, "read x": 1})
+    spread = ("_spread_space", {"read grad": 1, "write grad_x": 1})
+    assert traffic.passes() == [dot, ("convolve_backward", {}), spread, ("convolution_parameters", {})]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pool", ["avg", "both"])
+def test_cbam(traffic, pool, layout):
+    """4 + 6 passes in 4 + 6 launches (one more forward where a maximum over space is split among programs)."""
+    tensors, options = weights("se", SHAPE, torch.float32)
+    tensors = {k: v.requires_grad_() for k, v in tensors.items()}
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    y = functional.cbam(x, **tensors, **options, pool=pool)
+    kernels = ["_pool", "_first_layer", "_excite_and_pool", "convolve", "_scale_both"]
+    found = [kernel for kernel, _ in traffic.passes()]
+    assert found in ([k for k in kernels if k != "_first_layer"], kernels if pool == "both" else None)
+    assert traffic.total() == 4
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    dots = [("_dot_channels_gated", 2), ("convolve_backward", 0), ("_dot_space", 2)]
+    rest = [("_spread_both", 2), ("_parameters", 0), ("convolution_parameters", 0)]
+    assert [(kernel, sum(p.values())) for kernel, p in traffic.passes()] == dots + rest
 
 
 def test_a_gradient_of_other_strides_is_read_where_it_lies(traffic):
