@@ -39,11 +39,14 @@ def build(source: str, tmp_path_factory) -> Path:
 
 
 def write(tensor: Tensor, path: Path) -> None:
-    path.write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path.write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
 
 
 def read(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(dtype).reshape(shape)
+    raw = np.fromfile(path, dtype=np.uint8)
+    if raw.size == 0:
+        return torch.empty([max(n, 0) for n in shape], dtype=dtype)
+    return torch.from_numpy(raw).view(dtype).reshape(shape)
 
 
 class Case:

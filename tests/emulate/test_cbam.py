@@ -32,6 +32,14 @@ def test_cbam(emulate, tmp_path, layout, ranks, dtype):
 
 
 @BOTH
+@pytest.mark.parametrize(("shape", "ranks"), [((1, 64, 14, 14), 2), ((1, 24, 20, 26), 1), ((1, 96, 7, 7), 16)])
+def test_as_many_threads_as_on_a_card(emulate, tmp_path, layout, shape, ranks):
+    threads = 512 // max(1, ranks // 2)
+    case = Case(shape, HALF, layout, ranks, threads, residual=True, post_activation="relu")
+    assert case.check(emulate, tmp_path) == {"forward": 3, "backward": 5}
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("layer", "layers", "taps"), [("dense", 2, 0), ("dense", 0, 0), ("dense", 1, 0), ("conv", 1, 3), ("circular", 1, 5)]
 )

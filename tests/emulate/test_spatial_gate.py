@@ -103,6 +103,17 @@ def test_prologue(emulate, tmp_path, layout, pre_activation, dtype, ties):
 
 
 @BOTH
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (2, 4, 3, 0)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_empty(emulate, tmp_path, layout, shape, gated):
+    case = Case(shape, torch.float32, layout, 2, gated=gated)
+    case.map = lambda flat: flat
+    found, _ = case.run(emulate, tmp_path)
+    assert found["y"].numel() == found["x"].numel() == 0
+    assert not found["weight"].any() and not found["bias"].any()
+
+
+@BOTH
 def test_float32_weights_of_a_half_map(emulate, tmp_path, layout):
     Case((2, 16, 4, 4), HALF, layout, 2, weights=torch.float32).check(emulate, tmp_path)
 
