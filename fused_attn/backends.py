@@ -34,10 +34,7 @@ MISSING: dict[tuple[str, str], str] = {
     ("cuda", "squeeze"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "scale"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "scale/space"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "channel_gate/both"): 'there is no resident kernel for pool="both"; use triton',
     ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "spatial_gate"): "there is no resident kernel for it; use triton",
-    ("cuda", "cbam"): "there is no resident kernel for it; use triton",
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")

@@ -40,13 +40,10 @@ def test_a_backend_that_cannot_serve_says_why():
 
 def test_what_a_backend_has_no_kernel_for(monkeypatch):
     """It is not chosen, and says so when it is asked for."""
-    x, weight = random(1, 4, 2, 2), random(1, 2, 3, 3)
+    x = random(1, 4, 2, 2)
     for name, call in {
-        "channel_gate/both": lambda: functional.channel_gate(x, pool="both"),
         "scale/space": lambda: functional.scale(x, random(1, 1, 2, 2)),
         "channel_pool": lambda: functional.channel_pool(x),
-        "spatial_gate": lambda: functional.spatial_gate(x, weight),
-        "cbam": lambda: functional.cbam(x, spatial_weight=weight),
     }.items():
         assert backends.MISSING["cuda", name] == backends.unavailable("cuda", name, "cuda")
         with fused_attn.backend("cuda"), pytest.raises(RuntimeError, match=f"cannot serve {name} on cpu"):

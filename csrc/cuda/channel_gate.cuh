@@ -33,26 +33,29 @@ struct Extent {
     bool channels_last, affine, backward;
     bool general;  // prologue, epilogue beyond ReLU, or float64: elements one by one
     int threads = kThreads;
+    bool gated = true;  // false: for a block that gates positions only
 
     int acc() const { return itemsize == 8 ? 8 : 4; }
+    int branches() const { return pool == kBoth ? 2 : 1; }
 };
 
 // Where things lie in a block's shared memory (byte offsets; each a multiple of 16).
 struct Carve {
-    int share = 0, rows = 0;      // channels owned and rows held by a block
-    int piece = 1, groups = 1;    // channels_last sums: neighbouring channels a thread, threads a channel
-    uint32_t x = 0, grad = 0;     // the slices
-    uint32_t part = 0;            // (groups, C) partial sums over rows; row 0 is read by the cluster
-    uint32_t own = 0;             // (share) descriptors; backward: gradients of the gate's logits
+    int share = 0, rows = 0;    // channels owned and rows held by a block
+    int piece = 1, groups = 1;  // channels_last sums: neighbouring channels a thread, threads a channel
+    uint32_t x = 0, grad = 0;   // the slices
+    uint32_t part = 0;          // (groups, C) partial sums over rows; row 0 is read by the cluster
+    // With both pools twice: of the averages, then of the maxima.
+    uint32_t own = 0;             // (share) descriptors; backward: gradients of the gate's logits (once)
     uint32_t exchange = 0;        // (H or C) partial products of a dense layer, read by the cluster
     uint32_t hidden = 0;          // (H) hidden activations; backward: gradients of hidden logits
-    uint32_t everyone = 0;        // (C) all blocks' `own`, for a convolution over channels
-    uint32_t result = 0;          // (share) gates; backward: gradients of descriptors
+    uint32_t everyone = 0;        // (C) all blocks' `own`, for a convolution over channels (once: their sum)
+    uint32_t result = 0;          // (share) gates (once); backward: gradients of descriptors
     uint32_t gate = 0, mean = 0;  // tables of the slice's channels: the gate; what each element's gradient
     uint32_t top = 0,
              top_at = 0;            //   gets through the mean; what the maximum gets and where (or which) it is
     uint32_t weight = 0, bias = 0;  //   affine parameters
-    uint32_t fold = 0;              // (threads) partial sums of a transposed product
+    uint32_t fold = 0;              // (threads) partial sums of a transposed product; lies last
     uint32_t bytes = 0;
 };
 
@@ -77,17 +80,25 @@ inline Carve carve(const Extent& e, int ranks) {
     const bool maximum = e.pool != kAvg;
     c.x = take(tile);
     if (e.backward) c.grad = take(tile);
-    if (e.channels_last) {
+    if (e.affine) {
+        c.weight = take(table * acc);
+        c.bias = take(table * acc);
+    }
+    if (e.channels_last && (e.gated || (e.affine && e.backward))) {
         c.piece = !e.general && e.channels % 4 == 0 ? 4 : 1;
         c.groups = std::max(1, e.threads / (e.channels / c.piece));
         const int sums = e.backward ? (e.affine ? 2 : 1) * acc : maximum ? (acc == 8 ? 24 : 12) : acc;
         c.part = take(int64_t(c.groups) * e.channels * sums);
     }
-    c.own = take(c.share * acc);
-    c.result = take(c.share * acc);
+    if (!e.gated) {
+        c.bytes = at;
+        return c;
+    }
+    c.own = take(c.share * acc * e.branches());
+    c.result = take(c.share * acc * e.branches());
     if (e.layers == 2) {
-        c.exchange = take(e.hidden * acc);
-        c.hidden = take(e.hidden * acc);
+        c.exchange = take(e.hidden * acc * e.branches());
+        c.hidden = take(e.hidden * acc * e.branches());
     } else if (e.layers == 1) {
         (e.layer == kDense ? c.exchange : c.everyone) = take(e.channels * acc);
     }
@@ -99,10 +110,6 @@ inline Carve carve(const Extent& e, int ranks) {
             c.top_at = take(table * acc);
         }
         if (e.layer == kDense && e.layers > 0) c.fold = take(e.threads * acc);
-    }
-    if (e.affine) {
-        c.weight = take(table * acc);
-        c.bias = take(table * acc);
     }
     c.bytes = at;
     return c;
@@ -116,11 +123,15 @@ inline uint32_t shared_limit(int capability) {
 }
 inline int cluster_limit(int capability) { return capability < 90 ? 1 : capability < 120 ? 16 : 8; }
 
-// The smallest cluster whose shared memory holds a sample; 0: none does, the sample must stream.
-inline int resident_cluster_size(const Extent& extent, int capability) {
+// The smallest cluster whose shared memory holds a sample, bytes(ranks) a block; 0: none does, it must stream.
+template <class Bytes>
+int smallest_cluster(int capability, Bytes bytes) {
     for (int ranks = 1; ranks <= cluster_limit(capability); ranks *= 2)
-        if (carve(extent, ranks).bytes <= shared_limit(capability)) return ranks;
+        if (bytes(ranks) <= shared_limit(capability)) return ranks;
     return 0;
+}
+inline int resident_cluster_size(const Extent& extent, int capability) {
+    return smallest_cluster(capability, [&](int ranks) { return carve(extent, ranks).bytes; });
 }
 
 // n / divisor for n * divisor < 2^40, without a division.
@@ -136,22 +147,29 @@ struct Divider {
 };
 
 // What a launch is told. Maps are (B, C, spatial) or (B, spatial, C); state is (B, state_width) of Acc, its
-// rows s (C), z2 (C), z1 (H), peak (C); scratch is for the gradients of the parameters.
+// rows s (C), z2 (C), z1 (H), peak (C), or with both pools average (C), z2 (C), its z1 (H), maximum (C), its z1
+// (H); scratch is for the gradients of the parameters.
 struct Call {
     const char *x = nullptr, *residual = nullptr, *grad = nullptr, *y_saved = nullptr;
     char *y = nullptr, *grad_x = nullptr, *grad_residual = nullptr;
     void* state = nullptr;
     int32_t* index = nullptr;
     Small weight1, bias1, weight2, bias2, affine_weight, affine_bias;
-    void *grad_z2 = nullptr, *grad_z1 = nullptr;  // (B, C), (B, H)
+    void *grad_z2 = nullptr, *grad_z1 = nullptr;  // (B, C), (B, H); with both pools (B, 2, H)
     void *affine_weight_sums = nullptr,
          *affine_bias_sums = nullptr;  // (B, C), or (B, ranks, C) in channels_last
     int dtype = kFloat32, itemsize = 4;
     int channels = 0, spatial = 0, hidden = 0, taps = 0, layers = 0, layer = 0, state_width = 0;
     int pool = 0, ties = 0, activation = 0, gate = 0, pre_activation = 0, post_activation = 0;
+    __device__ __forceinline__ bool both() const { return pool == kBoth; }
+    __device__ __forceinline__ int branches() const { return pool == kBoth ? 2 : 1; }
     Carve carve;
     Divider channel_of;  // by spatial (NCHW) or channels (channels_last)
 };
+inline int state_width(const Call& call) {
+    if (call.pool == kBoth) return 3 * call.channels + 2 * call.hidden;
+    return 2 * call.channels + call.hidden + (call.pool != kAvg && call.ties == kEven ? call.channels : 0);
+}
 
 template <class Io, bool kChannelsLast>
 struct Block {
@@ -236,80 +254,126 @@ struct Block {
     template <class Part, bool kGrad, bool kExchange, class Visit, class Finish>
     __device__ __forceinline__ void reduce(Visit visit, Finish finish) const {
         if constexpr (kChannelsLast) {
-            Part* const parts = reinterpret_cast<Part*>(shared + call.carve.part);
-            if (!Io::kGeneral && call.carve.piece == 4) {
-                reduce_columns<Part, kGrad, Io::kGeneral ? 1 : 4>(parts, visit);
-            } else {
-                reduce_columns<Part, kGrad, 1>(parts, visit);
-            }
-            block_barrier();
-            for (int c = thread; c < call.channels; c += threads) {
-                Part part = parts[c];
-                for (int g = 1; g < call.carve.groups; ++g) part.merge(parts[g * call.channels + c]);
-                if constexpr (kExchange) {
-                    parts[c] = part;
-                } else {
-                    finish(c, part);
-                }
-            }
-            if constexpr (kExchange) {
-                cluster_barrier();
-                for (int c = thread; c < own; c += threads) {
-                    Part part = *of_rank(&parts[first_channel + c], 0);
-                    for (int r = 1; r < ranks; ++r) part.merge(*of_rank(&parts[first_channel + c], r));
-                    finish(c, part);
-                }
-            }
+            const auto element = [&](Part& part, int row, int c, int i, Acc value, Acc grad_y, Acc) {
+                visit(part, c, i, first_row + row, value, grad_y);
+            };
+            reduce_columns<Part, kGrad, kExchange>(
+                {call.channels, rows, call.carve.piece, call.carve.groups, first_channel, own, call.carve.part},
+                element, finish);
         } else {
-            // Some lanes of a warp a channel, by 16-byte blocks; those at its ends are shared with its
-            // neighbours.
-            int lanes = 1;
-            while (lanes < 32 && lanes * V < call.spatial) lanes *= 2;
-            const int a_warp = 32 / lanes, lane = thread % lanes;
-            for (int first = thread / 32 * a_warp; first < own; first += threads / 32 * a_warp) {
-                const int c = first + thread % 32 / lanes;
-                Part part;
-                if (c < own) {
-                    const int begin = c * call.spatial, end = begin + call.spatial;
-                    for (int i = begin - (begin + head) % V + lane * V; i < end; i += lanes * V) {
-                        Acc values[V], grads[V] = {};
-                        Io::load(call.dtype, x, i, values);
-                        if constexpr (kGrad) Io::load(call.dtype, grad, i, grads);
-                        if (V == 1 || (i >= begin && i + V <= end)) {
+            const auto element = [&](Part& part, int c, int position, int i, Acc value, Acc grad_y, Acc) {
+                visit(part, c, i, position, value, grad_y);
+            };
+            reduce_rows<Part, kGrad>(own, call.spatial, nullptr, element, finish);
+        }
+    }
+    // The slice as a matrix of `height` rows of `width` neighbours (positions of a channel in NCHW, channels of a
+    // position in channels_last). visit(part, row, column, place in the slice, x, grad, weight of the column);
+    // `weights` of the columns may be null.
+    // One result a row: some lanes of a warp a row, by 16-byte blocks; those at its ends are shared with its
+    // neighbours.
+    template <class Part, bool kGrad, class Visit, class Finish>
+    __device__ __forceinline__ void reduce_rows(int height, int width, const Acc* weights, Visit visit,
+                                                Finish finish) const {
+        int lanes = 1;
+        while (lanes < 32 && lanes * V < width) lanes *= 2;
+        const int a_warp = 32 / lanes, lane = thread % lanes;
+        for (int first = thread / 32 * a_warp; first < height; first += threads / 32 * a_warp) {
+            const int r = first + thread % 32 / lanes;
+            Part part;
+            if (r < height) {
+                const int begin = r * width, end = begin + width;
+                for (int i = begin - (begin + head) % V + lane * V; i < end; i += lanes * V) {
+                    Acc values[V], grads[V] = {}, weight[V] = {};
+                    Io::load(call.dtype, x, i, values);
+                    if constexpr (kGrad) Io::load(call.dtype, grad, i, grads);
+                    if (V == 1 || (i >= begin && i + V <= end)) {
+                        if (weights) load_table<V>(weights, i - begin, width % V == 0, weight);
 #pragma unroll
-                            for (int e = 0; e < V; ++e) visit(part, c, i + e, i + e - begin, values[e], grads[e]);
-                        } else {
+                        for (int e = 0; e < V; ++e)
+                            visit(part, r, i + e - begin, i + e, values[e], grads[e], weight[e]);
+                    } else {
 #pragma unroll
-                            for (int e = 0; e < V; ++e)
-                                if (i + e >= begin && i + e < end)
-                                    visit(part, c, i + e, i + e - begin, values[e], grads[e]);
-                        }
+                        for (int e = 0; e < V; ++e)
+                            if (i + e >= begin && i + e < end)
+                                visit(part, r, i + e - begin, i + e, values[e], grads[e],
+                                      weights ? weights[i + e - begin] : Acc(0));
                     }
                 }
-                merge_lanes(part, lanes);
-                if (c < own && lane == 0) finish(c, part);
+            }
+            merge_lanes(part, lanes);
+            if (r < height && lane == 0) finish(r, part);
+        }
+    }
+    // One result a column: threads (group g, `piece` neighbouring columns), rows g, g + groups, ... Partial results
+    // lie at `parts`, of which a block owns columns first_own .. first_own + own over the cluster.
+    struct Columns {
+        int width, height, piece, groups, first_own, own;
+        uint32_t parts;
+    };
+    template <class Part, bool kGrad, bool kExchange, class Visit, class Finish>
+    __device__ __forceinline__ void reduce_columns(const Columns& m, Visit visit, Finish finish) const {
+        Part* const parts = reinterpret_cast<Part*>(shared + m.parts);
+        if (!Io::kGeneral && m.piece == 4) {
+            reduce_pieces<Part, kGrad, Io::kGeneral ? 1 : 4>(m, parts, visit);
+        } else {
+            reduce_pieces<Part, kGrad, 1>(m, parts, visit);
+        }
+        block_barrier();
+        for (int c = thread; c < m.width; c += threads) {
+            Part part = parts[c];
+            for (int g = 1; g < m.groups; ++g) part.merge(parts[g * m.width + c]);
+            if constexpr (kExchange) {
+                parts[c] = part;
+            } else {
+                finish(c, part);
+            }
+        }
+        if constexpr (kExchange) {
+            cluster_barrier();
+            for (int c = thread; c < m.own; c += threads) {
+                Part part = *of_rank(&parts[m.first_own + c], 0);
+                for (int r = 1; r < ranks; ++r) part.merge(*of_rank(&parts[m.first_own + c], r));
+                finish(c, part);
             }
         }
     }
-    // Threads (group g, N neighbouring channels): rows g, g + groups, ...
     template <class Part, bool kGrad, int N, class Visit>
-    __device__ __forceinline__ void reduce_columns(Part* parts, Visit visit) const {
-        const int columns = call.channels / N;
-        for (int item = thread; item < columns * call.carve.groups; item += threads) {
+    __device__ __forceinline__ void reduce_pieces(const Columns& m, Part* parts, Visit visit) const {
+        const int columns = m.width / N;
+        for (int item = thread; item < columns * m.groups; item += threads) {
             const int group = item / columns, c = item % columns * N;
             Part sums[N];
 #pragma unroll 2
-            for (int row = group; row < rows; row += call.carve.groups) {
-                const int i = row * call.channels + c;
+            for (int row = group; row < m.height; row += m.groups) {
+                const int i = row * m.width + c;
                 Acc values[N], grads[N] = {};
                 Io::load(call.dtype, x, i, values);
                 if constexpr (kGrad) Io::load(call.dtype, grad, i, grads);
 #pragma unroll
-                for (int e = 0; e < N; ++e) visit(sums[e], c + e, i + e, first_row + row, values[e], grads[e]);
+                for (int e = 0; e < N; ++e) visit(sums[e], row, c + e, i + e, values[e], grads[e], Acc(0));
             }
 #pragma unroll
-            for (int e = 0; e < N; ++e) parts[group * call.channels + c + e] = sums[e];
+            for (int e = 0; e < N; ++e) parts[group * m.width + c + e] = sums[e];
         }
+    }
+    // N values of a table from place c, 16 bytes at a time where c is a multiple of N.
+    template <int N, class Value>
+    static __device__ __forceinline__ void load_table(const Value* table, int c, bool aligned, Value (&values)[N]) {
+        constexpr int kAtOnce = 16 / sizeof(Value);
+        if constexpr (N % kAtOnce == 0) {
+            if (aligned) {
+#pragma unroll
+                for (int e = 0; e < N; e += kAtOnce) {
+                    const auto some = *reinterpret_cast<const Elements<Value, kAtOnce>*>(table + c + e);
+#pragma unroll
+                    for (int k = 0; k < kAtOnce; ++k) values[e + k] = some.at[k];
+                }
+                return;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < N; ++e) values[e] = table[c + e];
     }
 
     // The channels of the V elements at `i` of the slice (some may lie outside it), to look up tables.
@@ -327,13 +391,7 @@ struct Block {
             if (V == 1) {
                 values[0] = table[c];
             } else if (kChannelsLast && block.call.channels % V == 0) {
-                constexpr int kAtOnce = 16 / sizeof(Value);
-#pragma unroll
-                for (int e = 0; e < V; e += kAtOnce) {
-                    const auto four = *reinterpret_cast<const Elements<Value, kAtOnce>*>(table + c + e);
-#pragma unroll
-                    for (int k = 0; k < kAtOnce; ++k) values[e + k] = four.at[k];
-                }
+                load_table<V>(table, c, true, values);
             } else if (!kChannelsLast && block.call.spatial >= V) {  // at most two channels
                 const Value here = table[c], next = table[min(c + 1, block.own - 1)];
 #pragma unroll
@@ -442,29 +500,41 @@ struct Block {
     }
 
     // Gates of the channels owned, from the descriptors of the channels owned: one cluster barrier. A dense
-    // layer is summed over the blocks' columns, so that descriptors need not travel.
+    // layer is summed over the blocks' columns, so that descriptors need not travel. With both pools the
+    // excitation is linear from the hidden activations on, so that the two meet there.
     __device__ __forceinline__ void excite() const {
         Acc* const descriptors = at(call.carve.own);
+        if (call.both() && call.layers < 2) {
+            for (int c = thread; c < own; c += threads) descriptors[c] += descriptors[call.carve.share + c];
+            block_barrier();
+        }
         if (call.layers == 0) {
             for (int c = thread; c < own; c += threads) set_gate(c, descriptors[c]);
         } else if (call.layer == kDense) {
             Acc* const exchange = at(call.carve.exchange);
-            product(call.weight1, call.layers == 2 ? call.hidden : call.channels, call.channels, first_channel, own,
-                    descriptors, [&](int r, Acc sum) { exchange[r] = sum; });
+            const int width = call.layers == 2 ? call.hidden : call.channels;
+            const int branches = call.layers == 2 ? call.branches() : 1;
+            for (int b = 0; b < branches; ++b)
+                product(call.weight1, width, call.channels, first_channel, own, descriptors + b * call.carve.share,
+                        [&](int r, Acc sum) { exchange[b * width + r] = sum; });
             cluster_barrier();
             if (call.layers == 2) {
                 Acc* const hidden = at(call.carve.hidden);
                 for (int h = thread; h < call.hidden; h += threads) {
-                    const Acc logit = exchanged(h) + bias(call.bias1, h);
-                    if (rank == 0) state()[2 * call.channels + h] = logit;
-                    hidden[h] = activate(call.activation, logit);
+                    Acc sum = 0;
+                    for (int b = 0; b < branches; ++b) {
+                        const Acc logit = exchanged(b * width + h) + bias(call.bias1, h);
+                        if (rank == 0) hidden_logits(b)[h] = logit;
+                        sum += activate(call.activation, logit);
+                    }
+                    hidden[h] = sum;
                 }
                 block_barrier();
                 product(call.weight2, own, call.hidden, int64_t(first_channel) * call.hidden, call.hidden, hidden,
-                        [&](int c, Acc sum) { set_gate(c, sum + bias(call.bias2, first_channel + c)); });
+                        [&](int c, Acc sum) { set_gate(c, sum + biases(call.bias2, first_channel + c)); });
             } else {
                 for (int c = thread; c < own; c += threads)
-                    set_gate(c, exchanged(first_channel + c) + bias(call.bias1, first_channel + c));
+                    set_gate(c, exchanged(first_channel + c) + biases(call.bias1, first_channel + c));
             }
         } else {
             Acc* const everyone = at(call.carve.everyone);
@@ -472,7 +542,7 @@ struct Block {
             gather(call.carve.own, [&](int c, Acc value) { everyone[c] = value; });
             block_barrier();
             for (int c = thread; c < own; c += threads) {
-                Acc sum = bias(call.bias1, 0);
+                Acc sum = biases(call.bias1, 0);
                 for (int k = 0; k < call.taps; ++k) {
                     const int other = neighbour(first_channel + c, k - call.taps / 2);
                     if (other >= 0) sum += value_at<Acc>(call.weight1, k) * everyone[other];
@@ -483,6 +553,13 @@ struct Block {
     }
     __device__ __forceinline__ Acc bias(const Small& values, int i) const {
         return values.data ? value_at<Acc>(values, i) : Acc(0);
+    }
+    // The bias of the last layer, once for each pool.
+    __device__ __forceinline__ Acc biases(const Small& values, int i) const {
+        return static_cast<Acc>(call.branches()) * bias(values, i);
+    }
+    __device__ __forceinline__ Acc* hidden_logits(int branch) const {
+        return state() + (branch ? 3 : 2) * call.channels + branch * call.hidden;
     }
 
     // Gradients of the descriptors owned (to `result`) from those of the gate's logits (in `own`): the
@@ -499,17 +576,21 @@ struct Block {
                                [&](int i, Acc sum) { exchange[i] = sum; });
             cluster_barrier();
             if (call.layers == 2) {
-                Acc *const hidden = at(call.carve.hidden), *const logits = state() + 2 * call.channels;
-                for (int h = thread; h < call.hidden; h += threads) {
-                    hidden[h] = exchanged(h) * derivative(call.activation, logits[h]);
-                    if (rank == 0) static_cast<Acc*>(call.grad_z1)[sample * call.hidden + h] = hidden[h];
+                Acc* const hidden = at(call.carve.hidden);
+                for (int i = thread; i < call.branches() * call.hidden; i += threads) {
+                    const int branch = i >= call.hidden, h = i - branch * call.hidden;
+                    hidden[i] = exchanged(h) * derivative(call.activation, hidden_logits(branch)[h]);
+                    if (rank == 0)
+                        static_cast<Acc*>(call.grad_z1)[sample * call.branches() * call.hidden + i] = hidden[i];
                 }
                 block_barrier();
-                transposed_product(call.weight1, call.hidden, call.channels, first_channel, own, hidden,
-                                   [&](int c, Acc sum) { result[c] = sum; });
-            } else {
-                for (int c = thread; c < own; c += threads) result[c] = exchanged(first_channel + c);
+                for (int b = 0; b < call.branches(); ++b)
+                    transposed_product(call.weight1, call.hidden, call.channels, first_channel, own,
+                                       hidden + b * call.hidden,
+                                       [&](int c, Acc sum) { result[b * call.carve.share + c] = sum; });
+                return;
             }
+            for (int c = thread; c < own; c += threads) result[c] = exchanged(first_channel + c);
         } else {
             Acc* const everyone = at(call.carve.everyone);
             cluster_barrier();
@@ -524,6 +605,8 @@ struct Block {
                 result[c] = sum;
             }
         }
+        if (call.both())
+            for (int c = thread; c < own; c += threads) result[call.carve.share + c] = result[c];
     }
 
     // Descriptors of the channels owned, to shared memory and to state; with a maximum its index and value
@@ -546,9 +629,12 @@ struct Block {
                 const int channel = first_channel + c;
                 Acc descriptor = part.sum / static_cast<Acc>(call.spatial);
                 if constexpr (kMaximum) {
-                    descriptor = call.pool == kMax ? part.peak : Acc(0.5) * descriptor + Acc(0.5) * part.peak;
+                    if (call.pool == kMax) descriptor = part.peak;
+                    if (call.pool == kAvgMax) descriptor = Acc(0.5) * descriptor + Acc(0.5) * part.peak;
+                    if (call.both()) at(call.carve.own)[call.carve.share + c] = part.peak;
                     index()[channel] = part.index;
-                    if (call.ties == kEven) state()[2 * call.channels + call.hidden + channel] = part.peak;
+                    if (call.ties == kEven || call.both())
+                        state()[2 * call.channels + call.hidden + channel] = part.peak;
                 }
                 at(call.carve.own)[c] = descriptor;
                 state()[channel] = descriptor;
@@ -556,9 +642,8 @@ struct Block {
         block_barrier();
     }
 
-    __device__ __forceinline__ void forward() const {
-        load(call.x, nullptr);
-        wait();
+    // The gates of the slice's channels, in the table `gate` after the next block barrier.
+    __device__ __forceinline__ void gate_channels() const {
         if (call.pool == kAvg) {
             squeeze<Sum<Acc>>();
         } else if (call.ties == kEven) {
@@ -567,11 +652,17 @@ struct Block {
             squeeze<Peak<Acc, false>>();
         }
         excite();
-        const Acc* const gates = at(call.carve.gate);
         if (kChannelsLast) {
             cluster_barrier();
             gather(call.carve.result, [&](int c, Acc value) { at(call.carve.gate)[c] = value; });
         }
+    }
+
+    __device__ __forceinline__ void forward() const {
+        load(call.x, nullptr);
+        wait();
+        gate_channels();
+        const Acc* const gates = at(call.carve.gate);
         cluster_arrive();  // the last look into other blocks is behind us; none may leave before all have had
                            // it
         block_barrier();
@@ -658,6 +749,40 @@ struct Block {
         return call.ties == kEven ? (hit ? Acc(1) : Acc(0)) * share : hit ? share : Acc(0);
     }
 
+    __device__ __forceinline__ void set_grad_gate(int c, Acc sum) const {
+        const int channel = first_channel + c;
+        const Acc g = sum * derivative(call.gate, state()[call.channels + channel]);
+        at(call.carve.own)[c] = g;
+        if (call.grad_z2) static_cast<Acc*>(call.grad_z2)[sample * call.channels + channel] = g;
+    }
+    // From the gradients of the gates owned to what the pools pass to each element, in the tables `mean` and `top`
+    // after the next block barrier.
+    __device__ __forceinline__ void gate_channels_backward() const {
+        block_barrier();
+        excite_backward();
+        const Acc weight = call.pool == kAvgMax ? Acc(0.5) : Acc(1);
+        const auto spread_mean = [&](int c, Acc g) {
+            at(call.carve.mean)[c] = call.pool == kMax ? Acc(0) : weight * g / static_cast<Acc>(call.spatial);
+        };
+        const auto spread_top = [&](int c, Acc g) {
+            at(call.carve.top)[c] =
+                call.ties == kEven ? weight * g / static_cast<Acc>(index()[table_start() + c]) : weight * g;
+        };
+        const uint32_t top =
+            call.carve.result + (call.both() ? call.carve.share * static_cast<uint32_t>(sizeof(Acc)) : 0u);
+        if (kChannelsLast) {
+            cluster_barrier();
+            gather(call.carve.result, spread_mean);
+            if (call.pool != kAvg) gather(top, spread_top);
+        } else {
+            block_barrier();
+            for (int c = thread; c < own; c += threads) {
+                spread_mean(c, at(call.carve.result)[c]);
+                if (call.pool != kAvg) spread_top(c, at(top)[c]);
+            }
+        }
+    }
+
     __device__ __forceinline__ void backward() const {
         load(call.x, call.grad);
         prepare_backward();
@@ -665,28 +790,8 @@ struct Block {
         if (call.post_activation != kIdentity) epilogue_backward();
         reduce<Sum<Acc>, true, true>(
             [&](Sum<Acc>& part, int c, int, int, Acc value, Acc grad_y) { part.sum += grad_y * prologue(value, c); },
-            [&](int c, const Sum<Acc>& part) {
-                const int channel = first_channel + c;
-                const Acc g = part.sum * derivative(call.gate, state()[call.channels + channel]);
-                at(call.carve.own)[c] = g;
-                if (call.grad_z2) static_cast<Acc*>(call.grad_z2)[sample * call.channels + channel] = g;
-            });
-        block_barrier();
-        excite_backward();
-        const auto spread = [&](int c, Acc g) {
-            const Acc weight = call.pool == kAvgMax ? Acc(0.5) : Acc(1);
-            at(call.carve.mean)[c] = call.pool == kMax ? Acc(0) : weight * g / static_cast<Acc>(call.spatial);
-            if (call.pool != kAvg)
-                at(call.carve.top)[c] =
-                    call.ties == kEven ? weight * g / static_cast<Acc>(index()[table_start() + c]) : weight * g;
-        };
-        if (kChannelsLast) {
-            cluster_barrier();
-            gather(call.carve.result, spread);
-        } else {
-            block_barrier();
-            for (int c = thread; c < own; c += threads) spread(c, at(call.carve.result)[c]);
-        }
+            [&](int c, const Sum<Acc>& part) { set_grad_gate(c, part.sum); });
+        gate_channels_backward();
         cluster_arrive();  // as in forward
         block_barrier();
         if (Io::kGeneral && call.affine_weight.data) affine_backward();
@@ -739,13 +844,14 @@ struct Block {
                 const Acc g = grad_u(c, i, u, grad_y) * derivative(call.pre_activation, before);
                 part.merge({g * value, g});
             },
-            [&](int c, const TwoSums<Acc>& part) {
-                const int64_t row = kChannelsLast ? sample * ranks + rank : sample;
-                const int64_t to = row * call.channels + table_start() + c;
-                static_cast<Acc*>(call.affine_weight_sums)[to] = part.first;
-                static_cast<Acc*>(call.affine_bias_sums)[to] = part.second;
-            });
+            [&](int c, const TwoSums<Acc>& part) { set_affine_sums(c, part); });
         block_barrier();  // what follows overwrites x
+    }
+    __device__ __forceinline__ void set_affine_sums(int c, const TwoSums<Acc>& part) const {
+        const int64_t row = kChannelsLast ? sample * ranks + rank : sample;
+        const int64_t to = row * call.channels + table_start() + c;
+        static_cast<Acc*>(call.affine_weight_sums)[to] = part.first;
+        static_cast<Acc*>(call.affine_bias_sums)[to] = part.second;
     }
 };
 
@@ -759,7 +865,8 @@ __global__ void __launch_bounds__(kThreads, 1) channel_gate_backward_kernel(cons
 }
 
 // One parameter's gradient: to[i, j] = sum over rows b, in order, of left[b, i] * activation(right[b, j]);
-// without `right` of left[b, i]. With taps > 0 a convolution's: to[k] = sum over b, c of left[b, c] *
+// without `right` of left[b, i]; the same of left2 and right2 is added where they are given. `tall`: many rows, one
+// block a column of `left`. With taps > 0 a convolution's: to[k] = sum over b, c of left[b, c] *
 // right[b, c + k - taps / 2], one block a tap. left and right are rows of Acc with the given strides.
 struct ParameterGrad {
     void* to = nullptr;
@@ -767,10 +874,11 @@ struct ParameterGrad {
     const void *left = nullptr, *right = nullptr;
     int64_t left_stride = 0, right_stride = 0, rows = 0;
     int width_left = 0, width_right = 1, activation = 0, taps = 0;
-    bool circular = false;
+    bool circular = false, tall = false;
+    const void *left2 = nullptr, *right2 = nullptr;
 };
 struct ParameterGrads {
-    ParameterGrad of[6];
+    ParameterGrad of[8];
     int count = 0;
 
     // Blocks along x that serve the largest of them.
@@ -778,7 +886,8 @@ struct ParameterGrads {
         int64_t most = 1;
         for (int i = 0; i < count; ++i) {
             const int64_t elements = int64_t(of[i].width_left) * of[i].width_right;
-            most = std::max(most, of[i].taps ? of[i].taps : (elements + threads - 1) / threads);
+            const int64_t blocks = of[i].tall ? elements : (elements + threads - 1) / threads;
+            most = std::max(most, of[i].taps ? of[i].taps : blocks);
         }
         return most;
     }
@@ -789,24 +898,35 @@ struct ParameterGrads {
 template <class Target>
 ParameterGrads parameter_grads(const Call& call, int64_t batch, int64_t affine_rows, const bool (&wanted)[6],
                                Target target) {
-    const bool two = call.layers == 2;
+    const bool two = call.layers == 2, both = call.pool == kBoth;
     const int64_t item = call.itemsize == 8 ? 8 : 4, width = call.state_width;
+    const int channels = call.channels, hidden = call.hidden;
     const char* const state = static_cast<const char*>(call.state);
-    const char* const z1 = state + 2 * call.channels * item;
+    const char* const z1 = state + 2 * channels * item;
+    const char* const maximum = both ? z1 + hidden * item : nullptr;
     ParameterGrad all[6];
-    all[0] = all[1] = {nullptr, 0, call.grad_z2, nullptr, call.channels, width, batch, call.channels};
-    if (two) all[0] = all[1] = {nullptr, 0, call.grad_z1, nullptr, call.hidden, width, batch, call.hidden};
+    all[0] = all[1] = {nullptr, 0, call.grad_z2, nullptr, channels, width, batch, channels};
+    all[1].left2 = both ? call.grad_z2 : nullptr;
+    if (two) {
+        const char* const grad_z1 = static_cast<const char*>(call.grad_z1);
+        all[0] = all[1] = {nullptr, 0, grad_z1, nullptr, (both ? 2 : 1) * hidden, width, batch, hidden};
+        all[1].left2 = both ? grad_z1 + hidden * item : nullptr;
+    }
+    all[0].left2 = all[1].left2;
     all[0].right = state;
-    all[0].width_right = call.channels;
+    all[0].right2 = maximum;
+    all[0].width_right = channels;
     all[0].taps = call.taps;
     all[1].taps = call.taps ? 1 : 0;
     all[0].circular = call.layer == kCircular;
-    all[2] = all[3] = {nullptr, 0, call.grad_z2, nullptr, call.channels, width, batch, call.channels};
+    all[2] = all[3] = {nullptr, 0, call.grad_z2, nullptr, channels, width, batch, channels};
     all[2].right = z1;
-    all[2].width_right = call.hidden;
+    all[2].right2 = both ? maximum + channels * item : nullptr;
+    all[2].left2 = all[3].left2 = both ? call.grad_z2 : nullptr;
+    all[2].width_right = hidden;
     all[2].activation = call.activation;
-    all[4] = {nullptr, 0, call.affine_weight_sums, nullptr, call.channels, 0, affine_rows, call.channels};
-    all[5] = {nullptr, 0, call.affine_bias_sums, nullptr, call.channels, 0, affine_rows, call.channels};
+    all[4] = {nullptr, 0, call.affine_weight_sums, nullptr, channels, 0, affine_rows, channels};
+    all[5] = {nullptr, 0, call.affine_bias_sums, nullptr, channels, 0, affine_rows, channels};
     ParameterGrads grads;
     for (int i = 0; i < 6; ++i) {
         if (!wanted[i]) continue;
@@ -821,6 +941,7 @@ template <class Acc>
 __global__ void __launch_bounds__(256) parameter_grad_kernel(const __grid_constant__ ParameterGrads grads) {
     const ParameterGrad& g = grads.of[block_row()];
     const Acc *left = static_cast<const Acc*>(g.left), *right = static_cast<const Acc*>(g.right);
+    const Acc *left2 = static_cast<const Acc*>(g.left2), *right2 = static_cast<const Acc*>(g.right2);
     const auto store = [&](int64_t i, Acc value) {
         const Small to{g.to, g.dtype};
         with_data(to, [&](auto* p) {
@@ -833,7 +954,7 @@ __global__ void __launch_bounds__(256) parameter_grad_kernel(const __grid_consta
             }
         });
     };
-    if (g.taps == 0) {
+    if (g.taps == 0 && !g.tall) {
         const int64_t i = block_index() * thread_count() + thread_rank();
         if (i >= int64_t(g.width_left) * g.width_right) return;
         const int64_t l = i / g.width_right, r = i % g.width_right;
@@ -842,24 +963,34 @@ __global__ void __launch_bounds__(256) parameter_grad_kernel(const __grid_consta
         for (int64_t b = 0; b < g.rows; ++b) {
             const Acc value = left[b * g.left_stride + l];
             sum += right ? value * activate(g.activation, right[b * g.right_stride + r]) : value;
+            if (left2) {
+                const Acc second = left2[b * g.left_stride + l];
+                sum += right ? second * activate(g.activation, right2[b * g.right_stride + r]) : second;
+            }
         }
         store(i, sum);
         return;
     }
     const int64_t tap = block_index();
-    if (tap >= g.taps) return;
+    if (tap >= (g.tall ? g.width_left : g.taps)) return;
     Acc* const fold = reinterpret_cast<Acc*>(shared_memory());
     const int channels = g.width_left;
     Sum<Acc> part;
-    for (int64_t i = thread_rank(); i < g.rows * channels; i += thread_count()) {
-        const int64_t b = i / channels;
-        const int c = static_cast<int>(i % channels);
-        int64_t other = c + tap - g.taps / 2;
-        if (g.circular) other = (other % channels + channels) % channels;
-        if (!right) {
-            part.sum += left[b * g.left_stride + c];
-        } else if (other >= 0 && other < channels) {
-            part.sum += left[b * g.left_stride + c] * right[b * g.right_stride + other];
+    if (g.tall) {
+        for (int64_t b = thread_rank(); b < g.rows; b += thread_count()) part.sum += left[b * g.left_stride + tap];
+    } else {
+        for (int64_t i = thread_rank(); i < g.rows * channels; i += thread_count()) {
+            const int64_t b = i / channels;
+            const int c = static_cast<int>(i % channels);
+            int64_t other = c + tap - g.taps / 2;
+            if (g.circular) other = (other % channels + channels) % channels;
+            if (!right) {
+                part.sum += left[b * g.left_stride + c] * (left2 ? 2 : 1);
+            } else if (other >= 0 && other < channels) {
+                Acc sum = right[b * g.right_stride + other];
+                if (right2) sum += right2[b * g.right_stride + other];
+                part.sum += left[b * g.left_stride + c] * sum;
+            }
         }
     }
     merge_lanes(part, 32);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cluster.cuh"
 
@@ -42,6 +43,17 @@ __device__ __forceinline__ void write_map(Words4* p, const Words4& v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                  "r"(v.word[3])
                  : "memory");
+}
+struct alignas(8) Words2 {
+    uint32_t word[2];
+};
+__device__ __forceinline__ Words2 read_map(const Words2* p) {
+    Words2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ void write_map(Words2* p, const Words2& v) {
+    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]) : "memory");
 }
 template <class T>
 __device__ __forceinline__ T read_map(const T* p) {
@@ -171,6 +183,24 @@ struct Typed {
                 if (at + e >= 0 && at + e < count) write_map(to + e, elements[e]);
         }
     }
+    // N elements in global memory from `at`, a place aligned to all of them.
+    template <int N>
+    using Words = std::conditional_t<N * sizeof(T) == 16, Words4, std::conditional_t<N * sizeof(T) == 8, Words2, T>>;
+    template <int N>
+    static __device__ __forceinline__ void read_some(int, const char* map, int at, Acc (&values)[N]) {
+        const auto raw = read_map(reinterpret_cast<const Words<N>*>(reinterpret_cast<const T*>(map) + at));
+        const T* elements = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+        for (int e = 0; e < N; ++e) values[e] = widen(elements[e]);
+    }
+    template <int N>
+    static __device__ __forceinline__ void write_some(char* map, int at, const Acc (&values)[N]) {
+        Words<N> raw;
+        T* elements = reinterpret_cast<T*>(&raw);
+#pragma unroll
+        for (int e = 0; e < N; ++e) narrow(values[e], elements[e]);
+        write_map(reinterpret_cast<Words<N>*>(reinterpret_cast<T*>(map) + at), raw);
+    }
     static __device__ __forceinline__ Acc rounded(int, Acc value) {
         T stored;
         narrow(value, stored);
@@ -204,6 +234,10 @@ struct Untyped {
     static __device__ __forceinline__ void store(int dtype, char* tile, int at, const Acc (&values)[1]) {
         with_storage<Acc>(dtype,
                           [&](auto* p) { narrow(values[0], reinterpret_cast<Pointee<decltype(p)>*>(tile)[at]); });
+    }
+    template <int N>
+    static __device__ __forceinline__ void read_some(int dtype, const char* map, int at, Acc (&values)[N]) {
+        read(dtype, map, at, 0, values);
     }
     static __device__ __forceinline__ void read(int dtype, const char* map, int at, int, Acc (&values)[1]) {
         values[0] = with_storage<Acc>(dtype, [&](auto* p) -> Acc {

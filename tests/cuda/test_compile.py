@@ -21,8 +21,10 @@ def nvcc() -> str:
     return found
 
 
+# (3 storage types, any in float, float64) x 2 layouts x 2 directions; the parameters' in 2 accumulators
+@pytest.mark.parametrize("source", ["channel_gate", "spatial_gate", "cbam"])
 @pytest.mark.parametrize("architecture", ["80", "90a", "100"])
-def test_no_spills_no_stack(tmp_path, architecture):
+def test_no_spills_no_stack(tmp_path, architecture, source):
     include = Path(torch.__file__).parent / "include"
     command = [
         nvcc(),
@@ -33,7 +35,7 @@ def test_no_spills_no_stack(tmp_path, architecture):
         str(include),
     ]
     command += ["--expt-relaxed-constexpr", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    command += ["-Xptxas=-v", "-cubin", "-o", str(tmp_path / "cubin"), str(SOURCES / "cuda/channel_gate.cu")]
+    command += ["-Xptxas=-v", "-cubin", "-o", str(tmp_path / "cubin"), str(SOURCES / f"cuda/{source}.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     if "Unsupported gpu architecture" in done.stderr:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
@@ -45,7 +47,6 @@ def test_no_spills_no_stack(tmp_path, architecture):
         done.stderr,
         re.DOTALL,
     )
-    # (3 storage types, any in float, float64) x 2 layouts x 2 directions; the parameters' in 2 accumulators
     assert len(kernels) == 22
     for name, stack, stores, loads, registers in kernels:
         assert (stack, stores, loads) == ("0", "0", "0"), name
@@ -54,8 +55,9 @@ def test_no_spills_no_stack(tmp_path, architecture):
 
 
 def test_ptx_stays_in_the_primitives():
-    kernels = [p for p in (SOURCES / "cuda").glob("*.cu*") if p.name not in ("cluster.cuh", "io.cuh", "reduce.cuh")]
-    assert len(kernels) >= 3
+    primitives = ("cluster.cuh", "io.cuh", "reduce.cuh")
+    kernels = [p for p in (SOURCES / "cuda").iterdir() if p.name not in primitives]
+    assert len(kernels) >= 8
     assert not [p.name for p in kernels if "asm" in p.read_text()]
 
 
@@ -97,3 +99,26 @@ def test_where_samples_fit(plan, channels_last):
     assert plan(480, 14 * 14, capability=80) == 0 and plan(480, 14 * 14) == 1
     assert plan(256, 14 * 14, capability=80) == 1
     assert plan(256, 56 * 56, capability=120) == 0
+
+
+# The smallest clusters, forward and backward, of bfloat16 samples: (layout, cbam) in each column.
+FITS = {
+    (256, 56): {(False, False): (16, 16), (False, True): (16, 16), (True, False): (8, 16), (True, True): (16, 16)},
+    (512, 28): {(False, False): (4, 8), (False, True): (4, 8), (True, False): (4, 8), (True, True): (8, 8)},
+    (1024, 14): {(False, False): (2, 4), (False, True): (4, 4), (True, False): (2, 4), (True, True): (4, 8)},
+    (2048, 7): {(False, False): (1, 2), (False, True): (2, 4), (True, False): (1, 2), (True, True): (2, 4)},
+    (64, 112): {(False, False): (0, 0), (False, True): (0, 0), (True, False): (16, 0), (True, True): (16, 0)},
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("cbam", [False, True])
+def test_where_samples_gated_by_position_fit(plan, channels_last, cbam):
+    def ask(channels, size, *, itemsize=2, backward=False, capability=90):
+        arguments = (channels, 1, size, size, 1, 7, 7, itemsize, channels_last, cbam, 2 * cbam, channels // 16)
+        return torch.ops.fused_attn.resident_space_cluster_size(*arguments, 0, 3, False, False, backward, capability)
+
+    for shape, expected in FITS.items():
+        assert (ask(*shape), ask(*shape, backward=True)) == expected[channels_last, cbam]
+    assert ask(256, 56, itemsize=4, backward=True) == 0
+    assert ask(256, 14, capability=80) == 1 and ask(256, 14, capability=80, backward=True) == 0

@@ -34,6 +34,9 @@ using std::min;
 struct alignas(16) Words4 {
     uint32_t word[4];
 };
+struct alignas(8) Words2 {
+    uint32_t word[2];
+};
 
 namespace machine {
 

@@ -120,6 +120,17 @@ def test_unaligned_views_and_gradients_of_any_strides():
     torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_pools(layout, dtype):
+    reason = unavailable(fused_attn.backends.forced(), "channel_gate/both", "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    for shape in ((256, 28, 28), (40, 7, 7)):
+        check(inputs_of(shape, dtype, layout), pool="both")
+        check(inputs_of(shape, dtype, layout, layers=1, layer="conv"), layer="conv", pool="both", ties="even")
+
+
 def test_what_does_not_fit_says_so_or_streams(backend):
     if backend == "triton":
         check(inputs_of((256, 128, 128), torch.bfloat16, "nchw", batch=1))

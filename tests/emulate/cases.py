@@ -1,0 +1,252 @@
+"""A call of a block on the emulated machine: its tensors and options, its run, its judgement against float64."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fused_attn.reference
+from fused_attn.codes import ACTIVATIONS, LAYERS, ORDERS, POOLS, TIES
+
+from ..checks import largest, random
+
+HERE = Path(__file__).parent
+CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+PARAMETERS = ("weight1", "bias1", "weight2", "bias2", "affine_weight", "affine_bias")
+# One rounding at the output, in epsilons of the largest value; float32 and float64 also sum in another order.
+EPS = {torch.float64: 1024, torch.float32: 128, torch.float16: 3, torch.bfloat16: 3}
+
+
+def build(source: str, tmp_path_factory) -> Path:
+    """An emulated program, under AddressSanitizer and UBSan."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ to build the emulator with")
+    program = tmp_path_factory.mktemp("emulate") / "emulate"
+    flags = ["-std=c++17", "-O1", "-g1", "-DFUSED_ATTN_EMULATE", "-fsanitize=address,undefined"]
+    flags += ["-fno-sanitize-recover=all", f"-I{HERE}"]
+    subprocess.run([compiler, *flags, str(HERE / source), "-o", str(program)], check=True)
+    return program
+
+
+def write(tensor: Tensor, path: Path) -> None:
+    path.write_bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+
+
+def read(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    raw = np.fromfile(path, dtype=np.uint8)
+    if raw.size == 0:
+        return torch.empty([max(n, 0) for n in shape], dtype=dtype)
+    return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+
+class Case:
+    """One call of a channel gate: tensors, options, and how it is spread over the machine."""
+
+    parameters = PARAMETERS
+
+    def __init__(self, shape=(2, 8, 7, 7), dtype=torch.float32, layout="nchw", ranks=1, threads=64, seed=0, **options):
+        self.dtype, self.layout, self.ranks, self.threads, self.seed = dtype, layout, ranks, threads, seed
+        self.options = {
+            "layer": "dense",
+            "pool": "avg",
+            "ties": "first",
+            "activation": "relu",
+            "gate": "sigmoid",
+        }
+        self.options |= {"pre_activation": "identity", "post_activation": "identity"}
+        self.layers = options.pop("layers", 2)
+        hidden, bias, taps = options.pop("hidden", 3), options.pop("bias", True), options.pop("taps", 3)
+        with_affine, with_residual = options.pop("affine", False), options.pop("residual", False)
+        weights = options.pop("weights", None) or dtype
+        special = options.pop("x", None)
+        self.options |= self.only(options)
+        c, dense = shape[1], self.options["layer"] == "dense"
+        self.hidden, self.taps = (
+            (hidden if self.layers == 2 else 0),
+            (0 if dense or self.layers == 0 else taps),
+        )
+        t: dict[str, Tensor | None] = dict.fromkeys((*self.parameters, "residual"))
+        t["x"] = (random(*shape, seed=1) if special is None else special).to(dtype)
+        t["grad"] = random(*shape, seed=2, dtype=dtype)
+        if self.layers == 2:
+            t["weight1"], t["weight2"] = random(hidden, c, seed=3), random(c, hidden, seed=4)
+            t["bias1"], t["bias2"] = random(hidden, seed=5), random(c, seed=6)
+        elif self.layers == 1:
+            t["weight1"] = random(c, c, seed=3) if dense else random(1, 1, taps, seed=3)
+            t["bias1"] = random(c if dense else 1, seed=5)
+        if not bias:
+            t["bias1"] = t["bias2"] = None
+        if with_affine:
+            t["affine_weight"], t["affine_bias"] = random(c, seed=7), random(c, seed=8)
+        if with_residual:
+            t["residual"] = random(*shape, seed=9, dtype=dtype)
+        t |= self.more(shape)
+        for name in self.parameters:
+            if t[name] is not None:
+                t[name] = t[name].to(weights)
+        self.tensors = t
+
+    def only(self, options: dict) -> dict:
+        """The options that are handed on to the reference."""
+        return options
+
+    def more(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Further tensors of the call."""
+        return {}
+
+    def numbers(self) -> dict[str, int]:
+        """Further numbers for the program."""
+        return {"gated": 1}
+
+    def run(self, program: Path, folder: Path, drop: int = -1) -> tuple[dict[str, Tensor], dict[str, float]]:
+        t, o = self.tensors, self.options
+        b, c, *spatial = t["x"].shape
+        general = o["pre_activation"] != "identity" or o["post_activation"] not in ("identity", "relu")
+        general = general or t["affine_weight"] is not None or self.dtype == torch.float64
+        numbers = {
+            "batch": b, "channels": c, "spatial": int(np.prod(spatial)), "hidden": self.hidden,
+            "taps": self.taps, "layers": self.layers, "general": int(general),
+            "channels_last": int(self.layout == "channels_last"),
+            "ranks": self.ranks, "threads": self.threads, "seed": self.seed, "drop": drop,
+            "layer": LAYERS[o["layer"]], "pool": POOLS[o["pool"]], "ties": TIES[o["ties"]],
+        }  # fmt: skip
+        numbers |= {k: ACTIVATIONS[o[k]] for k in ("activation", "gate", "pre_activation", "post_activation")}
+        numbers |= self.numbers()
+        lines = [f"{k} {v}" for k, v in numbers.items()]
+        for name, tensor in t.items():
+            if tensor is not None:
+                lines.append(f"tensor {name} {CODES[tensor.dtype]} {tensor.numel()}")
+                write(self.memory(tensor) if name in ("x", "grad", "residual") else tensor, folder / f"{name}.bin")
+        (folder / "case.txt").write_text("\n".join(lines) + "\n")
+        environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
+        environment.pop("LD_PRELOAD", None)
+        done = subprocess.run([program, folder], capture_output=True, text=True, env=environment, timeout=120)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        out = {"y": self.map(read(folder / "out_y.bin", self.dtype, (-1,)))}
+        out["x"] = self.map(read(folder / "out_grad_x.bin", self.dtype, (-1,)))
+        if t["residual"] is not None and o["post_activation"] != "identity":
+            out["residual"] = self.map(read(folder / "out_grad_residual.bin", self.dtype, (-1,)))
+        for name in self.parameters:
+            if t[name] is not None:
+                out[name] = read(folder / f"out_grad_{name}.bin", t[name].dtype, t[name].shape)
+        acc = torch.float64 if self.dtype == torch.float64 else torch.float32
+        for name, rows in {"state": (b, -1), "space_state": (b, 3, *spatial)}.items():
+            if (folder / f"out_{name}.bin").exists():
+                setattr(self, name, read(folder / f"out_{name}.bin", acc, rows))
+        for name, rows in {"index": (b, c), "space_index": (b, *spatial)}.items():
+            if (folder / f"out_{name}.bin").exists():
+                setattr(self, name, read(folder / f"out_{name}.bin", torch.int32, rows))
+        passes = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("passes"))
+        return out, {k: float(v) for k, v in passes.items()}
+
+    def memory(self, tensor: Tensor) -> Tensor:
+        return tensor.movedim(1, -1) if self.layout == "channels_last" else tensor
+
+    def map(self, flat: Tensor) -> Tensor:
+        shape = self.memory(self.tensors["x"]).shape
+        return flat.reshape(shape).movedim(-1, 1) if self.layout == "channels_last" else flat.reshape(shape)
+
+    def exact(self) -> dict[str, Tensor]:
+        """The output ("y") and all gradients of the reference in float64."""
+        leaves = {k: v.double().requires_grad_() for k, v in self.tensors.items() if v is not None and k != "grad"}
+        affine = (leaves["affine_weight"], leaves["affine_bias"]) if "affine_weight" in leaves else None
+        y = self.reference(leaves, affine)
+        grads = torch.autograd.grad(y, list(leaves.values()), self.tensors["grad"].double(), allow_unused=True)
+        return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    def reference(self, leaves: dict[str, Tensor], affine: tuple[Tensor, Tensor] | None) -> Tensor:
+        given = {k: leaves.get(k) for k in ("weight1", "bias1", "weight2", "bias2", "residual")}
+        return fused_attn.reference.channel_gate(leaves["x"], **given, affine=affine, **self.options)
+
+    def check(self, program: Path, folder: Path, drop: int = -1, floor: float = 0.0) -> dict[str, float]:
+        found, passes = self.run(program, folder, drop)
+        for name, exact in self.exact().items():
+            if name not in found:
+                continue
+            actual = found[name].double()
+            assert torch.equal(actual.isnan(), exact.isnan()), f"{name}: NaN is not where the reference has it"
+            error = largest((actual - exact).nan_to_num())
+            bound = EPS[found[name].dtype] * torch.finfo(found[name].dtype).eps * max(largest(exact), 1e-3)
+            assert error <= max(bound, floor), f"{name}: error {error:.3g} is above {bound:.3g}"
+        return passes
+
+
+class SpaceCase(Case):
+    """One call of a spatial gate, or with `gated` of CBAM."""
+
+    parameters = (*PARAMETERS, "weight", "bias")
+
+    def __init__(self, shape=(2, 8, 7, 7), *arguments, gated=False, kernel=7, order=("max", "mean"), **options):
+        rank = len(shape) - 2
+        self.gated, self.order = gated, order
+        self.kernel = (kernel,) * rank if isinstance(kernel, int) else kernel
+        self.space_bias = options.pop("space_bias", True)
+        super().__init__(shape, *arguments, **({} if gated else {"layers": 0}), **options)
+
+    def only(self, options):
+        self.space = {"ties": options.pop("space_ties", "first"), "gate": options.pop("space_gate", "sigmoid")}
+        return options
+
+    def more(self, shape):
+        weight = random(1, 2, *self.kernel, seed=11, scale=float(np.prod(self.kernel)) ** -0.5)
+        return {"weight": weight, "bias": random(1, seed=12) if self.space_bias else None}
+
+    def numbers(self):
+        spatial = self.tensors["x"].shape[2:]
+        size, kernel = (1,) * (3 - len(spatial)) + spatial, (1,) * (3 - len(spatial)) + self.kernel
+        axes = ("depth", "height", "width")
+        return {
+            "gated": int(self.gated), "mean_first": ORDERS[self.order], "space_ties": TIES[self.space["ties"]],
+            "space_gate": ACTIVATIONS[self.space["gate"]], **dict(zip(axes, size, strict=True)),
+            **{f"kernel_{axis}": k for axis, k in zip(axes, kernel, strict=True)},
+        }  # fmt: skip
+
+    def exact(self):
+        if self.dtype in (torch.float64, torch.float32):
+            return super().exact()
+        module = sys.modules["fused_attn.reference.channel_pool"]
+        with mock.patch.object(module, "channel_max", self.rounded_max):
+            return super().exact()
+
+    def rounded_max(self, x: Tensor, ties: str) -> Tensor:
+        """The maximum over channels of x rounded to the map's dtype, which makes equals that float64 tells apart."""
+        rounded = x.detach().to(self.dtype)
+        peak, first = rounded.max(1, keepdim=True)
+        chosen = torch.zeros_like(x).scatter_(1, first, 1.0) if ties == "first" else (rounded == peak).double()
+        return peak.double() + ((x - x.detach()) * chosen / chosen.sum(1, keepdim=True)).sum(1, keepdim=True)
+
+    def reference(self, leaves, affine):
+        o, given = self.options, {k: leaves.get(k) for k in ("weight1", "bias1", "weight2", "bias2")}
+        ends = {k: o[k] for k in ("pre_activation", "post_activation")} | {"residual": leaves.get("residual")}
+        weights = leaves["weight"], leaves.get("bias")
+        if not self.gated:
+            return fused_attn.reference.spatial_gate(
+                leaves["x"], *weights, order=self.order, affine=affine, **self.space, **ends
+            )
+        return fused_attn.reference.cbam(
+            leaves["x"],
+            **given,
+            spatial_weight=weights[0],
+            spatial_bias=weights[1],
+            layer=o["layer"],
+            pool=o["pool"],
+            channel_ties=o["ties"],
+            activation=o["activation"],
+            channel_gate=o["gate"],
+            order=self.order,
+            spatial_ties=self.space["ties"],
+            spatial_gate=self.space["gate"],
+            affine=affine,
+            **ends,
+        )
