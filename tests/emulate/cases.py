@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -27,14 +28,19 @@ EPS = {torch.float64: 1024, torch.float32: 128, torch.float16: 3, torch.bfloat16
 
 
 def build(source: str, tmp_path_factory) -> Path:
-    """An emulated program, under AddressSanitizer and UBSan."""
+    """An emulated program, under AddressSanitizer and UBSan; built once for all workers of a run."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ to build the emulator with")
-    program = tmp_path_factory.mktemp("emulate") / "emulate"
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    program = folder / f"emulate_{Path(source).stem}"
     flags = ["-std=c++17", "-O1", "-g1", "-DFUSED_ATTN_EMULATE", "-fsanitize=address,undefined"]
     flags += ["-fno-sanitize-recover=all", f"-I{HERE}"]
-    subprocess.run([compiler, *flags, str(HERE / source), "-o", str(program)], check=True)
+    with open(folder / f"{program.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            subprocess.run([compiler, *flags, str(HERE / source), "-o", str(program)], check=True)
     return program
 
 
