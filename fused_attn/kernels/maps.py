@@ -128,6 +128,7 @@ class Plan(NamedTuple):
 LANE_BYTES, LANE_ALONE = 32, 4
 THREADS = 128
 SMALLEST_TILE = 512
+LONG_ROW = 2**26  # offsets within a tile have 32 bits
 # Programs a multiprocessor that a launch aims at, and at most for one sample: each of a sample's programs sums what
 # all of them left (parts x hidden numbers), which must stay small beside the map.
 PROGRAMS_PER_SM = 8
@@ -177,7 +178,7 @@ def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms:
         block_s = min(next_power_of_2(size), tile // block_c)
     else:
         block_s = _width(size, 512, 64)
-        block_c = 1 if size >= 2**26 else min(next_power_of_2(channels), tile // block_s)  # offsets in a tile: 32 bits
+        block_c = 1 if size >= LONG_ROW else min(next_power_of_2(channels), tile // block_s)
     least_c = min(block_c, 32 // itemsize) if layout == CHANNELS_LAST.value else 1
     while block_c * block_s > SMALLEST_TILE and batch * _tiles(channels, size, block_c, block_s) < wanted:
         if layout == CHANNELS_LAST.value and block_s > 1:
@@ -200,7 +201,7 @@ def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_over_channels(plan: Plan, itemsize: int, sms: int) -> Plan:
+def _plan_over_channels(plan: Plan, sms: int) -> Plan:
     size, wanted = max(plan.space, 1), 2 * sms
     block_c, block_s = plan.block_c, plan.block_s
     block_k = max(min(next_power_of_2(plan.channels), CHANNELS_A_POOL), block_c)
@@ -213,7 +214,8 @@ def _plan_over_channels(plan: Plan, itemsize: int, sms: int) -> Plan:
         block_s //= 2
     while programs() < wanted and block_k > max(block_c, CHANNELS_A_PROGRAM):
         block_k //= 2
-    block_c = max(min(block_k, plan.lane * THREADS // block_s), 1)  # tiles stay as large as they were
+    if size < LONG_ROW:
+        block_c = max(min(block_k, plan.lane * THREADS // block_s), 1)  # tiles stay as large as they were
     s_blocks, n_cblk = triton.cdiv(size, block_s), triton.cdiv(plan.channels, block_k)
     blocks = triton.cdiv(s_blocks, min(max(PROGRAMS_PER_SM * sms // max(plan.batch * n_cblk, 1), 1), s_blocks))
     n_split = triton.cdiv(s_blocks, blocks)
@@ -224,7 +226,7 @@ def _plan_over_channels(plan: Plan, itemsize: int, sms: int) -> Plan:
 
 def plan_over_channels(x: Tensor, plan: Plan) -> Plan:
     """A plan for passes that reduce over channels: as many channels a program as may be, split along space first."""
-    return _plan_over_channels(plan, x.element_size(), multiprocessors(x.device))
+    return _plan_over_channels(plan, multiprocessors(x.device))
 
 
 def _tiles(channels: int, size: int, block_c: int, block_s: int) -> int:
