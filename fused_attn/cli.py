@@ -21,9 +21,10 @@ except ImportError as error:
 
 import torch
 
-from . import __version__, demo, info, verify
+from . import __version__, demo, info, verify, viz
 from .bench import blocks, models
 from .bench.measure import Figure, copy_bandwidth, environment, geometric_means
+from .fusion import fuse
 from .hosts import UnknownModel, build_model, import_host
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -382,6 +383,80 @@ def plot_ratios(figures: list[Figure], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+@main.command("attention")
+@options(
+    click.option("--model", "name", default=None, help="timm:NAME, torchvision:NAME, module:factory, file.py:factory"),
+    click.option(
+        "--weights",
+        type=click.Path(path_type=Path),
+        default=None,
+        help="A state_dict to load. Default: random weights.",
+    ),
+    click.option("--image", type=click.Path(path_type=Path), default=None, help="Default: scikit-image's cat."),
+    click.option("--size", type=click.IntRange(1), default=224, help="Side of the network's input. Default: 224."),
+    click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("fused_attn_maps.png")),
+    device_option,
+)
+def attention_command(
+    name: str | None, weights: Path | None, image: Path | None, size: int, out: Path, device: str | None
+) -> None:
+    """Show where and on which channels the attention blocks of a network look, on one photograph."""
+    need("matplotlib")
+    need("skimage")
+    if name is None:
+        raise UserError("--model: expected one, such as timm:seresnet18; got none")
+    place = pick_device(device)
+    torch.manual_seed(0)
+    try:
+        picture = viz.photograph(image, size)
+        model = build_model(name)
+        if weights is not None:
+            load_weights(model, weights)
+        elif name.startswith(("timm:", "torchvision:")):
+            open_branches(model)
+        model = fuse(model).to(place)
+        maps = viz.attention_maps(model, viz.network_input(picture).to(place))
+    except (UnknownModel, ValueError) as error:
+        raise UserError(str(error)) from None
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} on 1x3x{size}x{size}: {reason}") from None
+    rows = [
+        [m.name, m.block]
+        + ["-" if gate is None else f"{gate.min():.3g} to {gate.max():.3g}" for gate in (m.channel, m.spatial)]
+        for m in maps
+    ]
+    table(f"gates on {image or 'the cat'}", ["name", "block", "channel gate", "spatial gate"], rows)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        viz.show(picture, maps, out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: {str(error).splitlines()[0]}") from None
+    console.print(f"picture: {out}")
+
+
+def open_branches(model: torch.nn.Module) -> None:
+    """Random weights often start with the last norm of every branch at 0, where each gate would see nothing."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 1 and not weight.any():
+            torch.nn.init.ones_(weight)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """A file that torch.save wrote: the state_dict, or what has it under "state_dict" or "model"."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model"):
+            state = state.get(key, state)
+        model.load_state_dict(state)
+    except Exception as error:  # what a file that is no checkpoint raises is anything
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise UserError(f"{path}: {' '.join(lines[:2])}") from None
 
 
 @main.command("info")

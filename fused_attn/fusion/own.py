@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..reference import ChannelAttention, SpatialAttention
+from ..reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention
 from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, register
 
 _MODULE = "fused_attn.reference"
@@ -79,3 +79,15 @@ def gather_excite(block: Any) -> Recipe | str:
     if block.extent:
         return "its pool is not global"
     return ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)
+
+
+def own_recipe(block: Any) -> Recipe | None:
+    """The gate of one of the blocks above or of `fused_attn.nn`, whatever becomes of it; None: its pool is windows."""
+    if isinstance(block, CBAM):
+        gate = _channel_gate(block.channel, "channel.")
+        return gate if block.spatial is None else CbamGate(gate, _spatial_gate(block.spatial, "spatial."))
+    if isinstance(block, SpatialAttention):
+        return _spatial_gate(block, "")
+    if isinstance(block, GatherExcite):
+        return None if block.extent else ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)
+    return _channel_gate(block, "")

@@ -42,6 +42,30 @@ def _wrap(row: Tensor, pad: int) -> Tensor:
     return row[..., index]
 
 
+def channel_logits(
+    x: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    *,
+    layer: str = "dense",
+    pool: str = "avg",
+    ties: str = "first",
+    activation: str = "relu",
+) -> Tensor:
+    """(B, C, *spatial) to (B, C): what the gate's function is applied to."""
+
+    def logits_of(descriptor: Tensor) -> Tensor:
+        return excite(descriptor, weight1, bias1, weight2, bias2, layer=layer, activation=activation)
+
+    if pool == "both":
+        return logits_of(x.mean(space(x))) + logits_of(global_max(x, ties))
+    if pool == "avgmax":
+        return logits_of(0.5 * x.mean(space(x)) + 0.5 * global_max(x, ties))
+    return logits_of(x.mean(space(x)) if pool == "avg" else global_max(x, ties))
+
+
 def channel_gate(
     x: Tensor,
     weight1: Tensor | None = None,
@@ -61,14 +85,5 @@ def channel_gate(
 ) -> Tensor:
     """See `fused_attn.functional.channel_gate`."""
     x = prologue(x, affine, pre_activation)
-
-    def logits_of(descriptor: Tensor) -> Tensor:
-        return excite(descriptor, weight1, bias1, weight2, bias2, layer=layer, activation=activation)
-
-    if pool == "both":
-        logits = logits_of(x.mean(space(x))) + logits_of(global_max(x, ties))
-    elif pool == "avgmax":
-        logits = logits_of(0.5 * x.mean(space(x)) + 0.5 * global_max(x, ties))
-    else:
-        logits = logits_of(x.mean(space(x)) if pool == "avg" else global_max(x, ties))
+    logits = channel_logits(x, weight1, bias1, weight2, bias2, layer=layer, pool=pool, ties=ties, activation=activation)
     return scale(x, FUNCTIONS[gate](logits), residual=residual, post_activation=post_activation)

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from fused_attn import backends, cli, demo, verify
 from fused_attn.bench import blocks
 from fused_attn.bench.measure import Figure, Timing, geometric_means
+from fused_attn.hosts import build_model
 
 PNG = b"\x89PNG"
 
@@ -35,7 +36,7 @@ def console_writes_where_click_looks(monkeypatch):
     monkeypatch.setattr(cli.console, "_file", None)
 
 
-@pytest.mark.parametrize("command", ["demo", "verify", "bench", "info"])
+@pytest.mark.parametrize("command", ["demo", "verify", "bench", "attention", "info"])
 def test_help(command):
     assert "--help" in run(command, "--help")
 
@@ -154,6 +155,32 @@ def test_means_are_of_ratios():
     assert row["eager / fused"] == pytest.approx(4.0) and row["worst eager"] == 2.0
 
 
+ATTENTIVE = """
+import torch
+from torch import nn
+from fused_attn.reference import CBAM, SqueezeExcite
+
+def model():
+    return nn.Sequential(nn.Conv2d(3, 16, 3), CBAM(16), nn.Conv2d(16, 16, 3), SqueezeExcite(16))
+"""
+
+
+def test_attention_of_a_photograph(tmp_path):
+    source, weights, photograph, out = (tmp_path / n for n in ("net.py", "net.pt", "photo.png", "pictures/maps.png"))
+    source.write_text(ATTENTIVE)
+    text = run("attention", "--model", f"{source}:model", "--size", "32", "--out", str(out))
+    assert "CBAM" in text and "SqueezeExcite" in text and str(out) in text.replace("\n", "")
+    photograph.write_bytes(out.read_bytes())
+    out.unlink()
+    state = build_model(f"{source}:model").state_dict()
+    state["3.fc2.weight"].zero_()
+    state["3.fc2.bias"].zero_()
+    torch.save({"state_dict": state}, weights)
+    options = ("--weights", str(weights), "--image", str(photograph), "--size", "32", "--out", str(out))
+    assert "0.5 to 0.5" in run("attention", "--model", f"{source}:model", *options)
+    assert out.read_bytes().startswith(PNG)
+
+
 MISTAKES = {
     "a model that is not there": ["verify", "--model", "timm:no_such_network"],
     "a library that is not there": ["verify", "--model", "no_such_library:factory"],
@@ -164,6 +191,12 @@ MISTAKES = {
     "a shape": ["bench", "--shapes", "32-256"],
     "a block": ["bench", "--ops", "attention"],
     "a pair": ["bench", "--no-blocks", "--pair", "timm:resnet50"],
+    "no model": ["attention"],
+    "a photograph that is not there": ["attention", "--model", "torch.nn:Identity", "--image", "no/such/photo.png"],
+    "a photograph that is none": ["attention", "--model", "torch.nn:Identity", "--image", __file__],
+    "weights that are not there": ["attention", "--model", "torch.nn:Identity", "--weights", "no/such/weights.pt"],
+    "weights that are none": ["attention", "--model", "torch.nn:Identity", "--weights", __file__],
+    "no attention": ["attention", "--model", "torch.nn:Identity"],
     "a device": ["verify", "--device", "warp"],
 }
 
