@@ -23,7 +23,8 @@ SMALL_KERNELS = {
 }
 
 
-@pytest.mark.slow  # about 60 s an architecture: some 200 kernels each
+@pytest.mark.slow  # one to four minutes an architecture: some 300 kernels each
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel(capability):
     if importlib.util.find_spec("triton") is None:
