@@ -43,6 +43,5 @@ def test_every_kernel(capability):
         print(f"sm_{capability} {f['kernel']} {f['case']}: {f['REG']} registers, {f['shared']} bytes shared")
     aligned = [f for f in found if "56, 56" in f["case"] and f["kernel"] in MAP_KERNELS]
     assert len(aligned) > 40
-    assert all(f["loads of 16 bytes"] for f in aligned if f["kernel"] != "_squeeze_backward"), (
-        "a load of a map is narrow"
-    )
+    only_pools = ("_squeeze_backward", "_spread_space")  # where nothing but pools has a gradient they read no map
+    assert all(f["loads of 16 bytes"] for f in aligned if f["kernel"] not in only_pools), "a load of a map is narrow"
