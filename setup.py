@@ -13,7 +13,7 @@ Environment:
     CUDA_HOME             where nvcc lives, if not on PATH
     FUSED_ATTN_NATIVE     0: leave the native library out
     FUSED_ATTN_CUDA       auto (default): build csrc/cuda if nvcc can; 0: do not; 1: fail if it cannot
-    TORCH_CUDA_ARCH_LIST  default "8.0;9.0a;10.0+PTX", as far as nvcc knows them
+    TORCH_CUDA_ARCH_LIST  default "8.0;9.0a;10.0" and PTX for newer cards, as far as nvcc knows them
     MAX_JOBS              compilers at a time; default: one a core, while there are 2 GiB of memory for each
 """
 
@@ -45,7 +45,8 @@ TORCH_TARGET = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Icsrc"]
 CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-ARCHITECTURES = "8.0;9.0a;10.0"
+# The kernels use nothing beyond compute_90, so that 9.0a and 10.0 are assembled from the same PTX: a compilation less.
+PTX_OF = {"8.0": "80", "9.0a": "90", "10.0": "90"}
 
 
 class Unavailable(Exception):
@@ -107,27 +108,29 @@ def find_nvcc() -> tuple[Path, str]:
     return nvcc, re.search(r"release [\d.]+, V([\d.]+)", output_of([str(nvcc), "--version"])).group(1)
 
 
-def cuda_architectures(nvcc: Path) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, or ours as far as this nvcc knows them, with PTX of the last for newer cards."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+def cuda_architectures(nvcc: Path) -> tuple[list[str], list[str]]:
+    """TORCH_CUDA_ARCH_LIST, or ours as far as this nvcc knows them; and nvcc's options for them."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
     if asked:
-        return re.split(r"[;,\s]+", asked.strip(" ;,"))
+        names = re.split(r"[;,\s]+", asked)
+        return names, [option for name in names for option in gencode(name)]
     known = set(output_of([str(nvcc), "--list-gpu-code"]).split())
-    found = [a for a in ARCHITECTURES.split(";") if "sm_" + re.sub(r"\D", "", a) in known]
-    if not found:
-        raise Unavailable(f"nvcc knows none of {ARCHITECTURES}")
-    last = next((a for a in reversed(found) if not a.endswith("a")), None)  # 9.0a's runs on nothing else
-    return [a + "+PTX" if a == last else a for a in found]
+    names = [name for name in PTX_OF if "sm_" + re.sub(r"\D", "", name) in known]
+    if not names:
+        raise Unavailable(f"nvcc knows none of {', '.join(PTX_OF)}")
+    options = [option for name in names for option in gencode(name, PTX_OF[name])]
+    newest = PTX_OF[names[-1]]
+    return [*names[:-1], names[-1] + "+PTX"], [*options, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
-def gencode(architecture: str) -> list[str]:
-    """nvcc's options for one entry such as 8.0, 9.0a or 10.0+PTX."""
+def gencode(architecture: str, ptx: str | None = None) -> list[str]:
+    """nvcc's options for one entry such as 8.0, 9.0a or 10.0+PTX, assembled from its own PTX or that of `ptx`."""
     match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
     if match is None:
         raise Unavailable(f"TORCH_CUDA_ARCH_LIST: {architecture!r} is not of the form 8.0, 9.0a or 10.0+PTX")
     name = "".join(match.group(1, 2, 3))
     codes = [f"sm_{name}"] + ([f"compute_{name}"] if match[4] else [])
-    return [f"-gencode=arch=compute_{name},code={code}" for code in codes]
+    return [f"-gencode=arch=compute_{ptx or name},code={code}" for code in codes]
 
 
 def cuda_runtime(nvcc: Path) -> Path:
@@ -172,7 +175,7 @@ def ninja_file(torch: Path, compiler: list[str], cuda: dict | None) -> str:
     sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
     if cuda:
         options = [f"--threads={min(2, jobs())}"]  # architectures at a time
-        options += [option for a in cuda["architectures"] for option in gencode(a)]
+        options += cuda["gencode"]
         host = [f"-ccbin={compiler[0]}"] if os.environ.get("CXX") else []
         lines += [
             "rule nvcc",
@@ -237,10 +240,8 @@ def prepare_cuda(info: dict) -> dict | None:
         if not list(ROOT.glob("csrc/cuda/*.cu")):
             raise Unavailable("there are no CUDA sources")
         nvcc, info["nvcc"] = find_nvcc()
-        info["architectures"] = cuda_architectures(nvcc)
-        for architecture in info["architectures"]:
-            gencode(architecture)
-        return {"path": nvcc, "runtime": cuda_runtime(nvcc), "architectures": info["architectures"]}
+        info["architectures"], options = cuda_architectures(nvcc)
+        return {"path": nvcc, "runtime": cuda_runtime(nvcc), "gencode": options}
     except Unavailable as reason:
         without_cuda(info, str(reason))
         return None

@@ -1,4 +1,7 @@
 // The kernels for any processor: 16-byte vectors.
+#if defined(__x86_64__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
 #include "kernels.h"
 
 #include <cmath>

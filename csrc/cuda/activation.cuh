@@ -24,7 +24,7 @@ struct Constants {
 };
 
 template <class A>
-__device__ __forceinline__ A activate(int code, A x) {
+__device__ __forceinline__ A activate_inline(int code, A x) {
     using K = Constants<A>;
     switch (code) {
         case kRelu:
@@ -53,7 +53,7 @@ __device__ __forceinline__ A activate(int code, A x) {
 }
 
 template <class A>
-__device__ __forceinline__ A derivative(int code, A x) {
+__device__ __forceinline__ A derivative_inline(int code, A x) {
     using K = Constants<A>;
     switch (code) {
         case kRelu:
@@ -88,5 +88,12 @@ __device__ __forceinline__ A derivative(int code, A x) {
             return A(1);
     }
 }
+
+__device__ __forceinline__ float activate(int code, float x) { return activate_inline(code, x); }
+__device__ __forceinline__ float derivative(int code, float x) { return derivative_inline(code, x); }
+// Calls in float64, where exp, erf and tanh are hundreds of instructions: copies at every place would be most of a
+// kernel.
+__device__ __noinline__ inline double activate(int code, double x) { return activate_inline(code, x); }
+__device__ __noinline__ inline double derivative(int code, double x) { return derivative_inline(code, x); }
 
 }  // namespace fused_attn::cuda

@@ -226,6 +226,7 @@ struct Block {
         load_slice(barrier(), x - offset % 16, x_map + offset, bytes());
         if (grad_map) load_slice(barrier(), grad - offset % 16, grad_map + offset, bytes());
         if (Io::kGeneral && call.affine_weight.data) {
+#pragma unroll 1
             for (int c = thread; c < table_size(); c += threads) {
                 at(call.carve.weight)[c] = value_at<Acc>(call.affine_weight, table_start() + c);
                 at(call.carve.bias)[c] = value_at<Acc>(call.affine_bias, table_start() + c);
@@ -278,11 +279,13 @@ struct Block {
         int lanes = 1;
         while (lanes < 32 && lanes * V < width) lanes *= 2;
         const int a_warp = 32 / lanes, lane = thread % lanes;
+#pragma unroll 1
         for (int first = thread / 32 * a_warp; first < height; first += threads / 32 * a_warp) {
             const int r = first + thread % 32 / lanes;
             Part part;
             if (r < height) {
                 const int begin = r * width, end = begin + width;
+#pragma unroll 1
                 for (int i = begin - (begin + head) % V + lane * V; i < end; i += lanes * V) {
                     Acc values[V], grads[V] = {}, weight[V] = {};
                     Io::load(call.dtype, x, i, values);
@@ -320,8 +323,10 @@ struct Block {
             reduce_pieces<Part, kGrad, 1>(m, parts, visit);
         }
         block_barrier();
+#pragma unroll 1
         for (int c = thread; c < m.width; c += threads) {
             Part part = parts[c];
+#pragma unroll 1
             for (int g = 1; g < m.groups; ++g) part.merge(parts[g * m.width + c]);
             if constexpr (kExchange) {
                 parts[c] = part;
@@ -331,8 +336,10 @@ struct Block {
         }
         if constexpr (kExchange) {
             cluster_barrier();
+#pragma unroll 1
             for (int c = thread; c < m.own; c += threads) {
                 Part part = *of_rank(&parts[m.first_own + c], 0);
+#pragma unroll 1
                 for (int r = 1; r < ranks; ++r) part.merge(*of_rank(&parts[m.first_own + c], r));
                 finish(c, part);
             }
@@ -341,6 +348,7 @@ struct Block {
     template <class Part, bool kGrad, int N, class Visit>
     __device__ __forceinline__ void reduce_pieces(const Columns& m, Part* parts, Visit visit) const {
         const int columns = m.width / N;
+#pragma unroll 1
         for (int item = thread; item < columns * m.groups; item += threads) {
             const int group = item / columns, c = item % columns * N;
             Part sums[N];
@@ -409,9 +417,11 @@ struct Block {
     template <class Body>
     __device__ __forceinline__ void each_vector(Body body) const {
         if constexpr (V == 1) {
+#pragma unroll 1
             for (int i = thread; i < count; i += threads) body(i);
         } else {
             if (count == 0) return;  // a block without a slice, whose place may be misaligned
+#pragma unroll 1
             for (int i = thread * V - head; i < count; i += threads * V) body(i);
         }
     }
@@ -424,6 +434,7 @@ struct Block {
         int lanes = 1;
         while (lanes < 32 && lanes < columns) lanes *= 2;
         const int a_warp = 32 / lanes, lane = thread % lanes;
+#pragma unroll 1
         for (int first = thread / 32 * a_warp; first < rows_; first += threads / 32 * a_warp) {
             const int r = first + thread % 32 / lanes;
             Sum<Acc> total;
@@ -446,6 +457,7 @@ struct Block {
     __device__ __forceinline__ void transposed_product(const Small& weight, int rows_, int64_t stride, int64_t start,
                                                        int columns, const Acc* vector, Finish finish) const {
         Acc* const fold = at(call.carve.fold);
+#pragma unroll 1
         for (int first = 0; first < columns; first += threads) {
             const int width = min(columns - first, threads), groups = threads / width;
             const int group = thread / width, i = thread % width;
@@ -463,6 +475,7 @@ struct Block {
             fold[thread] = sum;
             block_barrier();
             if (thread < width) {
+#pragma unroll 1
                 for (int g = 1; g < groups; ++g) sum += fold[g * width + thread];
                 finish(first + thread, sum);
             }
@@ -473,12 +486,14 @@ struct Block {
     __device__ __forceinline__ Acc exchanged(int i) const {
         Acc* const mine = at(call.carve.exchange) + i;
         Acc sum = *of_rank(mine, 0);
+#pragma unroll 1
         for (int r = 1; r < ranks; ++r) sum += *of_rank(mine, r);
         return sum;
     }
     // to[c], c over all channels, from the blocks that own them (their arrays at `place`).
     template <class Store>
     __device__ __forceinline__ void gather(uint32_t place, Store store) const {
+#pragma unroll 1
         for (int c = thread; c < call.channels; c += threads) {
             const int owner = c / call.carve.share;
             store(c, *of_rank(at(place) + (c - owner * call.carve.share), owner));
@@ -505,23 +520,28 @@ struct Block {
     __device__ __forceinline__ void excite() const {
         Acc* const descriptors = at(call.carve.own);
         if (call.both() && call.layers < 2) {
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) descriptors[c] += descriptors[call.carve.share + c];
             block_barrier();
         }
         if (call.layers == 0) {
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) set_gate(c, descriptors[c]);
         } else if (call.layer == kDense) {
             Acc* const exchange = at(call.carve.exchange);
             const int width = call.layers == 2 ? call.hidden : call.channels;
             const int branches = call.layers == 2 ? call.branches() : 1;
+#pragma unroll 1
             for (int b = 0; b < branches; ++b)
                 product(call.weight1, width, call.channels, first_channel, own, descriptors + b * call.carve.share,
                         [&](int r, Acc sum) { exchange[b * width + r] = sum; });
             cluster_barrier();
             if (call.layers == 2) {
                 Acc* const hidden = at(call.carve.hidden);
+#pragma unroll 1
                 for (int h = thread; h < call.hidden; h += threads) {
                     Acc sum = 0;
+#pragma unroll 1
                     for (int b = 0; b < branches; ++b) {
                         const Acc logit = exchanged(b * width + h) + bias(call.bias1, h);
                         if (rank == 0) hidden_logits(b)[h] = logit;
@@ -533,6 +553,7 @@ struct Block {
                 product(call.weight2, own, call.hidden, int64_t(first_channel) * call.hidden, call.hidden, hidden,
                         [&](int c, Acc sum) { set_gate(c, sum + biases(call.bias2, first_channel + c)); });
             } else {
+#pragma unroll 1
                 for (int c = thread; c < own; c += threads)
                     set_gate(c, exchanged(first_channel + c) + biases(call.bias1, first_channel + c));
             }
@@ -541,6 +562,7 @@ struct Block {
             cluster_barrier();
             gather(call.carve.own, [&](int c, Acc value) { everyone[c] = value; });
             block_barrier();
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) {
                 Acc sum = biases(call.bias1, 0);
                 for (int k = 0; k < call.taps; ++k) {
@@ -567,6 +589,7 @@ struct Block {
     __device__ __forceinline__ void excite_backward() const {
         Acc *const grad_logits = at(call.carve.own), *const result = at(call.carve.result);
         if (call.layers == 0) {
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) result[c] = grad_logits[c];
         } else if (call.layer == kDense) {
             Acc* const exchange = at(call.carve.exchange);
@@ -577,6 +600,7 @@ struct Block {
             cluster_barrier();
             if (call.layers == 2) {
                 Acc* const hidden = at(call.carve.hidden);
+#pragma unroll 1
                 for (int i = thread; i < call.branches() * call.hidden; i += threads) {
                     const int branch = i >= call.hidden, h = i - branch * call.hidden;
                     hidden[i] = exchanged(h) * derivative(call.activation, hidden_logits(branch)[h]);
@@ -584,18 +608,21 @@ struct Block {
                         static_cast<Acc*>(call.grad_z1)[sample * call.branches() * call.hidden + i] = hidden[i];
                 }
                 block_barrier();
+#pragma unroll 1
                 for (int b = 0; b < call.branches(); ++b)
                     transposed_product(call.weight1, call.hidden, call.channels, first_channel, own,
                                        hidden + b * call.hidden,
                                        [&](int c, Acc sum) { result[b * call.carve.share + c] = sum; });
                 return;
             }
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) result[c] = exchanged(first_channel + c);
         } else {
             Acc* const everyone = at(call.carve.everyone);
             cluster_barrier();
             gather(call.carve.own, [&](int c, Acc value) { everyone[c] = value; });
             block_barrier();
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) {
                 Acc sum = 0;
                 for (int k = 0; k < call.taps; ++k) {
@@ -606,6 +633,7 @@ struct Block {
             }
         }
         if (call.both())
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) result[call.carve.share + c] = result[c];
     }
 
@@ -694,6 +722,7 @@ struct Block {
 
     // Tables that only need what forward saved, while the copies run.
     __device__ __forceinline__ void prepare_backward() const {
+#pragma unroll 1
         for (int c = thread; c < table_size(); c += threads) {
             const int channel = table_start() + c;
             at(call.carve.gate)[c] = activate(call.gate, state()[call.channels + channel]);
@@ -776,6 +805,7 @@ struct Block {
             if (call.pool != kAvg) gather(top, spread_top);
         } else {
             block_barrier();
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) {
                 spread_mean(c, at(call.carve.result)[c]);
                 if (call.pool != kAvg) spread_top(c, at(top)[c]);
@@ -977,8 +1007,10 @@ __global__ void __launch_bounds__(256) parameter_grad_kernel(const __grid_consta
     const int channels = g.width_left;
     Sum<Acc> part;
     if (g.tall) {
+#pragma unroll 1
         for (int64_t b = thread_rank(); b < g.rows; b += thread_count()) part.sum += left[b * g.left_stride + tap];
     } else {
+#pragma unroll 1
         for (int64_t i = thread_rank(); i < g.rows * channels; i += thread_count()) {
             const int64_t b = i / channels;
             const int c = static_cast<int>(i % channels);

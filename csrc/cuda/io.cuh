@@ -103,6 +103,7 @@ __device__ __forceinline__ void copies_wait(uint64_t* barrier) {
 // 16-byte asynchronous copies by all threads.
 __device__ __forceinline__ void copies_begin(uint64_t*, uint32_t) {}
 __device__ __forceinline__ void copies_add(uint64_t*, char* to, const char* from, uint32_t bytes) {
+#pragma unroll 1
     for (uint32_t i = thread_rank() * 16; i < bytes; i += thread_count() * 16) {
         asm volatile(
             "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to + i))),
@@ -265,6 +266,7 @@ __device__ __forceinline__ void load_slice(uint64_t* barrier, char* tile, const 
     const uint32_t whole = whole_blocks(map, bytes, head), ragged = (bytes - whole) / 2;
     char* to = tile + reinterpret_cast<uintptr_t>(map) % 16;
     if (whole > 0) copies_add(barrier, to + head, map + head, whole);
+#pragma unroll 1
     for (uint32_t i = thread_rank(); i < ragged; i += thread_count()) {
         const uint32_t at = 2 * i < head ? 2 * i : 2 * i + whole;
         *reinterpret_cast<uint16_t*>(to + at) = read_map(reinterpret_cast<const uint16_t*>(map + at));
@@ -275,8 +277,10 @@ __device__ __forceinline__ void store_slice(const char* tile, char* map, uint32_
     uint32_t head;
     const uint32_t whole = whole_blocks(map, bytes, head), ragged = (bytes - whole) / 2;
     const char* from = tile + reinterpret_cast<uintptr_t>(map) % 16;
+#pragma unroll 1
     for (uint32_t at = head + 16 * thread_rank(); at < head + whole; at += 16 * thread_count())
         write_map(reinterpret_cast<Words4*>(map + at), *reinterpret_cast<const Words4*>(from + at));
+#pragma unroll 1
     for (uint32_t i = thread_rank(); i < ragged; i += thread_count()) {
         const uint32_t at = 2 * i < head ? 2 * i : 2 * i + whole;
         write_map(reinterpret_cast<uint16_t*>(map + at), *reinterpret_cast<const uint16_t*>(from + at));

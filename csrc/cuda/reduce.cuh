@@ -57,6 +57,7 @@ struct Peak {
 // Merge the parts of `lanes` (a power of two up to 32) neighbouring threads; all threads of the warp call it.
 template <class Part>
 __device__ __forceinline__ void merge_lanes(Part& part, int lanes) {
+#pragma unroll 1
     for (int mask = lanes / 2; mask > 0; mask /= 2) part.merge(part.shuffled(mask));
 }
 

@@ -129,7 +129,7 @@ struct SpaceCall {
     int mean_first = 0, ties = 0, gate = 0;
 };
 
-template <class Io, bool kChannelsLast, bool kGated>
+template <class Io, bool kChannelsLast>
 struct SpaceBlock : Block<Io, kChannelsLast> {
     using Base = Block<Io, kChannelsLast>;
     using Acc = typename Base::Acc;
@@ -139,9 +139,11 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     static constexpr int N = Io::kGeneral ? 1 : 4;  // elements a step, where rows are aligned to so many
 
     const SpaceCall& space;
+    const bool gated;         // CBAM: channels too
     int first_place, places;  // the positions owned
 
-    __device__ __forceinline__ explicit SpaceBlock(const SpaceCall& s) : Base(s.sample), space(s) {
+    __device__ __forceinline__ explicit SpaceBlock(const SpaceCall& s)
+        : Base(s.sample), space(s), gated(s.sample.carve.gate != 0) {
         first_place = min(rank * space.carve.share, call.spatial);
         places = min(space.carve.share, call.spatial - first_place);
     }
@@ -165,12 +167,15 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     // Tables that need no map, while the copies run: the convolution's, and empty windows.
     __device__ __forceinline__ void prepare(int maps) const {
         const int taps = space.grid.taps();
+#pragma unroll 1
         for (int t = thread; t < 2 * taps; t += threads) {  // the caller's order to maximum, mean
             at(space.carve.weights)[t] = value_at<Acc>(space.weight, space.mean_first ? (t + taps) % (2 * taps) : t);
             if (t < taps) ints(space.carve.offsets)[t] = space.grid.offset(t);
         }
+#pragma unroll 1
         for (int p = thread; p < places; p += threads)
             ints(space.carve.places)[p] = space.grid.place(first_place + p) - space.grid.place(first_place);
+#pragma unroll 1
         for (int i = thread; i < maps * space.carve.length; i += threads) window(0)[i] = 0;
     }
     // value(map, position) to the windows' places around the positions owned.
@@ -179,6 +184,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         if (places == 0) return;
         const int begin = space.grid.place(first_place) - space.grid.shift(), halo = space.grid.halo();
         const int last = min(first_place + places + halo, call.spatial);
+#pragma unroll 1
         for (int p = max(first_place - halo, 0) + thread; p < last; p += threads) {
             const int to = space.grid.place(p) - begin;
             if (to < 0 || to >= space.carve.length) continue;
@@ -193,6 +199,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         int lanes = 1;
         while (lanes < 32 && 2 * lanes * space.carve.share <= threads) lanes *= 2;
         const int a_warp = 32 / lanes, lane = thread % lanes;
+#pragma unroll 1
         for (int first = thread / 32 * a_warp; first < places; first += threads / 32 * a_warp) {
             const int p = first + thread % 32 / lanes;
             Part part;
@@ -210,15 +217,15 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     // channel), finish(place, part). One cluster barrier in NCHW.
     template <class Part, bool kGrad, class Visit, class Finish>
     __device__ __forceinline__ void reduce_channels(Visit visit, Finish finish) const {
-        const Acc* const gates = kGated ? at(call.carve.gate) : nullptr;
+        const Acc* const gates = gated ? at(call.carve.gate) : nullptr;
         if constexpr (kChannelsLast) {
             const auto element = [&](Part& part, int, int c, int, Acc value, Acc grad_y, Acc gate) {
-                visit(part, c, value, grad_y, kGated ? gate : Acc(1));
+                visit(part, c, value, grad_y, gated ? gate : Acc(1));
             };
             this->template reduce_rows<Part, kGrad>(rows, call.channels, gates, element, finish);
         } else {
             const auto element = [&](Part& part, int c, int, int, Acc value, Acc grad_y, Acc) {
-                visit(part, c, value, grad_y, kGated ? gates[c] : Acc(1));
+                visit(part, c, value, grad_y, gated ? gates[c] : Acc(1));
             };
             this->template reduce_columns<Part, kGrad, true>(
                 {call.spatial, own, space.carve.piece, space.carve.groups, first_place, places, space.carve.parts},
@@ -235,7 +242,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     };
     __device__ __forceinline__ Axis channel_axis(int c) const {
         Axis axis;
-        if constexpr (kGated) {
+        if (gated) {
             axis.gate = at(call.carve.gate)[c];
             axis.mean = at(call.carve.mean)[c];
             if (call.pool != kAvg) {
@@ -278,8 +285,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     }
     // The gradient of u * gate of the channel.
     __device__ __forceinline__ Acc grad_gated(int c, const Axis& channel, const Axis& place, Acc u, Acc grad_y) const {
-        Acc v = u * channel.gate;
-        if (kGated || Io::kGeneral) v = Io::rounded(call.dtype, v);
+        const Acc v = Io::rounded(call.dtype, u * channel.gate);
         const bool hit = space.ties == kEven ? v == place.peak : c == place.index;
         return grad_y * place.gate + place.mean + share(space.ties, hit, place.top);
     }
@@ -287,7 +293,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     __device__ __forceinline__ Acc grad_of(int c, int i, const Axis& channel, const Axis& place, Acc u,
                                            Acc grad_y) const {
         Acc g = grad_gated(c, channel, place, u, grad_y);
-        if constexpr (kGated) {
+        if (gated) {
             g = g * channel.gate + channel.mean;
             if (call.pool != kAvg) {
                 const bool hit = call.ties == kEven ? Io::rounded(call.dtype, u) == channel.peak : i == channel.index;
@@ -305,11 +311,13 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         const int columns = width / W;
         if (columns == 0 || height == 0) return;
         const int groups = max(1, threads / columns);
+#pragma unroll 1
         for (int item = thread; item < columns * groups; item += threads) {
             const int group = item / columns, c = item % columns * W;
             decltype(load(0)) axis[W];
 #pragma unroll
             for (int e = 0; e < W; ++e) axis[e] = load(c + e);
+#pragma unroll 1
             for (int row = group; row < height; row += groups) body(row, c, row * width + c, axis);
         }
     }
@@ -337,7 +345,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         const auto gate_of_place = [&](int p) {
             return kChannelsLast ? at(space.carve.gate)[p] : of_owner(space.carve.gate, p);
         };
-        const auto gate_of_channel = [&](int c) { return kGated ? at(call.carve.gate)[c] : Acc(1); };
+        const auto gate_of_channel = [&](int c) { return gated ? at(call.carve.gate)[c] : Acc(1); };
         walk<W>([&](int column) { return kChannelsLast ? gate_of_channel(column) : gate_of_place(column); },
                 [&](int row, int column, int i, const Acc(&gates)[W]) {
                     Acc values[W], residual[W] = {};
@@ -362,7 +370,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         reduce_channels<Part, false>(
             [&](Part& part, int c, Acc value, Acc, Acc gate) {
                 const Acc v = prologue(value, c) * gate;
-                const Acc stored = kGated || Io::kGeneral ? Io::rounded(call.dtype, v) : v;
+                const Acc stored = Io::rounded(call.dtype, v);
                 part.merge(Part{v, stored, kEven_ ? (stored == stored) : table_start() + c});
             },
             [&](int p, const Part& part) {
@@ -378,7 +386,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         this->load(call.x, nullptr);
         prepare(2);
         this->wait();
-        if constexpr (kGated) {
+        if (gated) {
             this->gate_channels();
             block_barrier();
         }
@@ -427,7 +435,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         const auto gate_of_place = [&](int p) {
             return kChannelsLast ? at(space.carve.gate)[p] : activate(space.gate, logits()[p]);
         };
-        const auto gate_of_channel = [&](int c) { return kGated ? at(call.carve.gate)[c] : Acc(1); };
+        const auto gate_of_channel = [&](int c) { return gated ? at(call.carve.gate)[c] : Acc(1); };
         walk<1>([&](int column) { return kChannelsLast ? gate_of_channel(column) : gate_of_place(column); },
                 [&](int row, int column, int i, const Acc(&gates)[1]) {
                     Acc values[1], grads[1], residual[1] = {};
@@ -462,6 +470,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
             }
             block_barrier();
             const int teams = call.spatial == 0 ? 0 : space.carve.teams;
+#pragma unroll 1
             for (int c = thread; c < own; c += threads) {
                 Part part;
                 for (int t = 0; t < teams; ++t) part.merge(sums[t * own + c]);
@@ -485,6 +494,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
 #pragma unroll
                 for (int e = 0; e < W; ++e) axis[e] = place_axis(p + e);
             }
+#pragma unroll 1
             for (int row = 0; row < own; row += groups) {
                 const int c = row + group;
                 Part part;
@@ -519,7 +529,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
         fill_windows(3, [&](int map, int p) {
             return map == 0 ? maxima()[p] : map == 1 ? means()[p] : of_owner(space.carve.grad, p);
         });
-        if (kChannelsLast && !kGated) cluster_arrive();  // as in forward
+        if (kChannelsLast && !gated) cluster_arrive();  // as in forward
         block_barrier();
         const Acc* const weights = at(space.carve.weights);
         const int* const offsets = ints(space.carve.offsets);
@@ -536,8 +546,10 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
             });
         // A warp a tap, and one for the bias.
         Acc* const sums = static_cast<Acc*>(space.tap_sums) + (sample * ranks + rank) * (2 * taps + 1);
+#pragma unroll 1
         for (int t = thread / 32; t <= taps; t += threads / 32) {
             TwoSums<Acc> part;
+#pragma unroll 1
             for (int p = thread % 32; p < places; p += 32) {
                 const int i = ints(space.carve.places)[p] + (t < taps ? offsets[t] : 0);
                 const Acc g = at(space.carve.grad)[p];
@@ -582,8 +594,9 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     __device__ __forceinline__ void backward() const {
         this->load(call.x, call.grad);
         prepare(3);
-        if constexpr (kGated) this->prepare_backward();
+        if (gated) this->prepare_backward();
         if constexpr (kChannelsLast) {
+#pragma unroll 1
             for (int p = thread; p < places; p += threads) {
                 at(space.carve.gate)[p] = activate(space.gate, logits()[first_place + p]);
                 if (space.ties == kEven) {
@@ -600,7 +613,7 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
             recomputed_epilogue_backward();
         }
         gate_places_backward();
-        if constexpr (kGated) {
+        if (gated) {
             reduce_space<Sum<Acc>, true>(
                 [&](Sum<Acc>& part, int c, int, const Axis& place, Acc value, Acc grad_y) {
                     Axis channel;
@@ -635,13 +648,13 @@ struct SpaceBlock : Block<Io, kChannelsLast> {
     }
 };
 
-template <class Io, bool kChannelsLast, bool kGated>
+template <class Io, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, 1) space_kernel(const __grid_constant__ SpaceCall call) {
-    SpaceBlock<Io, kChannelsLast, kGated>(call).forward();
+    SpaceBlock<Io, kChannelsLast>(call).forward();
 }
-template <class Io, bool kChannelsLast, bool kGated>
+template <class Io, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, 1) space_backward_kernel(const __grid_constant__ SpaceCall call) {
-    SpaceBlock<Io, kChannelsLast, kGated>(call).backward();
+    SpaceBlock<Io, kChannelsLast>(call).backward();
 }
 
 // The gradients of all parameters after backward's kernel, the spatial ones last: weight1, bias1, weight2, bias2,

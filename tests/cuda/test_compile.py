@@ -22,9 +22,9 @@ def nvcc() -> str:
 
 
 # (3 storage types, any in float, float64) x 2 layouts x 2 directions; the parameters' in 2 accumulators
-@pytest.mark.parametrize("source", ["channel_gate", "spatial_gate", "cbam"])
-@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
-def test_no_spills_no_stack(tmp_path, architecture, source):
+@pytest.mark.parametrize("source", ["channel_gate", "spatial_gate"])
+@pytest.mark.parametrize(("ptx", "architecture"), [("80", "80"), ("90", "90a"), ("90", "100")])  # as setup.py builds
+def test_no_spills_no_stack(tmp_path, ptx, architecture, source):
     include = Path(torch.__file__).parent / "include"
     command = [
         nvcc(),
@@ -34,12 +34,14 @@ def test_no_spills_no_stack(tmp_path, architecture, source):
         "-isystem",
         str(include),
     ]
-    command += ["--expt-relaxed-constexpr", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["--expt-relaxed-constexpr", f"-gencode=arch=compute_{ptx},code=sm_{architecture}"]
     command += ["-Xptxas=-v", "-cubin", "-o", str(tmp_path / "cubin"), str(SOURCES / f"cuda/{source}.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     if "Unsupported gpu architecture" in done.stderr:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     assert done.returncode == 0, done.stderr[-3000:]
+    calls = re.findall(r"Function properties for (\w+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill", done.stderr)
+    assert {(stack, spilled) for _, stack, spilled in calls} == {("0", "0")}, calls
     kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
         r" (\d+) bytes spill loads"
@@ -57,7 +59,7 @@ def test_no_spills_no_stack(tmp_path, architecture, source):
 def test_ptx_stays_in_the_primitives():
     primitives = ("cluster.cuh", "io.cuh", "reduce.cuh")
     kernels = [p for p in (SOURCES / "cuda").iterdir() if p.name not in primitives]
-    assert len(kernels) >= 8
+    assert len(kernels) >= 6
     assert not [p.name for p in kernels if "asm" in p.read_text()]
 
 

@@ -4,12 +4,8 @@
 #include "harness.h"
 
 template <class Io, bool kChannelsLast>
-void run(bool gated, bool backward, const SpaceCall& call) {
-    if (gated) {
-        backward ? space_backward_kernel<Io, kChannelsLast, true>(call) : space_kernel<Io, kChannelsLast, true>(call);
-    } else {
-        backward ? space_backward_kernel<Io, kChannelsLast, false>(call) : space_kernel<Io, kChannelsLast, false>(call);
-    }
+void run(bool backward, const SpaceCall& call) {
+    backward ? space_backward_kernel<Io, kChannelsLast>(call) : space_kernel<Io, kChannelsLast>(call);
 }
 
 int main(int, char** arguments) {
@@ -39,8 +35,7 @@ int main(int, char** arguments) {
         launch_and_count(backward ? "backward" : "forward", extent.sample, call.carve.bytes, [&] {
             with_io(extent.sample, call.sample.dtype, [&](auto io) {
                 using Io = decltype(io);
-                extent.sample.channels_last ? run<Io, true>(extent.sample.gated, backward, call)
-                                            : run<Io, false>(extent.sample.gated, backward, call);
+                extent.sample.channels_last ? run<Io, true>(backward, call) : run<Io, false>(backward, call);
             });
         });
     };
