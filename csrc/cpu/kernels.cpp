@@ -69,6 +69,22 @@ const SpaceKernels<BFloat16>& space_kernels() {
     return choice().table->space_bfloat16;
 }
 template <>
+const AxisKernels<double>& axis_kernels() {
+    return choice().table->axis_double;
+}
+template <>
+const AxisKernels<float>& axis_kernels() {
+    return choice().table->axis_float;
+}
+template <>
+const AxisKernels<Half>& axis_kernels() {
+    return choice().table->axis_half;
+}
+template <>
+const AxisKernels<BFloat16>& axis_kernels() {
+    return choice().table->axis_bfloat16;
+}
+template <>
 const TapKernels<double>& tap_kernels() {
     return choice().table->tap_double;
 }

@@ -527,6 +527,7 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
 }
 
 #include "space.inl"
+#include "axes.inl"
 
 template <class A, class F>
 inline void map_values(int64_t n, A* out, F f) {
@@ -641,6 +642,8 @@ template <class T>
 constexpr MapKernels<T> kMapKernels{pool<T>, scale<T>, dot<T>, spread<T>};
 template <class T>
 constexpr SpaceKernels<T> kSpaceKernels{pool_space<T>, scale_space<T>, dot_space<T>, weigh_space<T>, spread_space<T>};
+template <class T>
+constexpr AxisKernels<T> kAxisKernels{pool_axes<T>, spread_axes<T>};
 template <class A>
 constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>
