@@ -154,15 +154,12 @@ def mixed_scale(
         channel = channel.flatten(1)
     _check_gate("channel", channel, (batch, channels), x)
     _check_gate("spatial", spatial, (batch, 1, *space), x)
-    for argument, gate, shape in (
-        ("rows", rows, (*x.shape[:3], 1)),
-        ("columns", columns, (*x.shape[:2], 1, space[-1])),
-    ):
-        if gate is not None and len(space) != 2:
-            raise ValueError(f"{argument}: expected a map (B, C, H, W) with it; got x of shape {tuple(x.shape)}")
-        _check_gate(argument, gate, shape, x)
-    given = [name for name, gate in (("channel", channel), ("spatial", spatial)) if gate is not None]
-    given += [name for name, gate in (("rows", rows), ("columns", columns)) if gate is not None]
+    if (rows is not None or columns is not None) and len(space) != 2:
+        raise ValueError(f"x: expected (B, C, H, W) for gates of rows and columns; got shape {tuple(x.shape)}")
+    _check_gate("rows", rows, (*x.shape[:3], 1), x)
+    _check_gate("columns", columns, (batch, channels, 1, space[-1]), x)
+    gates = {"channel": channel, "spatial": spatial, "rows": rows, "columns": columns}
+    given = [name for name, gate in gates.items() if gate is not None]
     if combine in ("max", "sigmoid") and given != ["channel", "spatial"]:
         raise ValueError(f"combine: expected channel and spatial for {combine!r}; got {', '.join(given) or 'no gate'}")
     if not given:
