@@ -56,8 +56,8 @@ struct Place {
 };
 // A panel's rows are channels x height, its columns channels x width, its plane height x width of the sample's.
 Place rows_place(const AxisShape& shape, AxisPanel panel) {
-    return {panel.channels, panel.height, shape.height,
-            panel.channels_last ? panel.first : panel.first * shape.height, panel.channels_last};
+    return {panel.channels, panel.height, shape.height, panel.channels_last ? panel.first : panel.first * shape.height,
+            panel.channels_last};
 }
 Place columns_place(const AxisShape& shape, AxisPanel panel) {
     return {panel.channels, shape.width, shape.width, panel.channels_last ? 0 : panel.first * shape.width,
@@ -164,14 +164,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> axis_pool(const Tenso
         using A = Accumulator<T>;
         const Tensor x = dense_map(x_in);
         const AxisShape shape(x);
-        const auto [batch, depth, height, width] = std::make_tuple(shape.batch, shape.channels, shape.height, shape.width);
+        const auto [batch, depth, height, width] =
+            std::make_tuple(shape.batch, shape.channels, shape.height, shape.width);
         auto make = [&](bool wanted, std::vector<int64_t> sizes, ScalarType dtype) {
             return wanted ? empty_tensor(x, sizes, dtype) : empty_tensor(x, {0}, dtype);
         };
         auto index = [&](bool wanted, std::vector<int64_t> sizes) { return make(wanted, sizes, ScalarType::Int); };
         using Sizes = std::vector<int64_t>;
-        Tensor rows = make(true, maxima ? Sizes{batch, 2, depth, height} : Sizes{batch, depth, height, 1}, x.scalar_type());
-        Tensor columns = make(true, maxima ? Sizes{batch, 2, depth, width} : Sizes{batch, depth, 1, width}, x.scalar_type());
+        Tensor rows =
+            make(true, maxima ? Sizes{batch, 2, depth, height} : Sizes{batch, depth, height, 1}, x.scalar_type());
+        Tensor columns =
+            make(true, maxima ? Sizes{batch, 2, depth, width} : Sizes{batch, depth, 1, width}, x.scalar_type());
         Tensor plane = make(channels, {batch, 2, height, width}, x.scalar_type());
         Tensor row_index = index(maxima, {batch, depth, height}), column_index = index(maxima, {batch, depth, width});
         Tensor plane_index = index(channels, {batch, height, width});
@@ -207,7 +210,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> axis_pool(const Tenso
                 PoolRoom<A>& all = shared[b * pieces];
                 for (int64_t piece = 1; piece < pieces; ++piece) all.merge(shared[b * pieces + piece], even);
                 const AxisPanel panel = shape.panel(0);
-                all.write(last ? of_columns : of_plane, b, last ? columns_place(shape, panel) : plane_place(shape, panel));
+                all.write(last ? of_columns : of_plane, b,
+                          last ? columns_place(shape, panel) : plane_place(shape, panel));
             });
         return std::make_tuple(rows, columns, plane, row_index, column_index, plane_index);
     });

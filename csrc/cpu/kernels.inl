@@ -527,7 +527,8 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
 }
 
 #include "space.inl"
-#include "axes.inl"
+
+#include "axes.inl"  // needs what space.inl has
 
 template <class A, class F>
 inline void map_values(int64_t n, A* out, F f) {

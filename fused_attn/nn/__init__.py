@@ -1,15 +1,19 @@
 """Attention blocks as modules, fused. `fused_attn.reference` has each of them in plain PyTorch."""
 
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
+from .coordinate import CoordinateAttention
 from .gather_excite import GatherExcite
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
+from .triplet import TripletAttention
 
 __all__ = [
     "CBAM",
     "ChannelAttention",
+    "CoordinateAttention",
     "ECA",
     "EffectiveSE",
     "GatherExcite",
     "SpatialAttention",
     "SqueezeExcite",
+    "TripletAttention",
 ]
