@@ -77,9 +77,7 @@ def _differentiable(ctx, grads):
     maxima, channels, ties = ctx.codes
 
     def function(x):
-        outputs = reference.axis_pool_with_map(
-            x, maxima=bool(maxima), channels=bool(channels), ties=TIE_NAMES[ties]
-        )
+        outputs = reference.axis_pool_with_map(x, maxima=bool(maxima), channels=bool(channels), ties=TIE_NAMES[ties])
         return [o * 1 if o is x else o for o, g in zip(outputs, grads, strict=False) if g is not None]
 
     return differentiable_backward(function, (x,), (True,), [g for g in grads if g is not None])[0]

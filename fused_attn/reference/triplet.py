@@ -11,6 +11,7 @@ from .block_attention import SpatialAttention, check_channels, optional_channels
 from .checkpoints import OtherNames
 from .mixed_scale import mixed_scale
 
+
 class TripletAttention(OtherNames):
     """See `fused_attn.nn.TripletAttention`."""
 
