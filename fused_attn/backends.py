@@ -40,7 +40,6 @@ MISSING: dict[tuple[str, str], str] = {
     ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "axis_pool"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "mixed_scale"): "the resident kernels serve whole blocks; use triton",
-    ("cpu", "mixed_scale"): "no kernel yet",
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")

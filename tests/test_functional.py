@@ -146,5 +146,6 @@ def test_names_mean_the_same_numbers_everywhere():
         for name, value in table.items()
     }
     expected["AvgMax"] = expected.pop("Avgmax")
+    expected |= {name.capitalize() + "Of": value for name, value in codes.COMBINES.items()}
     assert found == expected
     assert set(codes.FUNCTIONS) == set(codes.ACTIVATIONS)

@@ -19,6 +19,10 @@ struct KernelTable {
     AxisKernels<float> axis_float;
     AxisKernels<Half> axis_half;
     AxisKernels<BFloat16> axis_bfloat16;
+    MixKernels<double> mix_double;
+    MixKernels<float> mix_float;
+    MixKernels<Half> mix_half;
+    MixKernels<BFloat16> mix_bfloat16;
     TapKernels<double> tap_double;
     TapKernels<float> tap_float;
     DenseKernels<double> dense_double;
@@ -42,5 +46,6 @@ extern const KernelTable kTable;
         kMapKernels<double>,   kMapKernels<float>,   kMapKernels<Half>,     kMapKernels<BFloat16>,   \
         kSpaceKernels<double>, kSpaceKernels<float>, kSpaceKernels<Half>,   kSpaceKernels<BFloat16>, \
         kAxisKernels<double>,  kAxisKernels<float>,  kAxisKernels<Half>,    kAxisKernels<BFloat16>,  \
+        kMixKernels<double>,   kMixKernels<float>,   kMixKernels<Half>,     kMixKernels<BFloat16>,   \
         kTapKernels<double>,   kTapKernels<float>,   kDenseKernels<double>, kDenseKernels<float>,    \
     };
