@@ -24,7 +24,18 @@ from . import ops as ops  # defines the operators, before the library registers 
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
-OPS = ("squeeze", "scale", "scale/space", "channel_gate", "channel_gate/both", "channel_pool", "spatial_gate", "cbam")
+OPS = (
+    "squeeze",
+    "scale",
+    "scale/space",
+    "channel_gate",
+    "channel_gate/both",
+    "channel_pool",
+    "spatial_gate",
+    "spatial_gate/batch_norm",
+    "cbam",
+    "cbam/batch_norm",
+)
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
 MEASURED: dict[str, str] = {"cpu": "cpu"}
@@ -35,6 +46,8 @@ MISSING: dict[tuple[str, str], str] = {
     ("cuda", "scale"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "scale/space"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "spatial_gate/batch_norm"): "statistics of the batch need all samples, a cluster holds one; use triton",
+    ("cuda", "cbam/batch_norm"): "statistics of the batch need all samples, a cluster holds one; use triton",
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")

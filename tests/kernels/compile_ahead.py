@@ -109,12 +109,13 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         if not (case.affine or plain and case.dtype == torch.bfloat16):  # the spatial gates: as many kernels again
             return found
         space_codes = (0, TIES[case.ties], ACTIVATIONS["sigmoid"], pre, post)
-        spatial = (make(1, 2, 7, 7), make(1))
-        _, *states = spatial_gate.spatial_gate(x, *spatial, *affine, residual, *space_codes)
-        spatial_gate.spatial_gate_backward(grad, x, kept[0], *states, *spatial, *affine, kept[1], *space_codes)
+        norm = (make(1), make(1)) if case.affine else (None, None)
+        spatial = (make(1, 2, 7, 7), make(1), *norm)
+        _, *states = spatial_gate.spatial_gate(x, *spatial, *affine, residual, 1e-5, *space_codes)
+        spatial_gate.spatial_gate_backward(grad, x, kept[0], *states, *spatial, *affine, kept[1], 1e-5, *space_codes)
         pooled, place = channel_pool.channel_pool(x, *affine, pre, 0, TIES[case.ties])
         channel_pool.channel_pool_backward(pooled, x, pooled, place, *affine, pre, 0, TIES[case.ties])
-        both_codes = (*codes[:5], *space_codes)
+        both_codes = (1e-5, *codes[:5], *space_codes)
         _, *states = cbam.cbam(x, *weights, *spatial, *affine, residual, *both_codes)
         cbam.cbam_backward(grad, x, kept[0], *states, *weights, *spatial, *affine, kept[1], *both_codes)
     finally:
