@@ -69,6 +69,22 @@ const SpaceKernels<BFloat16>& space_kernels() {
     return choice().table->space_bfloat16;
 }
 template <>
+const MixKernels<double>& mix_kernels() {
+    return choice().table->mix_double;
+}
+template <>
+const MixKernels<float>& mix_kernels() {
+    return choice().table->mix_float;
+}
+template <>
+const MixKernels<Half>& mix_kernels() {
+    return choice().table->mix_half;
+}
+template <>
+const MixKernels<BFloat16>& mix_kernels() {
+    return choice().table->mix_bfloat16;
+}
+template <>
 const TapKernels<double>& tap_kernels() {
     return choice().table->tap_double;
 }

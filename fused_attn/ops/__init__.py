@@ -3,8 +3,9 @@
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
+from .mixed_scale import mixed_scale
 from .scale import scale
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 
-__all__ = ["cbam", "channel_gate", "channel_pool", "scale", "spatial_gate", "squeeze"]
+__all__ = ["cbam", "channel_gate", "channel_pool", "mixed_scale", "scale", "spatial_gate", "squeeze"]
