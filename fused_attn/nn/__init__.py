@@ -2,18 +2,22 @@
 
 from .bam import BAM
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
+from .coordinate import CoordinateAttention
 from .gather_excite import GatherExcite
 from .scse import SCSE
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
+from .triplet import TripletAttention
 
 __all__ = [
     "BAM",
     "CBAM",
     "ChannelAttention",
+    "CoordinateAttention",
     "ECA",
     "EffectiveSE",
     "GatherExcite",
     "SCSE",
     "SpatialAttention",
     "SqueezeExcite",
+    "TripletAttention",
 ]
