@@ -98,6 +98,12 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def class_name(block: Any) -> str:
+    """The qualified name of a block's class; of the class it had, where it is fused."""
+    cls = type(block)
+    return qualified_name(getattr(cls, "_fused_attn_host", cls))
+
+
 def register(*classes: type | str) -> Callable[[Adapter], Adapter]:
     """Decorator: this adapter recognises blocks of exactly these classes, given themselves or by qualified name.
 
