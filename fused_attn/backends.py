@@ -24,7 +24,17 @@ from . import ops as ops  # defines the operators, before the library registers 
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
-OPS = ("squeeze", "scale", "scale/space", "channel_gate", "channel_gate/both", "channel_pool", "spatial_gate", "cbam")
+OPS = (
+    "squeeze",
+    "scale",
+    "scale/space",
+    "channel_gate",
+    "channel_gate/both",
+    "channel_pool",
+    "spatial_gate",
+    "cbam",
+    "simam",
+)
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
 MEASURED: dict[str, str] = {"cpu": "cpu"}

@@ -74,6 +74,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     int64_t layer, int64_t pool, int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first,
     int64_t spatial_ties, int64_t spatial_gate, int64_t pre_activation, int64_t post_activation);
 
+std::tuple<Tensor, Tensor> simam(const Tensor& x, double e_lambda);
+
+Tensor simam_backward(const Tensor& grad, const Tensor& x, const Tensor& state);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& channel_state,
     const Tensor& channel_index, const Tensor& state, const Tensor& index, const OptionalTensor& weight1,

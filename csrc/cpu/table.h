@@ -14,6 +14,10 @@ struct KernelTable {
     SpaceKernels<float> space_float;
     SpaceKernels<Half> space_half;
     SpaceKernels<BFloat16> space_bfloat16;
+    SimamKernels<double> simam_double;
+    SimamKernels<float> simam_float;
+    SimamKernels<Half> simam_half;
+    SimamKernels<BFloat16> simam_bfloat16;
     TapKernels<double> tap_double;
     TapKernels<float> tap_float;
     DenseKernels<double> dense_double;
@@ -36,5 +40,6 @@ extern const KernelTable kTable;
     constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{                             \
         kMapKernels<double>,   kMapKernels<float>,   kMapKernels<Half>,     kMapKernels<BFloat16>,   \
         kSpaceKernels<double>, kSpaceKernels<float>, kSpaceKernels<Half>,   kSpaceKernels<BFloat16>, \
+        kSimamKernels<double>, kSimamKernels<float>, kSimamKernels<Half>,   kSimamKernels<BFloat16>, \
         kTapKernels<double>,   kTapKernels<float>,   kDenseKernels<double>, kDenseKernels<float>,    \
     };

@@ -2,13 +2,14 @@
 
 from . import monai, own, timm, torchvision, ultralytics  # noqa: F401  (they register their adapters)
 from .api import FusionError, fuse, unfuse
-from .registry import CbamGate, ChannelGate, SpatialGate, SplitGate, register
+from .registry import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate, register
 from .report import Report, Row, explain
 
 __all__ = [
     "CbamGate",
     "ChannelGate",
     "FusionError",
+    "OwnLayers",
     "Report",
     "Row",
     "SpatialGate",

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..reference import CBAM
-from .registry import Recipe, SplitGate, recognise
+from .registry import OwnLayers, Recipe, SplitGate, recognise
 from .swap import PLAN, bypassed_hooks, host_class, refuse_sharded, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,7 +44,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str 
         found = None if done else decide(module)
         yield name, module, found
         recipe = module.__dict__[PLAN].recipe if host_class(module) is not None else found
-        one_op = not (recipe is None or isinstance(recipe, (str, SplitGate)))
+        one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         if one_op or is_own(module) or isinstance(module, CBAM):
             parts = (f"{name}." if name else "",)
 

@@ -1,15 +1,19 @@
 """Attention blocks as modules, fused. `fused_attn.reference` has each of them in plain PyTorch."""
 
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
+from .ema import EMA
 from .gather_excite import GatherExcite
+from .simam import SimAM
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
 
 __all__ = [
     "CBAM",
     "ChannelAttention",
     "ECA",
+    "EMA",
     "EffectiveSE",
     "GatherExcite",
+    "SimAM",
     "SpatialAttention",
     "SqueezeExcite",
 ]

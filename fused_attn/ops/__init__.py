@@ -4,7 +4,8 @@ from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .scale import scale
+from .simam import simam
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 
-__all__ = ["cbam", "channel_gate", "channel_pool", "scale", "spatial_gate", "squeeze"]
+__all__ = ["cbam", "channel_gate", "channel_pool", "scale", "simam", "spatial_gate", "squeeze"]

@@ -14,7 +14,7 @@ from .ema import EMA
 from .gather_excite import GatherExcite
 from .scale import scale
 from .scse import SCSE
-from .simam import SimAM
+from .simam import SimAM, simam
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
@@ -39,6 +39,7 @@ __all__ = [
     "channel_pool",
     "eca_kernel_size",
     "scale",
+    "simam",
     "spatial_gate",
     "squeeze",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_attn import explain, fuse, reference, unfuse
 from fused_attn import nn as fused_nn
-from fused_attn.fusion import CbamGate, ChannelGate, SpatialGate, SplitGate
+from fused_attn.fusion import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate
 from fused_attn.fusion.registry import recognise
 from tests.checks import LAYOUTS, assert_equivalent, in_layout, random
 from tests.fusion import look_alikes
@@ -104,6 +104,9 @@ BLOCKS = {
     "reference CBAM": (lambda: reference.CBAM(C), 2, CbamGate),
     "reference CBAM, 3-D": (lambda: reference.CBAM(C, kernel_size=3, rank=3), 3, CbamGate),
     "reference CBAM, plain": (lambda: reference.CBAM(C, batch_norm=False, ties="even", bias=False), 2, CbamGate),
+    "reference SimAM": (lambda: reference.SimAM(), 2, OwnLayers),
+    "reference SimAM, 3-D": (lambda: reference.SimAM(C, e_lambda=0.1), 3, OwnLayers),
+    "reference EMA": (lambda: reference.EMA(C, factor=8), 2, OwnLayers),
     "reference CBAM, channel only": (lambda: reference.CBAM(C, no_spatial=True), 2, ChannelGate),
 }
 
