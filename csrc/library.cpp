@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("squeeze_backward.cpu", TORCH_BOX(&fused_attn::cpu::squeeze_backward));
     m.impl("scale.cpu", TORCH_BOX(&fused_attn::cpu::scale));
     m.impl("scale_backward.cpu", TORCH_BOX(&fused_attn::cpu::scale_backward));
+    m.impl("mixed_scale.cpu", TORCH_BOX(&fused_attn::cpu::mixed_scale));
+    m.impl("mixed_scale_backward.cpu", TORCH_BOX(&fused_attn::cpu::mixed_scale_backward));
     m.impl("channel_gate.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate));
     m.impl("channel_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate_backward));
     m.impl("spatial_gate.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate));

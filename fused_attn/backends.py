@@ -25,15 +25,8 @@ from . import ops as ops  # defines the operators, before the library registers 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
 OPS = (
-    "squeeze",
-    "scale",
-    "scale/space",
-    "channel_gate",
-    "channel_gate/both",
-    "channel_pool",
-    "spatial_gate",
-    "cbam",
-    "simam",
+    *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both"),
+    *("channel_pool", "spatial_gate", "cbam", "simam"),
 )
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
@@ -45,6 +38,7 @@ MISSING: dict[tuple[str, str], str] = {
     ("cuda", "scale"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "scale/space"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "mixed_scale"): "the resident kernels serve whole blocks; use triton",
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")

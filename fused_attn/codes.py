@@ -31,6 +31,9 @@ LAYERS: dict[str, int] = {"dense": 0, "conv": 1, "circular": 2}
 #: The two maps of a channel pool by their order, as a convolution's weights have them: `mean_first`.
 ORDERS: dict[tuple[str, str], int] = {("max", "mean"): 0, ("mean", "max"): 1}
 
+#: How several gates act on a map together, see `fused_attn.functional.mixed_scale`.
+COMBINES: dict[str, int] = {"product": 0, "sum": 1, "max": 2, "sigmoid": 3}
+
 #: What each activation is, as PyTorch computes it (the slope of leaky_relu is torch's default, 0.01).
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends import choose
-from .codes import ACTIVATIONS, LAYERS, ORDERS, POOLS, TIES, code
+from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, TIES, code
 
 Affine = tuple[Tensor, Tensor]
 Order = tuple[str, str]
@@ -141,6 +141,59 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
     if backend == "reference":
         return reference.simam(x, e_lambda=e_lambda)
     return ops.simam(backend, x, float(e_lambda))
+
+
+def mixed_scale(
+    x: Tensor,
+    *,
+    channel: Tensor | None = None,
+    spatial: Tensor | None = None,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    combine: str = "product",
+) -> Tensor:
+    """x with several gates at once, one pass over each map: read x, write y.
+
+    With the gates broadcast to x's shape, `combine` is
+
+    - "product": x times all of them (coordinate attention: rows and columns),
+    - "sum": x times their sum (concurrent squeeze-and-excitation, triplet attention),
+    - "max": torch.maximum(x * channel, x * spatial); where the two are equal each gets half of the gradient,
+    - "sigmoid": x * (1 + sigmoid(channel * spatial)), of logits (BAM).
+
+    Args:
+        x: (B, C, *spatial).
+        channel: one a channel, (B, C) or (B, C, 1, ...).
+        spatial: one a position, (B, 1, *spatial).
+        rows: one a channel and row of a map (B, C, H, W): (B, C, H, 1).
+        columns: one a channel and column of it: (B, C, 1, W).
+
+    At least one gate, for "max" and "sigmoid" channel and spatial and no other. Any floating-point dtype.
+
+    Returns:
+        A map of x's shape, dtype and layout. Backward keeps x and the gates, and reads x once more.
+    """
+    number = code(COMBINES, "combine", combine)
+    _check_map(x)
+    batch, channels, *space = x.shape
+    if isinstance(channel, Tensor) and channel.shape == (batch, channels, *(1,) * len(space)):
+        channel = channel.flatten(1)
+    _check_gate("channel", channel, (batch, channels), x)
+    _check_gate("spatial", spatial, (batch, 1, *space), x)
+    if (rows is not None or columns is not None) and len(space) != 2:
+        raise ValueError(f"x: expected (B, C, H, W) for gates of rows and columns; got shape {tuple(x.shape)}")
+    _check_gate("rows", rows, (*x.shape[:3], 1), x)
+    _check_gate("columns", columns, (batch, channels, 1, space[-1]), x)
+    gates = {"channel": channel, "spatial": spatial, "rows": rows, "columns": columns}
+    given = [name for name, gate in gates.items() if gate is not None]
+    if combine in ("max", "sigmoid") and given != ["channel", "spatial"]:
+        raise ValueError(f"combine: expected channel and spatial for {combine!r}; got {', '.join(given) or 'no gate'}")
+    if not given:
+        raise ValueError("channel: expected at least one gate; got None for all")
+    backend = _choose("mixed_scale", x)
+    if backend == "reference":
+        return reference.mixed_scale(x, channel=channel, spatial=spatial, rows=rows, columns=columns, combine=combine)
+    return ops.mixed_scale(backend, x, channel, spatial, rows, columns, number)
 
 
 def channel_gate(
@@ -469,6 +522,14 @@ def _check_residual(x: Tensor, residual: Tensor | None) -> None:
         raise ValueError(f"residual: expected x's shape, {tuple(x.shape)}; got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
         raise TypeError(f"residual: expected x's dtype, {x.dtype}; got {residual.dtype}")
+
+
+def _check_gate(argument: str, gate: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if gate is None:
+        return
+    _check_tensor(argument, gate, x)
+    if gate.shape != shape:
+        raise ValueError(f"{argument}: expected shape {shape}; got {tuple(gate.shape)}")
 
 
 def _check_spatial_convolution(

@@ -136,6 +136,23 @@ def assert_same_block(ours: nn.Module, original: nn.Module, x: Tensor, *, traini
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
+def assert_as_good_as_reference(original: nn.Module, ours: nn.Module, x: Tensor, training: bool = True) -> None:
+    """A fused block in x's dtype against its reference, which is float64 on entry: output and every gradient."""
+
+    def results(block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        block = copy.deepcopy(block).to(dtype).train(training)
+        leaf = x.detach().to(dtype).requires_grad_()
+        y = block(leaf)
+        y.backward(random(*y.shape, seed=1, dtype=x.dtype).to(dtype))
+        assert leaf.grad is not None and y.dtype == dtype
+        return {"y": y, "x": leaf.grad} | {name: p.grad for name, p in block.named_parameters()}
+
+    found, eager, exact = results(ours, x.dtype), results(original, x.dtype), results(original, torch.float64)
+    terms = max(largest(v) for name, v in exact.items() if name not in ("y", "x"))
+    for name, value in exact.items():
+        assert_as_good_as_eager(found[name], eager[name], value, name, terms if name not in ("y", "x") else 0.0)
+
+
 def checkpoint_shapes(source: str) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a checkpoint of other code, 64 channels."""
     shapes = json.loads(Path(__file__).with_name("checkpoint_keys.json").read_text())[source]

@@ -119,7 +119,7 @@ def test_bad_input(message, kind, call):
 def test_reference_has_the_same_signatures():
     import inspect
 
-    for name in ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam"):
+    for name in ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam", "mixed_scale"):
         assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
     for name in nn.__all__:
         assert inspect.signature(getattr(nn, name)) == inspect.signature(getattr(reference, name)), name
@@ -140,5 +140,6 @@ def test_names_mean_the_same_numbers_everywhere():
         for name, value in table.items()
     }
     expected["AvgMax"] = expected.pop("Avgmax")
+    expected |= {name.capitalize() + "Of": value for name, value in codes.COMBINES.items()}
     assert found == expected
     assert set(codes.FUNCTIONS) == set(codes.ACTIVATIONS)

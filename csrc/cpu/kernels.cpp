@@ -85,6 +85,22 @@ const SimamKernels<BFloat16>& simam_kernels() {
     return choice().table->simam_bfloat16;
 }
 template <>
+const MixKernels<double>& mix_kernels() {
+    return choice().table->mix_double;
+}
+template <>
+const MixKernels<float>& mix_kernels() {
+    return choice().table->mix_float;
+}
+template <>
+const MixKernels<Half>& mix_kernels() {
+    return choice().table->mix_half;
+}
+template <>
+const MixKernels<BFloat16>& mix_kernels() {
+    return choice().table->mix_bfloat16;
+}
+template <>
 const TapKernels<double>& tap_kernels() {
     return choice().table->tap_double;
 }

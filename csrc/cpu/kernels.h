@@ -107,6 +107,29 @@ struct SpaceKernels {
                    PoolGrad<A> channel, T* grad_x, double* grad_weight, double* grad_bias);
 };
 
+// Several gates on one map, null where there is none: a channel's, a position's, (channels, height) of rows and
+// (channels, width) of columns; (height, channels) and (width, channels) on a channels_last map. All begin where the
+// panel does, whose `height` rows of `width` positions are whole: a panel is whole channels or whole rows.
+template <class A>
+struct MixedGates {
+    const A *channel, *spatial, *rows, *columns;
+    int combine;
+    int64_t height, width;
+};
+// Their gradients from one panel, likewise; null where none is wanted.
+template <class A>
+struct MixedSums {
+    A *channel, *spatial, *rows, *columns;
+};
+template <class T>
+struct MixKernels {
+    using A = Accumulator<T>;
+    // y = x with its gates
+    void (*scale)(const T* x, Panel, MixedGates<A>, T* y);
+    // grad_x, and the sums of all gates' gradients
+    void (*backward)(const T* grad, const T* x, Panel, MixedGates<A>, T* grad_x, MixedSums<A>);
+};
+
 // The convolution of a spatial gate, on maps whose rows are padded with zeros so that every tap is one offset.
 // Rows of numbers are read and written in whole blocks: past their ends lie kTapBlock numbers of slack, of zeros
 // where they are read.
@@ -172,6 +195,8 @@ template <class T>
 const MapKernels<T>& map_kernels();
 template <class T>
 const SpaceKernels<T>& space_kernels();
+template <class T>
+const MixKernels<T>& mix_kernels();
 template <class A>
 const TapKernels<A>& tap_kernels();
 template <class T>

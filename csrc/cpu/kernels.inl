@@ -529,6 +529,8 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
 #include "simam.inl"
 #include "space.inl"
 
+#include "mix.inl"
+
 template <class A, class F>
 inline void map_values(int64_t n, A* out, F f) {
     constexpr int64_t lanes = kLanes<A>;
@@ -642,6 +644,8 @@ template <class T>
 constexpr MapKernels<T> kMapKernels{pool<T>, scale<T>, dot<T>, spread<T>};
 template <class T>
 constexpr SpaceKernels<T> kSpaceKernels{pool_space<T>, scale_space<T>, dot_space<T>, weigh_space<T>, spread_space<T>};
+template <class T>
+constexpr MixKernels<T> kMixKernels{mix<T>, mix_grad<T>};
 template <class A>
 constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>

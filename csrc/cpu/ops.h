@@ -33,6 +33,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_backward(const Tensor& 
                                                                   const OptionalTensor& residual,
                                                                   int64_t pre_activation, int64_t post_activation);
 
+Tensor mixed_scale(const Tensor& x, const OptionalTensor& channel, const OptionalTensor& spatial,
+                   const OptionalTensor& rows, const OptionalTensor& columns, int64_t combine);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_scale_backward(const Tensor& grad, const Tensor& x,
+                                                                        const OptionalTensor& channel,
+                                                                        const OptionalTensor& spatial,
+                                                                        const OptionalTensor& rows,
+                                                                        const OptionalTensor& columns, int64_t combine);
+
 std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x, const OptionalTensor& weight1,
                                                 const OptionalTensor& bias1, const OptionalTensor& weight2,
                                                 const OptionalTensor& bias2, const OptionalTensor& affine_weight,

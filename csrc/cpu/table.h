@@ -18,6 +18,10 @@ struct KernelTable {
     SimamKernels<float> simam_float;
     SimamKernels<Half> simam_half;
     SimamKernels<BFloat16> simam_bfloat16;
+    MixKernels<double> mix_double;
+    MixKernels<float> mix_float;
+    MixKernels<Half> mix_half;
+    MixKernels<BFloat16> mix_bfloat16;
     TapKernels<double> tap_double;
     TapKernels<float> tap_float;
     DenseKernels<double> dense_double;
@@ -41,5 +45,6 @@ extern const KernelTable kTable;
         kMapKernels<double>,   kMapKernels<float>,   kMapKernels<Half>,     kMapKernels<BFloat16>,   \
         kSpaceKernels<double>, kSpaceKernels<float>, kSpaceKernels<Half>,   kSpaceKernels<BFloat16>, \
         kSimamKernels<double>, kSimamKernels<float>, kSimamKernels<Half>,   kSimamKernels<BFloat16>, \
+        kMixKernels<double>,   kMixKernels<float>,   kMixKernels<Half>,     kMixKernels<BFloat16>,   \
         kTapKernels<double>,   kTapKernels<float>,   kDenseKernels<double>, kDenseKernels<float>,    \
     };

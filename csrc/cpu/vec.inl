@@ -16,6 +16,7 @@ class Buffer {
         for (int64_t i = 0; i < n_; ++i) data_[i] = value;
     }
     V& operator[](int64_t i) { return data_[i]; }
+    int64_t size() const { return n_; }
 
   private:
     int64_t n_;

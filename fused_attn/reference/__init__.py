@@ -12,6 +12,7 @@ from .channel_pool import channel_pool
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .mixed_scale import mixed_scale
 from .scale import scale
 from .scse import SCSE
 from .simam import SimAM, simam
@@ -38,6 +39,7 @@ __all__ = [
     "channel_gate",
     "channel_pool",
     "eca_kernel_size",
+    "mixed_scale",
     "scale",
     "simam",
     "spatial_gate",

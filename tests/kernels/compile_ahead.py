@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_attn.codes import ACTIVATIONS, LAYERS, POOLS, TIES
-from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, scale, simam, spatial_gate, squeeze
+from fused_attn.codes import ACTIVATIONS, COMBINES, LAYERS, POOLS, TIES
+from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, mixed_scale, scale, simam, spatial_gate, squeeze
 
 TYPES = {
     torch.float64: "*fp64",
@@ -69,6 +69,21 @@ CASES = [
 ]
 
 
+#: Of mixed_scale, (combine, gates).
+MIXED = (
+    ("sigmoid", ("channel", "spatial")),
+    ("max", ("channel", "spatial")),
+    ("sum", ("spatial", "rows", "columns")),
+    ("product", ("channel", "spatial", "rows", "columns")),
+)
+
+
+def mixed_gates(case: Case, make: Any) -> dict[str, torch.Tensor]:
+    batch, channels, height, width = case.shape
+    shapes = {"channel": (), "spatial": (height, width), "rows": (height, 1), "columns": (1, width)}
+    return {name: make(batch, 1 if name == "spatial" else channels, *shape) for name, shape in shapes.items()}
+
+
 def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """(kernel, arguments) of every launch of all ops, forward and backward."""
 
@@ -110,6 +125,11 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         plain = case.layers == 2 and case.layer == "dense" and case.shape in HEADLINE[:2] and not case.residual
         if not (case.affine or plain and case.dtype == torch.bfloat16):  # the spatial gates: as many kernels again
             return found
+        for combine, names in MIXED:
+            gates = (gate if name in names else None for name, gate in mixed_gates(case, make).items())
+            arguments = x, *gates, COMBINES[combine]
+            mixed_scale.mixed_scale(*arguments)
+            mixed_scale.mixed_scale_backward(grad, *arguments)
         space_codes = (0, TIES[case.ties], ACTIVATIONS["sigmoid"], pre, post)
         spatial = (make(1, 2, 7, 7), make(1))
         _, *states = spatial_gate.spatial_gate(x, *spatial, *affine, residual, *space_codes)

@@ -13,6 +13,7 @@ from fused_attn.backends import unavailable
 from tests.checks import LAYOUTS, in_layout, random
 from tests.ops.test_cbam import weights
 from tests.ops.test_channel_gate import excitation
+from tests.ops.test_mixed_scale import KINDS, gates_of
 from tests.ops.test_spatial_gate import convolution
 
 SHAPE = (2, 6, 20, 21)
@@ -156,6 +157,19 @@ def test_simam(traffic, layout):
     y.backward(in_layout(random(*SHAPE, seed=1), layout))
     reads = {"read grad": 1, "read x": 1}
     assert traffic.passes() == [("_simam_dots", reads), ("_simam_spread", {**reads, "write grad_x": 1})]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("combine", "names"), KINDS, ids=str)
+def test_mixed_scale(traffic, combine, names, layout):
+    """2 + 3 passes in 1 + 1 launches, all gates' gradients among them."""
+    gates = {name: gate.requires_grad_() for name, gate in gates_of(SHAPE, names).items()}
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    y = functional.mixed_scale(x, **gates, combine=combine)
+    assert traffic.passes() == [("_mixed_scale", {"read x": 1, "write y": 1})]
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    assert traffic.passes() == [("_mixed_scale_backward", {"read grad": 1, "read x": 1, "write grad_x": 1})]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
