@@ -49,3 +49,17 @@ class CBAM(nn.Module):
 
     def forward(self, x):
         return self.spatial_attention(self.channel_attention(x))
+
+
+@of("segmentation_models_pytorch.base.modules")
+class SCSEModule(nn.Module):
+    def __init__(self, channels, reduction=16):
+        super().__init__()
+        hidden = channels // reduction
+        convolutions = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        pool = nn.AdaptiveAvgPool2d(1)
+        self.cSE = nn.Sequential(pool, convolutions[0], nn.ReLU(inplace=True), convolutions[1], nn.Sigmoid())
+        self.sSE = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * self.cSE(x) + x * self.sSE(x)

@@ -75,6 +75,7 @@ BLOCKS = {
     "ultralytics SpatialAttention": (lambda: look_alikes.SpatialAttention(), 2, SpatialGate),
     "ultralytics CBAM": (lambda: look_alikes.CBAM(C), 2, CbamGate),
     "ultralytics CBAM, k 3": (lambda: look_alikes.CBAM(C, 3), 2, CbamGate),
+    "smp SCSEModule": (lambda: look_alikes.SCSEModule(C), 2, OwnLayers),
     "torchvision": (lambda: tv_misc.SqueezeExcitation(C, 8), 2, ChannelGate),
     "torchvision, EfficientNet": (
         lambda: tv_misc.SqueezeExcitation(C, 8, activation=functools.partial(nn.SiLU, inplace=True)),
@@ -104,11 +105,18 @@ BLOCKS = {
     "reference CBAM": (lambda: reference.CBAM(C), 2, CbamGate),
     "reference CBAM, 3-D": (lambda: reference.CBAM(C, kernel_size=3, rank=3), 3, CbamGate),
     "reference CBAM, plain": (lambda: reference.CBAM(C, batch_norm=False, ties="even", bias=False), 2, CbamGate),
+    "reference BAM": (lambda: reference.BAM(C), 2, OwnLayers),
+    "reference SCSE": (lambda: reference.SCSE(C), 2, OwnLayers),
+    "reference SCSE, max": (lambda: reference.SCSE(C, combine="max"), 3, OwnLayers),
     "reference SimAM": (lambda: reference.SimAM(), 2, OwnLayers),
     "reference SimAM, 3-D": (lambda: reference.SimAM(C, e_lambda=0.1), 3, OwnLayers),
     "reference EMA": (lambda: reference.EMA(C, factor=8), 2, OwnLayers),
     "reference CBAM, channel only": (lambda: reference.CBAM(C, no_spatial=True), 2, ChannelGate),
 }
+
+
+#: Modules whose reference runs as the class of the same name in `fused_attn.nn`.
+AS_IN_NN = ["BAM", "EMA", "SCSE", "SimAM"]
 
 
 def gather_excite(**options):
@@ -189,6 +197,7 @@ NORMS = {
     "timm CbamModule": "spatial.conv.bn",
     "timm LightCbamModule": "spatial.conv.bn",
     "timm SpatialAttn": "conv.bn",
+    "reference BAM": "channel_att.gate_c.gate_c_bn_1",
     "reference SpatialAttention": "conv.bn",
     "reference CBAM": "spatial.conv.bn",
 }
@@ -309,6 +318,16 @@ REFUSED = {
         changed("", spatial_attention=reference.SpatialAttention()),
         "its parts are not ultralytics'",
     ),
+    "another depth of smp's cSE": (
+        "smp SCSEModule",
+        changed("", cSE=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1), nn.Sigmoid())),
+        "its layers are not segmentation_models_pytorch's",
+    ),
+    "smp's gate of a position with more channels": (
+        "smp SCSEModule",
+        changed("", sSE=nn.Sequential(nn.Conv2d(C, C, 1), nn.Sigmoid())),
+        "its layers are not segmentation_models_pytorch's",
+    ),
     "windows": ("timm GatherExcite", changed("", extent=2, gk=3, gs=2), "its pool is not global"),
     "a gathering convolution": (
         "timm GatherExcite",
@@ -384,6 +403,19 @@ def test_parts_of_a_block_are_no_blocks():
         fuse(model, strict=True)
     assert type(model[0].channel) is reference.ChannelAttention
     assert [row.fused for row in explain(model)] == [True] * 3
+
+
+@pytest.mark.parametrize("how", ["nn", "reference", "fused"])
+@pytest.mark.parametrize("kind", AS_IN_NN)
+def test_own_modules_are_one_row(kind, how):
+    """Theirs alone: what they are made of is served with them, also where it is a block by itself."""
+    block = getattr(fused_nn if how == "nn" else reference, kind)(C)
+    if how == "fused":
+        fuse(block, strict=True)
+        assert isinstance(block, getattr(reference, kind)) and not isinstance(block, getattr(fused_nn, kind))
+    (row,) = explain(block)
+    assert row.block == kind and row.fused == (how != "reference")
+    assert row.served_by in (("its own forward",) if how == "reference" else ("cpu", "reference"))
 
 
 def test_options_of_a_part_changed_after_fusing_count():
