@@ -26,7 +26,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
 OPS = (
     *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both"),
-    *("channel_pool", "spatial_gate", "cbam", "simam"),
+    *("channel_pool", "spatial_gate", "cbam", "axis_pool", "simam"),
 )
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
@@ -38,6 +38,8 @@ MISSING: dict[tuple[str, str], str] = {
     ("cuda", "scale"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "scale/space"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "axis_pool"): "the resident kernels serve whole blocks; use triton",
+    ("cuda", "simam"): "the resident kernels serve whole blocks; use triton",
     ("cuda", "mixed_scale"): "the resident kernels serve whole blocks; use triton",
 }
 

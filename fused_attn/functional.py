@@ -449,6 +449,49 @@ def cbam(
     return ops.cbam(backend, x, *excitation, spatial_weight, spatial_bias, affine_weight, affine_bias, residual, *codes)
 
 
+def axis_pool(
+    x: Tensor, *, maxima: bool = False, channels: bool = False, ties: str = "first"
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """Pools along the axes of a map of two spatial axes, one pass over x, nothing permuted.
+
+    Args:
+        x: (B, C, H, W).
+        maxima: False: the means over W and over H (coordinate attention). True: maxima and means (triplet attention).
+        channels: with maxima, also those over C.
+
+    Returns:
+        The pair (rows, columns), in x's dtype, contiguous: the means over W, (B, C, H, 1), and over H, (B, C, 1, W).
+        With maxima: rows (B, 2, C, H), the maximum and the mean over W, columns (B, 2, C, W), the same over H, and with
+        `channels` a third, (B, 2, H, W), the same over C. Backward keeps the places of the maxima (int32).
+
+    Raises:
+        ValueError: x has not two spatial axes; channels=True without maxima; a maximum over an empty axis.
+
+    Equivalent to `x.mean(3, True), x.mean(2, True)`, or `torch.stack([x.amax(i), x.mean(i)], 1)` for i = 3, 2 and 1
+    (ties "even"), with `x.max(i).values` (ties "first").
+
+    Sources: arXiv:2103.02907 (coordinate attention), 2010.03045 (triplet attention).
+    """
+    return axis_pool_with_map(x, maxima=maxima, channels=channels, ties=ties)[1:]  # type: ignore[return-value]
+
+
+def axis_pool_with_map(
+    x: Tensor, *, maxima: bool = False, channels: bool = False, ties: str = "first"
+) -> tuple[Tensor, ...]:
+    """The map itself, then its pools as `axis_pool` returns them.
+
+    For a block that pools a map and then scales it: where it goes on with the map that is returned, the gradient of all
+    that follows meets the pools' in one pass (read 1, write 1), and autograd has no maps to add.
+    """
+    ties_code = code(TIES, "ties", ties)
+    _check_map(x)
+    _check_axis_pool(x, maxima, channels)
+    backend = _choose("axis_pool", x)
+    if backend == "reference":
+        return reference.axis_pool_with_map(x, maxima=maxima, channels=channels, ties=ties)
+    return ops.axis_pool(backend, x, int(maxima), int(channels), ties_code)
+
+
 def _mean_first(order: Order) -> int:
     for names, number in ORDERS.items():
         if order == names:
@@ -493,6 +536,15 @@ def _check_pool(x: Tensor, pool: str) -> None:
 def _check_channel_pool(x: Tensor) -> None:
     if x.shape[1] == 0:
         raise ValueError(f"x: expected at least one channel for a maximum; got shape {tuple(x.shape)}")
+
+
+def _check_axis_pool(x: Tensor, maxima: bool, channels: bool) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (B, C, H, W); got shape {tuple(x.shape)}")
+    if channels and not maxima:
+        raise ValueError("channels: expected False without maxima; got True")
+    if maxima and 0 in x.shape[1 if channels else 2 :]:
+        raise ValueError(f"x: expected no axis of size 0 for a maximum; got shape {tuple(x.shape)}")
 
 
 def _check_parameter(argument: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, autocast: bool) -> None:

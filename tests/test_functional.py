@@ -28,6 +28,11 @@ BAD_CALLS = [
     ("order: expected ('max', 'mean')", ValueError, lambda: functional.channel_pool(x, order=("max", "max"))),
     ("order: expected ('max', 'mean')", ValueError, lambda: functional.channel_pool(x, order="max")),
     ("ties: expected one of first, even; got 'last'", ValueError, lambda: functional.channel_pool(x, ties="last")),
+    ("x: expected (B, C, H, W); got shape (2, 8, 4)", ValueError, lambda: functional.axis_pool(x[..., 0])),
+    ("channels: expected False without maxima; got True", ValueError, lambda: functional.axis_pool(x, channels=True)),
+    ("x: expected no axis of size 0", ValueError, lambda: functional.axis_pool(x[..., :0], maxima=True)),
+    ("x: expected no axis of size 0", ValueError, lambda: functional.axis_pool(x[:, :0], maxima=True, channels=True)),
+    ("ties: expected one of first, even; got 'last'", ValueError, lambda: functional.axis_pool(x, ties="last")),
     ("weight: expected a tensor", TypeError, lambda: functional.spatial_gate(x, None)),
     (
         "weight: expected shape (1, 2, k, k) with every k odd; got (1, 2, 3, 4)",
@@ -119,7 +124,8 @@ def test_bad_input(message, kind, call):
 def test_reference_has_the_same_signatures():
     import inspect
 
-    for name in ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam", "mixed_scale"):
+    names = ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam", "mixed_scale", "simam")
+    for name in (*names, "axis_pool", "axis_pool_with_map"):
         assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
     for name in nn.__all__:
         assert inspect.signature(getattr(nn, name)) == inspect.signature(getattr(reference, name)), name

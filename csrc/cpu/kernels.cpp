@@ -101,6 +101,22 @@ const MixKernels<BFloat16>& mix_kernels() {
     return choice().table->mix_bfloat16;
 }
 template <>
+const AxisKernels<double>& axis_kernels() {
+    return choice().table->axis_double;
+}
+template <>
+const AxisKernels<float>& axis_kernels() {
+    return choice().table->axis_float;
+}
+template <>
+const AxisKernels<Half>& axis_kernels() {
+    return choice().table->axis_half;
+}
+template <>
+const AxisKernels<BFloat16>& axis_kernels() {
+    return choice().table->axis_bfloat16;
+}
+template <>
 const TapKernels<double>& tap_kernels() {
     return choice().table->tap_double;
 }

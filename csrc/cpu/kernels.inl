@@ -529,6 +529,7 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
 #include "simam.inl"
 #include "space.inl"
 
+#include "axes.inl"  // needs what space.inl has
 #include "mix.inl"
 
 template <class A, class F>
@@ -646,6 +647,7 @@ template <class T>
 constexpr SpaceKernels<T> kSpaceKernels{pool_space<T>, scale_space<T>, dot_space<T>, weigh_space<T>, spread_space<T>};
 template <class T>
 constexpr MixKernels<T> kMixKernels{mix<T>, mix_grad<T>};
+constexpr AxisKernels<T> kAxisKernels{pool_axes<T>, spread_axes<T>};
 template <class A>
 constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>

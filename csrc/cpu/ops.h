@@ -76,6 +76,15 @@ std::tuple<Tensor, Tensor, Tensor> channel_pool_backward(const Tensor& grad, con
                                                          const OptionalTensor& affine_bias, int64_t pre_activation,
                                                          int64_t mean_first, int64_t ties);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> axis_pool(const Tensor& x, int64_t maxima, int64_t channels,
+                                                                     int64_t ties);
+
+Tensor axis_pool_backward(const OptionalTensor& grad, const OptionalTensor& grad_rows,
+                          const OptionalTensor& grad_columns, const OptionalTensor& grad_plane, const Tensor& x,
+                          const Tensor& rows, const Tensor& columns, const Tensor& plane, const Tensor& row_index,
+                          const Tensor& column_index, const Tensor& plane_index, int64_t maxima, int64_t channels,
+                          int64_t ties);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     const Tensor& x, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
     const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,

@@ -1,6 +1,7 @@
 // One table of kernels an instruction set; kernels.cpp picks among them at run time.
 #pragma once
 
+#include "axes.h"
 #include "kernels.h"
 
 namespace fused_attn::cpu {
@@ -22,6 +23,10 @@ struct KernelTable {
     MixKernels<float> mix_float;
     MixKernels<Half> mix_half;
     MixKernels<BFloat16> mix_bfloat16;
+    AxisKernels<double> axis_double;
+    AxisKernels<float> axis_float;
+    AxisKernels<Half> axis_half;
+    AxisKernels<BFloat16> axis_bfloat16;
     TapKernels<double> tap_double;
     TapKernels<float> tap_float;
     DenseKernels<double> dense_double;
@@ -46,5 +51,6 @@ extern const KernelTable kTable;
         kSpaceKernels<double>, kSpaceKernels<float>, kSpaceKernels<Half>,   kSpaceKernels<BFloat16>, \
         kSimamKernels<double>, kSimamKernels<float>, kSimamKernels<Half>,   kSimamKernels<BFloat16>, \
         kMixKernels<double>,   kMixKernels<float>,   kMixKernels<Half>,     kMixKernels<BFloat16>,   \
+        kAxisKernels<double>,  kAxisKernels<float>,  kAxisKernels<Half>,    kAxisKernels<BFloat16>,  \
         kTapKernels<double>,   kTapKernels<float>,   kDenseKernels<double>, kDenseKernels<float>,    \
     };

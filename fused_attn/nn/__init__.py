@@ -2,16 +2,19 @@
 
 from .bam import BAM
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
+from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
 from .scse import SCSE
 from .simam import SimAM
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
+from .triplet import TripletAttention
 
 __all__ = [
     "BAM",
     "CBAM",
     "ChannelAttention",
+    "CoordinateAttention",
     "ECA",
     "EMA",
     "EffectiveSE",
@@ -20,4 +23,5 @@ __all__ = [
     "SCSE",
     "SpatialAttention",
     "SqueezeExcite",
+    "TripletAttention",
 ]

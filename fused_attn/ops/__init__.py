@@ -1,5 +1,6 @@
 """The dispatcher operators: schema, fake kernel and backward, one file an op; one overload a backend."""
 
+from .axis_pool import axis_pool
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
@@ -9,4 +10,14 @@ from .simam import simam
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 
-__all__ = ["cbam", "channel_gate", "channel_pool", "mixed_scale", "scale", "simam", "spatial_gate", "squeeze"]
+__all__ = [
+    "axis_pool",
+    "cbam",
+    "channel_gate",
+    "channel_pool",
+    "mixed_scale",
+    "scale",
+    "simam",
+    "spatial_gate",
+    "squeeze",
+]

@@ -4,6 +4,7 @@ The functions and modules have the names and signatures of `fused_attn.functiona
 and the modules the same `state_dict`. They check nothing beyond what PyTorch itself checks.
 """
 
+from .axis_pool import axis_pool, axis_pool_with_map
 from .bam import BAM
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
@@ -35,6 +36,8 @@ __all__ = [
     "SpatialAttention",
     "SqueezeExcite",
     "TripletAttention",
+    "axis_pool",
+    "axis_pool_with_map",
     "cbam",
     "channel_gate",
     "channel_pool",

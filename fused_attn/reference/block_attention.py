@@ -188,7 +188,9 @@ class SpatialAttention(OtherNames):
 
     def _gate(self, x: Tensor) -> Tensor:
         """The gate alone, (B, 1, *spatial)."""
-        pooled = self._channel_pool(x, order=self.order, ties=self.ties)
+        return self._gate_of_pools(self._channel_pool(x, order=self.order, ties=self.ties))
+
+    def _gate_of_pools(self, pooled: Tensor) -> Tensor:
         if self._needs_batch_statistics():
             conv, norm = self._layers()
             return FUNCTIONS[self.gate](norm(spatial_logits(pooled, conv.weight, conv.bias)))

@@ -6,33 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from ..codes import ACTIVATIONS, FUNCTIONS, code
+from .axis_pool import axis_pool_with_map
+from .mixed_scale import mixed_scale
 from .squeeze_excite import finite, positive_int
 
 
 class CoordinateAttention(nn.Module):
-    """Coordinate attention: x times a gate a row and channel times a gate a column and channel.
+    """See `fused_attn.nn.CoordinateAttention`."""
 
-    The means over W and over H, (B, C, H + W) together, go through one 1x1 convolution, BatchNorm and activation;
-    one convolution each turns the H rows and the W columns into gates.
-
-    Args:
-        channels: C, the channels of the map.
-        reduction: the shared convolution has max(8, channels // reduction) channels.
-        hidden: explicit width of it, instead of `reduction`.
-        bias: whether the three convolutions have biases.
-        activation, gate: names in `fused_attn.codes.ACTIVATIONS`.
-
-    `forward(x)`: x (B, C, H, W); a map of the same shape.
-
-    Keys: those of the authors' code and of timm, `conv1.weight` (hidden, C, 1, 1), `conv1.bias`, `bn1.*`,
-    `conv_h.weight` (C, hidden, 1, 1), `conv_h.bias`, `conv_w.weight`, `conv_w.bias`.
-
-    Raises:
-        ValueError: an option is out of range.
-
-    Source: Coordinate Attention, arXiv:2103.02907; equivalent to the authors' `CoordAtt` with as many channels out
-    as in, and to timm's `CoordAttn` (bias=False, `hidden` its rd_channels).
-    """
+    #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
+    _axis_pool = staticmethod(axis_pool_with_map)
+    _mixed_scale = staticmethod(mixed_scale)
 
     def __init__(
         self,
@@ -62,9 +46,10 @@ class CoordinateAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True)
+        x, rows, columns = self._axis_pool(x)
         strip = torch.cat([rows, columns.transpose(2, 3)], 2)
         strip = FUNCTIONS[self.activation](self.bn1(self.conv1(strip)))
         rows, columns = strip.split([height, width], 2)
         gate = FUNCTIONS[self.gate]
-        return x * gate(self.conv_w(columns.transpose(2, 3))) * gate(self.conv_h(rows))
+        rows, columns = gate(self.conv_h(rows)), gate(self.conv_w(columns.transpose(2, 3)))
+        return self._mixed_scale(x, rows=rows, columns=columns)

@@ -4,37 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .axis_pool import axis_pool_with_map
 from .block_attention import SpatialAttention, check_channels, optional_channels
 from .checkpoints import OtherNames
-
-#: Branch -> the axes of x that its gate sees as (batch, channels, height, width); each swap is its own inverse.
-BRANCHES = {"cw": (0, 2, 1, 3), "hc": (0, 3, 2, 1), "hw": (0, 1, 2, 3)}
+from .mixed_scale import mixed_scale
 
 
 class TripletAttention(OtherNames):
-    """Triplet attention: x times the mean of three gates, over (C, W), (H, C) and (H, W).
+    """See `fused_attn.nn.TripletAttention`."""
 
-    Each gate is sigmoid(BatchNorm(conv([max, mean]))), the pools over the axis that is left, as in
-    `SpatialAttention`. The gates are small and are permuted; the map is never copied.
-
-    Args:
-        channels: C; None: any. The block has no parameter that depends on it.
-        kernel_size: of the three convolutions, odd.
-        no_spatial: leave out the gate over (H, W); the mean is then of two.
-        ties: where the gradient of a maximum goes: "first" (max(dim)) or "even" (amax).
-
-    `forward(x)`: x (B, C, H, W); a map of the same shape.
-
-    Keys: those of the authors' code, `cw.conv.conv.weight` (1, 2, k, k), `cw.conv.bn.*`, and the same of `hc` and
-    `hw`. `load_state_dict` also takes the authors' older names, `ChannelGateH`, `ChannelGateW` and `SpatialGate`.
-
-    Raises:
-        ValueError: an even kernel size or an option out of range; in `forward`: x has not `channels` channels.
-
-    Source: Rotate to Attend, arXiv:2010.03045; equivalent to the authors' `TripletAttention`.
-    """
+    #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
+    _axis_pool = staticmethod(axis_pool_with_map)
+    _mixed_scale = staticmethod(mixed_scale)
 
     other_names: ClassVar[dict[str, str]] = {"ChannelGateH": "cw", "ChannelGateW": "hc", "SpatialGate": "hw"}
 
@@ -49,16 +32,16 @@ class TripletAttention(OtherNames):
         super().__init__()
         self.channels = optional_channels(channels)
         self.no_spatial = no_spatial
-        for name in list(BRANCHES)[: 2 if no_spatial else 3]:
+        for name in ("cw", "hc") if no_spatial else ("cw", "hc", "hw"):
             self.add_module(name, SpatialAttention(kernel_size=kernel_size, ties=ties, return_gate=True))
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self.channels, x)
-        branches = dict(self.named_children())
-        gates = [self._gate(branch, x, BRANCHES[name]) / len(branches) for name, branch in branches.items()]
-        return x * sum(gates[1:], gates[0])
-
-    @staticmethod
-    def _gate(branch: nn.Module, x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """The branch's gate with the axes of x, its size 1 along the axis that was pooled."""
-        return branch(x.permute(axes)).permute(axes)
+        x, rows, columns, *plane = self._axis_pool(x, maxima=True, channels=not self.no_spatial, ties=self.cw.ties)
+        gates = {
+            "columns": self.cw._gate_of_pools(columns).transpose(1, 2),
+            "rows": self.hc._gate_of_pools(rows.transpose(2, 3)).permute(0, 3, 2, 1),
+        }
+        if plane:
+            gates["spatial"] = self.hw._gate_of_pools(plane[0])
+        return self._mixed_scale(x, **{name: gate / len(gates) for name, gate in gates.items()}, combine="sum")
