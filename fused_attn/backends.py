@@ -26,7 +26,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
 OPS = (
     *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both", "channel_pool"),
-    *("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "axis_pool"),
+    *("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "axis_pool", "simam"),
 )
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
@@ -36,7 +36,7 @@ MEASURED: dict[str, str] = {"cpu": "cpu"}
 MISSING: dict[tuple[str, str], str] = {
     **{
         ("cuda", op): "the resident kernels serve whole blocks; use triton"
-        for op in ("squeeze", "scale", "scale/space", "mixed_scale", "channel_pool", "axis_pool")
+        for op in ("squeeze", "scale", "scale/space", "mixed_scale", "channel_pool", "axis_pool", "simam")
     },
     **{
         ("cuda", op): "statistics of the batch need all samples, a cluster holds one; use triton"

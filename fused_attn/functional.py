@@ -19,6 +19,8 @@ expected and what came.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -116,6 +118,30 @@ def scale(
             post_activation=post_activation,
         )
     return ops.scale(backend, x, gate, weight, bias, residual, *codes)
+
+
+def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
+    """SimAM: x * sigmoid(d / (4 * (sum(d) / (n - 1) + e_lambda)) + 0.5) with d = (x - mean(x))^2.
+
+    Sum and mean are over the n positions of each channel; the mean is taken off before squaring, so that a large one
+    costs no digits. Backward goes through both and keeps three numbers a channel.
+
+    Args:
+        x: (B, C, *spatial).
+        e_lambda: at least 0; keeps the quotient finite where a channel is constant.
+
+    Returns:
+        A map of x's shape, dtype and layout. On maps of one position all NaN, as in the original.
+
+    Source: SimAM, ICML 2021, proceedings.mlr.press/v139/yang21o.html.
+    """
+    if not (math.isfinite(e_lambda) and e_lambda >= 0):
+        raise ValueError(f"e_lambda: expected a finite number of at least 0; got {e_lambda!r}")
+    _check_map(x)
+    backend = _choose("simam", x)
+    if backend == "reference":
+        return reference.simam(x, e_lambda=e_lambda)
+    return ops.simam(backend, x, float(e_lambda))
 
 
 def mixed_scale(

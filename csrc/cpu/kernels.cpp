@@ -69,6 +69,22 @@ const SpaceKernels<BFloat16>& space_kernels() {
     return choice().table->space_bfloat16;
 }
 template <>
+const SimamKernels<double>& simam_kernels() {
+    return choice().table->simam_double;
+}
+template <>
+const SimamKernels<float>& simam_kernels() {
+    return choice().table->simam_float;
+}
+template <>
+const SimamKernels<Half>& simam_kernels() {
+    return choice().table->simam_half;
+}
+template <>
+const SimamKernels<BFloat16>& simam_kernels() {
+    return choice().table->simam_bfloat16;
+}
+template <>
 const MixKernels<double>& mix_kernels() {
     return choice().table->mix_double;
 }

@@ -526,6 +526,7 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
+#include "simam.inl"
 #include "space.inl"
 
 #include "axes.inl"  // needs what space.inl has

@@ -87,6 +87,10 @@ Tensor axis_pool_backward(const OptionalTensor& grad, const OptionalTensor& grad
                           const Tensor& column_index, const Tensor& plane_index, int64_t maxima, int64_t channels,
                           int64_t ties);
 
+std::tuple<Tensor, Tensor> simam(const Tensor& x, double e_lambda);
+
+Tensor simam_backward(const Tensor& grad, const Tensor& x, const Tensor& state);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     const Tensor& x, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
     const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,

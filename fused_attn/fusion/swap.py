@@ -10,12 +10,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..codes import FUNCTIONS
-from ..reference.block_attention import (
-    fold_batch_norm,
-    run_normalised,
-    uses_batch_statistics,
-)
-from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, recognise
+from ..reference.block_attention import fold_batch_norm, run_normalised, uses_batch_statistics
+from .registry import FUSED_FORMS, CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, recognise
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -42,7 +38,7 @@ def bypassed_hooks(block: nn.Module, recipe: Recipe) -> str | None:
 
 
 def _is_bypassed(name: str, recipe: Recipe) -> bool:
-    return not isinstance(recipe, SplitGate) or name in recipe.bypassed
+    return not isinstance(recipe, (SplitGate, OwnLayers)) or name in recipe.bypassed
 
 
 def _is_hooked(layer: Any) -> bool:
@@ -123,6 +119,8 @@ def run(block: nn.Module, plan: Plan, x: Tensor) -> Tensor:
         return _run_spatial(block, recipe, x, residual)
     if isinstance(recipe, CbamGate):
         return _run_cbam(block, plan, recipe, x, residual)
+    if isinstance(recipe, OwnLayers):
+        return recipe.forward(block, x)
     pooled = functional.squeeze(x, recipe.pool, ties=recipe.ties)
     descriptor = pooled if isinstance(pooled, Tensor) else 0.5 * pooled[0] + 0.5 * pooled[1]
     return functional.scale(x, recipe.excite(block, descriptor), residual=residual)
@@ -231,6 +229,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
             swap(self, recipe)
 
     attributes = {
+        **_fused_functions(host),
         "forward": forward,
         "__reduce_ex__": __reduce_ex__,
         "__setstate__": __setstate__,
@@ -239,6 +238,14 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         "_fused_attn_host": host,
     }
     return type(f"Fused{host.__name__}", (host,), attributes)
+
+
+def _fused_functions(host: type[nn.Module]) -> dict[str, Any]:
+    """What `fused_attn.nn` puts into a module of `fused_attn.reference` in place of the plain functions there."""
+    ours = FUSED_FORMS.get(host)
+    return (
+        {} if ours is None else {name: value for name, value in vars(ours).items() if isinstance(value, staticmethod)}
+    )
 
 
 def _empty(host: type[nn.Module]) -> nn.Module:

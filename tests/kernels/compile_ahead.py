@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_attn.codes import ACTIVATIONS, COMBINES, LAYERS, POOLS, TIES
-from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, mixed_scale, scale, spatial_gate, squeeze
+from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, mixed_scale, scale, simam, spatial_gate, squeeze
 
 TYPES = {
     torch.float64: "*fp64",
@@ -113,6 +113,8 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         y, state, index = channel_gate.channel_gate(x, *weights, *affine, residual, *codes)
         kept = (y, None) if keeps_y else (None, residual)
         channel_gate.channel_gate_backward(grad, x, kept[0], state, index, *weights, *affine, kept[1], *codes)
+        _, numbers = simam.simam(x, 1e-4)
+        simam.simam_backward(grad, x, numbers)
         for gate in (make(*case.shape[:2]), make(case.shape[0], 1, *case.shape[2:])):
             scale.scale(x, gate, *affine, residual, pre, post)
             scale.scale_backward(grad, x, kept[0], gate, *affine, kept[1], pre, post)

@@ -145,6 +145,21 @@ def test_squeeze_and_scale(traffic, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_simam(traffic, layout):
+    """3 + 5 passes in 2 + 2 launches; eager makes some 55. Forward also reads the first element of each channel."""
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    y = functional.simam(x)
+    names, counts = zip(*traffic.passes(), strict=True)
+    assert names == ("_moments", "_simam")
+    assert counts[0] == pytest.approx({"read x": 1}, abs=0.02)
+    assert counts[1] == pytest.approx({"read x": 1, "write y": 1}, abs=0.02)
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    reads = {"read grad": 1, "read x": 1}
+    assert traffic.passes() == [("_simam_dots", reads), ("_simam_spread", {**reads, "write grad_x": 1})]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("combine", "names"), KINDS, ids=str)
 def test_mixed_scale(traffic, combine, names, layout):
     """2 + 3 passes in 1 + 1 launches, all gates' gradients among them."""
