@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("spatial_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate_backward));
     m.impl("channel_pool.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool));
     m.impl("channel_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool_backward));
+    m.impl("simam.cpu", TORCH_BOX(&fused_attn::cpu::simam));
+    m.impl("simam_backward.cpu", TORCH_BOX(&fused_attn::cpu::simam_backward));
     m.impl("axis_pool.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool));
     m.impl("axis_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool_backward));
     m.impl("cbam.cpu", TORCH_BOX(&fused_attn::cpu::cbam));

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .codes import FUNCTIONS
 from .fusion.api import candidates, is_own
 from .fusion.own import own_recipe
-from .fusion.registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate
+from .fusion.registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 from .fusion.report import describe
 from .fusion.swap import PLAN, host_class, intact
 from .reference.channel_gate import channel_logits
@@ -95,8 +95,9 @@ def _recipe(block: nn.Module, found: Recipe | str | None) -> Recipe | None:
         return own_recipe(block)
     if host_class(block) is not None:
         plan = block.__dict__[PLAN]
-        return plan.recipe if intact(block, plan) else None
-    return None if isinstance(found, str) else found
+        found = plan.recipe if intact(block, plan) else None
+    # What is OwnLayers has no gate that is one number a channel or position, or it is not known here.
+    return None if isinstance(found, (str, OwnLayers)) else found
 
 
 def gates(block: nn.Module, recipe: Recipe, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -106,6 +107,7 @@ def gates(block: nn.Module, recipe: Recipe, x: Tensor) -> tuple[Tensor | None, T
         return channel, _spatial(block, recipe.spatial, x * per_channel(channel, x))
     if isinstance(recipe, SpatialGate):
         return None, _spatial(block, recipe, x)
+    assert not isinstance(recipe, OwnLayers), "`_recipe` leaves these out"
     return _channel(block, recipe, x), None
 
 
@@ -229,5 +231,5 @@ def show(image: Any, maps: Sequence[AttentionMap], path: str | Path | None = Non
     for ax in axes[len(panels) + 1 :]:
         ax.set_axis_off()
     if path is not None:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
     return figure

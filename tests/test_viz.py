@@ -208,3 +208,12 @@ def test_photographs(tmp_path):
         viz.photograph(tmp_path / "text.png")
     with pytest.raises(ValueError, match="no such file"):
         viz.photograph(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("how", ["original", "fused", "nn"])
+def test_blocks_with_other_gates_are_passed_over(how):
+    library = fused_attn.nn if how == "nn" else reference
+    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), library.SimAM(), make("cbam", library))
+    if how == "fused":
+        fused_attn.fuse(model)
+    assert [m.name for m in viz.attention_maps(model, torch.rand(1, 3, 12, 12))] == ["2"]

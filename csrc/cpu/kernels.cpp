@@ -69,20 +69,20 @@ const SpaceKernels<BFloat16>& space_kernels() {
     return choice().table->space_bfloat16;
 }
 template <>
-const AxisKernels<double>& axis_kernels() {
-    return choice().table->axis_double;
+const SimamKernels<double>& simam_kernels() {
+    return choice().table->simam_double;
 }
 template <>
-const AxisKernels<float>& axis_kernels() {
-    return choice().table->axis_float;
+const SimamKernels<float>& simam_kernels() {
+    return choice().table->simam_float;
 }
 template <>
-const AxisKernels<Half>& axis_kernels() {
-    return choice().table->axis_half;
+const SimamKernels<Half>& simam_kernels() {
+    return choice().table->simam_half;
 }
 template <>
-const AxisKernels<BFloat16>& axis_kernels() {
-    return choice().table->axis_bfloat16;
+const SimamKernels<BFloat16>& simam_kernels() {
+    return choice().table->simam_bfloat16;
 }
 template <>
 const MixKernels<double>& mix_kernels() {
@@ -99,6 +99,22 @@ const MixKernels<Half>& mix_kernels() {
 template <>
 const MixKernels<BFloat16>& mix_kernels() {
     return choice().table->mix_bfloat16;
+}
+template <>
+const AxisKernels<double>& axis_kernels() {
+    return choice().table->axis_double;
+}
+template <>
+const AxisKernels<float>& axis_kernels() {
+    return choice().table->axis_float;
+}
+template <>
+const AxisKernels<Half>& axis_kernels() {
+    return choice().table->axis_half;
+}
+template <>
+const AxisKernels<BFloat16>& axis_kernels() {
+    return choice().table->axis_bfloat16;
 }
 template <>
 const TapKernels<double>& tap_kernels() {

@@ -142,6 +142,37 @@ struct TapKernels {
     void (*tap_grad)(const A* grad, const A* in, const int64_t* offsets, int64_t count, int64_t n, double* sums);
 };
 
+// Numbers a channel of SimAM: y = x * sigmoid(c^2 * q[..] + 1/2) with c = (x - pivot[..]) - rest[..], pivot being any
+// element of the channel and rest the mean's distance from it; for its backward k and shift.
+template <class A>
+struct Energy {
+    const A* pivot = nullptr;
+    const A* rest = nullptr;
+    const A* q = nullptr;
+    const A* k = nullptr;
+    const A* shift = nullptr;
+};
+
+// Chan's formula: mean and sum of squared distances of `count` numbers, joined by those of `more` others.
+static inline void join_moments(double& mean, double& squares, double count, double mean2, double squares2,
+                                double more) {
+    const double distance = mean2 - mean, share = more / (count + more);
+    mean += distance * share;
+    squares += squares2 + distance * distance * count * share;
+}
+
+template <class T>
+struct SimamKernels {
+    using A = Accumulator<T>;
+    // mean[c] of x - pivot[c] and the sum of squared distances from it; reads x twice, the second time from cache
+    void (*moments)(const T* x, Panel, const A* pivot, double* mean, double* squares);
+    void (*apply)(const T* x, Panel, Energy<A>, T* y);
+    // With s the sigmoid and h = grad * x * s * (1 - s): dot[c] += sum of h * c, squares[c] += sum of h * c^2
+    void (*dots)(const T* grad, const T* x, Panel, Energy<A>, double* dot, double* squares);
+    // grad_x = grad * s + 2 * c * (q * h - k) + shift
+    void (*spread)(const T* grad, const T* x, Panel, Energy<A>, T* grad_x);
+};
+
 // The excitation: dense layers on a few samples at a time, so that a weight is read once for all of them.
 template <class A>
 struct DenseKernels {
@@ -168,6 +199,8 @@ template <class T>
 const MixKernels<T>& mix_kernels();
 template <class A>
 const TapKernels<A>& tap_kernels();
+template <class T>
+const SimamKernels<T>& simam_kernels();
 template <class A>
 const DenseKernels<A>& dense_kernels();
 const char* instruction_set();

@@ -526,10 +526,10 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
+#include "simam.inl"
 #include "space.inl"
 
 #include "axes.inl"  // needs what space.inl has
-
 #include "mix.inl"
 
 template <class A, class F>
@@ -646,9 +646,9 @@ constexpr MapKernels<T> kMapKernels{pool<T>, scale<T>, dot<T>, spread<T>};
 template <class T>
 constexpr SpaceKernels<T> kSpaceKernels{pool_space<T>, scale_space<T>, dot_space<T>, weigh_space<T>, spread_space<T>};
 template <class T>
-constexpr AxisKernels<T> kAxisKernels{pool_axes<T>, spread_axes<T>};
-template <class T>
 constexpr MixKernels<T> kMixKernels{mix<T>, mix_grad<T>};
+template <class T>
+constexpr AxisKernels<T> kAxisKernels{pool_axes<T>, spread_axes<T>};
 template <class A>
 constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..reference import CBAM
-from .registry import Recipe, SplitGate, recognise
+from .registry import FUSED_FORMS, OwnLayers, Recipe, SplitGate, recognise
 from .swap import PLAN, bypassed_hooks, host_class, refuse_sharded, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,8 +34,8 @@ def is_own(block: nn.Module) -> bool:
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str | None]]:
-    """Every module and, where it is neither fused nor one of `fused_attn.nn`, its `decide`. The parts of a CBAM, and of
-    any block that is one op, are left out: they are served with it."""
+    """Every module and, where it is neither fused nor one of `fused_attn.nn`, its `decide`. The parts of
+    our own blocks, and of any block that is one op, are left out: they are served with it."""
     parts: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(parts):
@@ -44,8 +44,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str 
         found = None if done else decide(module)
         yield name, module, found
         recipe = module.__dict__[PLAN].recipe if host_class(module) is not None else found
-        one_op = not (recipe is None or isinstance(recipe, (str, SplitGate)))
-        if one_op or is_own(module) or isinstance(module, CBAM):
+        one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
+        if one_op or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
             parts = (f"{name}." if name else "",)
 
 

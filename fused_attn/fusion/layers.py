@@ -55,6 +55,12 @@ def is_dense(layer: Any) -> bool:
     )
 
 
+def is_global_average(layer: Any, rank: int) -> bool:
+    """An adaptive average pool of maps with this many spatial axes to one position."""
+    kind = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[rank - 1]
+    return type(layer) is kind and layer.output_size in (1, (1,) * rank)
+
+
 def is_channel_convolution(layer: Any, *, padded: bool) -> bool:
     """ECA's Conv1d over the channels: one row in, one out, odd kernel, zero padding that keeps the length."""
     if type(layer) is not nn.Conv1d or layer.padding_mode != "zeros":

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from .. import nn as fused_nn
+from .. import reference
 from ..reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention
-from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, register
+from .registry import FUSED_FORMS, CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, register
 
 _MODULE = "fused_attn.reference"
 _EPILOGUE = "returns its gate alone or has an epilogue; use fused_attn.nn"
@@ -81,8 +85,33 @@ def gather_excite(block: Any) -> Recipe | str:
     return ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)
 
 
+#: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it, and the rank of their maps.
+_AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
+    reference.BAM: (("mixed_scale", "squeeze"), None),
+    reference.EMA: (("scale/space",), 4),
+    reference.SCSE: (("mixed_scale", "squeeze"), None),
+    reference.SimAM: (("simam",), None),
+}
+FUSED_FORMS.update({cls: getattr(fused_nn, cls.__name__) for cls in _AS_IN_NN})
+
+
+@register(*_AS_IN_NN)
+def as_in_nn(block: Any) -> Recipe | str:
+    (cls,) = (cls for cls in _AS_IN_NN if isinstance(block, cls))
+    functions, rank = _AS_IN_NN[cls]
+    return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank)
+
+
+def own_functions(block: Any) -> tuple[str, ...] | None:
+    """The fused functions in a block of `fused_attn.nn` that is not one of them alone; None for others."""
+    return next((functions for cls, (functions, _) in _AS_IN_NN.items() if isinstance(block, cls)), None)
+
+
 def own_recipe(block: Any) -> Recipe | None:
-    """The gate of one of the blocks above or of `fused_attn.nn`, whatever becomes of it; None: its pool is windows."""
+    """The gate of one of the blocks above or of `fused_attn.nn`, whatever becomes of it; None: it has none, its
+    pool is windows or it is neither of the squeeze-excite nor of the CBAM family."""
+    if own_functions(block) is not None:
+        return None
     if isinstance(block, CBAM):
         gate = _channel_gate(block.channel, "channel.")
         return gate if block.spatial is None else CbamGate(gate, _spatial_gate(block.spatial, "spatial."))

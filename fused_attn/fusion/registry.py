@@ -1,8 +1,8 @@
 """What a block is, in the terms of the fused functions, and how host libraries' classes are turned into that.
 
-An adapter is a function from a block to a recipe (`ChannelGate`, `SpatialGate`, `CbamGate` or `SplitGate`), registered
-for its exact class, or to a string that says why this one is left alone. It runs once, at `fuse`; parameters are
-read at every call.
+An adapter is a function from a block to a recipe (`ChannelGate`, `SpatialGate`, `CbamGate`, `SplitGate` or
+`OwnLayers`), registered for its exact class, or to a string that says why this one is left alone. It runs once, at
+`fuse`; parameters are read at every call.
 A class is known by itself, or, where its library must not be imported for it, by its qualified name.
 """
 
@@ -88,14 +88,39 @@ class SplitGate:
     bypassed: tuple[str, ...] = ()
 
 
-Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate
+@dataclass(frozen=True)
+class OwnLayers:
+    """A block that runs its own layers, with fused functions before, between or after them.
+
+    forward(block, x): what it runs; `functions` are the fused functions in it, as `fused_attn.backends.OPS` has them,
+    the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it.
+    """
+
+    forward: Callable[[Any, Tensor], Tensor]
+    name: str
+    functions: tuple[str, ...]
+    adds_input: bool = False
+    rank: int | None = 4
+    bypassed: tuple[str, ...] = ()
+
+
+Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers
 Adapter = Callable[[nn.Module], "Recipe | str"]
 
 ADAPTERS: dict[type | str, Adapter] = {}
 
+#: Modules of `fused_attn.reference` -> their classes in `fused_attn.nn`, whose functions the fused ones get.
+FUSED_FORMS: dict[type[nn.Module], type[nn.Module]] = {}
+
 
 def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def class_name(block: Any) -> str:
+    """The qualified name of a block's class; of the class it had, where it is fused."""
+    cls = type(block)
+    return qualified_name(getattr(cls, "_fused_attn_host", cls))
 
 
 def register(*classes: type | str) -> Callable[[Adapter], Adapter]:

@@ -11,7 +11,8 @@ from torch import nn
 from .. import backends
 from ..reference import CBAM, SpatialAttention
 from .api import candidates, is_own
-from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, qualified_name
+from .own import own_functions
+from .registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, qualified_name
 from .swap import PLAN, host_class, intact
 
 
@@ -46,6 +47,8 @@ class Report(list[Row]):
 def describe(block: nn.Module, recipe: Recipe) -> str:
     """Such as "SqueezeExcite(256 -> 16, relu, sigmoid)"."""
     residual = ", adds its input" if recipe.adds_input else ""
+    if isinstance(recipe, OwnLayers):
+        return recipe.name + (", adds its input" if recipe.adds_input else "")
     if isinstance(recipe, SpatialGate):
         return f"SpatialAttention({_describe_spatial(block, recipe)}{residual})"
     if isinstance(recipe, CbamGate):
@@ -104,6 +107,8 @@ def _row(name: str, block: nn.Module, found: Recipe | str | None) -> Row | None:
 def _ops(recipe: Recipe) -> tuple[str, ...]:
     if isinstance(recipe, SplitGate):
         return "squeeze", "scale"
+    if isinstance(recipe, OwnLayers):
+        return recipe.functions
     if isinstance(recipe, ChannelGate):
         return (_channel_op(recipe.pool),)
     return ("spatial_gate" if isinstance(recipe, SpatialGate) else "cbam",)
@@ -116,6 +121,9 @@ def _channel_op(pool: str) -> str:
 def _own_backend(block: Any) -> tuple[str, str]:
     if getattr(block, "extent", 0):
         return "reference", "its windows are pooled by PyTorch"
+    functions = own_functions(block)
+    if functions is not None:
+        return _backend(block, functions)
     if isinstance(block, SpatialAttention):
         return _backend(block, ("spatial_gate",))
     if isinstance(block, CBAM):

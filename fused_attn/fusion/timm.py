@@ -1,5 +1,5 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-and the SE of older models."""
+the two attentions that these are made of, and the SE of older models."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .layers import (
     is_spatial_convolution,
     two_dense_layers,
 )
-from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, qualified_name, register
+from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, class_name, register
 
 
 def _is_exactly(layer: Any, name: str) -> bool:
-    return qualified_name(type(layer)) == f"timm.layers.{name}"
+    return class_name(layer) == f"timm.layers.{name}"
 
 
 def _pooling(block: Any) -> dict[str, Any]:
@@ -128,42 +128,63 @@ def gather_excite(block: Any) -> Recipe | str:
     return ChannelGate(**two_dense_layers("mlp.fc1", "mlp.fc2"), **_pooling(block), activation=activation, gate=gate)
 
 
-def _cbam(block: Any, *, light: bool) -> Recipe | str:
-    channel, spatial = block.channel, block.spatial
-    kind = "Light" if light else ""
-    if not (
-        _is_exactly(channel, f"cbam.{kind}ChannelAttn")
-        and _is_exactly(spatial, f"cbam.{kind}SpatialAttn")
-        and _is_exactly(spatial.conv, "conv_bn_act.ConvNormAct")
-    ):
-        return "its parts are not timm's"
-    conv, norm = spatial.conv.conv, spatial.conv.bn
-    dense = is_dense(channel.fc1) and is_dense(channel.fc2)
-    if not (dense and is_spatial_convolution(conv, 1 if light else 2) and is_batch_norm(norm)):
+def _channel_attention(block: Any, path: str, *, light: bool) -> ChannelGate | str:
+    """Of a channel attention at this path of the block that is fused, "" or with a dot at its end."""
+    if not (is_dense(block.fc1) and is_dense(block.fc2)):
         return "its layers are not timm's"
-    if spatial.conv.aa is not None:
-        return "it blurs its gate"
-    activation, spatial_gate = activation_name(channel.act), activation_name(spatial.gate)
     # The light channel attention takes the sigmoid whatever its gate is.
-    channel_gate = "sigmoid" if light else activation_name(channel.gate)
-    if activation is None or channel_gate is None or spatial_gate is None:
+    activation, gate = activation_name(block.act), "sigmoid" if light else activation_name(block.gate)
+    if activation is None or gate is None:
         return "its activation or gate is not one we fuse"
-    return CbamGate(
-        ChannelGate(
-            **two_dense_layers("channel.fc1", "channel.fc2"),
-            pool="avgmax" if light else "both",
-            ties="even",
-            activation=activation,
-            gate=channel_gate,
-        ),
-        SpatialGate(
-            ("spatial.conv.conv", "spatial.conv.bn"),
-            order=("mean", "max"),
-            ties="even",
-            gate=spatial_gate,
-            merged=light,
-        ),
-    )
+    layers = two_dense_layers(f"{path}fc1", f"{path}fc2")
+    return ChannelGate(**layers, pool="avgmax" if light else "both", ties="even", activation=activation, gate=gate)
+
+
+def _spatial_attention(block: Any, path: str, *, light: bool) -> SpatialGate | str:
+    if not _is_exactly(block.conv, "conv_bn_act.ConvNormAct"):
+        return "its parts are not timm's"
+    conv, norm = block.conv.conv, block.conv.bn
+    if not (is_spatial_convolution(conv, 1 if light else 2) and is_batch_norm(norm)):
+        return "its layers are not timm's"
+    if block.conv.aa is not None:
+        return "it blurs its gate"
+    gate = activation_name(block.gate)
+    if gate is None:
+        return "its activation or gate is not one we fuse"
+    layers = (f"{path}conv.conv", f"{path}conv.bn")
+    return SpatialGate(layers, order=("mean", "max"), ties="even", gate=gate, merged=light)
+
+
+@register("timm.layers.cbam.ChannelAttn")
+def channel_attention(block: Any) -> Recipe | str:
+    return _channel_attention(block, "", light=False)
+
+
+@register("timm.layers.cbam.LightChannelAttn")
+def light_channel_attention(block: Any) -> Recipe | str:
+    return _channel_attention(block, "", light=True)
+
+
+@register("timm.layers.cbam.SpatialAttn")
+def spatial_attention(block: Any) -> Recipe | str:
+    return _spatial_attention(block, "", light=False)
+
+
+@register("timm.layers.cbam.LightSpatialAttn")
+def light_spatial_attention(block: Any) -> Recipe | str:
+    return _spatial_attention(block, "", light=True)
+
+
+def _cbam(block: Any, *, light: bool) -> Recipe | str:
+    kind = "Light" if light else ""
+    parts = _is_exactly(block.channel, f"cbam.{kind}ChannelAttn"), _is_exactly(block.spatial, f"cbam.{kind}SpatialAttn")
+    if not all(parts):
+        return "its parts are not timm's"
+    channel = _channel_attention(block.channel, "channel.", light=light)
+    spatial = _spatial_attention(block.spatial, "spatial.", light=light)
+    if isinstance(channel, str):
+        return channel
+    return spatial if isinstance(spatial, str) else CbamGate(channel, spatial)
 
 
 @register("timm.layers.cbam.CbamModule")

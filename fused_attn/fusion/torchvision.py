@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .layers import activation_name, is_dense, two_dense_layers
+from .layers import activation_name, is_dense, is_global_average, two_dense_layers
 from .registry import ChannelGate, Recipe, SplitGate, register
 
 
@@ -17,7 +17,7 @@ def _excite(block: Any, descriptor: Tensor) -> Tensor:
 
 @register("torchvision.ops.misc.SqueezeExcitation")
 def squeeze_excitation(block: Any) -> Recipe | str:
-    if type(block.avgpool) is not nn.AdaptiveAvgPool2d or block.avgpool.output_size not in (1, (1, 1)):
+    if not is_global_average(block.avgpool, 2):
         return "its pool is not global"
     activation, gate = activation_name(block.activation), activation_name(block.scale_activation)
     if not (is_dense(block.fc1) and is_dense(block.fc2)) or activation is None or gate is None:

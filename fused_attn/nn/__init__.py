@@ -3,8 +3,10 @@
 from .bam import BAM
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
+from .ema import EMA
 from .gather_excite import GatherExcite
 from .scse import SCSE
+from .simam import SimAM
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
 from .triplet import TripletAttention
 
@@ -14,8 +16,10 @@ __all__ = [
     "ChannelAttention",
     "CoordinateAttention",
     "ECA",
+    "EMA",
     "EffectiveSE",
     "GatherExcite",
+    "SimAM",
     "SCSE",
     "SpatialAttention",
     "SqueezeExcite",

@@ -6,7 +6,18 @@ from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .mixed_scale import mixed_scale
 from .scale import scale
+from .simam import simam
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 
-__all__ = ["axis_pool", "cbam", "channel_gate", "channel_pool", "mixed_scale", "scale", "spatial_gate", "squeeze"]
+__all__ = [
+    "axis_pool",
+    "cbam",
+    "channel_gate",
+    "channel_pool",
+    "mixed_scale",
+    "scale",
+    "simam",
+    "spatial_gate",
+    "squeeze",
+]

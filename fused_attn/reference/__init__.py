@@ -16,7 +16,7 @@ from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
 from .scale import scale
 from .scse import SCSE
-from .simam import SimAM
+from .simam import SimAM, simam
 from .spatial_gate import spatial_gate
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
@@ -44,6 +44,7 @@ __all__ = [
     "eca_kernel_size",
     "mixed_scale",
     "scale",
+    "simam",
     "spatial_gate",
     "squeeze",
 ]

@@ -9,35 +9,30 @@ from .squeeze import space
 from .squeeze_excite import finite
 
 
+def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
+    """See `fused_attn.functional.simam`."""
+    axes = space(x)
+    distance = (x - x.mean(axes, keepdim=True)).square()
+    variance = distance.sum(axes, keepdim=True) / (x.shape[2:].numel() - 1)
+    return x * (distance / (4 * (variance + e_lambda)) + 0.5).sigmoid()
+
+
 class SimAM(nn.Module):
-    """SimAM: x * sigmoid(d / (4 * (sum(d) / (n - 1) + e_lambda)) + 0.5) with d = (x - mean(x))^2.
+    """See `fused_attn.nn.SimAM`."""
 
-    Sum and mean are over the n positions of each channel.
-
-    Args:
-        channels: C; None: any. The block has no parameters.
-        e_lambda: the paper's lambda; where a channel is constant it keeps the quotient finite.
-
-    `forward(x)`: x (B, C, *spatial), one to three spatial axes; a map of the same shape. On maps of one position the
-    variance is 0 / 0 and the result NaN, as in the original: put no SimAM behind a global pool.
-
-    Raises:
-        ValueError: e_lambda is not a finite number; in `forward`: x has not `channels` channels.
-
-    Source: SimAM, ICML 2021, proceedings.mlr.press/v139/yang21o.html; equivalent to the authors' `simam_module`.
-    """
+    #: The function the forward pass is made of; `fused_attn.nn` puts the fused one here.
+    _simam = staticmethod(simam)
 
     def __init__(self, channels: int | None = None, *, e_lambda: float = 1e-4) -> None:
         super().__init__()
         self.channels = optional_channels(channels)
-        self.e_lambda = finite("e_lambda", e_lambda)
+        if finite("e_lambda", e_lambda) < 0:
+            raise ValueError(f"e_lambda: expected a number of at least 0; got {e_lambda!r}")
+        self.e_lambda = e_lambda
 
     def extra_repr(self) -> str:
         return f"e_lambda={self.e_lambda}"
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self.channels, x)
-        axes = space(x)
-        distance = (x - x.mean(axes, keepdim=True)).square()
-        variance = distance.sum(axes, keepdim=True) / (x.shape[2:].numel() - 1)
-        return x * (distance / (4 * (variance + self.e_lambda)) + 0.5).sigmoid()
+        return self._simam(x, e_lambda=self.e_lambda)

@@ -11,9 +11,10 @@ from torch import nn
 
 from fused_attn import explain, fuse, reference, unfuse
 from fused_attn import nn as fused_nn
-from fused_attn.fusion import CbamGate, ChannelGate, SpatialGate, SplitGate
+from fused_attn.fusion import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate
 from fused_attn.fusion.registry import recognise
 from tests.checks import LAYOUTS, assert_equivalent, in_layout, random
+from tests.fusion import look_alikes
 from tests.ops.test_cbam import separated
 
 timm_layers = pytest.importorskip("timm.layers", reason="timm is not installed")
@@ -66,6 +67,15 @@ BLOCKS = {
         2,
         CbamGate,
     ),
+    "timm ChannelAttn": (lambda: timm_cbam.ChannelAttn(C, mlp_bias=True), 2, ChannelGate),
+    "timm LightChannelAttn": (lambda: timm_cbam.LightChannelAttn(C, gate_layer="hard_sigmoid"), 2, ChannelGate),
+    "timm SpatialAttn": (lambda: timm_cbam.SpatialAttn(3), 2, SpatialGate),
+    "timm LightSpatialAttn": (lambda: timm_cbam.LightSpatialAttn(gate_layer="hard_sigmoid"), 2, SpatialGate),
+    "ultralytics ChannelAttention": (lambda: look_alikes.ChannelAttention(C), 2, ChannelGate),
+    "ultralytics SpatialAttention": (lambda: look_alikes.SpatialAttention(), 2, SpatialGate),
+    "ultralytics CBAM": (lambda: look_alikes.CBAM(C), 2, CbamGate),
+    "ultralytics CBAM, k 3": (lambda: look_alikes.CBAM(C, 3), 2, CbamGate),
+    "smp SCSEModule": (lambda: look_alikes.SCSEModule(C), 2, OwnLayers),
     "torchvision": (lambda: tv_misc.SqueezeExcitation(C, 8), 2, ChannelGate),
     "torchvision, EfficientNet": (
         lambda: tv_misc.SqueezeExcitation(C, 8, activation=functools.partial(nn.SiLU, inplace=True)),
@@ -95,8 +105,18 @@ BLOCKS = {
     "reference CBAM": (lambda: reference.CBAM(C), 2, CbamGate),
     "reference CBAM, 3-D": (lambda: reference.CBAM(C, kernel_size=3, rank=3), 3, CbamGate),
     "reference CBAM, plain": (lambda: reference.CBAM(C, batch_norm=False, ties="even", bias=False), 2, CbamGate),
+    "reference BAM": (lambda: reference.BAM(C), 2, OwnLayers),
+    "reference SCSE": (lambda: reference.SCSE(C), 2, OwnLayers),
+    "reference SCSE, max": (lambda: reference.SCSE(C, combine="max"), 3, OwnLayers),
+    "reference SimAM": (lambda: reference.SimAM(), 2, OwnLayers),
+    "reference SimAM, 3-D": (lambda: reference.SimAM(C, e_lambda=0.1), 3, OwnLayers),
+    "reference EMA": (lambda: reference.EMA(C, factor=8), 2, OwnLayers),
     "reference CBAM, channel only": (lambda: reference.CBAM(C, no_spatial=True), 2, ChannelGate),
 }
+
+
+#: Modules whose reference runs as the class of the same name in `fused_attn.nn`.
+AS_IN_NN = ["BAM", "EMA", "SCSE", "SimAM"]
 
 
 def gather_excite(**options):
@@ -176,6 +196,8 @@ NORMS = {
     "timm SEModule, norm": "bn",
     "timm CbamModule": "spatial.conv.bn",
     "timm LightCbamModule": "spatial.conv.bn",
+    "timm SpatialAttn": "conv.bn",
+    "reference BAM": "channel_att.gate_c.gate_c_bn_1",
     "reference SpatialAttention": "conv.bn",
     "reference CBAM": "spatial.conv.bn",
 }
@@ -271,6 +293,41 @@ REFUSED = {
         changed("spatial", gate=nn.Softplus()),
         "its activation or gate is not one we fuse",
     ),
+    "a maximum in ultralytics' pool": (
+        "ultralytics CBAM",
+        changed("channel_attention", pool=nn.AdaptiveMaxPool2d(1)),
+        "its layers are not ultralytics'",
+    ),
+    "an adapter beside ultralytics' layer": (
+        "ultralytics ChannelAttention",
+        changed("", lora=nn.Conv2d(C, C, 1)),
+        "its layers are not ultralytics'",
+    ),
+    "ultralytics' gate replaced": (
+        "ultralytics SpatialAttention",
+        changed("", act=nn.Softplus()),
+        "its gate is not one we fuse",
+    ),
+    "ultralytics' convolution of another width": (
+        "ultralytics ChannelAttention",
+        changed("", fc=nn.Conv2d(C, 1, 1)),
+        "its layers are not ultralytics'",
+    ),
+    "a part that is only named like ultralytics'": (
+        "ultralytics CBAM",
+        changed("", spatial_attention=reference.SpatialAttention()),
+        "its parts are not ultralytics'",
+    ),
+    "another depth of smp's cSE": (
+        "smp SCSEModule",
+        changed("", cSE=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1), nn.Sigmoid())),
+        "its layers are not segmentation_models_pytorch's",
+    ),
+    "smp's gate of a position with more channels": (
+        "smp SCSEModule",
+        changed("", sSE=nn.Sequential(nn.Conv2d(C, C, 1), nn.Sigmoid())),
+        "its layers are not segmentation_models_pytorch's",
+    ),
     "windows": ("timm GatherExcite", changed("", extent=2, gk=3, gs=2), "its pool is not global"),
     "a gathering convolution": (
         "timm GatherExcite",
@@ -313,8 +370,30 @@ def test_what_is_another_function_is_left_alone(name):
 def test_a_hook_on_a_part_of_cbam(path):
     block = randomised("timm CbamModule")
     block.get_submodule(path).register_forward_hook(lambda *_: None)
-    (row,) = explain(fuse(block))
+    row, *parts = explain(fuse(block))
     assert not row.fused and row.reason.startswith(f"{path} carries a hook")
+    assert [(part.name, part.fused) for part in parts] == [
+        (part, path == part or not path.startswith(part)) for part in ("channel", "spatial")
+    ]
+
+
+@pytest.mark.parametrize("name", ["timm CbamModule", "ultralytics CBAM"])
+def test_the_parts_of_a_block_that_is_left_alone_are_fused(name):
+    block = randomised(name)
+    calls = []
+    fused = fuse(copy.deepcopy(block))
+    assert len(explain(fused)) == 1
+    part = list(block.children())[1]
+    part.register_forward_pre_hook(lambda *_: calls.append(1))
+    fused = fuse(copy.deepcopy(block))
+    assert [row.fused for row in explain(fused)] == [False, True, True]
+    x = random(2, C, 7, 7)
+    torch.testing.assert_close(fused(x), block(x))
+    assert len(calls) == 2 and all(
+        type(p) is not type(q) for p, q in zip(fused.children(), block.children(), strict=True)
+    )
+    assert fuse(fused) is fused and [row.fused for row in explain(fused)] == [False, True, True]
+    assert list(map(type, unfuse(fused).modules())) == list(map(type, block.modules()))
 
 
 def test_parts_of_a_block_are_no_blocks():
@@ -324,6 +403,19 @@ def test_parts_of_a_block_are_no_blocks():
         fuse(model, strict=True)
     assert type(model[0].channel) is reference.ChannelAttention
     assert [row.fused for row in explain(model)] == [True] * 3
+
+
+@pytest.mark.parametrize("how", ["nn", "reference", "fused"])
+@pytest.mark.parametrize("kind", AS_IN_NN)
+def test_own_modules_are_one_row(kind, how):
+    """Theirs alone: what they are made of is served with them, also where it is a block by itself."""
+    block = getattr(fused_nn if how == "nn" else reference, kind)(C)
+    if how == "fused":
+        fuse(block, strict=True)
+        assert isinstance(block, getattr(reference, kind)) and not isinstance(block, getattr(fused_nn, kind))
+    (row,) = explain(block)
+    assert row.block == kind and row.fused == (how != "reference")
+    assert row.served_by in (("its own forward",) if how == "reference" else ("cpu", "reference"))
 
 
 def test_options_of_a_part_changed_after_fusing_count():

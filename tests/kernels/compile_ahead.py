@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_attn.codes import ACTIVATIONS, COMBINES, LAYERS, POOLS, TIES
-from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, mixed_scale, scale, spatial_gate, squeeze
+from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, mixed_scale, scale, simam, spatial_gate, squeeze
 
 TYPES = {
     torch.float64: "*fp64",
@@ -113,6 +113,8 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         y, state, index = channel_gate.channel_gate(x, *weights, *affine, residual, *codes)
         kept = (y, None) if keeps_y else (None, residual)
         channel_gate.channel_gate_backward(grad, x, kept[0], state, index, *weights, *affine, kept[1], *codes)
+        _, numbers = simam.simam(x, 1e-4)
+        simam.simam_backward(grad, x, numbers)
         for gate in (make(*case.shape[:2]), make(case.shape[0], 1, *case.shape[2:])):
             scale.scale(x, gate, *affine, residual, pre, post)
             scale.scale_backward(grad, x, kept[0], gate, *affine, kept[1], pre, post)
@@ -129,12 +131,13 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
             mixed_scale.mixed_scale(*arguments)
             mixed_scale.mixed_scale_backward(grad, *arguments)
         space_codes = (0, TIES[case.ties], ACTIVATIONS["sigmoid"], pre, post)
-        spatial = (make(1, 2, 7, 7), make(1))
-        _, *states = spatial_gate.spatial_gate(x, *spatial, *affine, residual, *space_codes)
-        spatial_gate.spatial_gate_backward(grad, x, kept[0], *states, *spatial, *affine, kept[1], *space_codes)
+        norm = (make(1), make(1)) if case.affine else (None, None)
+        spatial = (make(1, 2, 7, 7), make(1), *norm)
+        _, *states = spatial_gate.spatial_gate(x, *spatial, *affine, residual, 1e-5, *space_codes)
+        spatial_gate.spatial_gate_backward(grad, x, kept[0], *states, *spatial, *affine, kept[1], 1e-5, *space_codes)
         pooled, place = channel_pool.channel_pool(x, *affine, pre, 0, TIES[case.ties])
         channel_pool.channel_pool_backward(pooled, x, pooled, place, *affine, pre, 0, TIES[case.ties])
-        both_codes = (*codes[:5], *space_codes)
+        both_codes = (1e-5, *codes[:5], *space_codes)
         _, *states = cbam.cbam(x, *weights, *spatial, *affine, residual, *both_codes)
         cbam.cbam_backward(grad, x, kept[0], *states, *weights, *spatial, *affine, kept[1], *both_codes)
     finally:

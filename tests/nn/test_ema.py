@@ -7,8 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fused_attn import nn as fused_nn
 from fused_attn import reference
-from tests.checks import assert_same_block, checkpoint, checkpoint_shapes, random, randomised, with_state_of
+from tests.checks import (
+    LAYOUTS,
+    assert_equivalent,
+    assert_same_block,
+    checkpoint,
+    checkpoint_shapes,
+    in_layout,
+    random,
+    randomised,
+    with_state_of,
+)
 
 
 class Original(nn.Module):
@@ -34,29 +45,30 @@ class Original(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("module", [fused_nn, reference], ids=["fused", "reference"])
 @pytest.mark.parametrize(("channels", "factor"), [(64, 32), (32, 32), (24, 4), (6, 1)])
-def test_equals_the_original(channels, factor, training):
+def test_equals_the_original(channels, factor, module, training):
     original = randomised(Original(channels, factor))
-    block = with_state_of(reference.EMA(channels, factor=factor).double(), original)
+    block = with_state_of(module.EMA(channels, factor=factor).double(), original)
     x = random(2, channels, 6, 5, dtype=torch.float64)
     assert_same_block(block, original, x, training=training)
 
 
 def test_keys_are_the_authors():
-    block = reference.EMA(64)
+    block = fused_nn.EMA(64)
     block.load_state_dict(checkpoint("EMA"))
     assert {k: tuple(v.shape) for k, v in block.state_dict().items()} == checkpoint_shapes("EMA")
 
 
 def test_one_position():
-    assert torch.isfinite(reference.EMA(32)(random(2, 32, 1, 1))).all()
+    assert torch.isfinite(fused_nn.EMA(32)(random(2, 32, 1, 1))).all()
 
 
 ERRORS = {
-    "channels: expected a positive integer; got 0": lambda: reference.EMA(0),
-    "factor: expected a positive integer; got 0": lambda: reference.EMA(32, factor=0),
-    "factor: expected a divisor of channels, 48; got 32": lambda: reference.EMA(48),
-    "factor: expected a divisor of channels, 16; got 32": lambda: reference.EMA(16),
+    "channels: expected a positive integer; got 0": lambda: fused_nn.EMA(0),
+    "factor: expected a positive integer; got 0": lambda: fused_nn.EMA(32, factor=0),
+    "factor: expected a divisor of channels, 48; got 32": lambda: fused_nn.EMA(48),
+    "factor: expected a divisor of channels, 16; got 32": lambda: fused_nn.EMA(16),
 }
 
 
@@ -69,6 +81,25 @@ def test_errors(message):
 
 def test_trains_under_deterministic_algorithms():
     assert torch.are_deterministic_algorithms_enabled()
-    block = reference.EMA(64)
+    block = fused_nn.EMA(64)
     block(random(2, 64, 6, 5)).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_as_good_as_the_reference(dtype, layout):
+    fused = randomised(fused_nn.EMA(32, factor=8)).to(dtype)
+    plain = reference.EMA(32, factor=8).to(dtype)
+    plain.load_state_dict(fused.state_dict())
+    x = in_layout(random(3, 32, 7, 9, dtype=dtype), layout)
+
+    def call(block):
+        return lambda x, **parameters: torch.func.functional_call(block, parameters, (x,))
+
+    inputs = {"x": x, **{name: p.detach() for name, p in fused.named_parameters()}}
+    assert_equivalent(call(fused), call(plain), inputs, [random(*x.shape, seed=1, dtype=dtype)])
+
+
+def test_an_empty_batch():
+    assert fused_nn.EMA(32)(random(0, 32, 5, 6)).shape == (0, 32, 5, 6)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from fused_attn import nn as fused_nn
 from fused_attn import reference
-from tests.checks import assert_same_block, random
+from tests.checks import LAYOUTS, assert_equivalent, assert_same_block, in_layout, random
 
 
 class Original(nn.Module):
@@ -23,15 +24,23 @@ class Original(nn.Module):
 
 
 @pytest.mark.parametrize("e_lambda", [1e-4, 0.3])
+@pytest.mark.parametrize("module", [fused_nn, reference], ids=["fused", "reference"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_equals_the_original(rank, e_lambda):
+def test_equals_the_original(rank, module, e_lambda):
     x = random(2, 8, *(6, 5, 4)[:rank], dtype=torch.float64)
-    assert_same_block(reference.SimAM(8, e_lambda=e_lambda), Original(e_lambda), x, training=True)
+    assert_same_block(module.SimAM(8, e_lambda=e_lambda), Original(e_lambda), x, training=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_as_good_as_the_reference(dtype, layout):
+    x = in_layout(random(3, 8, 7, 9, dtype=dtype), layout)
+    assert_equivalent(fused_nn.SimAM(8), reference.SimAM(8), {"x": x}, [random(*x.shape, seed=1, dtype=dtype)])
 
 
 def test_a_constant_channel_is_finite():
     x = torch.ones(1, 2, 4, 4, requires_grad=True)
-    y = reference.SimAM()(x)
+    y = fused_nn.SimAM()(x)
     y.sum().backward()
     torch.testing.assert_close(y, torch.full_like(x, 0.5).sigmoid())
     assert torch.isfinite(x.grad).all()
@@ -39,17 +48,18 @@ def test_a_constant_channel_is_finite():
 
 def test_one_position_is_nan_as_in_the_original():
     x = random(2, 8, 1, 1)
-    assert reference.SimAM()(x).isnan().all()
+    assert fused_nn.SimAM()(x).isnan().all()
 
 
 def test_it_has_no_state():
-    assert not reference.SimAM(64).state_dict()
+    assert not fused_nn.SimAM(64).state_dict()
 
 
 ERRORS = {
-    "channels: expected a positive integer; got 'x'": lambda: reference.SimAM("x"),
-    "e_lambda: expected a finite number; got nan": lambda: reference.SimAM(e_lambda=float("nan")),
-    "x: expected 8 channels; got shape (1, 4, 3, 3)": lambda: reference.SimAM(8)(random(1, 4, 3, 3)),
+    "channels: expected a positive integer; got 'x'": lambda: fused_nn.SimAM("x"),
+    "e_lambda: expected a finite number; got nan": lambda: fused_nn.SimAM(e_lambda=float("nan")),
+    "e_lambda: expected a number of at least 0; got -1": lambda: fused_nn.SimAM(e_lambda=-1),
+    "x: expected 8 channels; got shape (1, 4, 3, 3)": lambda: fused_nn.SimAM(8)(random(1, 4, 3, 3)),
 }
 
 
@@ -63,5 +73,5 @@ def test_errors(message):
 def test_trains_under_deterministic_algorithms():
     assert torch.are_deterministic_algorithms_enabled()
     x = random(2, 8, 6, 5).requires_grad_()
-    reference.SimAM()(x).square().sum().backward()
+    fused_nn.SimAM()(x).square().sum().backward()
     assert torch.isfinite(x.grad).all()

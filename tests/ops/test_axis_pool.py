@@ -15,7 +15,7 @@ from tests.ops.test_channel_gate import strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MODES = ({}, {"maxima": True}, {"maxima": True, "channels": True})
-#: In pieces where there are two threads, rows of less than a vector and of many, sums of more than a block of each axis.
+#: In pieces where there are two threads, rows of less than a vector and of many, sums of more than a block an axis.
 SHAPES = (
     (2, 16, 7, 7),
     (3, 8, 1, 1),

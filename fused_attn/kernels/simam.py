@@ -1,0 +1,261 @@
+"""Op `simam`: forward reads x for each channel's moments, then x again and writes y: 3 passes in 2 launches.
+
+Backward reads grad and x for two sums a channel, then both again and writes grad_x: 5 passes in 2 launches. Kept on
+chip: a tile. Left in memory between launches: two numbers a channel and split of space. The first element of each
+channel is read once more by each program: from it all others are measured, so that a large mean costs no digits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import maps
+from .language import sigmoid, sum_rows
+from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at, tile_at
+from .passes import inside
+
+BLOCK_ROWS = 16
+
+
+@triton.jit
+def _first_of(x, b, c, mask, C, S, LAYOUT: tl.constexpr, ACC: tl.constexpr):
+    """The first element of channels c."""
+    at = b * C * S + c if LAYOUT == CHANNELS_LAST else (b * C + c) * S
+    return tl.load(x + at, mask=mask & (S > 0), other=0.0).to(ACC)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _moments(
+    x, means, squares, c_q, s_q, n_cblk, n_split, blocks,
+    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads x once; leaves of each split the mean of x - pivot and the sum of squared distances from it,
+    (B, n_split, C)."""
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    row = (b * n_split + split) * C
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    # How many of the split's positions each lane has seen at the end.
+    positions = tl.maximum(tl.minimum(S - s0, blocks.to(tl.int64) * BLOCK_S), 0)
+    counts = ((positions - tl.arange(0, BLOCK_S) + (BLOCK_S - 1)) // BLOCK_S).to(ACC)[None, :]
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        pivot = _first_of(x, b, c, in_c, C, S, LAYOUT, ACC)[:, None]
+        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        first = s0  # position of the tile
+        seen = tl.full((), 0.0, ACC)
+        mean = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        square = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        for _ in range(blocks):  # Welford's update, lane by lane
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC) - pivot
+            seen += 1.0
+            distance = tl.where(mask, value - mean, 0.0)
+            mean += distance / seen
+            square += distance * (value - mean)
+            at += step
+            first += BLOCK_S
+        centre = tl.sum(mean * counts, axis=1) / positions.to(ACC)
+        apart = mean - centre[:, None]
+        tl.store(means + row + c, centre, mask=in_c)
+        tl.store(squares + row + c, tl.sum(square + apart * apart * counts, axis=1), mask=in_c)
+
+
+@triton.jit
+def _joined(
+    means, squares, b, c, mask, C, S, n_split, split_size, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Mean and sum of squared distances of channels c from those of all splits, in a fixed order."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    columns = b * n_split * C + c[None, :]
+    total = tl.zeros(c.shape, ACC)
+    for k in range(0, n_split, BLOCK_ROWS):
+        at = (k + rows)[:, None].to(tl.int64) * C + columns
+        count = tl.minimum(S - (k + rows) * split_size, split_size).to(ACC)[:, None]
+        present = ((k + rows) < n_split)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(means + at, mask=present, other=0.0) * count, axis=0)
+    mean = total / S
+    square = tl.zeros(c.shape, ACC)
+    for k in range(0, n_split, BLOCK_ROWS):
+        at = (k + rows)[:, None].to(tl.int64) * C + columns
+        count = tl.minimum(S - (k + rows) * split_size, split_size).to(ACC)[:, None]
+        present = ((k + rows) < n_split)[:, None] & mask[None, :]
+        apart = tl.load(means + at, mask=present, other=0.0) - mean[None, :]
+        spread = tl.load(squares + at, mask=present, other=0.0) + apart * apart * count
+        square += tl.sum(tl.where(present, spread, 0.0), axis=0)
+    return mean, square
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _simam(
+    x, means, squares, y, state, c_q, s_q, n_cblk, n_split, blocks,
+    E_LAMBDA: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads x once, in reverse, writes y. Programs that share channels store the same numbers in `state`."""
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        pivot = _first_of(x, b, c, in_c, C, S, LAYOUT, ACC)
+        rest, square = _joined(
+            means, squares, b, c, in_c, C, S, n_split, blocks.to(tl.int64) * BLOCK_S, BLOCK_ROWS, ACC
+        )  # fmt: skip
+        # One position has no variance: 0 / 0.
+        variance = tl.where(S > 1, square / tl.maximum(S - 1, 1), float("nan"))
+        q = 0.25 / (variance + E_LAMBDA)
+        tl.store(state + 3 * b * C + c, pivot, mask=in_c)
+        tl.store(state + (3 * b + 1) * C + c, rest, mask=in_c)
+        tl.store(state + (3 * b + 2) * C + c, q, mask=in_c)
+        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        first = s0  # position of the tile
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
+            centred = (value - pivot[:, None]) - rest[:, None]
+            tl.store(y + at + offsets, value * sigmoid(centred * centred * q[:, None] + 0.5), mask=mask)
+            at += step
+            first += BLOCK_S
+
+
+@triton.jit
+def _grad_tile(grad, stride_b, at, offsets, grad_at, grad_offsets, mask, ACC: tl.constexpr):
+    if stride_b is not None:
+        return tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0).to(ACC)
+    else:
+        return tl.load(grad + at + offsets, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _backward_pass(
+    grad, x, state, dots, squares, grad_x, to_squares, to_dot,
+    b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
+    LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads grad and x once. With s the sigmoid, c = x - mean and h = grad x s (1 - s): without grad_x leaves the sums
+    of h c and h c^2 of each split, (B, n_split, C); with it reads these and writes grad_x."""
+    row = (b * n_split + split) * C
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        pivot = tl.load(state + 3 * b * C + c, mask=in_c, other=0.0)
+        rest = tl.load(state + (3 * b + 1) * C + c, mask=in_c, other=0.0)
+        q = tl.load(state + (3 * b + 2) * C + c, mask=in_c, other=0.0)
+        dot = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        square = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        if grad_x is not None:
+            all_rows = b * n_split * C
+            of_dot = sum_rows(dots + all_rows, n_split, C, c, in_c, BLOCK_ROWS, ACC)
+            of_squares = sum_rows(squares + all_rows, n_split, C, c, in_c, BLOCK_ROWS, ACC)
+            k = (of_squares * (4.0 * q * q) * to_squares)[:, None]
+            shift = (of_dot * (-2.0 * q) * to_dot)[:, None]
+        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        grad_at, grad_offsets, grad_step = at, offsets, step
+        if stride_b is not None:
+            grad_at, grad_offsets, grad_step = strided_tile_at(
+                b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+            )
+        first = s0  # position of the tile
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
+            dy = _grad_tile(grad, stride_b, at, offsets, grad_at, grad_offsets, mask, ACC)
+            centred = (value - pivot[:, None]) - rest[:, None]
+            decay = tl.exp(-(centred * centred * q[:, None] + 0.5))
+            s = 1.0 / (1.0 + decay)
+            h = dy * value * decay * s * s  # 1 - s = decay * s, without cancellation
+            if grad_x is not None:
+                tl.store(grad_x + at + offsets, dy * s + 2.0 * centred * (q[:, None] * h - k) + shift, mask=mask)
+            else:
+                h = tl.where(mask, h * centred, 0.0)
+                dot += h
+                square += h * centred
+            at += step
+            grad_at += grad_step
+            first += BLOCK_S
+        if grad_x is None:
+            tl.store(dots + row + c, tl.sum(dot, axis=1), mask=in_c)
+            tl.store(squares + row + c, tl.sum(square, axis=1), mask=in_c)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _simam_dots(
+    grad, x, state, dots, squares, stride_b, stride_c, stride_s, c_q, s_q, n_cblk, n_split, blocks,
+    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    _backward_pass(
+        grad, x, state, dots, squares, None, None, None, b, cblk, split, C, S, n_split, blocks,
+        stride_b, stride_c, stride_s, LAYOUT, BLOCK_ROWS, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _simam_spread(
+    grad, x, state, dots, squares, grad_x, stride_b, stride_c, stride_s, c_q, s_q, n_cblk, n_split, blocks,
+    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    one = tl.full((), 1.0, ACC)
+    _backward_pass(
+        grad, x, state, dots, squares, grad_x, one / tl.maximum(S - 1, 1), one / S,
+        b, cblk, split, C, S, n_split, blocks,
+        stride_b, stride_c, stride_s, LAYOUT, BLOCK_ROWS, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+def simam(x: Tensor, e_lambda: float) -> tuple[Tensor, Tensor]:
+    x, plan = maps.dense(x)
+    y = torch.empty_like(x)
+    state = x.new_empty((plan.batch, 3, plan.channels), dtype=maps.accumulator(x.dtype))
+    tables = {"means": maps.table(x, plan), "squares": maps.table(x, plan)}
+    arguments = plan.arguments(x.dtype)
+    maps.launch(_moments, x, plan.programs, x=x, **tables, **arguments)
+    maps.launch(
+        _simam,
+        x,
+        plan.programs,
+        x=x,
+        y=y,
+        state=state,
+        E_LAMBDA=e_lambda,
+        BLOCK_ROWS=BLOCK_ROWS,
+        **tables,
+        **arguments,
+    )
+    return y, state
+
+
+def simam_backward(grad: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    x, plan = maps.dense(x)
+    grad_x = torch.empty_like(x)
+    grad, strides = maps.gradient(grad, x)
+    given = {
+        "grad": grad,
+        "x": x,
+        "state": state.contiguous(),
+        "dots": maps.table(x, plan),
+        "squares": maps.table(x, plan),
+        "BLOCK_ROWS": BLOCK_ROWS,
+        **strides,
+        **plan.arguments(x.dtype),
+    }
+    maps.launch(_simam_dots, x, plan.programs, **given)
+    maps.launch(_simam_spread, x, plan.programs, grad_x=grad_x, **given)
+    return grad_x

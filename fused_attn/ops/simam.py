@@ -1,0 +1,56 @@
+"""Op `simam`: x * sigmoid(d / (4 * (sum(d) / (n - 1) + e_lambda)) + 0.5) with d = (x - mean)^2, by channel.
+
+With c = x - mean, q = 1 / (4 * (sum(c^2) / (n - 1) + e_lambda)), s = sigmoid(q c^2 + 0.5) and h = grad x s (1 - s):
+grad_x = grad s + 2 c (q h - 4 q^2 sum(h c^2) / (n - 1)) - 2 q sum(h c) / n.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .common import accumulator, define, differentiable_backward, empty_map, wants_graph
+
+
+def _fake(x, e_lambda):
+    return empty_map(x), x.new_empty((x.shape[0], 3, x.shape[1]), dtype=accumulator(x.dtype))
+
+
+def _fake_backward(grad, x, state):
+    return empty_map(x)
+
+
+# state: (B, 3, C), rows [pivot, rest, q]: pivot is the channel's first element, rest the mean's distance from it, so
+# that c = (x - pivot) - rest is exact to its last digit however large the mean is.
+FORWARD = define("simam", "(Tensor x, float e_lambda) -> (Tensor y, Tensor state)", _fake)
+BACKWARD = define("simam_backward", "(Tensor grad, Tensor x, Tensor state) -> Tensor", _fake_backward)
+
+
+class _SimAM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, e_lambda):
+        y, state = FORWARD[backend](x, e_lambda)
+        ctx.save_for_backward(x, state)
+        ctx.backend, ctx.e_lambda = backend, e_lambda
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, state = ctx.saved_tensors
+        if wants_graph():
+
+            def function(x):
+                return reference.simam(x, e_lambda=ctx.e_lambda)
+
+            (grad_x,) = differentiable_backward(function, (x,), ctx.needs_input_grad[1:2], grad)
+        else:
+            grad_x = BACKWARD[ctx.backend](grad, x, state)
+        return None, grad_x, None
+
+
+def simam(backend, x, e_lambda) -> Tensor:
+    """The gated map, in x's dtype and layout."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _SimAM.apply(backend, x, e_lambda)
+    return FORWARD[backend](x, e_lambda)[0]
