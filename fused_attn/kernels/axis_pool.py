@@ -156,10 +156,10 @@ def _axis_spread(
     C, W = c_q * CV, w_q * WV
     b, cblk, hblk, wblk, c_first, h, w = _tile(n_c, n_h, n_w, BLOCK_K, BLOCK_H, BLOCK_W)
     if grad_plane is not None:
-        inside = (h < H)[:, None] & (w < W)[None, :]
-        at = (h * W)[:, None] + w[None, :]
+        in_plane = (h < H)[:, None] & (w < W)[None, :]
+        position = (h * W)[:, None] + w[None, :]
         depth_mean, depth_value, depth_tag = _passed_on(
-            grad_plane, plane, plane_index, b, at, inside, H * W, C, MAXIMA, TIES, ACC
+            grad_plane, plane, plane_index, b, position, in_plane, H * W, C, MAXIMA, TIES, ACC
         )
     for j in range(BLOCK_K // BLOCK_C):
         c0 = c_first + j * BLOCK_C
@@ -192,18 +192,18 @@ def _axis_spread(
         tl.store(grad_x + start + offsets, du, mask=mask)
 
 
-def _arguments(x: Tensor, layout: int) -> dict[str, Any]:
-    """Tiles, sizes and options that both kernels take."""
+def _arguments(x: Tensor, layout: int, tile: int) -> dict[str, Any]:
+    """Tiles of so many elements, sizes and options that both kernels take."""
     batch, channels, height, width = x.shape
     power, vector = maps.next_power_of_2, 16 // x.element_size()
     if layout == CHANNELS_LAST.value:
-        block_c = min(power(channels), CHANNELS_A_TILE)
-        block_w = min(power(width), max(SIDE, TILE // (block_c * power(height))), TILE // block_c)
-        block_h = min(power(height), TILE // (block_c * block_w))
+        block_c = min(power(channels), CHANNELS_A_tile)
+        block_w = min(power(width), max(SIDE, tile // (block_c * power(height))), tile // block_c)
+        block_h = min(power(height), tile // (block_c * block_w))
     else:
-        block_w = min(power(width), TILE)
-        block_h = min(power(height), TILE // block_w)
-        block_c = 1 if height * width >= maps.LONG_ROW else min(power(channels), TILE // (block_w * block_h))
+        block_w = min(power(width), tile)
+        block_h = min(power(height), tile // block_w)
+        block_c = 1 if height * width >= maps.LONG_ROW else min(power(channels), tile // (block_w * block_h))
     block_k = max(block_c, min(power(channels), CHANNELS))
     n_h, n_w = triton.cdiv(height, block_h), triton.cdiv(width, block_w)
     wanted = 2 * maps.multiprocessors(x.device)
@@ -225,7 +225,7 @@ def _arguments(x: Tensor, layout: int) -> dict[str, Any]:
         "BLOCK_H": block_h,
         "BLOCK_W": block_w,
         "ACC": maps.triton_accumulator(x.dtype),
-        "num_warps": max(min(block_c * block_h * block_w // 512, WARPS), 1),
+        "num_warps": max(min(block_c * block_h * block_w // 256, WARPS), 1),
     }
 
 
@@ -238,7 +238,7 @@ def axis_pool(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
     batch, depth, height, width = x.shape
-    given = _arguments(x, plan.layout)
+    given = _arguments(x, plan.layout, TILE // 2 if channels else TILE)  # the pool over channels takes registers
     # Of each pool: its shape, the parts that are left of it, and the length of what is pooled.
     shapes = {
         "row": ((depth, height), given["n_w"], width),
@@ -312,7 +312,7 @@ def axis_pool_backward(
     ties: int,
 ) -> Tensor:
     x, plan = maps.dense(x)
-    given = _arguments(x, plan.layout)
+    given = _arguments(x, plan.layout, TILE)
     grad_x = torch.empty_like(x)
     maps.launch(
         _axis_spread,

@@ -21,7 +21,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_attn.codes import ACTIVATIONS, COMBINES, LAYERS, POOLS, TIES
-from fused_attn.kernels import cbam, channel_gate, channel_pool, maps, mixed_scale, scale, simam, spatial_gate, squeeze
+from fused_attn.kernels import (
+    axis_pool,
+    cbam,
+    channel_gate,
+    channel_pool,
+    maps,
+    mixed_scale,
+    scale,
+    simam,
+    spatial_gate,
+    squeeze,
+)
 
 TYPES = {
     torch.float64: "*fp64",
@@ -130,6 +141,10 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
             arguments = x, *gates, COMBINES[combine]
             mixed_scale.mixed_scale(*arguments)
             mixed_scale.mixed_scale_backward(grad, *arguments)
+        for axis_codes in ((0, 0, 0), (1, 0, TIES[case.ties]), (1, 1, TIES[case.ties])):
+            kept = axis_pool.axis_pool(x, *axis_codes)
+            grads = grad, kept[0], kept[1], kept[2] if axis_codes[1] else None
+            axis_pool.axis_pool_backward(*grads, x, *kept, *axis_codes)
         space_codes = (0, TIES[case.ties], ACTIVATIONS["sigmoid"], pre, post)
         norm = (make(1), make(1)) if case.affine else (None, None)
         spatial = (make(1, 2, 7, 7), make(1), *norm)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from fused_attn import nn as fused_nn
 from fused_attn import reference
-from tests.checks import assert_same_block, checkpoint, checkpoint_shapes, random, randomised, with_state_of
+from tests.checks import (
+    LAYOUTS,
+    assert_as_good_as_reference,
+    assert_same_block,
+    checkpoint,
+    checkpoint_shapes,
+    in_layout,
+    random,
+    randomised,
+    with_state_of,
+)
 
 timm_layers = pytest.importorskip("timm.layers", reason="timm is not installed")
 
@@ -30,15 +43,16 @@ class Original(nn.Module):
         return x * rows * columns
 
 
+MODULES = {"fused": fused_nn, "reference": reference}
 PAIRS = {
-    "authors": (lambda: reference.CoordinateAttention(32), lambda: Original(32, 8)),
-    "authors, wide": (lambda: reference.CoordinateAttention(48, reduction=4), lambda: Original(48, 12)),
+    "authors": (lambda m: m.CoordinateAttention(32), lambda: Original(32, 8)),
+    "authors, wide": (lambda m: m.CoordinateAttention(48, reduction=4), lambda: Original(48, 12)),
     "timm": (
-        lambda: reference.CoordinateAttention(32, hidden=8, bias=False),
+        lambda m: m.CoordinateAttention(32, hidden=8, bias=False),
         lambda: timm_layers.coord_attn.CoordAttn(32),
     ),
     "timm, options": (
-        lambda: reference.CoordinateAttention(32, hidden=10, activation="silu", gate="hard_sigmoid"),
+        lambda m: m.CoordinateAttention(32, hidden=10, activation="silu", gate="hard_sigmoid"),
         lambda: timm_layers.coord_attn.CoordAttn(
             32, rd_channels=10, bias=True, act_layer=nn.SiLU, gate_layer="hard_sigmoid"
         ),
@@ -47,32 +61,51 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", PAIRS)
-def test_equals_the_original(name, training):
+def test_equals_the_original(name, module, training):
     ours, original = PAIRS[name]
     original = randomised(original())
-    block = with_state_of(ours().double(), original)
+    block = with_state_of(ours(MODULES[module]).double(), original)
     x = random(3, block.channels, 6, 9, dtype=torch.float64)
     assert_same_block(block, original, x, training=training)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_as_good_as_the_reference(training, dtype, layout):
+    block = fused_nn.CoordinateAttention(16)
+    original = reference.CoordinateAttention(16).double()
+    original.load_state_dict(block.state_dict())
+    assert_as_good_as_reference(original, block, in_layout(random(4, 16, 13, 17, dtype=dtype), layout), training)
+
+
+@pytest.mark.slow  # two compilations
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiles_in_one_graph(training):
+    block = fused_nn.CoordinateAttention(6).double().train(training)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True)
+    assert_same_block(compiled, block, random(2, 6, 5, 7), training=training)
+
+
 @pytest.mark.parametrize(("source", "bias"), [("CoordAtt", True), ("timm.CoordAttn", False)])
 def test_keys(source, bias):
-    block = reference.CoordinateAttention(64, bias=bias)
+    block = fused_nn.CoordinateAttention(64, bias=bias)
     block.load_state_dict(checkpoint(source))
     assert {k: tuple(v.shape) for k, v in block.state_dict().items()} == checkpoint_shapes(source)
 
 
 def test_one_position():
-    assert torch.isfinite(reference.CoordinateAttention(32)(random(1, 32, 1, 1))).all()
+    assert torch.isfinite(fused_nn.CoordinateAttention(32)(random(1, 32, 1, 1))).all()
 
 
 ERRORS = {
-    "channels: expected a positive integer; got 0": lambda: reference.CoordinateAttention(0),
-    "hidden: expected a positive integer; got 0": lambda: reference.CoordinateAttention(32, hidden=0),
-    "reduction: expected a positive number; got 0": lambda: reference.CoordinateAttention(32, reduction=0),
-    "activation: expected one of ": lambda: reference.CoordinateAttention(32, activation="mish"),
-    "gate: expected one of ": lambda: reference.CoordinateAttention(32, gate="softmax"),
+    "channels: expected a positive integer; got 0": lambda: fused_nn.CoordinateAttention(0),
+    "hidden: expected a positive integer; got 0": lambda: fused_nn.CoordinateAttention(32, hidden=0),
+    "reduction: expected a positive number; got 0": lambda: fused_nn.CoordinateAttention(32, reduction=0),
+    "activation: expected one of ": lambda: fused_nn.CoordinateAttention(32, activation="mish"),
+    "gate: expected one of ": lambda: fused_nn.CoordinateAttention(32, gate="softmax"),
 }
 
 
@@ -85,6 +118,6 @@ def test_errors(message):
 
 def test_trains_under_deterministic_algorithms():
     assert torch.are_deterministic_algorithms_enabled()
-    block = reference.CoordinateAttention(32)
+    block = fused_nn.CoordinateAttention(32)
     block(random(2, 32, 6, 5)).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in block.parameters())

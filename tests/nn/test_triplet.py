@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_attn import nn as fused_nn
 from fused_attn import reference
-from tests.checks import assert_same_block, checkpoint, checkpoint_shapes, random, randomised, with_state_of
+from fused_attn.backends import choose
+from tests.checks import (
+    LAYOUTS,
+    assert_as_good_as_reference,
+    assert_same_block,
+    checkpoint,
+    checkpoint_shapes,
+    in_layout,
+    random,
+    randomised,
+    with_state_of,
+)
 
 
 class Gate(nn.Module):
@@ -40,13 +54,17 @@ class Original(nn.Module):
         return torch.stack(outputs).mean(0)
 
 
+MODULES = {"fused": fused_nn, "reference": reference}
+
+
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("values", ["distinct", "ties"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("ties", ["first", "even"])
 @pytest.mark.parametrize(("k", "no_spatial"), [(7, False), (7, True), (3, False)])
-def test_equals_the_original(k, no_spatial, ties, training, values):
+def test_equals_the_original(k, no_spatial, ties, training, values, module):
     original = randomised(Original(k, no_spatial, ties))
-    block = reference.TripletAttention(12, kernel_size=k, no_spatial=no_spatial, ties=ties).double()
+    block = MODULES[module].TripletAttention(12, kernel_size=k, no_spatial=no_spatial, ties=ties).double()
     with_state_of(block, original)
     x = random(3, 12, 9, 7, dtype=torch.float64)
     assert_same_block(block, original, x.round() if values == "ties" else x, training=training)
@@ -54,7 +72,7 @@ def test_equals_the_original(k, no_spatial, ties, training, values):
 
 @pytest.mark.parametrize("source", ["landskape.TripletAttention", "landskape.MODELS.TripletAttention"])
 def test_loads_the_authors_checkpoints(source):
-    block, state = reference.TripletAttention(64), checkpoint(source)
+    block, state = fused_nn.TripletAttention(64), checkpoint(source)
     nn.Sequential(block).load_state_dict({f"0.{k}": v for k, v in state.items()})
     order = ["cw", "hc", "hw"] if source == "landskape.TripletAttention" else ["ChannelGateH", "ChannelGateW"]
     for mine, theirs in zip(("cw", "hc"), order, strict=False):
@@ -78,23 +96,51 @@ class LargestCopy(TorchDispatchMode):
         return result
 
 
-def test_no_permuted_copy_of_the_map_is_made():
-    x = random(2, 32, 20, 24)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_permuted_copy_of_the_map_is_made(layout):
+    """Of all that is written, forward and backward, only y and grad_x are as large as the map."""
+    x = in_layout(random(2, 32, 20, 24), layout)
     with torch.no_grad(), LargestCopy(x.numel()) as copies:
         reference.TripletAttention()(x)
     assert copies.seen == {torch.ops.aten.add, torch.ops.aten.mul}
+    if choose("axis_pool", x) == "reference" or choose("mixed_scale", x) == "reference":
+        pytest.skip("no native library on this machine: the fused block is the reference")
+    block, leaf, grad = fused_nn.TripletAttention(), x.clone().requires_grad_(), torch.ones_like(x)
+    with LargestCopy(x.numel()) as copies:
+        block(leaf).backward(grad)
+    ours = torch.ops.fused_attn
+    assert copies.seen - {torch.ops.aten.detach} == {ours.mixed_scale, ours.axis_pool_backward}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_as_good_as_the_reference(training, dtype, layout):
+    block = fused_nn.TripletAttention(16)
+    original = reference.TripletAttention(16).double()
+    original.load_state_dict(block.state_dict())
+    x = in_layout(random(4, 16, 13, 17).mul(16).round().div(16).to(dtype), layout)  # the same maxima in every dtype
+    assert_as_good_as_reference(original, block, x, training)
+
+
+@pytest.mark.slow  # two compilations
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiles_in_one_graph(training):
+    block = fused_nn.TripletAttention(6).double().train(training)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True)
+    assert_same_block(compiled, block, random(2, 6, 5, 7), training=training)
 
 
 def test_one_position():
-    block = reference.TripletAttention(4)
+    block = fused_nn.TripletAttention(4)
     assert torch.isfinite(block(random(2, 4, 1, 1))).all()
 
 
 ERRORS = {
-    "channels: expected a positive integer; got True": lambda: reference.TripletAttention(True),
-    "kernel_size: expected an odd number; got 4": lambda: reference.TripletAttention(kernel_size=4),
-    "ties: expected one of first, even; got 'none'": lambda: reference.TripletAttention(ties="none"),
-    "x: expected 8 channels; got shape (1, 4, 3, 3)": lambda: reference.TripletAttention(8)(random(1, 4, 3, 3)),
+    "channels: expected a positive integer; got True": lambda: fused_nn.TripletAttention(True),
+    "kernel_size: expected an odd number; got 4": lambda: fused_nn.TripletAttention(kernel_size=4),
+    "ties: expected one of first, even; got 'none'": lambda: fused_nn.TripletAttention(ties="none"),
+    "x: expected 8 channels; got shape (1, 4, 3, 3)": lambda: fused_nn.TripletAttention(8)(random(1, 4, 3, 3)),
 }
 
 
@@ -107,6 +153,6 @@ def test_errors(message):
 
 def test_trains_under_deterministic_algorithms():
     assert torch.are_deterministic_algorithms_enabled()
-    block = reference.TripletAttention(8)
+    block = fused_nn.TripletAttention(8)
     block(random(2, 8, 6, 5)).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in block.parameters())
