@@ -647,6 +647,7 @@ template <class T>
 constexpr SpaceKernels<T> kSpaceKernels{pool_space<T>, scale_space<T>, dot_space<T>, weigh_space<T>, spread_space<T>};
 template <class T>
 constexpr MixKernels<T> kMixKernels{mix<T>, mix_grad<T>};
+template <class T>
 constexpr AxisKernels<T> kAxisKernels{pool_axes<T>, spread_axes<T>};
 template <class A>
 constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
