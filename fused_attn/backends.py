@@ -25,8 +25,8 @@ from . import ops as ops  # defines the operators, before the library registers 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
 OPS = (
-    *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both"),
-    *("channel_pool", "spatial_gate", "cbam", "axis_pool", "simam"),
+    *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both", "channel_pool"),
+    *("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "axis_pool", "simam"),
 )
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
@@ -34,13 +34,14 @@ MEASURED: dict[str, str] = {"cpu": "cpu"}
 
 #: Ops that a backend has no kernel for, with what to use instead.
 MISSING: dict[tuple[str, str], str] = {
-    ("cuda", "squeeze"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "scale"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "scale/space"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "channel_pool"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "axis_pool"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "simam"): "the resident kernels serve whole blocks; use triton",
-    ("cuda", "mixed_scale"): "the resident kernels serve whole blocks; use triton",
+    **{
+        ("cuda", op): "the resident kernels serve whole blocks; use triton"
+        for op in ("squeeze", "scale", "scale/space", "mixed_scale", "channel_pool", "axis_pool", "simam")
+    },
+    **{
+        ("cuda", op): "statistics of the batch need all samples, a cluster holds one; use triton"
+        for op in ("spatial_gate/batch_norm", "cbam/batch_norm")
+    },
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")

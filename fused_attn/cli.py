@@ -113,7 +113,10 @@ def main() -> None:
     "--steps", type=click.IntRange(1), default=None, help="Training steps. Default: 300, or a minute's worth."
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("fused_attn_demo.png"))
-def demo_command(quick: bool, steps: int | None, out: Path) -> None:
+@click.option(
+    "--weights", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Keep the fused one's state_dict."
+)
+def demo_command(quick: bool, steps: int | None, out: Path, weights: Path | None) -> None:
     """Train a small network on real data with its blocks original and fused; write a picture."""
     need("sklearn")
     need("matplotlib")
@@ -136,6 +139,10 @@ def demo_command(quick: bool, steps: int | None, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     demo.plot(original, fused, out)
     console.print(f"picture: {out}")
+    if weights is not None:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(fused.model.state_dict(), weights)
+        console.print(f"weights: {weights}")
 
 
 @main.command("verify")

@@ -1,4 +1,4 @@
-"""The demo: a small network with squeeze-and-excitation, trained on real data with its blocks original and fused."""
+"""The demo: a small network with attention blocks, trained on real data with its blocks original and fused."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import reference
 from .fusion import ChannelGate, fuse, register
 
 
@@ -39,22 +40,27 @@ def _(block: SEBlock) -> ChannelGate:
     return ChannelGate("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias", activation="relu", gate="sigmoid")
 
 
-def stage(channels: int, width: int, stride: int) -> list[nn.Module]:
-    """Convolution 3x3, BatchNorm, ReLU, squeeze-and-excitation."""
+def stage(channels: int, width: int, stride: int, attention: nn.Module) -> list[nn.Module]:
+    """Convolution 3x3, BatchNorm, ReLU, attention."""
     return [
         nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
-        SEBlock(width),
+        attention,
     ]
 
 
 class DigitsNet(nn.Module):
-    """Three stages at 32 x 32, 16 x 16 and 8 x 8, each with squeeze-and-excitation, then a linear classifier."""
+    """RGB images through three stages, the second and third at half the size of the one before, with
+    squeeze-and-excitation, CBAM and squeeze-and-excitation; then a linear classifier."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.stages = nn.Sequential(*stage(1, width, 1), *stage(width, width, 2), *stage(width, 2 * width, 2))
+        self.stages = nn.Sequential(
+            *stage(3, width, 1, SEBlock(width)),
+            *stage(width, width, 2, reference.CBAM(width)),
+            *stage(width, 2 * width, 2, SEBlock(2 * width)),
+        )
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,12 +97,14 @@ class Run:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's handwritten digits (1,797 images of 8 x 8), enlarged to 32 x 32: training and held-out parts."""
+    """scikit-learn's handwritten digits (1,797 images of 8 x 8), enlarged to 32 x 32, in three equal
+    channels: training and held-out parts."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     images = F.interpolate(images, scale_factor=4, mode="bilinear", align_corners=False)
+    images = images.repeat(1, 3, 1, 1)
     labels = torch.from_numpy(data.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
@@ -116,8 +124,8 @@ def train(
     original = DigitsNet()
     runs = []
     for name, model in (("original", original), ("fused", fuse(copy.deepcopy(original)))):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps + 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps + 1)
         runs.append(Run(name, model, optimizer, schedule))
     images, labels, held_images, held_labels = digits()
     generator = torch.Generator().manual_seed(1)

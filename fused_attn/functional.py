@@ -29,6 +29,7 @@ from .backends import choose
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, TIES, code
 
 Affine = tuple[Tensor, Tensor]
+BatchNorm = tuple[Tensor, Tensor, float]
 Order = tuple[str, str]
 
 _SQUEEZE_POOLS = {name: code for name, code in POOLS.items() if name != "both"}
@@ -309,6 +310,7 @@ def spatial_gate(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    batch_norm: BatchNorm | None = None,
     order: Order = ("max", "mean"),
     ties: str = "first",
     gate: str = "sigmoid",
@@ -316,7 +318,7 @@ def spatial_gate(
     pre_activation: str = "identity",
     residual: Tensor | None = None,
     post_activation: str = "identity",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """A whole spatial attention block: channel pool, convolution, scale.
 
     With u = pre_activation(x * affine_weight + affine_bias) and m the maximum and the mean of u over its channels,
@@ -326,12 +328,16 @@ def spatial_gate(
         x: (B, C, *spatial).
         weight: (1, 2, k), (1, 2, k, k) or (1, 2, k, k, k) for one to three spatial axes, every k odd.
         bias: (1,).
+        batch_norm: (weight, bias, eps), weight and bias (1,): a BatchNorm between convolution and gate that takes its
+            statistics from the batch, as in training. (One that uses its running statistics is folded into the
+            convolution.)
         order: the two input channels of the convolution, ("max", "mean") or ("mean", "max").
         affine: (weight, bias), each (C,): a folded BatchNorm.
         residual: a map of x's shape and dtype, any strides.
 
     Returns:
-        A map of x's shape, dtype and layout. Backward keeps x, and three numbers and an index a position.
+        A map of x's shape, dtype and layout; with batch_norm also the mean and the biased variance that it used, in
+        the dtype of sums. Backward keeps x, and three numbers (with batch_norm four) and an index a position.
 
     Source: arXiv:1807.06521 (CBAM).
     """
@@ -347,12 +353,14 @@ def spatial_gate(
     _check_spatial_convolution("weight", weight, "bias", bias, x, autocast)
     affine_weight, affine_bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("spatial_gate", x)
+    norm_weight, norm_bias, eps = _check_batch_norm(x, batch_norm, autocast)
+    backend = _choose("spatial_gate" if batch_norm is None else "spatial_gate/batch_norm", x)
     if backend == "reference":
         return reference.spatial_gate(
             x,
             weight,
             bias,
+            batch_norm=batch_norm,
             order=order,
             ties=ties,
             gate=gate,
@@ -361,7 +369,9 @@ def spatial_gate(
             residual=residual,
             post_activation=post_activation,
         )
-    return ops.spatial_gate(backend, x, weight, bias, affine_weight, affine_bias, residual, *codes)
+    norm = norm_weight, norm_bias
+    y, statistics = ops.spatial_gate(backend, x, weight, bias, *norm, affine_weight, affine_bias, residual, eps, *codes)
+    return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 
 def cbam(
@@ -373,6 +383,7 @@ def cbam(
     spatial_weight: Tensor | None = None,
     spatial_bias: Tensor | None = None,
     *,
+    batch_norm: BatchNorm | None = None,
     layer: str = "dense",
     pool: str = "both",
     channel_ties: str = "first",
@@ -385,7 +396,7 @@ def cbam(
     pre_activation: str = "identity",
     residual: Tensor | None = None,
     post_activation: str = "identity",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """A whole CBAM block: a channel gate, then a spatial gate on its output, which is never written.
 
     With u = pre_activation(x * affine_weight + affine_bias), v = channel_gate(u) (see `channel_gate`, whose options
@@ -397,12 +408,13 @@ def cbam(
         weight1, bias1, weight2, bias2: the excitation, as in `channel_gate`.
         spatial_weight: the convolution's, as in `spatial_gate`; required.
         spatial_bias: (1,).
+        batch_norm: as in `spatial_gate`.
         order, spatial_ties: as `order` and `ties` in `spatial_gate`.
         affine: (weight, bias), each (C,): a folded BatchNorm.
         residual: a map of x's shape and dtype, any strides.
 
     Returns:
-        A map of x's shape, dtype and layout.
+        A map of x's shape, dtype and layout; with batch_norm also its mean and biased variance.
 
     Source: arXiv:1807.06521 (CBAM).
     """
@@ -426,13 +438,15 @@ def cbam(
     affine_weight, affine_bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
     excitation = weight1, bias1, weight2, bias2
-    backend = _choose("cbam", x)
+    norm_weight, norm_bias, eps = _check_batch_norm(x, batch_norm, autocast)
+    backend = _choose("cbam" if batch_norm is None else "cbam/batch_norm", x)
     if backend == "reference":
         return reference.cbam(
             x,
             *excitation,
             spatial_weight,
             spatial_bias,
+            batch_norm=batch_norm,
             layer=layer,
             pool=pool,
             channel_ties=channel_ties,
@@ -446,7 +460,9 @@ def cbam(
             residual=residual,
             post_activation=post_activation,
         )
-    return ops.cbam(backend, x, *excitation, spatial_weight, spatial_bias, affine_weight, affine_bias, residual, *codes)
+    tensors = *excitation, spatial_weight, spatial_bias, norm_weight, norm_bias, affine_weight, affine_bias, residual
+    y, statistics = ops.cbam(backend, x, *tensors, eps, *codes)
+    return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 
 def axis_pool(
@@ -599,6 +615,19 @@ def _check_spatial_convolution(
         _check_parameter(bias_argument, bias, (1,), x, autocast)
     if x.shape[2:].numel() == 0:
         raise ValueError(f"x: expected at least one spatial position for a convolution; got shape {tuple(x.shape)}")
+
+
+def _check_batch_norm(
+    x: Tensor, batch_norm: BatchNorm | None, autocast: bool
+) -> tuple[Tensor, Tensor, float] | tuple[None, None, float]:
+    if batch_norm is None:
+        return None, None, 0.0
+    weight, bias, eps = batch_norm
+    _check_parameter("batch_norm weight", weight, (1,), x, autocast)
+    _check_parameter("batch_norm bias", bias, (1,), x, autocast)
+    if x.shape[0] * x.shape[2:].numel() == 1:
+        raise ValueError(f"x: expected more than one position for statistics of the batch; got shape {tuple(x.shape)}")
+    return weight, bias, float(eps)
 
 
 def _check_excitation(

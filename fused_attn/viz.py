@@ -231,5 +231,5 @@ def show(image: Any, maps: Sequence[AttentionMap], path: str | Path | None = Non
     for ax in axes[len(panels) + 1 :]:
         ax.set_axis_off()
     if path is not None:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
     return figure

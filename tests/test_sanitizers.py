@@ -54,10 +54,12 @@ def test_cpu_kernels(tmp_path):
         "PYTHONPATH": str(tmp_path),
     }
     selection = (
-        "prologue or epilogue or ties or strides or empty or convolution or mixed or kernels or threads or pools"
+        "(prologue or epilogue or ties or strides or empty or convolution or mixed or kernels or threads or pools)"
+        " and not (any_shape or gradcheck or opcheck or compiles)"
     )
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tmp_path, "-k", selection]
-    files = [tmp_path / "tests" / "ops" / f"test_{op}.py" for op in ("channel_gate", "spatial_gate", "cbam")]
+    ops = ("channel_gate", "spatial_gate", "cbam", "mixed_scale")
+    files = [tmp_path / "tests" / "ops" / f"test_{op}.py" for op in ops]
     for isa in ("avx2", "baseline"):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *arguments, *files],

@@ -2,19 +2,20 @@
 // writes y. Backward reads grad and x (sums over channels, and over positions as far as they are known), reads x
 // (the rest of those), then grad (and x after a prologue or for ties shared evenly) and writes grad_x. A thread
 // takes whole samples (a few at a time where the weights are large), and a sample's later reads find it in cache.
-// Too few samples: pieces, phase by phase.
+// Too few samples, or statistics over all of them: pieces, phase by phase.
 #include "channel.h"
 #include "ops.h"
 #include "space.h"
 
 namespace fused_attn::cpu {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     const Tensor& x_in, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
     const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,
-    const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, const OptionalTensor& residual,
-    int64_t layer, int64_t pool, int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first,
-    int64_t spatial_ties, int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& affine_weight,
+    const OptionalTensor& affine_bias, const OptionalTensor& residual, double eps, int64_t layer, int64_t pool,
+    int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
+    int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
@@ -28,12 +29,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
         auto [channel_state, channel_index] = gates.empty(x_in);
         gates.use(channel_state, channel_index);
         const SpatialConvolution<A> convolution(x_in, spatial_weight, spatial_bias, mean_first);
-        auto [state, index] = empty_space_state<A>(x_in);
+        LogitNorm<A> norm(x_in, norm_weight, norm_bias, eps);
+        auto [state, index] = empty_space_state<A>(x_in, bool(norm));
         const SpatialGate<T> space(x, prologue, gates.gates(), convolution, spatial_ties, spatial_gate, state, index);
 
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), elements);
         Pooling<T> pooling(x, pieces, prologue, pool, channel_ties);
-        if (pieces == 1 && space.pieces == 1) {
+        if (pieces == 1 && space.pieces == 1 && !norm) {
             const int64_t group = gates.group(1);
             parallel_ranges((x.batch + group - 1) / group, elements, [&](int64_t begin, int64_t end) {
                 auto numbers = space.numbers(false);
@@ -54,24 +56,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
             parallel(x.batch * pieces, elements, [&](int64_t unit) { pooling.run(unit / pieces, unit % pieces); });
             gates.excite(0, x.batch, pooling);
             parallel(x.batch * parts, elements, [&](int64_t unit) { space.pool(unit / parts, unit % parts); });
-            parallel(x.batch, elements, [&](int64_t b) { space.excite(b, numbers[b]); });
+            parallel(x.batch, elements, [&](int64_t b) { space.convolve(b, numbers[b]); });
+            if (norm) norm.forward(static_cast<A*>(state.data_ptr()), x.batch, x.positions);
+            parallel(x.batch, elements, [&](int64_t b) { space.open(b, numbers[b]); });
             parallel(x.batch * parts, elements, [&](int64_t unit) {
                 space.scale(unit / parts, unit % parts, numbers[unit / parts], maps.residual, post_activation,
                             maps.out);
             });
         }
-        return std::make_tuple(maps.y, channel_state, channel_index, state, index);
+        return std::make_tuple(maps.y, channel_state, channel_index, state, index, norm.statistics);
     });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_backward(
-    const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y, const Tensor& channel_state,
-    const Tensor& channel_index, const Tensor& state, const Tensor& index, const OptionalTensor& weight1,
-    const OptionalTensor& bias1, const OptionalTensor& weight2, const OptionalTensor& bias2,
-    const Tensor& spatial_weight, const OptionalTensor& spatial_bias, const OptionalTensor& affine_weight,
-    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t layer, int64_t pool,
-    int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
-    int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+cbam_backward(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y, const Tensor& channel_state,
+              const Tensor& channel_index, const Tensor& state, const Tensor& index, const Tensor& statistics,
+              const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
+              const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,
+              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& affine_weight,
+              const OptionalTensor& affine_bias, const OptionalTensor& residual, double eps, int64_t layer,
+              int64_t pool, int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first,
+              int64_t spatial_ties, int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
@@ -83,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         ChannelGates<T> gates(x, excitation, pool, channel_ties, channel_gate);
         gates.use(channel_state, channel_index);
         gates.prepare_backward();
+        LogitNorm<A> norm(x_in, norm_weight, norm_bias, eps, statistics);
         const SpatialConvolution<A> convolution(x_in, spatial_weight, spatial_bias, mean_first);
         const SpatialGate<T> space(x, affine.prologue(pre_activation), gates.gates(), convolution, spatial_ties,
                                    spatial_gate, state, index);
@@ -98,9 +104,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
             space.dot(b, piece, numbers, maps.grad, maps.y, maps.residual, post_activation, maps.epilogue,
                       dots.piece(b, piece));
         };
-        auto excite_space = [&](int64_t b, SpaceNumbers<A>& numbers) {
-            space.excite_backward(b, numbers, &grad_taps[b * taps], &grad_logits[b]);
-        };
         auto excite_channels = [&](int64_t first, int64_t samples) {
             gates.excite_backward(first, samples, [&](int64_t b) { return dots.merged(b); });
         };
@@ -110,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
             space.spread(b, piece, numbers, maps.before_gate(), pools, maps.out, grad_weight.piece(b, piece),
                          grad_bias.piece(b, piece));
         };
-        if (pieces == 1) {
+        if (pieces == 1 && !norm) {
             const int64_t group = gates.group(2);
             parallel_ranges((x.batch + group - 1) / group, elements, [&](int64_t begin, int64_t end) {
                 std::vector<SpaceNumbers<A>> numbers(group, space.numbers(true));
@@ -120,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                         gates.open(b);
                         space.open(b, numbers[b - first]);
                         dot(b, 0, numbers[b - first]);
-                        excite_space(b, numbers[b - first]);
+                        space.excite_backward(b, numbers[b - first], &grad_taps[b * taps], &grad_logits[b]);
                         space.weigh(b, 0, numbers[b - first], dots.piece(b, 0));
                     }
                     excite_channels(first, last - first);
@@ -132,7 +135,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
             const int64_t units = x.batch * pieces;
             for (int64_t b = 0; b < x.batch; ++b) gates.open(b), space.open(b, numbers[b]);
             parallel(units, elements, [&](int64_t unit) { dot(unit / pieces, unit % pieces, numbers[unit / pieces]); });
-            parallel(x.batch, elements, [&](int64_t b) { excite_space(b, numbers[b]); });
+            parallel(x.batch, elements, [&](int64_t b) { space.open_backward(b, numbers[b]); });
+            if (norm)
+                norm.backward(static_cast<const A*>(state.data_ptr()), x.batch, x.positions,
+                              [&](int64_t b) { return numbers[b].dot.data(); });
+            parallel(x.batch, elements,
+                     [&](int64_t b) { space.convolve_backward(b, numbers[b], &grad_taps[b * taps], &grad_logits[b]); });
             parallel(units, elements, [&](int64_t unit) {
                 const int64_t b = unit / pieces, piece = unit % pieces;
                 space.weigh(b, piece, numbers[b], dots.piece(b, piece));
@@ -143,8 +151,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         }
         const auto grads = gates.weight_gradients(x_in);
         auto [weight_out, bias_out] = convolution.gradients(x_in, x.batch, grad_taps.data(), grad_logits.data());
+        auto [norm_weight_out, norm_bias_out] = norm.gradients(x_in);
         return std::make_tuple(maps.grad_x, maps.grad_residual, grads[0], grads[1], grads[2], grads[3], weight_out,
-                               bias_out, grad_weight.gradient<A>(affine_weight, x_in),
+                               bias_out, norm_weight_out, norm_bias_out, grad_weight.gradient<A>(affine_weight, x_in),
                                grad_bias.gradient<A>(affine_bias, x_in));
     });
 }

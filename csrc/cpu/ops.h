@@ -56,16 +56,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
     const OptionalTensor& residual, int64_t layer, int64_t pool, int64_t ties, int64_t activation, int64_t gate,
     int64_t pre_activation, int64_t post_activation);
 
-std::tuple<Tensor, Tensor, Tensor> spatial_gate(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
-                                                const OptionalTensor& residual, int64_t mean_first, int64_t ties,
-                                                int64_t gate, int64_t pre_activation, int64_t post_activation);
+std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_gate(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
+    const OptionalTensor& residual, double eps, int64_t mean_first, int64_t ties, int64_t gate, int64_t pre_activation,
+    int64_t post_activation);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spatial_gate_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spatial_gate_backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& state, const Tensor& index,
-    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& affine_weight,
-    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t mean_first, int64_t ties, int64_t gate,
-    int64_t pre_activation, int64_t post_activation);
+    const Tensor& statistics, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
+    const OptionalTensor& residual, double eps, int64_t mean_first, int64_t ties, int64_t gate, int64_t pre_activation,
+    int64_t post_activation);
 
 std::tuple<Tensor, Tensor> channel_pool(const Tensor& x, const OptionalTensor& affine_weight,
                                         const OptionalTensor& affine_bias, int64_t pre_activation, int64_t mean_first,
@@ -85,24 +87,26 @@ Tensor axis_pool_backward(const OptionalTensor& grad, const OptionalTensor& grad
                           const Tensor& column_index, const Tensor& plane_index, int64_t maxima, int64_t channels,
                           int64_t ties);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
-    const Tensor& x, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
-    const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,
-    const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, const OptionalTensor& residual,
-    int64_t layer, int64_t pool, int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first,
-    int64_t spatial_ties, int64_t spatial_gate, int64_t pre_activation, int64_t post_activation);
-
 std::tuple<Tensor, Tensor> simam(const Tensor& x, double e_lambda);
 
 Tensor simam_backward(const Tensor& grad, const Tensor& x, const Tensor& state);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_backward(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& channel_state,
-    const Tensor& channel_index, const Tensor& state, const Tensor& index, const OptionalTensor& weight1,
-    const OptionalTensor& bias1, const OptionalTensor& weight2, const OptionalTensor& bias2,
-    const Tensor& spatial_weight, const OptionalTensor& spatial_bias, const OptionalTensor& affine_weight,
-    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t layer, int64_t pool,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
+    const Tensor& x, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
+    const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& affine_weight,
+    const OptionalTensor& affine_bias, const OptionalTensor& residual, double eps, int64_t layer, int64_t pool,
     int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
     int64_t spatial_gate, int64_t pre_activation, int64_t post_activation);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+cbam_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& channel_state,
+              const Tensor& channel_index, const Tensor& state, const Tensor& index, const Tensor& statistics,
+              const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
+              const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,
+              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& affine_weight,
+              const OptionalTensor& affine_bias, const OptionalTensor& residual, double eps, int64_t layer,
+              int64_t pool, int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first,
+              int64_t spatial_ties, int64_t spatial_gate, int64_t pre_activation, int64_t post_activation);
 
 }  // namespace fused_attn::cpu

@@ -116,13 +116,99 @@ class SpatialConvolution {
 
 // (state, index) of a spatial gate on x.
 template <class A>
-std::tuple<Tensor, Tensor> empty_space_state(const Tensor& x) {
+std::tuple<Tensor, Tensor> empty_space_state(const Tensor& x, bool normalised) {
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.erase(shape.begin() + 1);
     Tensor index = empty_tensor(x, shape, ScalarType::Int);
-    shape.insert(shape.begin() + 1, 3);
+    shape.insert(shape.begin() + 1, normalised ? 4 : 3);
     return {empty_tensor(x, shape, kScalarType<A>), index};
 }
+
+// The BatchNorm between convolution and gate that takes its statistics from the batch: none without a weight.
+template <class A>
+class LogitNorm {
+  public:
+    LogitNorm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps)
+        : weight_like_(weight), bias_like_(bias), eps_(eps) {
+        const Values<A> weights(weight), biases(bias);
+        if (weight) weight_ = weights.data()[0], bias_ = biases.data()[0];
+        statistics = empty_tensor(x, {weight ? 2 : 0}, kScalarType<A>);
+    }
+    LogitNorm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+              const Tensor& found)
+        : LogitNorm(x, weight, bias, eps) {
+        if (weight) read(found);
+    }
+    explicit operator bool() const { return weight_like_.has_value(); }
+
+    Tensor statistics;  // mean and biased variance
+
+    // state: (batch, 4, positions). The logits, row 2, from the convolution's output, row 3.
+    void forward(A* state, int64_t batch, int64_t positions) {
+        const double count = double(batch) * double(positions);
+        const auto sum_of = [&](auto term) {
+            return sum(batch, [&](int64_t b) {
+                const A* raw = state + (4 * b + 3) * positions;
+                double total = 0;
+                for (int64_t p = 0; p < positions; ++p) total += term(double(raw[p]));
+                return total;
+            });
+        };
+        const double mean = sum_of([](double v) { return v; }) / count;
+        const double variance = sum_of([mean](double v) { return (v - mean) * (v - mean); }) / count;
+        A* const out = static_cast<A*>(statistics.data_ptr());
+        out[0] = static_cast<A>(mean);
+        out[1] = static_cast<A>(variance);
+        read(statistics);
+        parallel(batch, batch * positions, [&](int64_t b) {
+            A* const z = state + (4 * b + 2) * positions;
+            for (int64_t p = 0; p < positions; ++p) z[p] = normal(z[positions + p]) * weight_ + bias_;
+        });
+    }
+    // The gradient of row 3 from that of row 2, in place: grad(b) is a sample's.
+    template <class Grad>
+    void backward(const A* state, int64_t batch, int64_t positions, Grad grad) {
+        std::vector<double> dots(batch, 0.0);
+        grad_bias_ = sum(batch, [&](int64_t b) {
+            const A *g = grad(b), *raw = state + (4 * b + 3) * positions;
+            double total = 0;
+            for (int64_t p = 0; p < positions; ++p) total += g[p], dots[b] += double(g[p]) * double(normal(raw[p]));
+            return total;
+        });
+        grad_weight_ = std::accumulate(dots.begin(), dots.end(), 0.0);
+        const double count = double(batch) * double(positions);
+        const A mean = static_cast<A>(grad_bias_ / count), slope = static_cast<A>(grad_weight_ / count);
+        parallel(batch, batch * positions, [&](int64_t b) {
+            A* const g = grad(b);
+            const A* const raw = state + (4 * b + 3) * positions;
+            for (int64_t p = 0; p < positions; ++p)
+                g[p] = (g[p] - mean - normal(raw[p]) * slope) * (weight_ * reciprocal_);
+        });
+    }
+    std::tuple<Tensor, Tensor> gradients(const Tensor& x) const {
+        return {gradient_like<A>(weight_like_, x, [&](A* to) { *to = static_cast<A>(grad_weight_); }),
+                gradient_like<A>(bias_like_, x, [&](A* to) { *to = static_cast<A>(grad_bias_); })};
+    }
+
+  private:
+    A normal(A v) const { return (v - mean_) * reciprocal_; }
+    void read(const Tensor& found) {
+        const A* numbers = static_cast<const A*>(found.data_ptr());
+        mean_ = numbers[0];
+        reciprocal_ = static_cast<A>(1 / std::sqrt(double(numbers[1]) + eps_));
+    }
+    // The sum over the samples, in order.
+    template <class F>
+    static double sum(int64_t batch, const F& of_sample) {
+        std::vector<double> totals(batch);
+        for (int64_t b = 0; b < batch; ++b) totals[b] = of_sample(b);
+        return std::accumulate(totals.begin(), totals.end(), 0.0);
+    }
+
+    OptionalTensor weight_like_, bias_like_;
+    double eps_, grad_weight_ = 0, grad_bias_ = 0;
+    A weight_ = 1, bias_ = 0, mean_ = 0, reciprocal_ = 1;
+};
 
 // What a sample has by position between the passes.
 template <class A>
@@ -136,7 +222,8 @@ template <class T>
 class SpatialGate {
   public:
     using A = Accumulator<T>;
-    // state: (B, 3, positions), maximum, mean and logits; index: (B, positions).
+    // state: (B, 3 or 4, positions), maximum, mean, logits and (before a LogitNorm) the convolution's output, which
+    // without one are the logits; index: (B, positions).
     SpatialGate(const MapView<T>& x, Prologue<A> prologue, const A* gates, const SpatialConvolution<A>& convolution,
                 int64_t ties, int64_t gate, const Tensor& state, const Tensor& index)
         : pieces(space_pieces(x)),
@@ -147,6 +234,7 @@ class SpatialGate {
           even_(ties == kEven),
           gate_(static_cast<int>(gate)),
           state_(static_cast<A*>(state.data_ptr())),
+          rows_(state.size(1)),
           index_(static_cast<int32_t*>(index.data_ptr())) {}
 
     const int64_t pieces;
@@ -163,9 +251,12 @@ class SpatialGate {
         space_kernels<T>().pool(x_.data + at(b, piece), panel(piece), prologue_, gates(b), even_, row + x_.positions,
                                 row, index_ + b * x_.positions + p);
     }
-    // The pooled maps' logits, and the gate of them.
+    // The convolution of the pooled maps; and the gate of it, unless a LogitNorm comes between.
+    void convolve(int64_t b, SpaceNumbers<A>& n) const {
+        convolution_.forward(rows(b), rows(b) + (rows_ - 1) * x_.positions, n.room);
+    }
     void excite(int64_t b, SpaceNumbers<A>& n) const {
-        convolution_.forward(rows(b), rows(b) + 2 * x_.positions, n.room);
+        convolve(b, n);
         open(b, n);
     }
     void open(int64_t b, SpaceNumbers<A>& n) const {
@@ -187,11 +278,18 @@ class SpatialGate {
                                prologue_, gates(b), n.gate.data() + p, static_cast<int>(activation),
                                from(grad_residual, offset), n.dot.data() + p, channel_dot);
     }
-    // Back through the gate and the convolution: what the pools over the channels pass on.
+    // Back through the gate, and through the convolution: what the pools over the channels pass on.
+    void open_backward(int64_t b, SpaceNumbers<A>& n) const {
+        const int64_t positions = x_.positions;
+        dense_kernels<A>().activate_grad(n.dot.data(), rows(b) + 2 * positions, positions, gate_, n.dot.data());
+    }
     void excite_backward(int64_t b, SpaceNumbers<A>& n, double* grad_taps, double* grad_bias) const {
+        open_backward(b, n);
+        convolve_backward(b, n, grad_taps, grad_bias);
+    }
+    void convolve_backward(int64_t b, SpaceNumbers<A>& n, double* grad_taps, double* grad_bias) const {
         const int64_t positions = x_.positions;
         A *grad_max = n.grad_pooled.data(), *grad_mean = grad_max + positions, *peak = rows(b);
-        dense_kernels<A>().activate_grad(n.dot.data(), peak + 2 * positions, positions, gate_, n.dot.data());
         *grad_bias = std::accumulate(n.dot.begin(), n.dot.end(), 0.0);
         convolution_.backward(peak, n.dot.data(), grad_max, grad_taps, n.room);
         for (int64_t p = 0; p < positions; ++p) grad_mean[p] /= static_cast<A>(x_.channels);
@@ -215,7 +313,7 @@ class SpatialGate {
     int64_t first(int64_t piece) const { return x_.first_position(piece, pieces); }
     int64_t at(int64_t b, int64_t piece) const { return x_.space_offset(b, piece, pieces); }
     Panel panel(int64_t piece) const { return x_.space(piece, pieces); }
-    A* rows(int64_t b) const { return state_ + b * 3 * x_.positions; }
+    A* rows(int64_t b) const { return state_ + b * rows_ * x_.positions; }
     const A* gates(int64_t b) const { return gates_ ? gates_ + b * x_.channels : nullptr; }
     PoolGrad<A> pool_grad(int64_t b, int64_t piece, const SpaceNumbers<A>& n) const {
         const int64_t p = first(piece);
@@ -230,6 +328,7 @@ class SpatialGate {
     bool even_;
     int gate_;
     A* state_;
+    int64_t rows_;
     int32_t* index_;
 };
 

@@ -102,6 +102,12 @@ struct PreparedSpace : Prepared {
     }
 };
 
+// A cluster holds one sample; statistics over all of them are the streaming kernels' (backends.py says so before).
+void refuse(const OptionalTensor& norm_weight) {
+    STD_TORCH_CHECK(!norm_weight, "fused_attn: statistics of the batch need all samples; use the triton backend");
+}
+Tensor no_statistics(const Prepared& p) { return new_tensor(p.x, {0}, p.acc); }
+
 Options options_of(const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
                    const OptionalTensor& residual, int64_t pre_activation, int64_t post_activation) {
     const OptionalTensor none;
@@ -109,35 +115,45 @@ Options options_of(const OptionalTensor& affine_weight, const OptionalTensor& af
             kAvg, 0,    0,    0,    pre_activation, post_activation};
 }
 
-std::tuple<Tensor, Tensor, Tensor> spatial_gate(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
-                                                const OptionalTensor& residual, int64_t mean_first, int64_t ties,
-                                                int64_t gate, int64_t pre_activation, int64_t post_activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_gate(const Tensor& x, const Tensor& weight,
+                                                        const OptionalTensor& bias, const OptionalTensor& norm_weight,
+                                                        const OptionalTensor&, const OptionalTensor& affine_weight,
+                                                        const OptionalTensor& affine_bias,
+                                                        const OptionalTensor& residual, double, int64_t mean_first,
+                                                        int64_t ties, int64_t gate, int64_t pre_activation,
+                                                        int64_t post_activation) {
+    refuse(norm_weight);
     const OnDevice device(x);
-    return PreparedSpace(x, options_of(affine_weight, affine_bias, residual, pre_activation, post_activation),
-                         {weight, bias, mean_first, ties, gate}, false, false, device)
-        .forward(device);
+    PreparedSpace p(x, options_of(affine_weight, affine_bias, residual, pre_activation, post_activation),
+                    {weight, bias, mean_first, ties, gate}, false, false, device);
+    auto [y, state, index] = p.forward(device);
+    return {y, state, index, no_statistics(p)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spatial_gate_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spatial_gate_backward(
     const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& state, const Tensor& index,
-    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& affine_weight,
-    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t mean_first, int64_t ties, int64_t gate,
-    int64_t pre_activation, int64_t post_activation) {
+    const Tensor&, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
+    const OptionalTensor& residual, double, int64_t mean_first, int64_t ties, int64_t gate, int64_t pre_activation,
+    int64_t post_activation) {
+    refuse(norm_weight);
     const OnDevice device(x);
     const Options options = options_of(affine_weight, affine_bias, residual, pre_activation, post_activation);
     const SpaceOptions space = {weight, bias, mean_first, ties, gate};
     PreparedSpace p(x, options, space, false, true, device);
     auto [grad_x, grad_residual, of] = p.backward(grad, y, state, index, options, space, device);
-    return {grad_x, grad_residual, of[6], of[7], of[4], of[5]};
+    return {grad_x, grad_residual, of[6], of[7], gradient_like(norm_weight, x), gradient_like(norm_bias, x),
+            of[4],  of[5]};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     const Tensor& x, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
     const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,
-    const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, const OptionalTensor& residual,
-    int64_t layer, int64_t pool, int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first,
-    int64_t spatial_ties, int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
+    const OptionalTensor& norm_weight, const OptionalTensor&, const OptionalTensor& affine_weight,
+    const OptionalTensor& affine_bias, const OptionalTensor& residual, double, int64_t layer, int64_t pool,
+    int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
+    int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
+    refuse(norm_weight);
     const OnDevice device(x);
     PreparedSpace p(x,
                     {weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, layer, pool, channel_ties,
@@ -149,17 +165,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     p.call.state = channel_state.data_ptr();
     p.call.index = static_cast<int32_t*>(channel_index.data_ptr());
     auto [y, state, index] = p.forward(device);
-    return {y, channel_state, channel_index, state, index};
+    return {y, channel_state, channel_index, state, index, no_statistics(p)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_backward(
-    const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& channel_state,
-    const Tensor& channel_index, const Tensor& state, const Tensor& index, const OptionalTensor& weight1,
-    const OptionalTensor& bias1, const OptionalTensor& weight2, const OptionalTensor& bias2,
-    const Tensor& spatial_weight, const OptionalTensor& spatial_bias, const OptionalTensor& affine_weight,
-    const OptionalTensor& affine_bias, const OptionalTensor& residual, int64_t layer, int64_t pool,
-    int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
-    int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+cbam_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& y, const Tensor& channel_state,
+              const Tensor& channel_index, const Tensor& state, const Tensor& index, const Tensor&,
+              const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,
+              const OptionalTensor& bias2, const Tensor& spatial_weight, const OptionalTensor& spatial_bias,
+              const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& affine_weight,
+              const OptionalTensor& affine_bias, const OptionalTensor& residual, double, int64_t layer, int64_t pool,
+              int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
+              int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
+    refuse(norm_weight);
     const OnDevice device(x);
     const Options options = {weight1, bias1, weight2,      bias2,      affine_weight, affine_bias,    residual,
                              layer,   pool,  channel_ties, activation, channel_gate,  pre_activation, post_activation};
@@ -168,7 +186,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     p.call.state = p.contiguous(channel_state);
     p.call.index = static_cast<int32_t*>(p.contiguous(channel_index));
     auto [grad_x, grad_residual, of] = p.backward(grad, y, state, index, options, space, device);
-    return {grad_x, grad_residual, of[0], of[1], of[2], of[3], of[6], of[7], of[4], of[5]};
+    return {grad_x,
+            grad_residual,
+            of[0],
+            of[1],
+            of[2],
+            of[3],
+            of[6],
+            of[7],
+            gradient_like(norm_weight, x),
+            gradient_like(norm_bias, x),
+            of[4],
+            of[5]};
 }
 
 // As resident_cluster_size, for spatial_gate and (gated) cbam: the spatial axes and the kernel, leading ones first.

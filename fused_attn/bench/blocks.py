@@ -52,6 +52,7 @@ BLOCKS: dict[str, Block] = {
     "channel-attention": Block(lambda m, c: m.ChannelAttention(c), (3, 7)),
     "spatial-attention": Block(lambda m, c: m.SpatialAttention(c, batch_norm=False), (3, 7)),
     "cbam": Block(lambda m, c: m.CBAM(c, batch_norm=False), (4, 10)),
+    "cbam-batch-norm": Block(lambda m, c: m.CBAM(c), (4, 10)),  # with the batch's statistics, as networks train
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..codes import FUNCTIONS
-from ..reference.block_attention import fold_batch_norm, uses_batch_statistics
+from ..reference.block_attention import fold_batch_norm, run_normalised, uses_batch_statistics
 from .registry import FUSED_FORMS, CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, recognise
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
@@ -138,23 +139,27 @@ def _run_channel(block: nn.Module, plan: Plan, recipe: ChannelGate, x: Tensor, r
     )
 
 
-def _spatial_convolution(block: nn.Module, recipe: SpatialGate) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of the convolution, the BatchNorm folded in; None where that needs the batch's statistics."""
+def _spatial_convolution(block: nn.Module, recipe: SpatialGate) -> tuple[Tensor, Tensor | None, Any] | None:
+    """Weight and bias of the convolution, and its BatchNorm where that takes its statistics from the batch; one that
+    does not is folded in. None where the op does not know such a BatchNorm."""
     conv, *norms = (_layer(block, path) for path in recipe.layers)
-    if any(uses_batch_statistics(norm) for norm in norms):
-        return None
-    weight, bias = conv.weight, conv.bias
+    weight, bias, live = conv.weight, conv.bias, None
     for norm in norms:
-        weight, bias = fold_batch_norm(weight, bias, norm)
-    return (torch.cat([weight, weight], 1) * 0.5 if recipe.merged else weight), bias
+        if not uses_batch_statistics(norm):
+            weight, bias = fold_batch_norm(weight, bias, norm)
+        elif norm is norms[-1] and norm.weight is not None:
+            live = norm
+        else:
+            return None
+    return (torch.cat([weight, weight], 1) * 0.5 if recipe.merged else weight), bias, live
 
 
 def _run_spatial(block: nn.Module, recipe: SpatialGate, x: Tensor, residual: Tensor | None) -> Tensor:
     convolution = _spatial_convolution(block, recipe)
     if convolution is not None:
-        return functional.spatial_gate(
-            x, *convolution, order=recipe.order, ties=recipe.ties, gate=recipe.gate, residual=residual
-        )
+        weight, bias, norm = convolution
+        run = functools.partial(functional.spatial_gate, x, weight, bias, residual=residual)
+        return run_normalised(norm, x, functools.partial(run, order=recipe.order, ties=recipe.ties, gate=recipe.gate))
     z = functional.channel_pool(x, order=recipe.order, ties=recipe.ties)
     if recipe.merged:
         z = 0.5 * z[:, :1] + 0.5 * z[:, 1:]
@@ -168,10 +173,12 @@ def _run_cbam(block: nn.Module, plan: Plan, recipe: CbamGate, x: Tensor, residua
     convolution = _spatial_convolution(block, spatial)
     if convolution is None:
         return _run_spatial(block, spatial, _run_channel(block, plan, channel, x, None), residual)
-    parameters: list[Any] = [*(_parameter(block, path) for path in plan.parameters), *convolution]
-    return functional.cbam(
+    *weights, norm = convolution
+    run = functools.partial(
+        functional.cbam,
         x,
-        *parameters,
+        *(_parameter(block, path) for path in plan.parameters),
+        *weights,
         layer=channel.layer,
         pool=channel.pool,
         channel_ties=channel.ties,
@@ -182,6 +189,7 @@ def _run_cbam(block: nn.Module, plan: Plan, recipe: CbamGate, x: Tensor, residua
         spatial_gate=spatial.gate,
         residual=residual,
     )
+    return run_normalised(norm, x, run)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

@@ -2,7 +2,8 @@
 y), backward 6 (read grad and x; convolve; read grad and x; read grad, write grad_x; gradients of each gate's
 parameters). The map between the gates is never written: v = u * gate is formed again from x wherever it is needed.
 
-A maximum over space that is split among programs takes a launch more, as in channel_gate.
+A maximum over space that is split among programs takes a launch more, as in channel_gate; a BatchNorm a few by PyTorch
+on one number a position.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ def _excite_and_pool(
 @triton.jit(do_not_specialize=SIZES)
 def _scale_both(
     x, affine_weight, affine_bias, residual, y, channel_state, state, c_q, s_q, n_cblk, n_split, blocks, width,
-    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     scale_pass(
-        x, residual, y, channel_state + b * width + C, state + b * 3 * S + 2 * S, affine_weight, affine_bias,
+        x, residual, y, channel_state + b * width + C, state + b * ROWS * S + 2 * S, affine_weight, affine_bias,
         b, cblk, split, C, S, blocks, GATE, SPACE_GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
@@ -68,7 +69,7 @@ def _scale_both(
 def _dot_channels_gated(
     grad, x, y, residual, grad_residual, affine_weight, affine_bias, channel_state, state, space_dots,
     c_q, s_q, n_cblk, n_split, blocks, width, stride_b, stride_c, stride_s,
-    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +77,7 @@ def _dot_channels_gated(
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     channel_dot_pass(
         grad, x, y, residual, grad_residual, affine_weight, affine_bias,
-        channel_state + b * width + C, state + b * 3 * S + 2 * S, space_dots,
+        channel_state + b * width + C, state + b * ROWS * S + 2 * S, space_dots,
         b, cblk, split, C, S, n_cblk, blocks, stride_b, stride_c, stride_s,
         GATE, SPACE_GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
@@ -86,7 +87,7 @@ def _dot_channels_gated(
 def _dot_space(
     grad, x, weight2, affine_weight, affine_bias, channel_state, state, index, space_grads, dots, products,
     c_q, s_q, n_cblk, n_split, blocks, H, width, stride_b, stride_c, stride_s,
-    SPACE_TIES: tl.constexpr, GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr,
+    SPACE_TIES: tl.constexpr, GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +95,7 @@ def _dot_space(
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     logits = channel_state + b * width + C
-    row = state + b * 3 * S
+    row = state + b * ROWS * S
     backward_pass(
         grad, x, None, None, None, None, affine_weight, affine_bias,
         logits, None, None, None, None, dots, None, None,
@@ -114,7 +115,7 @@ def _spread_both(
     dots, products, mean, value, grad_logits, grad_hidden, tap_sums, grad_x, weight_sums, bias_sums,
     c_q, s_q, n_cblk, n_split, blocks, H, n_part, taps, width, stride_b, stride_c, stride_s,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr,
+    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
@@ -130,7 +131,7 @@ def _spread_both(
     )  # fmt: skip
     tl.debug_barrier()
     row = channel_state + b * width
-    space_row = state + b * 3 * S
+    space_row = state + b * ROWS * S
     peak = row + (2 * C + H if POOL == BOTH else width - C)
     backward_pass(
         grad, x, None, None, grad_x, None, affine_weight, affine_bias,
@@ -150,9 +151,12 @@ def cbam(
     bias2: Tensor | None,
     spatial_weight: Tensor,
     spatial_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     affine_weight: Tensor | None,
     affine_bias: Tensor | None,
     residual: Tensor | None,
+    eps: float,
     layer: int,
     pool: int,
     channel_ties: int,
@@ -163,7 +167,7 @@ def cbam(
     spatial_gate_code: int,
     pre_activation: int,
     post_activation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x, whole=pool != POOLS["avg"])
     over_channels = maps.plan_over_channels(x, plan)
     weight1, bias1, weight2, bias2, spatial_weight, spatial_bias = map(
@@ -199,8 +203,9 @@ def cbam(
         **over_channels.arguments(x.dtype),
         **maps.exact(spatial_ties),
     )
-    state, index = spatial_gate.convolve(
-        x, over_channels, tables, spatial_weight, spatial_bias, mean_first, spatial_ties
+    norm = norm_weight, norm_bias, eps
+    state, index, statistics = spatial_gate.convolve(
+        x, over_channels, tables, spatial_weight, spatial_bias, *norm, mean_first, spatial_ties
     )
     y = torch.empty_like(x)
     maps.launch(
@@ -213,10 +218,11 @@ def cbam(
         state=state,
         SPACE_GATE=spatial_gate_code,
         POST=post_activation,
+        ROWS=state.shape[1],
         **shared,
         **plan.arguments(x.dtype),
     )
-    return y, channel_state, channel_index, state, index
+    return y, channel_state, channel_index, state, index, statistics
 
 
 def cbam_backward(
@@ -227,15 +233,19 @@ def cbam_backward(
     channel_index: Tensor,
     state: Tensor,
     index: Tensor,
+    statistics: Tensor,
     weight1: Tensor | None,
     bias1: Tensor | None,
     weight2: Tensor | None,
     bias2: Tensor | None,
     spatial_weight: Tensor,
     spatial_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     affine_weight: Tensor | None,
     affine_bias: Tensor | None,
     residual: Tensor | None,
+    eps: float,
     layer: int,
     pool: int,
     channel_ties: int,
@@ -267,6 +277,7 @@ def cbam_backward(
         "GATE": channel_gate,
         "SPACE_GATE": spatial_gate_code,
         "PRE": pre_activation,
+        "ROWS": state.shape[1],
     }
     maps.launch(
         _dot_channels_gated,
@@ -284,8 +295,19 @@ def cbam_backward(
     )
     if grad_residual is not None:
         grad, strides = grad_residual, dict.fromkeys(strides)
-    space_grads, space_tap_sums = spatial_gate.convolve_backward(
-        x, over_channels, space_dots, spatial_weight, state, index, mean_first, spatial_ties, spatial_gate_code
+    norm = norm_weight, norm_bias, eps
+    space_grads, space_tap_sums, *norm_grads = spatial_gate.convolve_backward(
+        x,
+        over_channels,
+        space_dots,
+        spatial_weight,
+        *norm,
+        state,
+        index,
+        statistics,
+        mean_first,
+        spatial_ties,
+        spatial_gate_code,
     )
     shared |= {
         "grad": grad,
@@ -324,4 +346,4 @@ def cbam_backward(
     )
     spatial = spatial_gate.convolution_gradients(x, space_tap_sums, spatial_weight, spatial_bias)
     residual_grad = x.new_empty(0) if grad_residual is None else grad_residual
-    return grad_x, residual_grad, *grads[:4], *spatial, *grads[4:]
+    return grad_x, residual_grad, *grads[:4], *spatial, *norm_grads, *grads[4:]

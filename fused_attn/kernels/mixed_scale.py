@@ -137,8 +137,7 @@ def _mixed_scale_backward(
     at_column = b * columns_b + (c0 + c).to(tl.int64) * columns_c + (w0 + w).to(tl.int64) * columns_w
     by_column = load_gate(columns, at_column, in_c & in_w, NONE, ACC)
     at_row = b * rows_b + (c0 + c).to(tl.int64) * rows_c + h.to(tl.int64) * rows_h
-    channel_sum = tl.zeros((BLOCK_C, BLOCK_H, BLOCK_W), ACC)
-    column_sum = tl.zeros((BLOCK_C, BLOCK_H, BLOCK_W), ACC)
+    kept = tl.zeros((BLOCK_C, BLOCK_H, BLOCK_W), ACC)  # for channels and columns; their own gates come last
     for _ in range(blocks):
         if FLAT:  # h0 is a position
             p0 = h0
@@ -161,14 +160,13 @@ def _mixed_scale_backward(
         v = value.to(ACC)
         if COMBINE == PRODUCT:
             dx = d * by_channel * by_position * by_row * by_column
-            to_channel = d * v * by_position * by_row * by_column
+            to_kept = d * v * by_position * by_row
             to_position = d * v * by_channel * by_row * by_column
             to_row = d * v * by_channel * by_position * by_column
-            to_column = d * v * by_channel * by_position * by_row
         elif COMBINE == SUM:
             dx = d * (by_channel + by_position + by_row + by_column)
-            to_channel = d * v
-            to_position, to_row, to_column = to_channel, to_channel, to_channel
+            to_kept = d * v
+            to_position, to_row = to_kept, to_kept
         elif COMBINE == MAX:  # halves where both are equal; both take all of it where one is NaN, as in torch
             of_channel = (v * by_channel).to(value.dtype).to(ACC)
             of_position = (v * by_position).to(value.dtype).to(ACC)
@@ -176,17 +174,17 @@ def _mixed_scale_backward(
             d_channel = tl.where(of_channel < of_position, 0.0, share)
             d_position = tl.where(of_channel > of_position, 0.0, share)
             dx = d_channel * by_channel + d_position * by_position
-            to_channel, to_position = d_channel * v, d_position * v
-            to_row, to_column = to_channel, to_channel
+            to_kept, to_position = d_channel * v, d_position * v
+            to_row = to_kept
         else:
             gate = sigmoid(by_channel * by_position)
             dx = d + d * gate
             slope = d * v * gate * (1.0 - gate)
-            to_channel, to_position = slope * by_position, slope * by_channel
-            to_row, to_column = to_channel, to_channel
+            to_kept, to_position = slope * by_position, slope * by_channel
+            to_row = to_kept
         tl.store(grad_x + at, dx, mask=mask)
-        if channel_sums is not None:
-            channel_sum += tl.where(mask, to_channel, 0.0)
+        if channel_sums is not None or column_sums is not None:
+            kept += tl.where(mask, to_kept, 0.0)
         if spatial_sums is not None:
             total = tl.sum(tl.where(mask, to_position, 0.0), axis=0, keep_dims=True)
             tl.store(spatial_sums + (b * n_cblk + cblk) * S + p0 + p, total, mask=in_s)
@@ -194,16 +192,16 @@ def _mixed_scale_backward(
             total = tl.sum(tl.where(mask, to_row, 0.0), axis=2, keep_dims=True)
             to = ((b * n_wblk + wblk) * C + c0 + c) * H + h0 + h
             tl.store(row_sums + to, total, mask=in_c & in_h)
-        if column_sums is not None:
-            column_sum += tl.where(mask, to_column, 0.0)
         h0 += STEP
+    kept = tl.sum(kept, axis=1, keep_dims=True)
     if channel_sums is not None:
-        total = tl.sum(tl.sum(channel_sum, axis=2, keep_dims=True), axis=1, keep_dims=True)
+        total = tl.sum(kept * by_column if COMBINE == PRODUCT else kept, axis=2, keep_dims=True)
         to = ((b * n_split + split) * n_wblk + wblk) * C + c0 + c
         tl.store(channel_sums + to, total, mask=in_c)
     if column_sums is not None:
+        total = kept * by_channel if COMBINE == PRODUCT else kept
         to = ((b * n_split + split) * C + c0 + c) * W + w0 + w
-        tl.store(column_sums + to, tl.sum(column_sum, axis=1, keep_dims=True), mask=in_c & in_w)
+        tl.store(column_sums + to, total, mask=in_c & in_w)
 
 
 class Plan(NamedTuple):

@@ -135,10 +135,11 @@ def _sum_at(table, at, mask, n_rows, S, ACC: tl.constexpr):
 def convolve(
     sums, best, place, weight, bias, state, index,
     C, n_cblk, D, H, W, KD, KH, KW, s_blocks,
-    MEAN_FIRST: tl.constexpr, TIES: tl.constexpr,
+    MEAN_FIRST: tl.constexpr, TIES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Maximum, its channel, mean and logit of each position: rows of `state`, (B, 3, S), and `index`."""
+    """Maximum, its channel, mean and the convolution's output at each position: the first, second and last row of
+    `state`, (B, ROWS, S), and `index`."""
     S, taps = D * H * W, KD * KH * KW
     b = (tl.program_id(0) // s_blocks).to(tl.int64)
     position = tl.program_id(0) % s_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -146,7 +147,7 @@ def convolve(
     rows = b * n_cblk * S
     mean = sum_rows(sums + rows, n_cblk, S, position, in_s, BLOCK_ROWS, ACC) / C
     peak, found = max_of_rows(best + rows, place + rows, n_cblk, S, position, in_s, TIES, BLOCK_ROWS, ACC)
-    out = state + b * 3 * S
+    out = state + b * ROWS * S
     tl.store(out + position, peak, mask=in_s)
     tl.store(out + S + position, mean, mask=in_s)
     tl.store(index + b * S + position, found, mask=in_s)
@@ -166,7 +167,7 @@ def convolve(
             row += S
         peaks = tl.where(exists, from_order_key(key), 0.0)
         z += tl.sum(to_max[:, None] * peaks + to_mean[:, None] * means, axis=0)
-    tl.store(out + 2 * S + position, z, mask=in_s)
+    tl.store(out + (ROWS - 1) * S + position, z, mask=in_s)
 
 
 @triton.jit
@@ -179,7 +180,7 @@ def _grad_logits_at(dots, z, at, mask, n_cblk, S, GATE: tl.constexpr, ACC: tl.co
 def convolve_backward(
     dots, weight, state, index, grads, tap_sums,
     C, n_cblk, D, H, W, KD, KH, KW, s_blocks,
-    MEAN_FIRST: tl.constexpr, TIES: tl.constexpr, GATE: tl.constexpr,
+    MEAN_FIRST: tl.constexpr, TIES: tl.constexpr, GATE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """From the partial dots: what each position's channels get for its maximum and its mean, `grads` (B, 2, S), and a
@@ -188,7 +189,7 @@ def convolve_backward(
     b = (tl.program_id(0) // s_blocks).to(tl.int64)
     position = tl.program_id(0) % s_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     in_s = position < S
-    row = state + b * 3 * S
+    row = state + b * ROWS * S
     dots += b * n_cblk * S
     dz = _grad_logits_at(dots, row + 2 * S, position, in_s, n_cblk, S, GATE, ACC)
     sums = tap_sums + tl.program_id(0).to(tl.int64) * (2 * taps + 1)
@@ -216,6 +217,19 @@ def convolve_backward(
         to_mean = tl.where(highest != highest, float("nan"), to_mean)
     tl.store(grads + b * 2 * S + position, to_max, mask=in_s)
     tl.store(grads + b * 2 * S + S + position, to_mean, mask=in_s)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def logit_gradients(
+    dots, logits, grads, S, n_cblk, s_blocks, logits_row,
+    GATE: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`grads` (B, 1, S), the gradient of the logits, from the partial dots."""
+    b = (tl.program_id(0) // s_blocks).to(tl.int64)
+    position = tl.program_id(0) % s_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    in_s = position < S
+    grad = _grad_logits_at(dots + b * n_cblk * S, logits + b * logits_row, position, in_s, n_cblk, S, GATE, ACC)
+    tl.store(grads + b * S + position, grad, mask=in_s)
 
 
 @triton.jit(do_not_specialize=SIZES)

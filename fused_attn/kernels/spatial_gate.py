@@ -1,5 +1,6 @@
 """Op `spatial_gate`: forward 3 launches (read x; convolve; read x, write y), backward 4 (read grad and x; convolve;
-read grad, write grad_x; gradients of the parameters). Between them travel numbers per position only.
+read grad, write grad_x; gradients of the parameters). Between them travel numbers per position only. A BatchNorm adds a
+few launches by PyTorch on one number a position.
 """
 
 from __future__ import annotations
@@ -106,10 +107,20 @@ def convolution(x: Tensor, weight: Tensor) -> dict[str, int]:
 
 
 def convolve(
-    x: Tensor, plan: maps.Plan, tables: dict[str, Tensor], weight: Tensor, bias: Tensor | None, order: int, ties: int
-) -> tuple[Tensor, Tensor]:
-    """(state, index) of the spatial gate."""
-    state = x.new_empty((plan.batch, 3, *x.shape[2:]), dtype=maps.accumulator(x.dtype))
+    x: Tensor,
+    plan: maps.Plan,
+    tables: dict[str, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    order: int,
+    ties: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(state, index, statistics) of the spatial gate."""
+    acc = maps.accumulator(x.dtype)
+    state = x.new_empty((plan.batch, 3 if norm_weight is None else 4, *x.shape[2:]), dtype=acc)
     index = x.new_empty((plan.batch, *x.shape[2:]), dtype=torch.int32)
     sizes = convolution(x, weight)
     maps.launch(
@@ -123,12 +134,18 @@ def convolve(
         n_cblk=plan.n_cblk,
         MEAN_FIRST=order,
         TIES=ties,
+        ROWS=state.shape[1],
         BLOCK_ROWS=min(maps.next_power_of_2(plan.n_cblk), 8),
         num_warps=2,
         **tables,
         **sizes,
     )
-    return state, index
+    if norm_weight is None or norm_bias is None:
+        return state, index, state.new_empty(0)
+    variance, mean = torch.var_mean(state[:, 3], correction=0)
+    normal = (state[:, 3] - mean) * (variance + eps).rsqrt()
+    torch.add(norm_bias.to(acc), normal * norm_weight.to(acc), out=state[:, 2])
+    return state, index, torch.stack((mean, variance))
 
 
 def convolve_backward(
@@ -136,14 +153,23 @@ def convolve_backward(
     plan: maps.Plan,
     dots: Tensor,
     weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
     state: Tensor,
     index: Tensor,
+    statistics: Tensor,
     order: int,
     ties: int,
     gate: int,
-) -> tuple[Tensor, Tensor]:
-    """(gradients for maximum and mean of each position, partial sums for the convolution's parameters)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gradients for maximum and mean of each position, partial sums for the convolution's parameters, gradients of
+    the BatchNorm's)."""
     sizes = convolution(x, weight)
+    norm_grads = x.new_empty(0), x.new_empty(0)
+    if norm_weight is not None and norm_bias is not None:
+        dots, *norm_grads = normalise_backward(x, plan, dots, norm_weight, norm_bias, eps, state, statistics, gate)
+        gate = ACTIVATIONS["identity"]
     programs = plan.batch * sizes["s_blocks"]
     grads = state.new_empty((plan.batch, 2, *x.shape[2:]))
     tap_sums = state.new_empty((programs, weight.numel() + 1))
@@ -157,14 +183,55 @@ def convolve_backward(
         index=index,
         grads=grads,
         tap_sums=tap_sums,
-        n_cblk=plan.n_cblk,
+        n_cblk=dots.shape[1],
         MEAN_FIRST=order,
         TIES=ties,
         GATE=gate,
+        ROWS=state.shape[1],
         num_warps=2,
         **sizes,
     )
-    return grads, tap_sums
+    return grads, tap_sums, *norm_grads
+
+
+def normalise_backward(
+    x: Tensor,
+    plan: maps.Plan,
+    dots: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    state: Tensor,
+    statistics: Tensor,
+    gate: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of the convolution's output (B, 1, S), of the BatchNorm's weight, of its bias)."""
+    positions = max(x.shape[2:].numel(), 1)
+    s_blocks = triton.cdiv(positions, CONVOLUTION_BLOCK)
+    grads = state.new_empty((plan.batch, 1, *x.shape[2:]))
+    maps.launch(
+        space.logit_gradients,
+        x,
+        plan.batch * s_blocks,
+        dots=dots,
+        logits=state[:, 2],
+        grads=grads,
+        S=plan.space,
+        n_cblk=plan.n_cblk,
+        s_blocks=s_blocks,
+        logits_row=state.stride(0),
+        GATE=gate,
+        BLOCK_S=CONVOLUTION_BLOCK,
+        ACC=maps.triton_accumulator(x.dtype),
+        num_warps=2,
+    )
+    mean, variance = statistics
+    reciprocal = (variance + eps).rsqrt()
+    normal = (state[:, 3:] - mean) * reciprocal
+    grad_bias, grad_weight = grads.sum(), (grads * normal).sum()
+    count = max(grads.numel(), 1)
+    grads = (grads - grad_bias / count - normal * (grad_weight / count)) * (norm_weight.to(grads.dtype) * reciprocal)
+    return grads, grad_weight.to(norm_weight.dtype).reshape(1), grad_bias.to(norm_bias.dtype).reshape(1)
 
 
 def convolution_gradients(x: Tensor, tap_sums: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -329,24 +396,28 @@ def spatial_gate(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     affine_weight: Tensor | None,
     affine_bias: Tensor | None,
     residual: Tensor | None,
+    eps: float,
     mean_first: int,
     ties: int,
     gate: int,
     pre_activation: int,
     post_activation: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
     over_channels = maps.plan_over_channels(x, plan)
     weight, bias, affine_weight, affine_bias = map(maps.row, (weight, bias, affine_weight, affine_bias))
     tables = read_for_channel_pool(x, over_channels, affine_weight, affine_bias, pre_activation, ties)
-    state, index = convolve(x, over_channels, tables, weight, bias, mean_first, ties)
+    norm = norm_weight, norm_bias, eps
+    state, index, statistics = convolve(x, over_channels, tables, weight, bias, *norm, mean_first, ties)
     y = scale_over_space(
         x, plan, state[:, 2], affine_weight, affine_bias, residual, gate, pre_activation, post_activation
     )
-    return y, state, index
+    return y, state, index, statistics
 
 
 def spatial_gate_backward(
@@ -355,17 +426,21 @@ def spatial_gate_backward(
     y: Tensor | None,
     state: Tensor,
     index: Tensor,
+    statistics: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     affine_weight: Tensor | None,
     affine_bias: Tensor | None,
     residual: Tensor | None,
+    eps: float,
     mean_first: int,
     ties: int,
     gate: int,
     pre_activation: int,
     post_activation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     x, plan = maps.dense(x)
     over_channels = maps.plan_over_channels(x, plan)
     weight, bias, affine_weight, affine_bias = map(maps.row, (weight, bias, affine_weight, affine_bias))
@@ -382,7 +457,10 @@ def spatial_gate_backward(
         pre_activation,
         post_activation,
     )
-    space_grads, tap_sums = convolve_backward(x, over_channels, dots, weight, state, index, mean_first, ties, gate)
+    norm = norm_weight, norm_bias, eps
+    space_grads, tap_sums, *norm_grads = convolve_backward(
+        x, over_channels, dots, weight, *norm, state, index, statistics, mean_first, ties, gate
+    )
     grad_x, *affine_grads = spread_over_space(
         x,
         plan,
@@ -398,4 +476,4 @@ def spatial_gate_backward(
         gate,
     )
     grads = convolution_gradients(x, tap_sums, weight, bias)
-    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, *grads, *affine_grads
+    return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, *grads, *norm_grads, *affine_grads

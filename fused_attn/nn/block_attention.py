@@ -5,8 +5,9 @@ All take x of shape (B, C, *spatial) with one to three spatial axes, dtype float
 bfloat16, and return a map of the same shape, dtype and layout, or with `return_gate=True` the gate alone.
 `forward(x, residual=None)` gives post_activation(x * gate + residual).
 
-A BatchNorm that uses its running statistics (eval mode) is folded into the convolution before it, so that the
-block is one op. In training it works on the map of one channel, between `channel_pool` and `scale`.
+A BatchNorm is part of the op: folded into the convolution where it uses its running statistics (eval mode), else with
+those of the batch. Another norm put in its place, such as SyncBatchNorm, works on the map of one channel between
+`channel_pool` and `scale`.
 """
 
 from __future__ import annotations

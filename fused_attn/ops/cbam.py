@@ -1,8 +1,8 @@
 """Op `cbam`: a channel gate and a spatial gate on its output, as one operator; the map between is never written.
 
 Between forward and backward travel x (y too where a ReLU follows) and both gates' states: that of the channel
-gate, (B, 2C + hidden [+ C [+ hidden]]) with its index, and that of the spatial gate, (B, 3, *spatial) with its
-index (see ops/channel_gate.py and ops/spatial_gate.py).
+gate, (B, 2C + hidden [+ C [+ hidden]]) with its index, and that of the spatial gate, (B, 3 or 4, *spatial) with its
+index and statistics (see ops/channel_gate.py and ops/spatial_gate.py).
 """
 
 from __future__ import annotations
@@ -20,36 +20,23 @@ from .squeeze import POOL_NAMES, TIE_NAMES
 
 _TENSORS = (
     "Tensor? weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, Tensor spatial_weight, Tensor? spatial_bias,"
-    " Tensor? affine_weight, Tensor? affine_bias, Tensor? residual"
+    " Tensor? norm_weight, Tensor? norm_bias, Tensor? affine_weight, Tensor? affine_bias, Tensor? residual"
 )
 _CODES = (
-    "int layer, int pool, int channel_ties, int activation, int channel_gate, int mean_first, int spatial_ties,"
-    " int spatial_gate, int pre_activation, int post_activation"
+    "float eps, int layer, int pool, int channel_ties, int activation, int channel_gate, int mean_first,"
+    " int spatial_ties, int spatial_gate, int pre_activation, int post_activation"
 )
-_STATE = "Tensor channel_state, Tensor channel_index, Tensor state, Tensor index"
+_STATE = "Tensor channel_state, Tensor channel_index, Tensor state, Tensor index, Tensor statistics"
 
 
-def _fake(
-    x,
-    weight1,
-    bias1,
-    weight2,
-    bias2,
-    spatial_weight,
-    spatial_bias,
-    affine_weight,
-    affine_bias,
-    residual,
-    layer,
-    pool,
-    channel_ties,
-    *others,
-):
-    return empty_map(x), *empty_state(x, weight1, weight2, pool, channel_ties), *empty_spatial_state(x)
+def _fake(x, *arguments):
+    weight1, _, weight2, _, _, _, norm_weight = arguments[:7]
+    _, _, pool, channel_ties = arguments[11:15]
+    return empty_map(x), *empty_state(x, weight1, weight2, pool, channel_ties), *empty_spatial_state(x, norm_weight)
 
 
-def _fake_backward(grad, x, y, channel_state, channel_index, state, index, *others):
-    *parameters, _ = others[:9]
+def _fake_backward(grad, x, y, channel_state, channel_index, state, index, statistics, *others):
+    *parameters, _ = others[:11]
     return (
         empty_map(x),
         x.new_empty(0) if others[-1] == IDENTITY else empty_map(x),
@@ -62,8 +49,8 @@ BACKWARD = define(
     "cbam_backward",
     f"(Tensor grad, Tensor x, Tensor? y, {_STATE}, {_TENSORS}, {_CODES})"
     " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight2,"
-    " Tensor grad_bias2, Tensor grad_spatial_weight, Tensor grad_spatial_bias, Tensor grad_affine_weight,"
-    " Tensor grad_affine_bias)",
+    " Tensor grad_bias2, Tensor grad_spatial_weight, Tensor grad_spatial_bias, Tensor grad_norm_weight,"
+    " Tensor grad_norm_bias, Tensor grad_affine_weight, Tensor grad_affine_bias)",
     _fake_backward,
 )
 
@@ -71,22 +58,23 @@ BACKWARD = define(
 class _Cbam(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, *arguments):
-        parameters, residual, codes = arguments[:8], arguments[8], arguments[9:]
+        parameters, residual, codes = arguments[:10], arguments[10], arguments[11:]
         y, *states = FORWARD[backend](x, *arguments)
         ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), *states)
         ctx.backend, ctx.codes = backend, codes
-        return y
+        ctx.mark_non_differentiable(states[-1])
+        return y, states[-1]
 
     @staticmethod
-    def backward(ctx, grad):
-        x, *parameters, y, residual, channel_state, channel_index, state, index = ctx.saved_tensors
+    def backward(ctx, grad, _):
+        x, *parameters, y, residual, channel_state, channel_index, state, index, statistics = ctx.saved_tensors
         if wants_graph():
             grads = _differentiable(ctx, x, parameters, y, residual, grad)
         else:
             grad_x, grad_residual, *grads = BACKWARD[ctx.backend](
-                grad, x, y, channel_state, channel_index, state, index, *parameters, residual, *ctx.codes
+                grad, x, y, channel_state, channel_index, state, index, statistics, *parameters, residual, *ctx.codes
             )
-            if not ctx.needs_input_grad[10]:
+            if not ctx.needs_input_grad[12]:
                 grad_residual = None
             elif ctx.codes[-1] == IDENTITY:
                 grad_residual = grad
@@ -96,17 +84,19 @@ class _Cbam(torch.autograd.Function):
 
 
 def _differentiable(ctx, x, parameters, y, residual, grad):
-    layer, pool, channel_ties, activation, channel_gate, mean_first, spatial_ties, spatial_gate, pre, post = ctx.codes
+    eps, *codes = ctx.codes
+    layer, pool, channel_ties, activation, channel_gate, mean_first, spatial_ties, spatial_gate, pre, post = codes
     post_activation = ACTIVATION_NAMES[post]
-    needs = ctx.needs_input_grad[1:11]
+    needs = ctx.needs_input_grad[1:13]
     recomputed = residual is not None or post_activation not in ("identity", "relu")
     grad = before_epilogue(grad, y)
 
     def function(x, *tensors):
-        *weights, affine_weight, affine_bias, residual = tensors
-        return reference.cbam(
+        *weights, norm_weight, norm_bias, affine_weight, affine_bias, residual = tensors
+        y = reference.cbam(
             x,
             *weights,
+            batch_norm=None if norm_weight is None else (norm_weight, norm_bias, eps),
             layer=LAYER_NAMES[layer],
             pool=POOL_NAMES[pool],
             channel_ties=TIE_NAMES[channel_ties],
@@ -120,13 +110,15 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
             residual=residual,
             post_activation=post_activation if recomputed else "identity",
         )
+        return y if norm_weight is None else y[0]
 
     grads = differentiable_backward(function, (x, *parameters, residual), needs, grad)
-    return grads if recomputed else (*grads[:9], grad if needs[9] else None)
+    return grads if recomputed else (*grads[:11], grad if needs[11] else None)
 
 
-def cbam(backend, *arguments) -> Tensor:
-    """The gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:10]):
+def cbam(backend, *arguments) -> tuple[Tensor, Tensor]:
+    """(y, statistics): the gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:12]):
         return _Cbam.apply(backend, *arguments)
-    return FORWARD[backend](*arguments)[0]
+    y, *_, statistics = FORWARD[backend](*arguments)
+    return y, statistics

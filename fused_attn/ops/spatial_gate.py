@@ -2,7 +2,9 @@
 
 Between forward and backward travel x (y too where a ReLU follows), `state`, (B, 3, *spatial) in the
 accumulator's dtype (the maximum over channels, the mean, the gate's logits), and `index`, int32 (B, *spatial):
-the maximum's channel ("first") or its multiplicity ("even").
+the maximum's channel ("first") or its multiplicity ("even"). With a BatchNorm between convolution and gate, norm_weight
+given, state has a fourth row, the convolution's output, and `statistics` (2,) are its mean and biased variance over
+the batch; else statistics has size (0,).
 """
 
 from __future__ import annotations
@@ -18,86 +20,69 @@ from .squeeze import TIE_NAMES
 
 ORDER_NAMES = tuple(ORDERS)
 
-_TENSORS = "Tensor weight, Tensor? bias, Tensor? affine_weight, Tensor? affine_bias, Tensor? residual"
-_CODES = "int mean_first, int ties, int gate, int pre_activation, int post_activation"
+_TENSORS = (
+    "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias,"
+    " Tensor? affine_weight, Tensor? affine_bias, Tensor? residual"
+)
+_CODES = "float eps, int mean_first, int ties, int gate, int pre_activation, int post_activation"
 
 
-def empty_state(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(state, index) of a spatial gate on x."""
+def empty_state(x: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(state, index, statistics) of a spatial gate on x."""
     batch, _, *spatial = x.shape
-    state = x.new_empty((batch, 3, *spatial), dtype=accumulator(x.dtype))
-    return state, x.new_empty((batch, *spatial), dtype=torch.int32)
+    acc = accumulator(x.dtype)
+    rows, numbers = (3, 0) if norm_weight is None else (4, 2)
+    state = x.new_empty((batch, rows, *spatial), dtype=acc)
+    return state, x.new_empty((batch, *spatial), dtype=torch.int32), x.new_empty(numbers, dtype=acc)
 
 
-def _fake(
-    x,
-    weight,
-    bias,
-    affine_weight,
-    affine_bias,
-    residual,
-    mean_first,
-    ties,
-    gate,
-    pre_activation,
-    post_activation,
-):
-    return empty_map(x), *empty_state(x)
+def _fake(x, weight, bias, norm_weight, *others):
+    return empty_map(x), *empty_state(x, norm_weight)
 
 
-def _fake_backward(
-    grad,
-    x,
-    y,
-    state,
-    index,
-    weight,
-    bias,
-    affine_weight,
-    affine_bias,
-    residual,
-    mean_first,
-    ties,
-    gate,
-    pre_activation,
-    post_activation,
-):
+def _fake_backward(grad, x, y, state, index, statistics, *others):
+    *parameters, _ = others[:7]
     return (
         empty_map(x),
-        x.new_empty(0) if post_activation == IDENTITY else empty_map(x),
-        *(like_or_none(t, x) for t in (weight, bias, affine_weight, affine_bias)),
+        x.new_empty(0) if others[-1] == IDENTITY else empty_map(x),
+        *(like_or_none(t, x) for t in parameters),
     )
 
 
-FORWARD = define("spatial_gate", f"(Tensor x, {_TENSORS}, {_CODES}) -> (Tensor y, Tensor state, Tensor index)", _fake)
+FORWARD = define(
+    "spatial_gate",
+    f"(Tensor x, {_TENSORS}, {_CODES}) -> (Tensor y, Tensor state, Tensor index, Tensor statistics)",
+    _fake,
+)
 BACKWARD = define(
     "spatial_gate_backward",
-    f"(Tensor grad, Tensor x, Tensor? y, Tensor state, Tensor index, {_TENSORS}, {_CODES})"
-    " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias,"
-    " Tensor grad_affine_weight, Tensor grad_affine_bias)",
+    f"(Tensor grad, Tensor x, Tensor? y, Tensor state, Tensor index, Tensor statistics, {_TENSORS}, {_CODES})"
+    " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias, Tensor grad_norm_weight,"
+    " Tensor grad_norm_bias, Tensor grad_affine_weight, Tensor grad_affine_bias)",
     _fake_backward,
 )
 
 
 class _SpatialGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, weight, bias, affine_weight, affine_bias, residual, *codes):
-        parameters = weight, bias, affine_weight, affine_bias
-        y, state, index = FORWARD[backend](x, *parameters, residual, *codes)
-        ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), state, index)
+    def forward(ctx, backend, x, *arguments):
+        parameters, residual, codes = arguments[:6], arguments[6], arguments[7:]
+        y, *states = FORWARD[backend](x, *arguments)
+        ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), *states)
         ctx.backend, ctx.codes = backend, codes
-        return y
+        ctx.mark_non_differentiable(states[-1])
+        return y, states[-1]
 
     @staticmethod
-    def backward(ctx, grad):
-        x, *parameters, y, residual, state, index = ctx.saved_tensors
+    def backward(ctx, grad, _):
+        x, *parameters, y, residual, state, index, statistics = ctx.saved_tensors
         if wants_graph():
-            grads = _differentiable(ctx, grad)
+            grads = _differentiable(ctx, x, parameters, y, residual, grad)
         else:
             grad_x, grad_residual, *grads = BACKWARD[ctx.backend](
-                grad, x, y, state, index, *parameters, residual, *ctx.codes
+                grad, x, y, state, index, statistics, *parameters, residual, *ctx.codes
             )
-            if not ctx.needs_input_grad[6]:
+            if not ctx.needs_input_grad[8]:
                 grad_residual = None
             elif ctx.codes[-1] == IDENTITY:
                 grad_residual = grad
@@ -106,19 +91,19 @@ class _SpatialGate(torch.autograd.Function):
         return None, *grads, *(None,) * len(ctx.codes)
 
 
-def _differentiable(ctx, grad):
-    x, *parameters, y, residual, _, _ = ctx.saved_tensors
-    mean_first, ties, *activations = ctx.codes
+def _differentiable(ctx, x, parameters, y, residual, grad):
+    eps, mean_first, ties, *activations = ctx.codes
     gate, pre_activation, post_activation = (ACTIVATION_NAMES[c] for c in activations)
-    needs = ctx.needs_input_grad[1:7]
+    needs = ctx.needs_input_grad[1:9]
     recomputed = residual is not None or post_activation not in ("identity", "relu")
     grad = before_epilogue(grad, y)
 
-    def function(x, weight, bias, affine_weight, affine_bias, residual):
-        return reference.spatial_gate(
+    def function(x, weight, bias, norm_weight, norm_bias, affine_weight, affine_bias, residual):
+        y = reference.spatial_gate(
             x,
             weight,
             bias,
+            batch_norm=None if norm_weight is None else (norm_weight, norm_bias, eps),
             order=ORDER_NAMES[mean_first],
             ties=TIE_NAMES[ties],
             gate=gate,
@@ -127,13 +112,15 @@ def _differentiable(ctx, grad):
             residual=residual,
             post_activation=post_activation if recomputed else "identity",
         )
+        return y if norm_weight is None else y[0]
 
     grads = differentiable_backward(function, (x, *parameters, residual), needs, grad)
-    return grads if recomputed else (*grads[:5], grad if needs[5] else None)
+    return grads if recomputed else (*grads[:7], grad if needs[7] else None)
 
 
-def spatial_gate(backend, *arguments) -> Tensor:
-    """The gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6]):
+def spatial_gate(backend, *arguments) -> tuple[Tensor, Tensor]:
+    """(y, statistics): the gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:8]):
         return _SpatialGate.apply(backend, *arguments)
-    return FORWARD[backend](*arguments)[0]
+    y, _, _, statistics = FORWARD[backend](*arguments)
+    return y, statistics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,22 @@ def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Ten
     shift = norm.running_mean.to(dtype) if bias is None else norm.running_mean.to(dtype) - bias.to(dtype)
     folded = weight.to(dtype) * factor, norm.bias.to(dtype) - shift * factor
     return folded[0].to(weight.dtype), folded[1].to(weight.dtype)
+
+
+def run_normalised(norm: Any, x: Tensor, run: Callable[..., Any]) -> Tensor:
+    """run(batch_norm=...), a map gated by position, whose statistics go into the buffers of the BatchNorm `norm` as
+    its own forward would put them; run() where norm is None."""
+    if norm is None:
+        return run()
+    y, mean, variance = run(batch_norm=(norm.weight, norm.bias, norm.eps))
+    if norm.training and norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        count = x.shape[0] * x.shape[2:].numel()
+        if count:
+            for running, now in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
+                running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)
+    return y
 
 
 class ChannelAttention(OtherNames, _ChannelGate):
@@ -175,14 +191,20 @@ class SpatialAttention(OtherNames):
         """The convolution and the BatchNorm."""
         return (self.conv["conv"], self.conv["bn"]) if isinstance(self.conv, nn.ModuleDict) else (self.conv, None)
 
-    def _needs_batch_statistics(self) -> bool:
+    def _live_norm(self) -> Any:
+        """The BatchNorm where it takes its statistics from the batch."""
         norm = self._layers()[1]
-        return norm is not None and uses_batch_statistics(norm)
+        return norm if norm is not None and uses_batch_statistics(norm) else None
+
+    def _falls_apart(self) -> bool:
+        """Whether the BatchNorm takes its statistics from the batch in a way that the op does not (SyncBatchNorm)."""
+        norm = self._live_norm()
+        return norm is not None and (type(norm) not in NORMS or norm.weight is None)
 
     def _convolution(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with the BatchNorm folded in, if it uses its running statistics."""
+        """Weight and bias, with the BatchNorm folded in if it uses its running statistics."""
         conv, norm = self._layers()
-        if norm is None:
+        if norm is None or uses_batch_statistics(norm):
             return conv.weight, conv.bias
         return fold_batch_norm(conv.weight, conv.bias, norm)
 
@@ -191,10 +213,9 @@ class SpatialAttention(OtherNames):
         return self._gate_of_pools(self._channel_pool(x, order=self.order, ties=self.ties))
 
     def _gate_of_pools(self, pooled: Tensor) -> Tensor:
-        if self._needs_batch_statistics():
-            conv, norm = self._layers()
-            return FUNCTIONS[self.gate](norm(spatial_logits(pooled, conv.weight, conv.bias)))
-        return FUNCTIONS[self.gate](spatial_logits(pooled, *self._convolution()))
+        conv, norm = self._layers()
+        logits = spatial_logits(pooled, conv.weight, conv.bias)
+        return FUNCTIONS[self.gate](logits if norm is None else norm(logits))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         check_channels(self.channels, x)
@@ -202,9 +223,10 @@ class SpatialAttention(OtherNames):
             if residual is not None:
                 raise ValueError("residual: the gate alone has none; expected None with return_gate=True")
             return self._gate(x)
-        if self._needs_batch_statistics():
+        if self._falls_apart():
             return self._scale(x, self._gate(x), residual=residual, post_activation=self.post_activation)
-        return self._spatial_gate(
+        run = functools.partial(
+            self._spatial_gate,
             x,
             *self._convolution(),
             order=self.order,
@@ -213,6 +235,7 @@ class SpatialAttention(OtherNames):
             residual=residual,
             post_activation=self.post_activation,
         )
+        return run_normalised(self._live_norm(), x, run)
 
 
 class CBAM(OtherNames):
@@ -289,10 +312,11 @@ class CBAM(OtherNames):
         channel, spatial = self.channel, self.spatial
         if spatial is None:
             return channel(x, residual)
-        if spatial._needs_batch_statistics():
+        if spatial._falls_apart():
             return spatial(channel(x), residual)
         check_channels(channel.channels, x)
-        return self._cbam(
+        run = functools.partial(
+            self._cbam,
             x,
             *channel._excitation(),
             *spatial._convolution(),
@@ -307,3 +331,4 @@ class CBAM(OtherNames):
             residual=residual,
             post_activation=spatial.post_activation,
         )
+        return run_normalised(spatial._live_norm(), x, run)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .channel_gate import channel_gate as gate_channels
 from .channel_pool import Order
+from .spatial_gate import BatchNorm
 from .spatial_gate import spatial_gate as gate_space
 from .squeeze import Affine
 
@@ -19,6 +20,7 @@ def cbam(
     spatial_weight: Tensor | None = None,
     spatial_bias: Tensor | None = None,
     *,
+    batch_norm: BatchNorm | None = None,
     layer: str = "dense",
     pool: str = "both",
     channel_ties: str = "first",
@@ -31,7 +33,7 @@ def cbam(
     pre_activation: str = "identity",
     residual: Tensor | None = None,
     post_activation: str = "identity",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """See `fused_attn.functional.cbam`."""
     if spatial_weight is None:
         raise TypeError("spatial_weight: expected a tensor; got NoneType")
@@ -52,6 +54,7 @@ def cbam(
         ),
         spatial_weight,
         spatial_bias,
+        batch_norm=batch_norm,
         order=order,
         ties=spatial_ties,
         gate=spatial_gate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,11 +37,13 @@ class TripletAttention(OtherNames):
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self.channels, x)
-        x, rows, columns, *plane = self._axis_pool(x, maxima=True, channels=not self.no_spatial, ties=self.cw.ties)
+        branches: dict[str, Any] = dict(self.named_children())
+        ties = branches["cw"].ties
+        x, rows, columns, *plane = self._axis_pool(x, maxima=True, channels=not self.no_spatial, ties=ties)
         gates = {
-            "columns": self.cw._gate_of_pools(columns).transpose(1, 2),
-            "rows": self.hc._gate_of_pools(rows.transpose(2, 3)).permute(0, 3, 2, 1),
+            "columns": branches["cw"]._gate_of_pools(columns).transpose(1, 2),
+            "rows": branches["hc"]._gate_of_pools(rows.transpose(2, 3)).permute(0, 3, 2, 1),
         }
         if plane:
-            gates["spatial"] = self.hw._gate_of_pools(plane[0])
+            gates["spatial"] = branches["hw"]._gate_of_pools(plane[0])
         return self._mixed_scale(x, **{name: gate / len(gates) for name, gate in gates.items()}, combine="sum")

@@ -51,19 +51,22 @@ def test_info():
 
 @pytest.mark.slow  # about 20 s
 def test_demo_is_quick_and_writes_a_picture(tmp_path):
-    out = tmp_path / "pictures" / "demo.png"
+    out, weights = tmp_path / "pictures" / "demo.png", tmp_path / "weights" / "demo.pt"
     done = subprocess.run(
-        [sys.executable, "-m", "fused_attn", "demo", "--quick", "--out", out], capture_output=True, text=True
+        [sys.executable, "-m", "fused_attn", "demo", "--quick", "--out", out, "--weights", weights],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "original" in done.stdout and "fused" in done.stdout
     assert out.read_bytes().startswith(PNG)
+    demo.DigitsNet().load_state_dict(torch.load(weights))
 
 
 def test_demo_trains_the_same_network():
     original, fused = demo.train(steps=3, batch=8)
     torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
-    assert type(fused.model.stages[3]).__name__ == "FusedSEBlock"
+    assert [type(fused.model.stages[i]).__name__ for i in (3, 7, 11)] == ["FusedSEBlock", "FusedCBAM", "FusedSEBlock"]
 
 
 def test_verify_blocks():

@@ -1,4 +1,4 @@
-"""squeeze and scale by the Triton kernels on a real device."""
+"""squeeze, scale and mixed_scale by the Triton kernels on a real device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import fused_attn
 
 from ..checks import LAYOUTS, assert_equivalent, in_layout, random
+from ..ops.test_mixed_scale import KINDS, gates_of, mixed_scale
 from ..ops.test_squeeze_scale import scale, squeeze
 
 pytestmark = pytest.mark.gpu
@@ -56,3 +57,15 @@ def test_against_the_reference(shape, dtype, layout):
             inputs,
             [make(*shape, seed=3)],
         )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) == 4], ids=str)
+def test_several_gates_against_the_reference(shape, dtype, layout):
+    from fused_attn import functional, reference
+
+    x, grad = (in_layout(random(*shape, seed=i).to("cuda", dtype), layout) for i in (0, 1))
+    for combine, names in KINDS:
+        gates = {name: gate.to("cuda") for name, gate in gates_of(shape, names, dtype).items()}
+        assert_equivalent(mixed_scale(functional, combine), mixed_scale(reference, combine), {"x": x, **gates}, [grad])

@@ -79,6 +79,15 @@ def test_cbam_with_ties(pool, ties, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_norm(shape, layout):
+    x, norm = in_layout(random(*shape), layout), of_spatial_gate.batch_norm(torch.float32)
+    of_spatial_gate.check(x, of_spatial_gate.convolution(shape, x.dtype) | norm, {"ties": "even"})
+    tensors, options = of_cbam.weights("se", shape, x.dtype)
+    of_cbam.check(x, tensors | norm, options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
 def test_prologue_and_epilogue(post, layout):
     shape = (2, 6, 9, 11)
@@ -142,7 +151,8 @@ def test_opcheck():
 
     tensors, _ = of_cbam.weights("se", (2, 8, 5, 6), torch.float32)
     x = random(2, 8, 5, 6)
-    shared = (*tensors.values(), None, None, None, 0, 3, 0, 1, 6, 0, 0, 6, 0, 0)
-    torch.library.opcheck(FORWARD["triton"], (x, *shared))
-    _, *states = FORWARD["triton"](x, *shared)
-    torch.library.opcheck(BACKWARD["triton"], (x, x, None, *states, *shared))
+    for norm in ((None, None), (torch.ones(1), torch.zeros(1))):
+        shared = (*tensors.values(), *norm, None, None, None, 1e-5, 0, 3, 0, 1, 6, 0, 0, 6, 0, 0)
+        torch.library.opcheck(FORWARD["triton"], (x, *shared))
+        _, *states = FORWARD["triton"](x, *shared)
+        torch.library.opcheck(BACKWARD["triton"], (x, x, None, *states, *shared))

@@ -173,35 +173,42 @@ def test_mixed_scale(traffic, combine, names, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_spatial_gate(traffic, layout):
-    """3 + 4 passes in 3 + 4 launches."""
+@pytest.mark.parametrize("norm", [False, True])
+def test_spatial_gate(traffic, norm, layout):
+    """3 + 4 passes in 3 + 4 launches; a BatchNorm adds launches on one number a position, no pass."""
     tensors = {k: v.requires_grad_() for k, v in convolution(SHAPE, torch.float32).items()}
     x = in_layout(random(*SHAPE), layout).requires_grad_()
-    y = functional.spatial_gate(x, **tensors)
+    batch_norm = (torch.ones(1), torch.zeros(1), 1e-5) if norm else None
+    y = functional.spatial_gate(x, **tensors, batch_norm=batch_norm)
+    y = y[0] if norm else y
     pool, scale = ("_channel_pool", {"read x": 1}), ("_scale_space", {"read x": 1, "write y": 1})
     assert traffic.passes() == [pool, ("convolve", {}), scale]
     traffic.launches.clear()
     y.backward(in_layout(random(*SHAPE, seed=1), layout))
     dot = ("_dot_channels", {"read grad": 1, "read x": 1})
     spread = ("_spread_space", {"read grad": 1, "write grad_x": 1})
-    assert traffic.passes() == [dot, ("convolve_backward", {}), spread, ("convolution_parameters", {})]
+    middle = [("logit_gradients", {})] * norm + [("convolve_backward", {})]
+    assert traffic.passes() == [dot, *middle, spread, ("convolution_parameters", {})]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pool", ["avg", "both"])
-def test_cbam(traffic, pool, layout):
+@pytest.mark.parametrize(("pool", "norm"), [("avg", False), ("both", False), ("both", True)])
+def test_cbam(traffic, pool, norm, layout):
     """4 + 6 passes in 4 + 6 launches (one more forward where a maximum over space is split among programs)."""
     tensors, options = weights("se", SHAPE, torch.float32)
     tensors = {k: v.requires_grad_() for k, v in tensors.items()}
     x = in_layout(random(*SHAPE), layout).requires_grad_()
-    y = functional.cbam(x, **tensors, **options, pool=pool)
+    batch_norm = (torch.ones(1), torch.zeros(1), 1e-5) if norm else None
+    y = functional.cbam(x, **tensors, **options, pool=pool, batch_norm=batch_norm)
+    y = y[0] if norm else y
     kernels = ["_pool", "_first_layer", "_excite_and_pool", "convolve", "_scale_both"]
     found = [kernel for kernel, _ in traffic.passes()]
     assert found in ([k for k in kernels if k != "_first_layer"], kernels if pool == "both" else None)
     assert traffic.total() == 4
     traffic.launches.clear()
     y.backward(in_layout(random(*SHAPE, seed=1), layout))
-    dots = [("_dot_channels_gated", 2), ("convolve_backward", 0), ("_dot_space", 2)]
+    middle = [("logit_gradients", 0)] * norm + [("convolve_backward", 0)]
+    dots = [("_dot_channels_gated", 2), *middle, ("_dot_space", 2)]
     rest = [("_spread_both", 2), ("_parameters", 0), ("convolution_parameters", 0)]
     assert [(kernel, sum(p.values())) for kernel, p in traffic.passes()] == dots + rest
 

@@ -14,7 +14,7 @@ from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
 from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
 from tests.ops.test_channel_gate import excitation, strided
-from tests.ops.test_spatial_gate import ORDERS, SHAPES, affine, convolution
+from tests.ops.test_spatial_gate import ORDERS, SHAPES, affine, batch_norm, convolution
 
 FULL = (torch.float64, torch.float32)
 HALF = (torch.float16, torch.bfloat16)
@@ -30,9 +30,11 @@ def weights(kind: str, shape: tuple[int, ...], dtype: torch.dtype, bias: bool = 
 def apply(module, options):
     """module.cbam with the affine's two tensors as inputs of their own."""
 
-    def function(x, affine_weight=None, affine_bias=None, **tensors):
+    def function(x, affine_weight=None, affine_bias=None, norm_weight=None, norm_bias=None, **tensors):
         affine = None if affine_weight is None else (affine_weight, affine_bias)
-        return module.cbam(x, affine=affine, **tensors, **options)
+        if norm_weight is None:
+            return module.cbam(x, affine=affine, **tensors, **options)
+        return module.cbam(x, affine=affine, batch_norm=(norm_weight, norm_bias, 1e-5), **tensors, **options)[0]
 
     return function
 
@@ -397,9 +399,24 @@ def test_any_shape_and_option(
     check(x, tensors, {**options, "pre_activation": pre, "post_activation": post}, grad)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (*FULL, *HALF), ids=str)
+@pytest.mark.parametrize("kind", ["se", "eca"])
+def test_batch_norm(kind, dtype, layout):
+    shape = (3, 16, 13, 17)
+    tensors, options = weights(kind, shape, dtype)
+    x = in_layout(separated(shape, dtype), layout)
+    check(x, {name: tensor * 0.25 for name, tensor in tensors.items()} | batch_norm(dtype), options)
+
+
 @pytest.mark.parametrize(
     "kind, options",
-    list(itertools.product(["se", "eca"], [{}, {"channel_ties": "even", "post_activation": "relu", "pool": "avg"}])),
+    list(
+        itertools.product(
+            ["se", "eca"],
+            [{}, {"channel_ties": "even", "post_activation": "relu", "pool": "avg"}, {"batch_norm": True}],
+        )
+    ),
 )
 def test_opcheck(kind, options):
     """Schema, fake kernel (strides too) and autograd registration as torch checks them, permuted layouts included."""
@@ -415,7 +432,9 @@ def test_opcheck(kind, options):
     names = ("weight1", "bias1", "weight2", "bias2", "spatial_weight", "spatial_bias")
     parameters = [tensors.get(name) for name in names]
     post = ACTIVATIONS[options.get("post_activation", "identity")]
+    parameters += [torch.ones(1), torch.zeros(1)] if options.get("batch_norm") else [None, None]
     codes = [
+        1e-5,
         LAYERS[layer["layer"]],
         POOLS[options.get("pool", "both")],
         TIES[options.get("channel_ties", "first")],

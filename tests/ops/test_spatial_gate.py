@@ -36,6 +36,10 @@ def convolution(shape: tuple[int, ...], dtype: torch.dtype, kernel=(3, 5, 7), bi
     return {"weight": weight, "bias": random(1, seed=2, dtype=dtype)} if bias else {"weight": weight}
 
 
+def batch_norm(dtype: torch.dtype) -> dict:
+    return {"norm_weight": random(1, seed=7, dtype=dtype), "norm_bias": random(1, seed=8, dtype=dtype)}
+
+
 def affine(channels: int, dtype: torch.dtype) -> dict:
     return {
         "affine_weight": random(channels, seed=3, dtype=dtype),
@@ -46,9 +50,11 @@ def affine(channels: int, dtype: torch.dtype) -> dict:
 def apply(module, options):
     """module.spatial_gate with the affine's two tensors as inputs of their own."""
 
-    def function(x, affine_weight=None, affine_bias=None, **tensors):
+    def function(x, affine_weight=None, affine_bias=None, norm_weight=None, norm_bias=None, **tensors):
         affine = None if affine_weight is None else (affine_weight, affine_bias)
-        return module.spatial_gate(x, affine=affine, **tensors, **options)
+        if norm_weight is None:
+            return module.spatial_gate(x, affine=affine, **tensors, **options)
+        return module.spatial_gate(x, affine=affine, batch_norm=(norm_weight, norm_bias, 1e-5), **tensors, **options)[0]
 
     return function
 
@@ -86,6 +92,45 @@ def test_the_gradient_of_a_maximum_goes_where_it_is_said(ties):
     expected = {"first": [5.0, 1.0, 1.0, 1.0], "even": [2.0] * 4}[ties]
     assert grad[0, :, 0, 0].tolist() == expected
     assert torch.equal(grad, grad[..., :1, :1].expand_as(grad))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != (3, 8, 1, 1)], ids=str)
+def test_batch_norm(shape, dtype, layout):
+    """Not (3, 8, 1, 1): BatchNorm over three numbers turns their rounding into its output."""
+    x = in_layout(random(*shape, dtype=dtype), layout)
+    check(x, convolution(shape, dtype) | batch_norm(dtype), {})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("post", ["identity", "relu", "silu"])
+def test_batch_norm_with_prologue_epilogue_and_ties(post, layout):
+    shape, dtype = (3, 12, 9, 11), torch.float64
+    tensors = convolution(shape, dtype) | batch_norm(dtype) | affine(12, dtype) | {"residual": random(*shape, seed=5)}
+    tensors["residual"] = tensors["residual"].to(dtype)
+    x = in_layout(random(*shape, dtype=dtype).mul(2).round(), layout)
+    for ties in ("first", "even"):
+        check(x, tensors, {"ties": ties, "pre_activation": "silu", "post_activation": post})
+
+
+def test_statistics_of_the_batch():
+    """As BatchNorm computes them, also where the mean is a thousand times the deviation; none without it."""
+    shape = (4, 6, 13, 17)
+    x, tensors = random(*shape), convolution(shape, torch.float32)
+    tensors["bias"] += 1000
+    norm = (torch.ones(1), torch.zeros(1), 1e-5)
+    y, mean, variance = functional.spatial_gate(x, **tensors, batch_norm=norm)
+    _, *expected = reference.spatial_gate(
+        x.double(), **{n: t.double() for n, t in tensors.items()}, batch_norm=(norm[0].double(), norm[1].double(), 1e-5)
+    )
+    torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance.double(), expected[1], rtol=1e-4, atol=0)
+    assert not (mean.requires_grad or variance.requires_grad) and y.shape == x.shape
+    with pytest.raises(ValueError, match="more than one position for statistics"):
+        functional.spatial_gate(torch.ones(1, 3, 1, 1), torch.ones(1, 2, 1, 1), batch_norm=norm)
+    empty = functional.spatial_gate(torch.empty(0, 6, 5, 5), **tensors, batch_norm=norm)
+    assert empty[0].shape == (0, 6, 5, 5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -376,7 +421,7 @@ def test_any_shape_and_option(
 
 @pytest.mark.parametrize(
     "order, options",
-    list(itertools.product((0, 1), [{}, {"ties": "even", "post_activation": "relu"}])),
+    list(itertools.product((0, 1), [{}, {"ties": "even", "post_activation": "relu"}, {"batch_norm": True}])),
 )
 def test_opcheck(order, options):
     """Schema, fake kernel (strides too) and autograd registration as torch checks them, permuted layouts included."""
@@ -390,12 +435,10 @@ def test_opcheck(order, options):
         pytest.skip("no native library on this machine: the reference is not an operator")
     weight, bias = convolution(x.shape, x.dtype).values()
     post = ACTIVATIONS[options.get("post_activation", "identity")]
-    codes = (order, TIES[options.get("ties", "first")], ACTIVATIONS["sigmoid"], 0, post)
+    norm = (torch.ones(1), torch.zeros(1)) if options.get("batch_norm") else (None, None)
+    codes = (1e-5, order, TIES[options.get("ties", "first")], ACTIVATIONS["sigmoid"], 0, post)
     for values in strided(x).values():
-        arguments = (values, weight, bias, None, None, None, *codes)
-        torch.library.opcheck(FORWARD[backend], arguments)
-        y, state, index = FORWARD[backend](*arguments)
-        torch.library.opcheck(
-            BACKWARD[backend],
-            (x, values, y if post else None, state, index, weight, bias, None, None, None, *codes),
-        )
+        arguments = (weight, bias, *norm, None, None, None, *codes)
+        torch.library.opcheck(FORWARD[backend], (values, *arguments))
+        y, *states = FORWARD[backend](values, *arguments)
+        torch.library.opcheck(BACKWARD[backend], (x, values, y if post else None, *states, *arguments))

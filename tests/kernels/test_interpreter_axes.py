@@ -1,0 +1,75 @@
+"""The Triton kernels of axis_pool in Triton's interpreter, by the tests of the operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import nn, reference
+from fused_attn.backends import unavailable
+from tests.checks import LAYOUTS, assert_same_block, in_layout, random
+from tests.ops import test_axis_pool as of_axis_pool
+
+SHAPES = ((2, 10, 5, 7), (3, 8, 1, 1), (1, 70, 3, 4), (2, 1, 9, 5), (1, 3, 20, 70), (0, 4, 3, 3))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def triton():
+    reason = unavailable("triton", "axis_pool", "cpu")
+    if reason is not None:
+        pytest.skip(f"the interpreter is for machines without a GPU: {reason}")
+    with fused_attn.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", of_axis_pool.MODES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, options, layout):
+    of_axis_pool.check(in_layout(random(*shape), layout), **options)
+    for ties in ("first", "even"):
+        of_axis_pool.check(in_layout(random(*shape).mul(2).round(), layout), ties=ties, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", of_axis_pool.DTYPES, ids=str)
+def test_dtypes(dtype, layout):
+    of_axis_pool.check(in_layout(random(2, 10, 5, 7, dtype=dtype), layout), maxima=True, channels=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
+def test_special_values(value, ties, layout):
+    of_axis_pool.test_special_values((2, 5, 6, 40), ties, value, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strides", ["channels_last", "sliced", "transposed", "expanded over space"])
+def test_strides(strides, layout):
+    of_axis_pool.test_strides(strides, layout)
+
+
+def test_gradients_of_some_outputs_alone():
+    for used in range(4):
+        of_axis_pool.test_gradients_of_some_outputs_alone(used, "nchw")
+
+
+def test_modules():
+    for name, arguments in (("TripletAttention", ()), ("CoordinateAttention", (12,))):
+        block, original = getattr(nn, name)(*arguments), getattr(reference, name)(*arguments)
+        original.load_state_dict(block.state_dict())
+        assert_same_block(block, original, random(2, 12, 6, 7), training=True)
+
+
+def test_several_tiles_of_every_axis(monkeypatch):
+    from fused_attn.kernels import axis_pool
+
+    monkeypatch.setattr(axis_pool, "TILE", 64)
+    monkeypatch.setattr(axis_pool, "CHANNELS", 4)
+    for layout in LAYOUTS:
+        for ties in ("first", "even"):
+            x = in_layout(random(1, 10, 20, 70).mul(2).round(), layout)
+            of_axis_pool.check(x, maxima=True, channels=True, ties=ties)
+    assert torch.isfinite(x).all()
