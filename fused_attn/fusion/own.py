@@ -88,9 +88,11 @@ def gather_excite(block: Any) -> Recipe | str:
 #: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it, and the rank of their maps.
 _AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.BAM: (("mixed_scale", "squeeze"), None),
+    reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
     reference.EMA: (("scale/space",), 4),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
     reference.SimAM: (("simam",), None),
+    reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
 }
 FUSED_FORMS.update({cls: getattr(fused_nn, cls.__name__) for cls in _AS_IN_NN})
 

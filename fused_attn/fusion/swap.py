@@ -242,10 +242,8 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
 
 def _fused_functions(host: type[nn.Module]) -> dict[str, Any]:
     """What `fused_attn.nn` puts into a module of `fused_attn.reference` in place of the plain functions there."""
-    ours = FUSED_FORMS.get(host)
-    return (
-        {} if ours is None else {name: value for name, value in vars(ours).items() if isinstance(value, staticmethod)}
-    )
+    ours = next((FUSED_FORMS[base] for base in host.__mro__ if base in FUSED_FORMS), nn.Module)
+    return {name: value for name, value in vars(ours).items() if isinstance(value, staticmethod)}
 
 
 def _empty(host: type[nn.Module]) -> nn.Module:

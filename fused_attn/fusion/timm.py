@@ -1,12 +1,14 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-the two attentions that these are made of, and the SE of older models."""
+the two attentions that these are made of, CoordAttn, and the SE of older models."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .. import functional
 from .layers import (
     activation_name,
     bias_of,
@@ -16,7 +18,7 @@ from .layers import (
     is_spatial_convolution,
     two_dense_layers,
 )
-from .registry import CbamGate, ChannelGate, Recipe, SpatialGate, SplitGate, class_name, register
+from .registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, class_name, register
 
 
 def _is_exactly(layer: Any, name: str) -> bool:
@@ -195,3 +197,24 @@ def cbam(block: Any) -> Recipe | str:
 @register("timm.layers.cbam.LightCbamModule")
 def light_cbam(block: Any) -> Recipe | str:
     return _cbam(block, light=True)
+
+
+def _coordinate(block: Any, x: Tensor) -> Tensor:
+    height, width = x.shape[2:]
+    x, rows, columns = functional.axis_pool_with_map(x)
+    strip = block.conv1(torch.cat([rows, columns.transpose(2, 3)], 2))
+    rows, columns = block.act(block.bn1(strip)).split([height, width], 2)
+    rows, columns = block.conv_h(rows), block.conv_w(columns.transpose(2, 3))
+    y = functional.mixed_scale(x, rows=block.gate(rows), columns=block.gate(columns))
+    return y + x if block.has_skip else y
+
+
+@register("timm.layers.coord_attn.CoordAttn")
+def coordinate_attention(block: Any) -> Recipe | str:
+    reduce, expand = block.conv1, (block.conv_h, block.conv_w)
+    plain = all(type(layer) is nn.Conv2d and is_dense(layer) for layer in (reduce, *expand))
+    if not plain or any(layer.out_channels != reduce.in_channels for layer in expand):
+        return "its layers are not timm's"
+    if activation_name(block.gate) is None:
+        return "its gate is not one we fuse"
+    return OwnLayers(_coordinate, "CoordinateAttention", ("axis_pool", "mixed_scale"), block.has_skip)

@@ -30,11 +30,13 @@ class Net(nn.Module):
         self.gate = fused_attn.nn.SqueezeExcite(16, reduction=4, return_gate=True)
         self.cbam = reference.CBAM(16, reduction=4)
         self.plain_cbam = fused_attn.nn.CBAM(16, reduction=4, batch_norm=False, post_activation="relu")
+        self.scse, self.simam = reference.SCSE(16, reduction=4), reference.SimAM()
+        self.coordinate = reference.CoordinateAttention(16)
         self.space = fused_attn.nn.SpatialAttention(kernel_size=3, batch_norm=False, return_gate=True)
 
     def forward(self, x):
         x = self.stem(x)
-        y = self.cbam(self.ese(self.eca(self.se(x))))
+        y = self.coordinate(self.simam(self.scse(self.cbam(self.ese(self.eca(self.se(x)))))))
         return self.plain_cbam(self.tail(y, x) * self.gate(x), x) * self.space(y)
 
 

@@ -67,6 +67,12 @@ BLOCKS = {
         2,
         CbamGate,
     ),
+    "timm CoordAttn": (lambda: coordinate_attention(), 2, OwnLayers),
+    "timm CoordAttn, options": (
+        lambda: coordinate_attention(bias=True, norm_layer=None, gate_layer="hard_sigmoid", has_skip=True),
+        2,
+        OwnLayers,
+    ),
     "timm ChannelAttn": (lambda: timm_cbam.ChannelAttn(C, mlp_bias=True), 2, ChannelGate),
     "timm LightChannelAttn": (lambda: timm_cbam.LightChannelAttn(C, gate_layer="hard_sigmoid"), 2, ChannelGate),
     "timm SpatialAttn": (lambda: timm_cbam.SpatialAttn(3), 2, SpatialGate),
@@ -110,13 +116,25 @@ BLOCKS = {
     "reference SCSE, max": (lambda: reference.SCSE(C, combine="max"), 3, OwnLayers),
     "reference SimAM": (lambda: reference.SimAM(), 2, OwnLayers),
     "reference SimAM, 3-D": (lambda: reference.SimAM(C, e_lambda=0.1), 3, OwnLayers),
+    "reference CoordinateAttention": (lambda: reference.CoordinateAttention(C), 2, OwnLayers),
+    "reference TripletAttention": (lambda: reference.TripletAttention(), 2, OwnLayers),
+    "reference TripletAttention, no spatial": (
+        lambda: reference.TripletAttention(C, kernel_size=3, no_spatial=True, ties="even"),
+        2,
+        OwnLayers,
+    ),
     "reference EMA": (lambda: reference.EMA(C, factor=8), 2, OwnLayers),
     "reference CBAM, channel only": (lambda: reference.CBAM(C, no_spatial=True), 2, ChannelGate),
 }
 
 
 #: Modules whose reference runs as the class of the same name in `fused_attn.nn`.
-AS_IN_NN = ["BAM", "EMA", "SCSE", "SimAM"]
+AS_IN_NN = ["BAM", "CoordinateAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
+
+
+def coordinate_attention(**options):
+    module = pytest.importorskip("timm.layers.coord_attn", reason="this timm has no coordinate attention")
+    return module.CoordAttn(C, **options)
 
 
 def gather_excite(**options):
@@ -197,6 +215,9 @@ NORMS = {
     "timm CbamModule": "spatial.conv.bn",
     "timm LightCbamModule": "spatial.conv.bn",
     "timm SpatialAttn": "conv.bn",
+    "timm CoordAttn": "bn1",
+    "reference CoordinateAttention": "bn1",
+    "reference TripletAttention": "hc.conv.bn",
     "reference BAM": "channel_att.gate_c.gate_c_bn_1",
     "reference SpatialAttention": "conv.bn",
     "reference CBAM": "spatial.conv.bn",
@@ -318,6 +339,12 @@ REFUSED = {
         changed("", spatial_attention=reference.SpatialAttention()),
         "its parts are not ultralytics'",
     ),
+    "timm's strips of another width": (
+        "timm CoordAttn",
+        changed("", conv_h=nn.Conv2d(8, 1, 1)),
+        "its layers are not timm's",
+    ),
+    "another gate of strips": ("timm CoordAttn", changed("", gate=nn.Softmax(1)), "its gate is not one we fuse"),
     "another depth of smp's cSE": (
         "smp SCSEModule",
         changed("", cSE=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1), nn.Sigmoid())),
@@ -416,6 +443,21 @@ def test_own_modules_are_one_row(kind, how):
     (row,) = explain(block)
     assert row.block == kind and row.fused == (how != "reference")
     assert row.served_by in (("its own forward",) if how == "reference" else ("cpu", "reference"))
+
+
+@pytest.mark.parametrize("kind", AS_IN_NN)
+def test_own_modules_get_the_functions_of_nn(kind):
+    """A subclass that changes nothing, too; the class itself keeps its own, and its instance has them back."""
+    fused_form, plain = getattr(fused_nn, kind), getattr(reference, kind)
+    names = [name for name, value in vars(fused_form).items() if isinstance(value, staticmethod)]
+    assert names
+    for cls in (plain, type("Mine", (plain,), {})):
+        block = fuse(cls(C))
+        assert all(getattr(block, name) is getattr(fused_form, name) for name in names)
+        copied = copy.deepcopy(block)
+        assert all(getattr(copied, name) is getattr(fused_form, name) for name in names)
+        unfuse(block)
+        assert type(block) is cls and all(getattr(block, name) is getattr(plain, name) for name in names)
 
 
 def test_options_of_a_part_changed_after_fusing_count():
