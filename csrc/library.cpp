@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("channel_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_gate_backward));
     m.impl("spatial_gate.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate));
     m.impl("spatial_gate_backward.cpu", TORCH_BOX(&fused_attn::cpu::spatial_gate_backward));
+    m.impl("spatial_logits.cpu", TORCH_BOX(&fused_attn::cpu::spatial_logits));
+    m.impl("spatial_logits_backward.cpu", TORCH_BOX(&fused_attn::cpu::spatial_logits_backward));
     m.impl("channel_pool.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool));
     m.impl("channel_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool_backward));
     m.impl("simam.cpu", TORCH_BOX(&fused_attn::cpu::simam));

@@ -465,6 +465,27 @@ def cbam(
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 
+def spatial_logits(pooled: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution inside `spatial_gate` by itself: of two pooled maps to one, zero-padded to the same size.
+
+    For gates that are not one op, such as those of triplet attention. A kernel of its own on the CPU; on GPUs PyTorch's
+    convolution.
+
+    Args:
+        pooled: (B, 2, *spatial).
+        weight: (1, 2, k), (1, 2, k, k) or (1, 2, k, k, k) for one to three spatial axes, every k odd.
+        bias: (1,).
+
+    Returns:
+        (B, 1, *spatial), in pooled's dtype.
+    """
+    autocast = _check_map(pooled)
+    _check_spatial_convolution("weight", weight, "bias", bias, pooled, autocast)
+    if _choose("spatial_gate", pooled) != "cpu":
+        return reference.spatial_logits(pooled, weight, bias)
+    return ops.spatial_logits("cpu", pooled, weight, bias)
+
+
 def axis_pool(
     x: Tensor, *, maxima: bool = False, channels: bool = False, ties: str = "first"
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:

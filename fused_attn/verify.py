@@ -42,6 +42,12 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
         64, divisor=1, bias=False, layer="conv1x1", order=("mean", "max"), ties="even", momentum=0.1
     ),
     "CBAM, without BatchNorm": lambda m: m.CBAM(64, batch_norm=False),
+    "BAM": lambda m: m.BAM(64),
+    "TripletAttention": lambda m: m.TripletAttention(64),
+    "SCSE": lambda m: m.SCSE(64),
+    "CoordinateAttention": lambda m: m.CoordinateAttention(64),
+    "SimAM": lambda m: m.SimAM(64),
+    "EMA": lambda m: m.EMA(64, factor=8),
 }
 
 

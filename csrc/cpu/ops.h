@@ -69,6 +69,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spati
     const OptionalTensor& residual, double eps, int64_t mean_first, int64_t ties, int64_t gate, int64_t pre_activation,
     int64_t post_activation);
 
+Tensor spatial_logits(const Tensor& pooled, const Tensor& weight, const OptionalTensor& bias);
+
+std::tuple<Tensor, Tensor, Tensor> spatial_logits_backward(const Tensor& grad, const Tensor& pooled,
+                                                           const Tensor& weight, const OptionalTensor& bias);
+
 std::tuple<Tensor, Tensor> channel_pool(const Tensor& x, const OptionalTensor& affine_weight,
                                         const OptionalTensor& affine_bias, int64_t pre_activation, int64_t mean_first,
                                         int64_t ties);

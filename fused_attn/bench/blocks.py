@@ -53,6 +53,10 @@ BLOCKS: dict[str, Block] = {
     "spatial-attention": Block(lambda m, c: m.SpatialAttention(c, batch_norm=False), (3, 7)),
     "cbam": Block(lambda m, c: m.CBAM(c, batch_norm=False), (4, 10)),
     "cbam-batch-norm": Block(lambda m, c: m.CBAM(c), (4, 10)),  # with the batch's statistics, as networks train
+    "triplet": Block(lambda m, c: m.TripletAttention(c), (3, 8)),
+    "coordinate": Block(lambda m, c: m.CoordinateAttention(c), (3, 8)),
+    "bam": Block(lambda m, c: m.BAM(c), (4, 11)),  # beside its convolutions, which are most of its time
+    "scse": Block(lambda m, c: m.SCSE(c), (4, 11)),
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
 }
 

@@ -42,9 +42,8 @@ class SpatialGate:
     """A block that is one `functional.spatial_gate`.
 
     layers: paths of the convolution and, where there is one, of the BatchNorm behind it. What uses running statistics
-    is folded into the convolution at every call; for those of the batch the block's own layers run, between
-    `functional.channel_pool` and `functional.scale`. merged: the convolution has one input, the mean of both pools.
-    The rest as in `functional.spatial_gate` and `ChannelGate`.
+    is folded into the convolution at every call; what takes them from the batch is part of the op. merged: the
+    convolution has one input, the mean of both pools. The rest as in `functional.spatial_gate` and `ChannelGate`.
     """
 
     layers: tuple[str] | tuple[str, str]

@@ -82,6 +82,7 @@ class SpatialAttention(reference.SpatialAttention):
 
     _channel_pool = staticmethod(functional.channel_pool)
     _spatial_gate = staticmethod(functional.spatial_gate)
+    _spatial_logits = staticmethod(functional.spatial_logits)
     _scale = staticmethod(functional.scale)
 
 

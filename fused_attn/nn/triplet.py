@@ -31,3 +31,4 @@ class TripletAttention(reference.TripletAttention):
 
     _axis_pool = staticmethod(functional.axis_pool_with_map)
     _mixed_scale = staticmethod(functional.mixed_scale)
+    _spatial_logits = staticmethod(functional.spatial_logits)

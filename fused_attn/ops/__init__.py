@@ -8,6 +8,7 @@ from .mixed_scale import mixed_scale
 from .scale import scale
 from .simam import simam
 from .spatial_gate import spatial_gate
+from .spatial_logits import spatial_logits
 from .squeeze import squeeze
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "scale",
     "simam",
     "spatial_gate",
+    "spatial_logits",
     "squeeze",
 ]

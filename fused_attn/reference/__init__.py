@@ -17,7 +17,7 @@ from .mixed_scale import mixed_scale
 from .scale import scale
 from .scse import SCSE
 from .simam import SimAM, simam
-from .spatial_gate import spatial_gate
+from .spatial_gate import spatial_gate, spatial_logits
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
 from .triplet import TripletAttention
@@ -46,5 +46,6 @@ __all__ = [
     "scale",
     "simam",
     "spatial_gate",
+    "spatial_logits",
     "squeeze",
 ]

@@ -138,6 +138,7 @@ class SpatialAttention(OtherNames):
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
     _channel_pool = staticmethod(channel_pool)
     _spatial_gate = staticmethod(spatial_gate)
+    _spatial_logits = staticmethod(spatial_logits)
     _scale = staticmethod(scale)
 
     other_names: ClassVar[dict[str, str]] = {"spatial": "conv", "conv1": "conv", "cv1": "conv"}
@@ -210,9 +211,9 @@ class SpatialAttention(OtherNames):
 
     def _gate(self, x: Tensor) -> Tensor:
         """The gate alone, (B, 1, *spatial)."""
-        return self._gate_of_pools(self._channel_pool(x, order=self.order, ties=self.ties))
+        return self._gate_of_pools(self._channel_pool(x, order=self.order, ties=self.ties), self._spatial_logits)
 
-    def _gate_of_pools(self, pooled: Tensor) -> Tensor:
+    def _gate_of_pools(self, pooled: Tensor, spatial_logits: Callable[..., Tensor]) -> Tensor:
         conv, norm = self._layers()
         logits = spatial_logits(pooled, conv.weight, conv.bias)
         return FUNCTIONS[self.gate](logits if norm is None else norm(logits))

@@ -10,6 +10,7 @@ from .axis_pool import axis_pool_with_map
 from .block_attention import SpatialAttention, check_channels, optional_channels
 from .checkpoints import OtherNames
 from .mixed_scale import mixed_scale
+from .spatial_gate import spatial_logits
 
 
 class TripletAttention(OtherNames):
@@ -18,6 +19,7 @@ class TripletAttention(OtherNames):
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
     _axis_pool = staticmethod(axis_pool_with_map)
     _mixed_scale = staticmethod(mixed_scale)
+    _spatial_logits = staticmethod(spatial_logits)
 
     other_names: ClassVar[dict[str, str]] = {"ChannelGateH": "cw", "ChannelGateW": "hc", "SpatialGate": "hw"}
 
@@ -41,9 +43,9 @@ class TripletAttention(OtherNames):
         ties = branches["cw"].ties
         x, rows, columns, *plane = self._axis_pool(x, maxima=True, channels=not self.no_spatial, ties=ties)
         gates = {
-            "columns": branches["cw"]._gate_of_pools(columns).transpose(1, 2),
-            "rows": branches["hc"]._gate_of_pools(rows.transpose(2, 3)).permute(0, 3, 2, 1),
+            "columns": branches["cw"]._gate_of_pools(columns, self._spatial_logits).transpose(1, 2),
+            "rows": branches["hc"]._gate_of_pools(rows.transpose(2, 3), self._spatial_logits).permute(0, 3, 2, 1),
         }
         if plane:
-            gates["spatial"] = branches["hw"]._gate_of_pools(plane[0])
+            gates["spatial"] = branches["hw"]._gate_of_pools(plane[0], self._spatial_logits)
         return self._mixed_scale(x, **{name: gate / len(gates) for name, gate in gates.items()}, combine="sum")
