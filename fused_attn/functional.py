@@ -135,7 +135,7 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
 
     Source: SimAM, ICML 2021, proceedings.mlr.press/v139/yang21o.html.
     """
-    if not (math.isfinite(e_lambda) and e_lambda >= 0):
+    if not 0 <= e_lambda < math.inf:
         raise ValueError(f"e_lambda: expected a finite number of at least 0; got {e_lambda!r}")
     _check_map(x)
     backend = _choose("simam", x)
