@@ -172,11 +172,6 @@ def spatial_attention(block: Any) -> Recipe | str:
     return _spatial_attention(block, "", light=False)
 
 
-@register("timm.layers.cbam.LightSpatialAttn")
-def light_spatial_attention(block: Any) -> Recipe | str:
-    return _spatial_attention(block, "", light=True)
-
-
 def _cbam(block: Any, *, light: bool) -> Recipe | str:
     kind = "Light" if light else ""
     parts = _is_exactly(block.channel, f"cbam.{kind}ChannelAttn"), _is_exactly(block.spatial, f"cbam.{kind}SpatialAttn")

@@ -76,7 +76,6 @@ BLOCKS = {
     "timm ChannelAttn": (lambda: timm_cbam.ChannelAttn(C, mlp_bias=True), 2, ChannelGate),
     "timm LightChannelAttn": (lambda: timm_cbam.LightChannelAttn(C, gate_layer="hard_sigmoid"), 2, ChannelGate),
     "timm SpatialAttn": (lambda: timm_cbam.SpatialAttn(3), 2, SpatialGate),
-    "timm LightSpatialAttn": (lambda: timm_cbam.LightSpatialAttn(gate_layer="hard_sigmoid"), 2, SpatialGate),
     "ultralytics ChannelAttention": (lambda: look_alikes.ChannelAttention(C), 2, ChannelGate),
     "ultralytics SpatialAttention": (lambda: look_alikes.SpatialAttention(), 2, SpatialGate),
     "ultralytics CBAM": (lambda: look_alikes.CBAM(C), 2, CbamGate),
