@@ -631,6 +631,8 @@ def _check_spatial_convolution(
     if weight.shape[:2] != (1, 2) or len(kernel_size) != rank or any(k % 2 == 0 for k in kernel_size):
         shape = ", ".join(("1", "2") + ("k",) * rank)
         raise ValueError(f"{argument}: expected shape ({shape}) with every k odd; got {tuple(weight.shape)}")
+    # A folded BatchNorm comes in float32 for half precision too.
+    autocast = autocast or (weight.dtype == torch.float32 and x.dtype.itemsize == 2)
     _check_parameter(argument, weight, (1, 2, *kernel_size), x, autocast)
     if bias is not None:
         _check_parameter(bias_argument, bias, (1,), x, autocast)

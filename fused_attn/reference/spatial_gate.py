@@ -17,6 +17,8 @@ BatchNorm = tuple[Tensor, Tensor, float]
 
 def spatial_logits(pooled: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(B, 2, *spatial) to (B, 1, *spatial): a convolution of odd kernel, zero-padded to the same size."""
+    if weight.dtype != pooled.dtype and not torch.is_autocast_enabled(pooled.device.type):
+        pooled = pooled.to(weight.dtype)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[pooled.dim() - 3]
     return convolve(pooled, weight, bias, padding=tuple(k // 2 for k in weight.shape[2:]))
 
