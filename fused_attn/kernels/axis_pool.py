@@ -57,10 +57,7 @@ def _store_partial(
     """A tile's sums and maxima along one axis, whose elements have these numbers."""
     tl.store(sums + at, tl.sum(tl.where(mask, v, 0.0), axis=AXIS), mask=inside)
     if MAXIMA:
-        if TIES == EVEN:
-            found = mask.to(tl.int32)
-        else:
-            found = tl.where(mask, number, NOWHERE)
+        found = mask.to(tl.int32) if TIES == EVEN else tl.where(mask, number, NOWHERE)
         key, where = reduce_max(tl.where(mask, v, float("-inf")), found, AXIS, TIES)
         tl.store(best + at, from_order_key(key), mask=inside)
         tl.store(place + at, where, mask=inside)
@@ -73,7 +70,7 @@ def _axis_pool(
     MAXIMA: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, WV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads x once; leaves partial results: rows (B, n_w, C, H), columns (B, n_h, C, W) and the plane (B, n_c, H, W)."""
+    """Reads x once; leaves parts of the rows (B, n_w, C, H), the columns (B, n_h, C, W) and the plane (B, n_c, H, W)."""
     C, W = c_q * CV, w_q * WV
     b, cblk, hblk, wblk, c_first, h, w = _tile(n_c, n_h, n_w, BLOCK_K, BLOCK_H, BLOCK_W)
     total = tl.zeros((BLOCK_C, BLOCK_H, BLOCK_W), ACC)
@@ -197,7 +194,7 @@ def _arguments(x: Tensor, layout: int, tile: int) -> dict[str, Any]:
     batch, channels, height, width = x.shape
     power, vector = maps.next_power_of_2, 16 // x.element_size()
     if layout == CHANNELS_LAST.value:
-        block_c = min(power(channels), CHANNELS_A_tile)
+        block_c = min(power(channels), CHANNELS_A_TILE)
         block_w = min(power(width), max(SIDE, tile // (block_c * power(height))), tile // block_c)
         block_h = min(power(height), tile // (block_c * block_w))
     else:
