@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..codes import TIES
 from . import maps
 from .channel_pool import BLOCK, _finish_pool
 from .language import EVEN, NOWHERE, from_order_key, reduce_max
@@ -70,7 +71,7 @@ def _axis_pool(
     MAXIMA: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, WV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads x once; leaves parts of the rows (B, n_w, C, H), the columns (B, n_h, C, W) and the plane (B, n_c, H, W)."""
+    """Reads x once; leaves parts of the rows (B, n_w, C, H), the columns (B, n_h, C, W), the plane (B, n_c, H, W)."""
     C, W = c_q * CV, w_q * WV
     b, cblk, hblk, wblk, c_first, h, w = _tile(n_c, n_h, n_w, BLOCK_K, BLOCK_H, BLOCK_W)
     total = tl.zeros((BLOCK_C, BLOCK_H, BLOCK_W), ACC)
@@ -226,6 +227,11 @@ def _arguments(x: Tensor, layout: int, tile: int) -> dict[str, Any]:
     }
 
 
+def _tile_size(x: Tensor, maxima: int, plane: bool | int, ties: int) -> int:
+    """Elements a tile: what takes registers beside the map makes it smaller."""
+    return TILE >> (bool(plane) + bool(maxima and ties == TIES["even"]) + (x.dtype == torch.float64))
+
+
 def _programs(x: Tensor, given: dict[str, Any]) -> int:
     return x.shape[0] * given["n_c"] * given["n_h"] * given["n_w"] if x.numel() else 0
 
@@ -235,7 +241,7 @@ def axis_pool(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
     batch, depth, height, width = x.shape
-    given = _arguments(x, plan.layout, TILE // 2 if channels else TILE)  # the pool over channels takes registers
+    given = _arguments(x, plan.layout, _tile_size(x, maxima, channels, ties))
     # Of each pool: its shape, the parts that are left of it, and the length of what is pooled.
     shapes = {
         "row": ((depth, height), given["n_w"], width),
@@ -309,7 +315,7 @@ def axis_pool_backward(
     ties: int,
 ) -> Tensor:
     x, plan = maps.dense(x)
-    given = _arguments(x, plan.layout, TILE)
+    given = _arguments(x, plan.layout, _tile_size(x, maxima, grad_plane is not None, ties))
     grad_x = torch.empty_like(x)
     maps.launch(
         _axis_spread,

@@ -50,8 +50,10 @@ def uses_batch_statistics(norm: Any) -> bool:
 
 
 def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution to one channel with the BatchNorm that follows it, in eval mode; float32 for half
-    precision, where a rounded factor would cost digits of every logit."""
+    """Weight and bias of a convolution to one channel with the BatchNorm that follows it, in eval mode.
+
+    Float32 for half precision, where a rounded factor would cost every logit digits.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     factor = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
     shift = norm.running_mean.to(dtype) if bias is None else norm.running_mean.to(dtype) - bias.to(dtype)
