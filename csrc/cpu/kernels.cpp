@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "table.h"
 
@@ -34,88 +35,43 @@ const Choice& choice() {
     return chosen;
 }
 
+template <class T>
+const TypedKernels<T>& typed() {
+    if constexpr (std::is_same_v<T, double>) return baseline::kDoubleKernels;
+    if constexpr (std::is_same_v<T, float>) return choice().table->of_float;
+    if constexpr (std::is_same_v<T, Half>) return choice().table->of_half;
+    if constexpr (std::is_same_v<T, BFloat16>) return choice().table->of_bfloat16;
+}
+
 }  // namespace
 
-template <>
-const MapKernels<double>& map_kernels() {
-    return choice().table->map_double;
-}
-template <>
-const MapKernels<float>& map_kernels() {
-    return choice().table->map_float;
-}
-template <>
-const MapKernels<Half>& map_kernels() {
-    return choice().table->map_half;
-}
-template <>
-const MapKernels<BFloat16>& map_kernels() {
-    return choice().table->map_bfloat16;
-}
-template <>
-const SpaceKernels<double>& space_kernels() {
-    return choice().table->space_double;
-}
-template <>
-const SpaceKernels<float>& space_kernels() {
-    return choice().table->space_float;
-}
-template <>
-const SpaceKernels<Half>& space_kernels() {
-    return choice().table->space_half;
-}
-template <>
-const SpaceKernels<BFloat16>& space_kernels() {
-    return choice().table->space_bfloat16;
-}
-template <>
-const SimamKernels<double>& simam_kernels() {
-    return choice().table->simam_double;
-}
-template <>
-const SimamKernels<float>& simam_kernels() {
-    return choice().table->simam_float;
-}
-template <>
-const SimamKernels<Half>& simam_kernels() {
-    return choice().table->simam_half;
-}
-template <>
-const SimamKernels<BFloat16>& simam_kernels() {
-    return choice().table->simam_bfloat16;
-}
-template <>
-const MixKernels<double>& mix_kernels() {
-    return choice().table->mix_double;
-}
-template <>
-const MixKernels<float>& mix_kernels() {
-    return choice().table->mix_float;
-}
-template <>
-const MixKernels<Half>& mix_kernels() {
-    return choice().table->mix_half;
-}
-template <>
-const MixKernels<BFloat16>& mix_kernels() {
-    return choice().table->mix_bfloat16;
-}
-template <>
-const AxisKernels<double>& axis_kernels() {
-    return choice().table->axis_double;
-}
-template <>
-const AxisKernels<float>& axis_kernels() {
-    return choice().table->axis_float;
-}
-template <>
-const AxisKernels<Half>& axis_kernels() {
-    return choice().table->axis_half;
-}
-template <>
-const AxisKernels<BFloat16>& axis_kernels() {
-    return choice().table->axis_bfloat16;
-}
+#define FUSED_ATTN_PICK(T)                   \
+    template <>                              \
+    const MapKernels<T>& map_kernels() {     \
+        return typed<T>().map;               \
+    }                                        \
+    template <>                              \
+    const SpaceKernels<T>& space_kernels() { \
+        return typed<T>().space;             \
+    }                                        \
+    template <>                              \
+    const SimamKernels<T>& simam_kernels() { \
+        return typed<T>().simam;             \
+    }                                        \
+    template <>                              \
+    const MixKernels<T>& mix_kernels() {     \
+        return typed<T>().mix;               \
+    }                                        \
+    template <>                              \
+    const AxisKernels<T>& axis_kernels() {   \
+        return typed<T>().axis;              \
+    }
+
+FUSED_ATTN_PICK(double)
+FUSED_ATTN_PICK(float)
+FUSED_ATTN_PICK(Half)
+FUSED_ATTN_PICK(BFloat16)
+
 template <>
 const TapKernels<double>& tap_kernels() {
     return choice().table->tap_double;

@@ -19,10 +19,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
-#if !defined(__clang__)  // g++ 12 takes its own intrinsics' "undefined" operands for mistakes
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #define INSTRUCTION_SET avx512
 #define VECTOR_BYTES 64
 #include "kernels.inl"

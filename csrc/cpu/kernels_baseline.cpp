@@ -1,6 +1,6 @@
 // The kernels for any processor: 16-byte vectors.
 #if defined(__x86_64__) && !defined(__clang__)
-#pragma GCC optimize("O1")
+#pragma GCC optimize("O2")
 #endif
 #include "kernels.h"
 
@@ -17,3 +17,5 @@
 #include "kernels.inl"
 
 FUSED_ATTN_KERNEL_TABLE(baseline)
+constexpr fused_attn::cpu::TypedKernels<double> fused_attn::cpu::baseline::kDoubleKernels =
+    FUSED_ATTN_TYPED_KERNELS(double);

@@ -6,27 +6,20 @@
 
 namespace fused_attn::cpu {
 
+template <class T>
+struct TypedKernels {
+    MapKernels<T> map;
+    SpaceKernels<T> space;
+    SimamKernels<T> simam;
+    MixKernels<T> mix;
+    AxisKernels<T> axis;
+};
+
+// Maps of float64 are bound by memory, and are for checking: they have one build, the baseline's.
 struct KernelTable {
-    MapKernels<double> map_double;
-    MapKernels<float> map_float;
-    MapKernels<Half> map_half;
-    MapKernels<BFloat16> map_bfloat16;
-    SpaceKernels<double> space_double;
-    SpaceKernels<float> space_float;
-    SpaceKernels<Half> space_half;
-    SpaceKernels<BFloat16> space_bfloat16;
-    SimamKernels<double> simam_double;
-    SimamKernels<float> simam_float;
-    SimamKernels<Half> simam_half;
-    SimamKernels<BFloat16> simam_bfloat16;
-    MixKernels<double> mix_double;
-    MixKernels<float> mix_float;
-    MixKernels<Half> mix_half;
-    MixKernels<BFloat16> mix_bfloat16;
-    AxisKernels<double> axis_double;
-    AxisKernels<float> axis_float;
-    AxisKernels<Half> axis_half;
-    AxisKernels<BFloat16> axis_bfloat16;
+    TypedKernels<float> of_float;
+    TypedKernels<Half> of_half;
+    TypedKernels<BFloat16> of_bfloat16;
     TapKernels<double> tap_double;
     TapKernels<float> tap_float;
     DenseKernels<double> dense_double;
@@ -34,8 +27,9 @@ struct KernelTable {
 };
 
 namespace baseline {
+extern const TypedKernels<double> kDoubleKernels;
 extern const KernelTable kTable;
-}
+}  // namespace baseline
 namespace avx2 {
 extern const KernelTable kTable;
 }
@@ -45,12 +39,16 @@ extern const KernelTable kTable;
 
 }  // namespace fused_attn::cpu
 
-#define FUSED_ATTN_KERNEL_TABLE(isa)                                                                 \
-    constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{                             \
-        kMapKernels<double>,   kMapKernels<float>,   kMapKernels<Half>,     kMapKernels<BFloat16>,   \
-        kSpaceKernels<double>, kSpaceKernels<float>, kSpaceKernels<Half>,   kSpaceKernels<BFloat16>, \
-        kSimamKernels<double>, kSimamKernels<float>, kSimamKernels<Half>,   kSimamKernels<BFloat16>, \
-        kMixKernels<double>,   kMixKernels<float>,   kMixKernels<Half>,     kMixKernels<BFloat16>,   \
-        kAxisKernels<double>,  kAxisKernels<float>,  kAxisKernels<Half>,    kAxisKernels<BFloat16>,  \
-        kTapKernels<double>,   kTapKernels<float>,   kDenseKernels<double>, kDenseKernels<float>,    \
+#define FUSED_ATTN_TYPED_KERNELS(T) \
+    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>, kMixKernels<T>, kAxisKernels<T>}
+
+#define FUSED_ATTN_KERNEL_TABLE(isa)                                     \
+    constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{ \
+        FUSED_ATTN_TYPED_KERNELS(float),                                 \
+        FUSED_ATTN_TYPED_KERNELS(Half),                                  \
+        FUSED_ATTN_TYPED_KERNELS(BFloat16),                              \
+        kTapKernels<double>,                                             \
+        kTapKernels<float>,                                              \
+        kDenseKernels<double>,                                           \
+        kDenseKernels<float>,                                            \
     };
