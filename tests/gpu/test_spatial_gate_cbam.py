@@ -57,9 +57,11 @@ def inputs_of(block, shape, dtype, layout, *, kernel=7, layers=2, layer="dense",
 
 
 def check(block, inputs, **options):
-    def call(function, x, affine_weight=None, affine_bias=None, **given):
+    def call(function, x, affine_weight=None, affine_bias=None, norm_weight=None, norm_bias=None, **given):
         affine = None if affine_weight is None else (affine_weight, affine_bias)
-        return function(x, affine=affine, **given, **options)
+        if norm_weight is None:
+            return function(x, affine=affine, **given, **options)
+        return function(x, affine=affine, batch_norm=(norm_weight, norm_bias, 1e-5), **given, **options)[0]
 
     grad = random(*inputs["x"].shape, seed=9).to(inputs["x"])
     ours, theirs = (functools.partial(call, getattr(module, block)) for module in (functional, reference))
@@ -85,6 +87,20 @@ def test_shapes_and_dtypes(block, shape, dtype, layout):
     if block == "cbam":
         for pool in ("avg", "max", "avgmax"):
             check(block, inputs_of(block, shape, dtype, layout, layers=1, layer="conv"), layer="conv", pool=pool)
+
+
+@BLOCKS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_norm(block, layout, backend):
+    """Statistics over the batch: streaming only."""
+    for shape in ((72, 13, 17), (256, 56, 56)):
+        inputs = inputs_of(block, shape, torch.float32, layout)
+        inputs |= {f"norm_{name}": random(1, seed=i).to("cuda") for i, name in ((12, "weight"), (13, "bias"))}
+        if backend == "triton":
+            check(block, inputs)
+        else:
+            with pytest.raises(RuntimeError, match="statistics of the batch"):
+                check(block, inputs)
 
 
 @BLOCKS

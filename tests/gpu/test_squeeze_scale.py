@@ -1,4 +1,4 @@
-"""squeeze, scale and mixed_scale by the Triton kernels on a real device."""
+"""The ops that are parts of blocks, and simam, by the Triton kernels on a real device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import fused_attn
 
 from ..checks import LAYOUTS, assert_equivalent, in_layout, random
+from ..ops.test_axis_pool import MODES, pools, shapes_of
 from ..ops.test_mixed_scale import KINDS, gates_of, mixed_scale
 from ..ops.test_squeeze_scale import scale, squeeze
 
@@ -69,3 +70,28 @@ def test_several_gates_against_the_reference(shape, dtype, layout):
     for combine, names in KINDS:
         gates = {name: gate.to("cuda") for name, gate in gates_of(shape, names, dtype).items()}
         assert_equivalent(mixed_scale(functional, combine), mixed_scale(reference, combine), {"x": x, **gates}, [grad])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) == 4], ids=str)
+def test_pools_along_axes_against_the_reference(shape, dtype, layout):
+    from fused_attn import functional, reference
+
+    x = in_layout(random(*shape).mul(2).round().to("cuda", dtype), layout)
+    for options in MODES:
+        for ties in ("first", "even"):
+            sizes = (shape, *shapes_of(x, **options))
+            grads = [random(*size, seed=i).to("cuda", dtype) for i, size in enumerate(sizes, 1)]
+            both = (pools(module, ties=ties, **options) for module in (functional, reference))
+            assert_equivalent(*both, {"x": x}, grads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[2:] != (1, 1)], ids=str)
+def test_simam_against_the_reference(shape, dtype, layout):
+    from fused_attn import functional, reference
+
+    x, grad = (in_layout(random(*shape, seed=i).to("cuda", dtype), layout) for i in (0, 1))
+    assert_equivalent(functional.simam, reference.simam, {"x": x}, [grad])
