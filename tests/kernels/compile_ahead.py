@@ -142,9 +142,9 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
             mixed_scale.mixed_scale(*arguments)
             mixed_scale.mixed_scale_backward(grad, *arguments)
         for axis_codes in ((0, 0, 0), (1, 0, TIES[case.ties]), (1, 1, TIES[case.ties])):
-            kept = axis_pool.axis_pool(x, *axis_codes)
-            grads = grad, kept[0], kept[1], kept[2] if axis_codes[1] else None
-            axis_pool.axis_pool_backward(*grads, x, *kept, *axis_codes)
+            tables = axis_pool.axis_pool(x, *axis_codes)
+            grads = grad, tables[0], tables[1], tables[2] if axis_codes[1] else None
+            axis_pool.axis_pool_backward(*grads, x, *tables, *axis_codes)
         space_codes = (0, TIES[case.ties], ACTIVATIONS["sigmoid"], pre, post)
         norm = (make(1), make(1)) if case.affine else (None, None)
         spatial = (make(1, 2, 7, 7), make(1), *norm)

@@ -21,11 +21,11 @@ MAP_KERNELS = {
 }
 SMALL_KERNELS = {
     *("_finish", "_first_layer", "_parameters", "_finish_pool"),
-    *("convolve", "convolve_backward", "convolution_parameters"),
+    *("convolve", "logit_gradients", "convolve_backward", "convolution_parameters"),
 }
 
 
-@pytest.mark.slow  # one to four minutes an architecture: some 300 kernels each
+@pytest.mark.slow  # one to four minutes an architecture: some 600 kernels each
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel(capability):
