@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_scale_backward(
             const auto part = gates.part(b, piece);
             const int64_t c = part.channel, p = part.position;
             const MixedSums<A> sums = {to_channel.piece(b, piece, c), to_spatial.piece(b, piece, p),
-                                       to_rows.piece(b, piece, gates.row(0, c, p / gates.width)),
+                                       to_rows.piece(b, piece, gates.row(0, c, p / std::max<int64_t>(1, gates.width))),
                                        to_columns.piece(b, piece, gates.column(0, c))};
             mix_kernels<T>().backward(maps.grad + part.at, x.data + part.at, part.panel, part.gates, maps.out + part.at,
                                       sums);
