@@ -196,8 +196,12 @@ def test_output_and_gradients_keep_the_layout(shape, form, layout):
         **inputs, **weights(6 if shape[1] == 6 else 1, 2)
     )
     grads = torch.autograd.grad(y.sum(), list(inputs.values()))
-    assert y.stride() == in_layout(y, layout).stride() or shape[1] == 1 or shape[2:] == (1, 1)
-    assert all(g.stride() == v.stride() for g, v in zip(grads, inputs.values(), strict=True))
+
+    def strides(tensor):
+        return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+    assert strides(y) == strides(in_layout(y, layout))
+    assert all(strides(g) == strides(v) for g, v in zip(grads, inputs.values(), strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -291,7 +295,7 @@ def excitation_of(channels, paths, dtype=torch.float32, norm=True) -> nn.Module:
     torch.manual_seed(3)
     block = nn.Sequential(
         nn.Linear(channels, 10),
-        nn.BatchNorm1d(10) if norm else nn.Identity(),
+        nn.BatchNorm1d(10, eps=0.1) if norm else nn.Identity(),
         nn.ReLU(),
         nn.Linear(10, paths * channels),
     )
@@ -305,8 +309,8 @@ def excitation_of(channels, paths, dtype=torch.float32, norm=True) -> nn.Module:
 @pytest.mark.parametrize("paths", [2, 3])
 def test_around_an_excitation_with_a_batch_norm(paths, affine, dtype, form, layout):
     """Output, gradients of maps, affine and the excitation's parameters, and the running statistics."""
-    inputs = maps((12, 20, 6, 7), paths, form, layout, dtype) | (affine_of(20, paths, dtype) if affine else {})
-    grad, found = random(12, 20, 6, 7, seed=9, dtype=dtype), []
+    inputs = maps((4, 20, 6, 7), paths, form, layout, dtype) | (affine_of(20, paths, dtype) if affine else {})
+    grad, found = random(4, 20, 6, 7, seed=9, dtype=dtype), []
     for module, to in ((functional, dtype), (reference, dtype), (reference, torch.float64)):
         block = excitation_of(20, paths, to)
         leaves = {k: v.detach().to(to).requires_grad_() for k, v in inputs.items()}
