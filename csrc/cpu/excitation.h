@@ -29,7 +29,9 @@ void row_sum(const A* grad, int64_t n, int64_t batch, A* to) {
 inline int64_t samples_a_read(int64_t weight_bytes, int64_t sample_bytes, int64_t batch) {
     if (weight_bytes <= 128 << 10) return 1;
     const int64_t wanted = 4 * weight_bytes / std::max<int64_t>(1, sample_bytes) + 1;
-    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, batch / torch::stable::get_num_threads()));
+    const int64_t threads = torch::stable::get_num_threads(), round = wanted * threads;
+    const int64_t units = std::max<int64_t>(1, (batch + round - 1) / round) * threads;  // as many for every thread
+    return std::max<int64_t>(1, (batch + units - 1) / units);
 }
 
 template <class A>

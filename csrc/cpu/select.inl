@@ -3,28 +3,86 @@
 // another, so that what they share (the gradient) comes from cache after the first; y alone takes all of them at once.
 // Included by kernels.inl inside the namespace of one instruction set.
 
+#define FUSED_ATTN_INLINE __attribute__((always_inline))
+
+// The prologue of a branch: none, an affine with ReLU or no activation, or any.
+enum BranchPrologue { kNone, kAffine, kAny };
+
+template <class A, int kKind>
+struct BranchVectors {
+    FUSED_ATTN_INLINE Vec<A> apply(Vec<A> x) const { return x; }
+};
+template <class A>
+struct BranchVectors<A, kAffine> {
+    Vec<A> weight, bias, floor;  // u is not below the floor; without ReLU that is NaN, and nothing is
+    FUSED_ATTN_INLINE Vec<A> apply(Vec<A> x) const {
+        const Vec<A> before = x * weight + bias;
+        return before < floor ? floor : before;
+    }
+    // The gradient of x * weight + bias from u's.
+    FUSED_ATTN_INLINE Vec<A> grad_before(Vec<A> d, Vec<A> x) const { return x * weight + bias <= floor ? Vec<A>{} : d; }
+};
+template <class A>
+struct BranchVectors<A, kAny> {
+    Vec<A> weight, bias;
+    int activation;
+    FUSED_ATTN_INLINE Vec<A> apply(Vec<A> x) const { return activate<A>(x * weight + bias, activation); }
+    FUSED_ATTN_INLINE Vec<A> grad_before(Vec<A> d, Vec<A> x) const {
+        return d * activate_grad<A>(x * weight + bias, activation);
+    }
+};
+
+// One branch of a panel, by value: what the loops read stays in registers.
+template <class T, bool kChannelsLast, int kKind>
+struct BranchReader {
+    using A = Accumulator<T>;
+    using Vectors = BranchVectors<A, kKind>;
+    const T* data;
+    int64_t pitch;
+    Prologue<A> prologue;
+    BranchReader() = default;
+    BranchReader(const Branches<T>& branches, int64_t m)
+        : data(branches.data[m]), pitch(branches.pitch[m]), prologue(branches.prologue.from(m * branches.apart)) {}
+    FUSED_ATTN_INLINE void set(Vectors& v, int64_t c, int64_t n) const {
+        if constexpr (kKind != kNone) {
+            v.weight = splat<A>(1), v.bias = Vec<A>{};
+            if (kKind == kAffine || prologue.weight) {
+                v.weight = channel_vector<kChannelsLast>(prologue.weight, c, n);
+                v.bias = channel_vector<kChannelsLast>(prologue.bias, c, n);
+            }
+        }
+        if constexpr (kKind == kAffine)
+            v.floor = splat<A>(prologue.activation == kRelu ? A(0) : static_cast<A>(__builtin_nan("")));
+        if constexpr (kKind == kAny) v.activation = prologue.activation;
+    }
+    FUSED_ATTN_INLINE Vec<A> load(int64_t row, int64_t i, int64_t n) const { return load_n(data + row * pitch + i, n); }
+};
+
 template <class A, int kSums>
 struct BranchTerms {
     Vec<A> of[kSums > 0 ? kSums : 1];
 };
 
-// Calls body(make(m, c, n), row, i, n) for the vectors of every branch's panel, which begin at row * pitch + i. The
-// kSums terms that it returns are added up: sums[s][m * apart + c]. An element may be visited twice, as in walk().
-template <bool kChannelsLast, int kSums, class A, class Make, class Body>
-inline void walk_branches(const Panel& panel, int64_t branches, Make make, Body body, double* const* sums,
-                          int64_t apart) {
+// Calls visit(vectors, row, i, n) of the Branch that branch(m) returns for the vectors of every branch's panel: element
+// row * pitch + i; set(vectors, c, n) comes before, where channel c begins. The kSums terms that it returns are added
+// up: sums[s][m * apart + c]. An element may be visited twice, as in walk().
+template <bool kChannelsLast, int kSums, class A, class Branch>
+inline void walk_branches(const Panel& panel, int64_t branches, Branch branch, double* const* sums, int64_t apart) {
+    using Vectors = typename decltype(branch(0))::Vectors;
     constexpr int64_t lanes = kLanes<A>;
     const int64_t channels = panel.channels, positions = panel.positions;
     if constexpr (!kChannelsLast) {
         for (int64_t c = 0; c < channels; ++c)
             for (int64_t first = 0, last; first < positions; first = last) {
-                last = positions - first < (4 * kBlock + 1) * lanes ? positions : first + 4 * kBlock * lanes;
+                last = positions - first < (2 * kBlock + 1) * lanes ? positions : first + 2 * kBlock * lanes;
                 for (int64_t m = 0; m < branches; ++m) {
-                    const auto at = make(m, c, lanes);
-                    BranchTerms<A, kSums> total[4] = {};
-                    auto step = [&](int to, int64_t i, int64_t n, auto counted) {
-                        const auto terms = body(at, c, i, n);
-                        for (int s = 0; s < kSums; ++s) total[to].of[s] += counted.of(terms.of[s]);
+                    const auto at = branch(m);
+                    Vectors v;
+                    at.set(v, c, lanes);
+                    Vec<A> total[4][kSums + 1] = {};
+                    auto step = [&](int to, int64_t i, int64_t n, auto counted) FUSED_ATTN_INLINE {
+                        const auto terms = at.visit(v, c, i, n);
+                        for (int s = 0; s < kSums; ++s) total[to][s] += counted.of(terms.of[s]);
                     };
                     int64_t i = first;
                     for (; i + 4 * lanes <= last; i += 4 * lanes) {
@@ -34,200 +92,228 @@ inline void walk_branches(const Panel& panel, int64_t branches, Make make, Body 
                         step(3, i + 3 * lanes, lanes, AllLanes<A>{});
                     }
                     for (; i + lanes <= last; i += lanes) step(0, i, lanes, AllLanes<A>{});
-                    if (i < last) {  // the last vector ends with the row
-                        const bool overlaps = last - first >= lanes;
-                        step(1, overlaps ? last - lanes : first, lesser(lanes, last - first),
-                             SomeLanes<A>{overlaps ? ~lanes_below<A>(lanes - (last - i)) : lanes_below<A>(last - i)});
-                    }
+                    if (i < last && last - first >= lanes)  // the last vector ends with the row
+                        step(1, last - lanes, lanes, SomeLanes<A>{~lanes_below<A>(lanes - (last - i))});
+                    else if (i < last)
+                        step(1, first, last - first, SomeLanes<A>{lanes_below<A>(last - first)});
                     for (int s = 0; s < kSums; ++s)
-                        sums[s][m * apart + c] +=
-                            sum_of<A>((total[0].of[s] + total[1].of[s]) + (total[2].of[s] + total[3].of[s]));
+                        sums[s][m * apart + c] += sum_of<A>((total[0][s] + total[1][s]) + (total[2][s] + total[3][s]));
                 }
             }
     } else {
-        const int64_t padded = (channels + lanes - 1) / lanes * lanes, row = branches * padded;
-        Buffer<A> totals(kSums * row + 1);
-        auto step = [&](auto count, int64_t p, int64_t m, int64_t c, int64_t n) {
-            constexpr int kRows = decltype(count)::value;
-            const auto at = make(m, c, n);
-            BranchTerms<A, kSums> terms[kRows];
-            for (int r = 0; r < kRows; ++r) terms[r] = body(at, p + r, c, n);
-            for (int s = 0; s < kSums; ++s) {
-                A* to = &totals[s * row + m * padded + c];
-                Vec<A> total = terms[0].of[s];
-                if constexpr (kRows == 4) total = (total + terms[1].of[s]) + (terms[2].of[s] + terms[3].of[s]);
-                store(load(to) + total, to);
-            }
-        };
+        const int64_t padded = (channels + lanes - 1) / lanes * lanes, all = branches * padded;
+        Buffer<A> buffer(kSums * all + 1);
+        A* const totals = &buffer[0];
         for (int64_t first = 0; first < positions; first += kBlock) {
-            totals.fill(A(0));
-            fours(first, lesser(positions, first + kBlock), [&](auto count, int64_t p) {
+            buffer.fill(A(0));
+            const int64_t last = lesser(positions, first + kBlock);
+            auto rows = [&](auto count, int64_t p) {
+                constexpr int kRows = decltype(count)::value;
                 for (int64_t m = 0; m < branches; ++m) {
+                    const auto at = branch(m);
+                    A* const to = totals + m * padded;
+                    auto step = [&](int64_t c, int64_t n) FUSED_ATTN_INLINE {
+                        Vectors v;
+                        at.set(v, c, n);
+                        BranchTerms<A, kSums> terms[kRows];
+                        for (int r = 0; r < kRows; ++r) terms[r] = at.visit(v, p + r, c, n);
+                        for (int s = 0; s < kSums; ++s) {
+                            Vec<A> total = terms[0].of[s];
+                            if constexpr (kRows == 4)
+                                total = (total + terms[1].of[s]) + (terms[2].of[s] + terms[3].of[s]);
+                            store(load(to + s * all + c) + total, to + s * all + c);
+                        }
+                    };
                     int64_t c = 0;
-                    for (; c + lanes <= channels; c += lanes) step(count, p, m, c, lanes);
-                    if (c < channels) step(count, p, m, c, channels - c);
+                    for (; c + lanes <= channels; c += lanes) step(c, lanes);
+                    if (c < channels) step(c, channels - c);
                 }
-            });
+            };
+            if constexpr (kSums > 0)
+                fours(first, last, rows);  // the totals are read and written once for four rows
+            else
+                for (int64_t p = first; p < last; ++p) rows(Count<1>{}, p);
             for (int s = 0; s < kSums; ++s)
                 for (int64_t m = 0; m < branches; ++m)
-                    for (int64_t c = 0; c < channels; ++c) sums[s][m * apart + c] += totals[s * row + m * padded + c];
+                    for (int64_t c = 0; c < channels; ++c) sums[s][m * apart + c] += totals[s * all + m * padded + c];
         }
     }
 }
 
-// A branch at some channels.
-template <class T, bool kPlain>
-struct BranchVector {
-    using A = Accumulator<T>;
-    const T* data;
-    int64_t pitch;
-    PrologueVector<A, kPlain> prologue;
-    template <bool kChannelsLast>
-    static BranchVector at(const Branches<T>& branches, int64_t m, int64_t c, int64_t n) {
-        return {
-            branches.data[m], branches.pitch[m],
-            PrologueVector<A, kPlain>::template at<kChannelsLast>(branches.prologue.from(m * branches.apart), c, n)};
-    }
-    Vec<A> raw(int64_t row, int64_t i, int64_t n) const { return load_n(data + row * pitch + i, n); }
-    Vec<A> operator()(int64_t row, int64_t i, int64_t n) const { return prologue(raw(row, i, n)); }
-};
-
-template <class T, bool kChannelsLast, bool kPlain>
-void pool_branches_in(const Branches<T>& branches, const Panel& panel, double* sum) {
-    using A = Accumulator<T>;
-    walk_branches<kChannelsLast, 1, A>(
-        panel, branches.count,
-        [&](int64_t m, int64_t c, int64_t n) {
-            return BranchVector<T, kPlain>::template at<kChannelsLast>(branches, m, c, n);
-        },
-        [](const BranchVector<T, kPlain>& u, int64_t row, int64_t i, int64_t n) {
-            return BranchTerms<A, 1>{{u(row, i, n)}};
-        },
-        &sum, 0);
+// Calls run(layout, kind) for the panel's layout and the branches' prologue.
+template <class T, class Run>
+inline void by_kind(const Branches<T>& branches, const Panel& panel, Run run) {
+    const Prologue<Accumulator<T>>& prologue = branches.prologue;
+    const bool affine = prologue.weight && (prologue.activation == kIdentity || prologue.activation == kRelu);
+    auto with = [&](auto layout) {
+        if (prologue.identity())
+            run(layout, Count<kNone>{});
+        else if (affine)
+            run(layout, Count<kAffine>{});
+        else
+            run(layout, Count<kAny>{});
+    };
+    if (panel.channels_last)
+        with(Count<true>{});
+    else
+        with(Count<false>{});
 }
+
+template <class T, bool kLast, int kKind>
+struct PoolBranch : BranchReader<T, kLast, kKind> {
+    using A = Accumulator<T>;
+    PoolBranch(const Branches<T>& branches, int64_t m) : BranchReader<T, kLast, kKind>(branches, m) {}
+    FUSED_ATTN_INLINE BranchTerms<A, 1> visit(const BranchVectors<A, kKind>& v, int64_t row, int64_t i,
+                                              int64_t n) const {
+        return {{v.apply(this->load(row, i, n))}};
+    }
+};
 
 template <class T>
 void pool_branches(Branches<T> branches, Panel panel, double* sum) {
-    const bool plain = branches.prologue.identity();
-    auto run = panel.channels_last ? (plain ? pool_branches_in<T, true, true> : pool_branches_in<T, true, false>)
-                                   : (plain ? pool_branches_in<T, false, true> : pool_branches_in<T, false, false>);
-    run(branches, panel, sum);
+    by_kind(branches, panel, [&](auto layout, auto kind) {
+        constexpr bool kLast = decltype(layout)::value;
+        walk_branches<kLast, 1, Accumulator<T>>(
+            panel, branches.count, [&](int64_t m) { return PoolBranch<T, kLast, decltype(kind)::value>(branches, m); },
+            &sum, 0);
+    });
 }
 
-// kMost: room for that many branches; of 2 there are 2.
-template <class T, bool kChannelsLast, bool kPlain, int kMost>
-void sum_branches_in(const Branches<T>& branches, const Panel& panel, const Accumulator<T>* weights, T* y) {
+// All branches at once; kMost: room for that many, and where it is 2 there are 2.
+template <class T, bool kLast, int kKind, int kMost>
+struct SumBranches {
     using A = Accumulator<T>;
-    struct All {
-        BranchVector<T, kPlain> u[kMost];
+    struct Vectors {
+        BranchVectors<A, kKind> prologue[kMost];
         Vec<A> weight[kMost];
     };
-    const int64_t count = kMost == 2 ? 2 : branches.count;
-    const int64_t pitch = kChannelsLast ? panel.channels : panel.positions;
-    walk_branches<kChannelsLast, 0, A>(
-        panel, 1,
-        [&](int64_t, int64_t c, int64_t n) {
-            All all;
-            for (int64_t m = 0; m < count; ++m) {
-                all.u[m] = BranchVector<T, kPlain>::template at<kChannelsLast>(branches, m, c, n);
-                all.weight[m] = channel_vector<kChannelsLast>(weights + m * branches.apart, c, n);
-            }
-            return all;
-        },
-        [=](const All& all, int64_t row, int64_t i, int64_t n) {
-            Vec<A> out = all.u[0](row, i, n) * all.weight[0];
-            for (int64_t m = 1; m < count; ++m) out += all.u[m](row, i, n) * all.weight[m];
-            store_n(out, y + row * pitch + i, n);
-            return BranchTerms<A, 0>{};
-        },
-        nullptr, 0);
-}
+    BranchReader<T, kLast, kKind> u[kMost];
+    int64_t several, apart, pitch;
+    const A* weights;
+    T* y;
+    SumBranches(const Branches<T>& branches, const Panel& panel, const A* weights_in, T* y_in)
+        : several(branches.count),
+          apart(branches.apart),
+          pitch(kLast ? panel.channels : panel.positions),
+          weights(weights_in),
+          y(y_in) {
+        for (int64_t m = 0; m < count(); ++m) u[m] = BranchReader<T, kLast, kKind>(branches, m);
+    }
+    FUSED_ATTN_INLINE int64_t count() const { return kMost == 2 ? 2 : several; }
+    FUSED_ATTN_INLINE void set(Vectors& v, int64_t c, int64_t n) const {
+        for (int64_t m = 0; m == 0 || m < count(); ++m) {
+            u[m].set(v.prologue[m], c, n);
+            v.weight[m] = channel_vector<kLast>(weights + m * apart, c, n);
+        }
+    }
+    FUSED_ATTN_INLINE BranchTerms<A, 0> visit(const Vectors& v, int64_t row, int64_t i, int64_t n) const {
+        Vec<A> out = v.prologue[0].apply(u[0].load(row, i, n)) * v.weight[0];
+        for (int64_t m = 1; m < count(); ++m) out += v.prologue[m].apply(u[m].load(row, i, n)) * v.weight[m];
+        store_n(out, y + row * pitch + i, n);
+        return {};
+    }
+};
 
-template <class T, int kMost>
-void sum_most(const Branches<T>& branches, const Panel& panel, const Accumulator<T>* weights, T* y) {
-    const bool plain = branches.prologue.identity();
-    auto run = panel.channels_last
-                   ? (plain ? sum_branches_in<T, true, true, kMost> : sum_branches_in<T, true, false, kMost>)
-                   : (plain ? sum_branches_in<T, false, true, kMost> : sum_branches_in<T, false, false, kMost>);
-    run(branches, panel, weights, y);
-}
 template <class T>
 void sum_branches(Branches<T> branches, Panel panel, const Accumulator<T>* weights, T* y) {
-    (branches.count == 2 ? sum_most<T, 2> : sum_most<T, kMostBranches>)(branches, panel, weights, y);
+    by_kind(branches, panel, [&](auto layout, auto kind) {
+        constexpr bool kLast = decltype(layout)::value;
+        constexpr int kKind = decltype(kind)::value;
+        auto run = [&](auto most) {
+            walk_branches<kLast, 0, Accumulator<T>>(
+                panel, 1,
+                [&](int64_t) {
+                    return SumBranches<T, kLast, kKind, decltype(most)::value>(branches, panel, weights, y);
+                },
+                nullptr, 0);
+        };
+        if constexpr (kKind != kAny)
+            if (branches.count == 2) return run(Count<2>{});
+        run(Count<kMostBranches>{});
+    });
 }
 
-template <class T, bool kChannelsLast, bool kPlain>
-void dot_branches_in(const T* grad, const Branches<T>& branches, const Panel& panel, double* dot) {
+template <class T, bool kLast, int kKind>
+struct DotBranch : BranchReader<T, kLast, kKind> {
     using A = Accumulator<T>;
-    const int64_t pitch = kChannelsLast ? panel.channels : panel.positions;
-    walk_branches<kChannelsLast, 1, A>(
-        panel, branches.count,
-        [&](int64_t m, int64_t c, int64_t n) {
-            return BranchVector<T, kPlain>::template at<kChannelsLast>(branches, m, c, n);
-        },
-        [=](const BranchVector<T, kPlain>& u, int64_t row, int64_t i, int64_t n) {
-            return BranchTerms<A, 1>{{load_n(grad + row * pitch + i, n) * u(row, i, n)}};
-        },
-        &dot, branches.apart);
-}
+    const T* grad;
+    int64_t grad_pitch;
+    DotBranch(const Branches<T>& branches, int64_t m, const T* grad_in, const Panel& panel)
+        : BranchReader<T, kLast, kKind>(branches, m),
+          grad(grad_in),
+          grad_pitch(kLast ? panel.channels : panel.positions) {}
+    FUSED_ATTN_INLINE BranchTerms<A, 1> visit(const BranchVectors<A, kKind>& v, int64_t row, int64_t i,
+                                              int64_t n) const {
+        return {{load_n(grad + row * grad_pitch + i, n) * v.apply(this->load(row, i, n))}};
+    }
+};
 
 template <class T>
 void dot_branches(const T* grad, Branches<T> branches, Panel panel, double* dot) {
-    const bool plain = branches.prologue.identity();
-    auto run = panel.channels_last ? (plain ? dot_branches_in<T, true, true> : dot_branches_in<T, true, false>)
-                                   : (plain ? dot_branches_in<T, false, true> : dot_branches_in<T, false, false>);
-    run(grad, branches, panel, dot);
+    by_kind(branches, panel, [&](auto layout, auto kind) {
+        constexpr bool kLast = decltype(layout)::value;
+        walk_branches<kLast, 1, Accumulator<T>>(
+            panel, branches.count,
+            [&](int64_t m) { return DotBranch<T, kLast, decltype(kind)::value>(branches, m, grad, panel); }, &dot,
+            branches.apart);
+    });
 }
-
-template <class T, bool kPlain>
-struct BranchGradVector {
-    BranchVector<T, kPlain> u;
-    Vec<Accumulator<T>> weight, mean;
-    T* out;
-    int64_t pitch;
-};
 
 // kSums: 2 with the gradients of an affine, else 0.
-template <class T, bool kChannelsLast, bool kPlain, int kSums>
-void spread_branches_in(const T* grad, const Branches<T>& branches, const Panel& panel, const Accumulator<T>* weights,
-                        const Accumulator<T>* mean, const BranchOutputs<T>& grads, double* grad_weight,
-                        double* grad_bias) {
+template <class T, bool kLast, int kKind, int kSums>
+struct SpreadBranch {
     using A = Accumulator<T>;
-    double* const sums[2] = {grad_bias, grad_weight};
-    const int64_t pitch = kChannelsLast ? panel.channels : panel.positions;
-    walk_branches<kChannelsLast, kSums, A>(
-        panel, branches.count,
-        [&](int64_t m, int64_t c, int64_t n) {
-            return BranchGradVector<T, kPlain>{BranchVector<T, kPlain>::template at<kChannelsLast>(branches, m, c, n),
-                                               channel_vector<kChannelsLast>(weights + m * branches.apart, c, n),
-                                               channel_vector<kChannelsLast>(mean, c, n), grads.data[m],
-                                               grads.pitch[m]};
-        },
-        [=](const BranchGradVector<T, kPlain>& v, int64_t row, int64_t i, int64_t n) {
-            Vec<A> d = load_n(grad + row * pitch + i, n) * v.weight + v.mean;
-            BranchTerms<A, kSums> terms{};
-            if constexpr (!kPlain) {
-                const Vec<A> x = v.u.raw(row, i, n);
-                if (v.u.prologue.activation != kIdentity)
-                    d *= activate_grad<A>(v.u.prologue.before(x), v.u.prologue.activation);
-                if constexpr (kSums == 2) terms.of[0] = d, terms.of[1] = d * x;
-                d *= v.u.prologue.weight;
-            }
-            store_n(d, v.out + row * v.pitch + i, n);
-            return terms;
-        },
-        sums, branches.apart);
-}
+    struct Vectors {
+        BranchVectors<A, kKind> prologue;
+        Vec<A> weight, mean;
+    };
+    BranchReader<T, kLast, kKind> u;
+    const T* grad;
+    const A *weight, *mean;
+    T* out;
+    int64_t grad_pitch, out_pitch;
+    FUSED_ATTN_INLINE void set(Vectors& v, int64_t c, int64_t n) const {
+        u.set(v.prologue, c, n);
+        v.weight = channel_vector<kLast>(weight, c, n);
+        v.mean = channel_vector<kLast>(mean, c, n);
+    }
+    FUSED_ATTN_INLINE BranchTerms<A, kSums> visit(const Vectors& v, int64_t row, int64_t i, int64_t n) const {
+        Vec<A> d = load_n(grad + row * grad_pitch + i, n) * v.weight + v.mean;
+        BranchTerms<A, kSums> terms{};
+        if constexpr (kKind != kNone) {
+            const Vec<A> x = u.load(row, i, n);
+            d = v.prologue.grad_before(d, x);
+            if constexpr (kSums == 2) terms.of[0] = d, terms.of[1] = d * x;
+            d *= v.prologue.weight;
+        }
+        store_n(d, out + row * out_pitch + i, n);
+        return terms;
+    }
+};
 
 template <class T>
 void spread_branches(const T* grad, Branches<T> branches, Panel panel, const Accumulator<T>* weights,
                      const Accumulator<T>* mean, BranchOutputs<T> grads, double* grad_weight, double* grad_bias) {
-    const bool plain = branches.prologue.identity();
-    auto run = panel.channels_last ? (plain         ? spread_branches_in<T, true, true, 0>
-                                      : grad_weight ? spread_branches_in<T, true, false, 2>
-                                                    : spread_branches_in<T, true, false, 0>)
-                                   : (plain         ? spread_branches_in<T, false, true, 0>
-                                      : grad_weight ? spread_branches_in<T, false, false, 2>
-                                                    : spread_branches_in<T, false, false, 0>);
-    run(grad, branches, panel, weights, mean, grads, grad_weight, grad_bias);
+    double* const sums[2] = {grad_bias, grad_weight};
+    by_kind(branches, panel, [&](auto layout, auto kind) {
+        constexpr bool kLast = decltype(layout)::value;
+        constexpr int kKind = decltype(kind)::value;
+        auto run = [&](auto count) {
+            constexpr int kSums = decltype(count)::value;
+            walk_branches<kLast, kSums, Accumulator<T>>(
+                panel, branches.count,
+                [&](int64_t m) {
+                    return SpreadBranch<T, kLast, kKind, kSums>{
+                        {branches, m}, grad,          weights + m * branches.apart,
+                        mean,          grads.data[m], kLast ? panel.channels : panel.positions,
+                        grads.pitch[m]};
+                },
+                sums, branches.apart);
+        };
+        if constexpr (kKind == kAny)
+            if (!grad_weight) return run(Count<0>{});
+        run(Count<kKind == kNone ? 0 : 2>{});
+    });
 }
+
+#undef FUSED_ATTN_INLINE
