@@ -54,11 +54,12 @@ def test_cpu_kernels(tmp_path):
         "PYTHONPATH": str(tmp_path),
     }
     selection = (
-        "(prologue or epilogue or ties or strides or empty or convolution or mixed or kernels or threads or pools)"
+        "(prologue or epilogue or ties or strides or empty or convolution or mixed or kernels or threads or pools"
+        " or parts or groups or branches)"
         " and not (any_shape or gradcheck or opcheck or compiles)"
     )
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tmp_path, "-k", selection]
-    ops = ("channel_gate", "spatial_gate", "cbam", "mixed_scale")
+    ops = ("channel_gate", "spatial_gate", "cbam", "mixed_scale", "select")
     files = [tmp_path / "tests" / "ops" / f"test_{op}.py" for op in ops]
     for isa in ("avx2", "baseline"):
         done = subprocess.run(

@@ -151,14 +151,15 @@ struct SelectKernels {
     using A = Accumulator<T>;
     // sum[c] += sum of u, of all branches
     void (*pool)(Branches<T>, Panel, double* sum);
-    // y = sum over the branches of u * weights[..]
-    void (*sum)(Branches<T>, Panel, const A* weights, T* y);
+    // y = sum over the branches of u * weights[..]; past_cache, here and below: written around the cache if its rows
+    // are whole aligned vectors, which saves the read of every line before it is written
+    void (*sum)(Branches<T>, Panel, const A* weights, bool past_cache, T* y);
     // dot[..] += sum of grad * u
     void (*dot)(const T* grad, Branches<T>, Panel, double* dot);
     // grad_u = grad * weights[..] + mean[c]; grads = grad_u through the prologue; grad_weight[..] += ..,
     // grad_bias[..] += .. (null without affine)
-    void (*spread)(const T* grad, Branches<T>, Panel, const A* weights, const A* mean, BranchOutputs<T> grads,
-                   double* grad_weight, double* grad_bias);
+    void (*spread)(const T* grad, Branches<T>, Panel, const A* weights, const A* mean, bool past_cache,
+                   BranchOutputs<T> grads, double* grad_weight, double* grad_bias);
 };
 
 // The convolution of a spatial gate, on maps whose rows are padded with zeros so that every tap is one offset.

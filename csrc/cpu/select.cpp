@@ -150,7 +150,7 @@ class Selection {
     }
     // weights: (M, C) of this sample.
     void sum(int64_t b, int64_t piece, const A* weights, T* y) const {
-        select_kernels<T>().sum(at(b, piece), x.panel(piece, pieces), weights + channel(piece),
+        select_kernels<T>().sum(at(b, piece), x.panel(piece, pieces), weights + channel(piece), past_cache(1),
                                 y + x.offset(b, piece, pieces));
     }
     void dot(int64_t b, int64_t piece, const T* grad, PieceValues<double>& dots) const {
@@ -186,7 +186,8 @@ class Selection {
                 out.pitch[m] = places_[m].pitch;
             }
             select_kernels<T>().spread(grad + x.offset(b, piece, selection_.pieces), selection_.at(b, piece),
-                                       x.panel(piece, selection_.pieces), weights + c, mean + c, out,
+                                       x.panel(piece, selection_.pieces), weights + c, mean + c,
+                                       selection_.past_cache(selection_.maps.count()), out,
                                        like_weight_ ? weight_.piece(b, piece, c) : nullptr,
                                        like_weight_ ? bias_.piece(b, piece, c) : nullptr);
         }
@@ -222,6 +223,11 @@ class Selection {
     Place place(const Tensor& u) const {
         if (!x.channels_last) return {u.stride(0), x.positions};
         return {u.stride(0), x.positions == 1 ? x.channels : pixel_pitch(u)};
+    }
+    // Whether so many maps are more than the caches hold.
+    bool past_cache(int64_t maps) const {
+        constexpr int64_t kCached = 16 << 20;
+        return maps * x.batch * x.sample_size() * int64_t(sizeof(T)) >= kCached;
     }
     int64_t channel(int64_t piece) const { return x.first_channel(piece, pieces); }
     int64_t offset(const Place& place, int64_t b, int64_t piece) const {

@@ -58,6 +58,39 @@ struct BranchReader {
     FUSED_ATTN_INLINE Vec<A> load(int64_t row, int64_t i, int64_t n) const { return load_n(data + row * pitch + i, n); }
 };
 
+// Stores around the cache: whether rows of `length`, `pitch` apart from `data` on, are whole aligned vectors.
+template <class T>
+inline bool can_stream(const T* data, int64_t length, int64_t pitch) {
+    constexpr int64_t lanes = kLanes<Accumulator<T>>;
+    return VECTOR_BYTES > 16 && length % lanes == 0 && pitch % lanes == 0 &&
+           reinterpret_cast<uintptr_t>(data) % (lanes * sizeof(T)) == 0;
+}
+template <class T>
+FUSED_ATTN_INLINE inline void put(Vec<Accumulator<T>> v, T* p, int64_t n, bool streamed) {
+#if VECTOR_BYTES > 16
+    if (streamed) {
+        T lanes[kLanes<Accumulator<T>>];
+        store(v, lanes);
+        if constexpr (sizeof(lanes) == 16)
+            _mm_stream_si128(reinterpret_cast<__m128i*>(p), load_bytes<__m128i>(lanes));
+        else if constexpr (sizeof(lanes) == 32)
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_bytes<__m256i>(lanes));
+#if VECTOR_BYTES == 64
+        else
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(p), load_bytes<__m512i>(lanes));
+#endif
+        return;
+    }
+#endif
+    store_n(v, p, n);
+}
+// Before other threads read what was streamed.
+inline void finish_streams() {
+#if VECTOR_BYTES > 16
+    _mm_sfence();
+#endif
+}
+
 template <class A, int kSums>
 struct BranchTerms {
     Vec<A> of[kSums > 0 ? kSums : 1];
@@ -191,12 +224,14 @@ struct SumBranches {
     int64_t several, apart, pitch;
     const A* weights;
     T* y;
-    SumBranches(const Branches<T>& branches, const Panel& panel, const A* weights_in, T* y_in)
+    bool streamed;
+    SumBranches(const Branches<T>& branches, const Panel& panel, const A* weights_in, bool past_cache, T* y_in)
         : several(branches.count),
           apart(branches.apart),
           pitch(kLast ? panel.channels : panel.positions),
           weights(weights_in),
-          y(y_in) {
+          y(y_in),
+          streamed(past_cache && can_stream(y, pitch, pitch)) {
         for (int64_t m = 0; m < count(); ++m) u[m] = BranchReader<T, kLast, kKind>(branches, m);
     }
     FUSED_ATTN_INLINE int64_t count() const { return kMost == 2 ? 2 : several; }
@@ -209,13 +244,13 @@ struct SumBranches {
     FUSED_ATTN_INLINE BranchTerms<A, 0> visit(const Vectors& v, int64_t row, int64_t i, int64_t n) const {
         Vec<A> out = v.prologue[0].apply(u[0].load(row, i, n)) * v.weight[0];
         for (int64_t m = 1; m < count(); ++m) out += v.prologue[m].apply(u[m].load(row, i, n)) * v.weight[m];
-        store_n(out, y + row * pitch + i, n);
+        put(out, y + row * pitch + i, n, streamed);
         return {};
     }
 };
 
 template <class T>
-void sum_branches(Branches<T> branches, Panel panel, const Accumulator<T>* weights, T* y) {
+void sum_branches(Branches<T> branches, Panel panel, const Accumulator<T>* weights, bool past_cache, T* y) {
     by_kind(branches, panel, [&](auto layout, auto kind) {
         constexpr bool kLast = decltype(layout)::value;
         constexpr int kKind = decltype(kind)::value;
@@ -223,7 +258,7 @@ void sum_branches(Branches<T> branches, Panel panel, const Accumulator<T>* weigh
             walk_branches<kLast, 0, Accumulator<T>>(
                 panel, 1,
                 [&](int64_t) {
-                    return SumBranches<T, kLast, kKind, decltype(most)::value>(branches, panel, weights, y);
+                    return SumBranches<T, kLast, kKind, decltype(most)::value>(branches, panel, weights, past_cache, y);
                 },
                 nullptr, 0);
         };
@@ -231,6 +266,7 @@ void sum_branches(Branches<T> branches, Panel panel, const Accumulator<T>* weigh
             if (branches.count == 2) return run(Count<2>{});
         run(Count<kMostBranches>{});
     });
+    if (past_cache) finish_streams();
 }
 
 template <class T, bool kLast, int kKind>
@@ -272,6 +308,7 @@ struct SpreadBranch {
     const A *weight, *mean;
     T* out;
     int64_t grad_pitch, out_pitch;
+    bool streamed;
     FUSED_ATTN_INLINE void set(Vectors& v, int64_t c, int64_t n) const {
         u.set(v.prologue, c, n);
         v.weight = channel_vector<kLast>(weight, c, n);
@@ -286,14 +323,15 @@ struct SpreadBranch {
             if constexpr (kSums == 2) terms.of[0] = d, terms.of[1] = d * x;
             d *= v.prologue.weight;
         }
-        store_n(d, out + row * out_pitch + i, n);
+        put(d, out + row * out_pitch + i, n, streamed);
         return terms;
     }
 };
 
 template <class T>
 void spread_branches(const T* grad, Branches<T> branches, Panel panel, const Accumulator<T>* weights,
-                     const Accumulator<T>* mean, BranchOutputs<T> grads, double* grad_weight, double* grad_bias) {
+                     const Accumulator<T>* mean, bool past_cache, BranchOutputs<T> grads, double* grad_weight,
+                     double* grad_bias) {
     double* const sums[2] = {grad_bias, grad_weight};
     by_kind(branches, panel, [&](auto layout, auto kind) {
         constexpr bool kLast = decltype(layout)::value;
@@ -303,10 +341,11 @@ void spread_branches(const T* grad, Branches<T> branches, Panel panel, const Acc
             walk_branches<kLast, kSums, Accumulator<T>>(
                 panel, branches.count,
                 [&](int64_t m) {
+                    const int64_t pitch = kLast ? panel.channels : panel.positions;
+                    const bool streamed = past_cache && can_stream(grads.data[m], pitch, grads.pitch[m]);
                     return SpreadBranch<T, kLast, kKind, kSums>{
-                        {branches, m}, grad,          weights + m * branches.apart,
-                        mean,          grads.data[m], kLast ? panel.channels : panel.positions,
-                        grads.pitch[m]};
+                        {branches, m},  grad,    weights + m * branches.apart, mean, grads.data[m], pitch,
+                        grads.pitch[m], streamed};
                 },
                 sums, branches.apart);
         };
@@ -314,6 +353,7 @@ void spread_branches(const T* grad, Branches<T> branches, Panel panel, const Acc
             if (!grad_weight) return run(Count<0>{});
         run(Count<kKind == kNone ? 0 : 2>{});
     });
+    if (past_cache) finish_streams();
 }
 
 #undef FUSED_ATTN_INLINE

@@ -288,6 +288,29 @@ def test_any_shape(rank, sizes, batch, groups, width, paths, layout, form, affin
     check(inputs, paths=paths, form=form, groups=groups, pre_activation="silu" if affine else "identity")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        *(((2, 64, 200, 200), torch.float32), ((2, 40, 230, 231), torch.float32)),
+        *(((2, 128, 200, 200), torch.bfloat16), ((1, 129, 256, 256), torch.float16)),
+    ],
+    ids=str,
+)
+def test_maps_larger_than_the_cache(shape, dtype, affine, layout):
+    """Written around it where the rows are whole vectors, as those of the second and the last shape are not."""
+    inputs = maps(shape, 2, "joined", layout, dtype) | weights(shape[1], 2, dtype=dtype)
+    inputs |= affine_of(shape[1], 2, dtype) if affine else {}
+    options = {"paths": 2, "pre_activation": "relu" if affine else "identity"}
+    grad = random(*shape, seed=9, dtype=dtype)
+    (y,), grads = run(apply(functional.select, **options), inputs, [grad])
+    (expected,), expected_grads = run(apply(reference.select, **options), inputs, [grad])
+    eps = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y, expected, rtol=eps, atol=4 * eps)
+    torch.testing.assert_close(grads["x"], expected_grads["x"], rtol=eps, atol=8 * eps)
+
+
 # The two-phase form.
 
 
