@@ -103,7 +103,7 @@ def test_logits_loss_and_gradients(name, training):
 
 
 #: Learning rate and batch at which a network of random weights, so few images a BatchNorm, is not yet chaotic.
-STEPS = {"timm:regnety_016": (1e-5, 8), "monai:SEResNet50, 3-D": (1e-6, 4)}
+STEPS = {"timm:regnety_016": (1e-5, 8), "timm:resnest50d": (1e-6, 6), "monai:SEResNet50, 3-D": (1e-6, 4)}
 
 
 @pytest.mark.slow  # up to 40 s a network
