@@ -16,8 +16,11 @@ from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
 from .scale import scale
 from .scse import SCSE
+from .select import branch_maps, select, select_with
+from .selective_kernel import SelectiveKernel, SKConv
 from .simam import SimAM, simam
 from .spatial_gate import spatial_gate, spatial_logits
+from .split_attention import SplitAttention
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
 from .triplet import TripletAttention
@@ -32,18 +35,24 @@ __all__ = [
     "EffectiveSE",
     "GatherExcite",
     "SCSE",
+    "SKConv",
+    "SelectiveKernel",
     "SimAM",
     "SpatialAttention",
+    "SplitAttention",
     "SqueezeExcite",
     "TripletAttention",
     "axis_pool",
     "axis_pool_with_map",
+    "branch_maps",
     "cbam",
     "channel_gate",
     "channel_pool",
     "eca_kernel_size",
     "mixed_scale",
     "scale",
+    "select",
+    "select_with",
     "simam",
     "spatial_gate",
     "spatial_logits",
