@@ -181,7 +181,9 @@ def plan(
     """
     size, wanted = max(space, 1), 2 * sms
     contiguous = channels if layout == CHANNELS_LAST.value else size
-    lane = lane_bytes // itemsize if contiguous * itemsize % 8 == 0 else LANE_ALONE
+    lane = lane_bytes // itemsize
+    if contiguous * itemsize % 8 != 0:
+        lane = min(lane, LANE_ALONE)
     tile = lane * THREADS
     if layout == CHANNELS_LAST.value:
         block_c = _width(channels, max(256 // itemsize, 1), 32 // itemsize)

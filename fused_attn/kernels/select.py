@@ -25,12 +25,13 @@ from ..codes import POOLS, SELECTIONS, TIES
 from ..ops.select import branch_views, empty_gradients, empty_sum, readable
 from . import maps
 from .channel_gate import _store_hidden
-from .language import IDENTITY, activate, activate_grad, before_activation, load_affine, sigmoid, sum_rows
+from .language import IDENTITY, activate, activate_grad, before_activation, sigmoid, sum_rows
 from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at
 from .passes import inside
 from .squeeze import BLOCK_ROWS, _finish
 
 SOFTMAX = tl.constexpr(SELECTIONS["softmax"])
+FEW = tl.constexpr(2)  # branches whose numbers a channel stay in registers where a thread has many channels
 NO_VARIANTS = (*SIZES, "x_pixels", "grad_pixels", "H", "CG", "HG")
 
 
@@ -55,27 +56,29 @@ def _apart(pixels, C, PV: tl.constexpr):
 
 
 @triton.jit
-def _prologues(affine_weight, affine_bias, M: tl.constexpr, C, c, mask, ACC: tl.constexpr):
-    """load_affine of each branch."""
-    weights = ()
-    biases = ()
-    for m in tl.static_range(M):
-        if affine_weight is None:
-            weight, bias = c, c
-        else:
-            weight, bias = load_affine(affine_weight + m * C, affine_bias + m * C, c, mask, ACC)
-        weights = weights + (weight,)
-        biases = biases + (bias,)
-    return weights, biases
+def _of_branch(table, m: tl.constexpr, C, c, mask, ACC: tl.constexpr):
+    """Branch m's numbers of channels c, from a table (M, C); None: numbers that nobody uses."""
+    if table is None:
+        return c
+    else:
+        return tl.load(table + m * C + c, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _weights_of(weights, M: tl.constexpr, C, c, mask, ACC: tl.constexpr):
-    """Each branch's weights (BLOCK_C, 1) of channels c, from a sample's (M, C)."""
-    found = ()
-    for m in tl.static_range(M):
-        found = found + (tl.load(weights + m * C + c, mask=mask, other=0.0).to(ACC)[:, None],)
-    return found
+def _keep(table, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
+    """The numbers of the first KEPT branches, for all tiles of channels c."""
+    kept = ()
+    for m in tl.static_range(KEPT):
+        kept = kept + (_of_branch(table, m, C, c, mask, ACC),)
+    return kept
+
+
+@triton.jit
+def _kept(kept, table, m: tl.constexpr, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
+    if m < KEPT:
+        return kept[m]
+    else:
+        return _of_branch(table, m, C, c, mask, ACC)
 
 
 @triton.jit
@@ -88,11 +91,21 @@ def _load_branches(branches, distances, b, at, mask, M: tl.constexpr, BV: tl.con
 
 
 @triton.jit
-def _zeros(M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr):
+def _zeros(M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr):
+    """Room for each branch's folded tile."""
     tiles = ()
     for _ in tl.static_range(M):
-        tiles = tiles + (tl.zeros((BLOCK_C, BLOCK_S), ACC),)
+        tiles = tiles + (tl.zeros((BLOCK_C, BLOCK_S // FOLD), ACC),)
     return tiles
+
+
+@triton.jit
+def _folded(tile, FOLD: tl.constexpr):
+    """Sums of FOLD neighbours along space, which one thread has loaded together."""
+    if FOLD == 1:
+        return tile
+    else:
+        return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // FOLD, FOLD)), axis=2)
 
 
 @triton.jit
@@ -103,6 +116,7 @@ def pool_branches_pass(
 ):  # fmt: skip
     """Reads each branch once; leaves partial sums over space of the branches' sum, (B, n_split, C)."""
     M: tl.constexpr = len(branches)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -110,7 +124,8 @@ def pool_branches_pass(
         c0 = cblk * BLOCK_K + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
-        weight, bias = _prologues(affine_weight, affine_bias, M, C, c, in_c, ACC)
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
         at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
         first = s0  # position of the tile
         total = tl.zeros((BLOCK_C, BLOCK_S), ACC)
@@ -118,7 +133,9 @@ def pool_branches_pass(
             mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
             values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
             for m in tl.static_range(M):
-                u = activate(before_activation(values[m].to(ACC), weight[m], bias[m], AFFINE), PRE)
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
                 total += tl.where(mask, u, 0.0)
             at += step
             first += BLOCK_S
@@ -133,6 +150,7 @@ def sum_branches_pass(
 ):  # fmt: skip
     """Reads each branch once, writes y; `weights` points at the sample's (M, C)."""
     M: tl.constexpr = len(branches)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
     AFFINE: tl.constexpr = affine_weight is not None
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     y += b * C * S
@@ -140,8 +158,9 @@ def sum_branches_pass(
         c0 = cblk * BLOCK_K + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
-        weight, bias = _prologues(affine_weight, affine_bias, M, C, c, in_c, ACC)
-        a = _weights_of(weights, M, C, c, in_c, ACC)
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
+        a_kept = _keep(weights, KEPT, C, c, in_c, ACC)
         at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
         y_at, y_offsets, y_step = _tile_at(c0, s0, C, S, C, LAYOUT, BLOCK_C, BLOCK_S)
         first = s0  # position of the tile
@@ -150,8 +169,10 @@ def sum_branches_pass(
             values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
             result = tl.zeros((BLOCK_C, BLOCK_S), ACC)
             for m in tl.static_range(M):
-                u = activate(before_activation(values[m].to(ACC), weight[m], bias[m], AFFINE), PRE)
-                result += u * a[m]
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
+                result += u * _kept(a_kept, weights, m, KEPT, C, c, in_c, ACC)[:, None]
             tl.store(y + y_at + y_offsets, result, mask=mask)
             at += step
             y_at += y_step
@@ -175,10 +196,11 @@ def dot_branches_pass(
     grad, branches, distances, affine_weight, affine_bias, dots,
     b, cblk, split, C, S, pixels, n_split, blocks, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad and each branch once; leaves partial sums over space of their products, (B, n_split, M, C)."""
     M: tl.constexpr = len(branches)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -186,21 +208,24 @@ def dot_branches_pass(
         c0 = cblk * BLOCK_K + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
-        weight, bias = _prologues(affine_weight, affine_bias, M, C, c, in_c, ACC)
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
         at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
         grad_at, grad_offsets, grad_step = _grad_at(
             b, c0, s0, C, S, stride_b, stride_c, stride_s, LAYOUT, BLOCK_C, BLOCK_S
         )
         first = s0  # position of the tile
-        sums = _zeros(M, BLOCK_C, BLOCK_S, ACC)
+        sums = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
         for _ in range(blocks):
             mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
             dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0)
             values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
             found = ()
             for m in tl.static_range(M):
-                u = activate(before_activation(values[m].to(ACC), weight[m], bias[m], AFFINE), PRE)
-                found = found + (sums[m] + tl.where(mask, dy.to(ACC) * u, 0.0),)
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
+                found = found + (sums[m] + _folded(tl.where(mask, dy.to(ACC) * u, 0.0), FOLD),)
             sums = found
             at += step
             grad_at += grad_step
@@ -215,12 +240,13 @@ def spread_branches_pass(
     grads, grad_distances, weight_sums, bias_sums,
     b, cblk, split, C, S, pixels, grad_pixels, n_split, blocks, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad, and after a prologue each branch; writes each branch's gradient, grad * its weight + the
     descriptor's share of each position, through the prologue, whose partial sums (B, n_split, M, C) it leaves.
     `weights` and `grad_descriptor` point at the sample's rows."""
     M: tl.constexpr = len(grads)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -228,8 +254,9 @@ def spread_branches_pass(
         c0 = cblk * BLOCK_K + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
-        weight, bias = _prologues(affine_weight, affine_bias, M, C, c, in_c, ACC)
-        a = _weights_of(weights, M, C, c, in_c, ACC)
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
+        a_kept = _keep(weights, KEPT, C, c, in_c, ACC)
         shared = (tl.load(grad_descriptor + c, mask=in_c, other=0.0).to(ACC) / S)[:, None]
         at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
         to, to_offsets, to_step = _tile_at(c0, s0, C, S, grad_pixels, LAYOUT, BLOCK_C, BLOCK_S)
@@ -238,8 +265,8 @@ def spread_branches_pass(
         )
         first = s0  # position of the tile
         if AFFINE:
-            by_weight = _zeros(M, BLOCK_C, BLOCK_S, ACC)
-            by_bias = _zeros(M, BLOCK_C, BLOCK_S, ACC)
+            by_weight = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
+            by_bias = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
         for _ in range(blocks):
             mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
             dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0)
@@ -248,13 +275,15 @@ def spread_branches_pass(
             of_weight = ()
             of_bias = ()
             for m in tl.static_range(M):
-                du = dy.to(ACC) * a[m] + shared
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                du = dy.to(ACC) * _kept(a_kept, weights, m, KEPT, C, c, in_c, ACC)[:, None] + shared
                 if PRE != IDENTITY:
-                    du *= activate_grad(before_activation(values[m].to(ACC), weight[m], bias[m], AFFINE), PRE)
+                    du *= activate_grad(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
                 if AFFINE:
-                    of_weight = of_weight + (by_weight[m] + tl.where(mask, du * values[m].to(ACC), 0.0),)
-                    of_bias = of_bias + (by_bias[m] + tl.where(mask, du, 0.0),)
-                    du *= weight[m][:, None]
+                    of_weight = of_weight + (by_weight[m] + _folded(tl.where(mask, du * values[m].to(ACC), 0.0), FOLD),)
+                    of_bias = of_bias + (by_bias[m] + _folded(tl.where(mask, du, 0.0), FOLD),)
+                    du *= weight[:, None]
                 tl.store(grads[m] + b * grad_distances[m] * BV + to + to_offsets, du, mask=mask)
             if AFFINE:
                 by_weight, by_bias = of_weight, of_bias
@@ -402,7 +431,7 @@ def _dot_branches(
     c_q, s_q, x_pixels, n_cblk, n_split, blocks, H, CG, HG, width, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad and the branches; leaves partial dots and, where weight2 is given, its transposed products with the
@@ -412,7 +441,7 @@ def _dot_branches(
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     dot_branches_pass(
         grad, branches, distances, affine_weight, affine_bias, dots, b, cblk, split, C, S, _apart(x_pixels, C, PV),
-        n_split, blocks, stride_b, stride_c, stride_s, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        n_split, blocks, stride_b, stride_c, stride_s, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
     )  # fmt: skip
     if weight2 is not None:
         tl.debug_barrier()
@@ -437,7 +466,7 @@ def _spread_branches(
     grads, grad_distances, weight_sums, bias_sums,
     c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     M: tl.constexpr = len(grads)
@@ -446,7 +475,7 @@ def _spread_branches(
         grad, branches, distances, weights + b * M * C, grad_descriptor + b * C, affine_weight, affine_bias,
         grads, grad_distances, weight_sums, bias_sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
         _apart(grad_pixels, C, PV), n_split, blocks, stride_b, stride_c, stride_s,
-        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
     )  # fmt: skip
 
 
@@ -457,7 +486,7 @@ def _select_spread(
     c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, H, CG, HG, n_part, width, stride_b, stride_c, stride_s,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, DOT_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the program's logits, of the hidden logits and of its descriptors; then reads grad (the branches too
@@ -490,7 +519,7 @@ def _select_spread(
         grad, branches, distances, row + C + H, grad_descriptor + b * C, affine_weight, affine_bias,
         grads, grad_distances, weight_sums, bias_sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
         _apart(grad_pixels, C, PV), n_split, blocks, stride_b, stride_c, stride_s,
-        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
     )  # fmt: skip
 
 
@@ -568,6 +597,14 @@ class Branches(NamedTuple):
     pixels: int
     affine: dict[str, Tensor | None]
 
+    def fold(self) -> dict[str, int]:
+        """How many neighbours along space a thread loads together, and may add before it keeps sums of them."""
+        if self.plan.layout == CHANNELS_LAST.value:
+            return {"FOLD": 1}
+        return {
+            "FOLD": min(math.gcd(max(self.plan.space, 1), 16 // self.views[0].element_size(), 4), self.plan.block_s)
+        }
+
     def arguments(self, grads: Sequence[Tensor] = ()) -> dict[str, Any]:
         """What every kernel with passes over the branches takes, and where the branches' gradients lie."""
         plan, u = self.plan, self.views[0]
@@ -615,9 +652,12 @@ class Branches(NamedTuple):
         return grad, dict(zip(("stride_b", "stride_c", "stride_s"), found, strict=True))
 
 
-# Of several branches a thread has fewer bytes of each in flight: all of them, and what is summed of each, take registers.
-def _lane_bytes(paths: int, sums: int) -> int:
-    return maps.LANE_BYTES if paths * sums <= 2 else maps.LANE_BYTES // 2
+def _lane_bytes(paths: int, sums: int, itemsize: int) -> int:
+    """Of each branch's tile, for each thread: all branches and what is summed of each must fit its registers."""
+    lane = maps.LANE_BYTES
+    while lane > 8 and lane // min(itemsize, 4) * paths * (1 + sums) > 64:
+        lane //= 2
+    return lane
 
 
 def _branches(
@@ -631,7 +671,7 @@ def _branches(
     space = u.shape[2:].numel()
     layout = CHANNELS_LAST if channels_last or space == 1 else maps.NCHW  # of 1 x 1 maps the channels are contiguous
     sms = maps.multiprocessors(u.device)
-    lane = _lane_bytes(paths, sums)
+    lane = _lane_bytes(paths, sums, u.element_size())
     plan = maps.plan(u.shape[0], u.shape[1], space, layout.value, u.element_size(), sms, lane_bytes=lane)
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
     return Branches(tuple(views), plan, channels_last, _pixels(u) if channels_last else u.shape[1], affine)
@@ -728,6 +768,7 @@ def select_dots(
         BLOCK_M=1,
         BLOCK_H=16,
         **strides,
+        **x.fold(),
         **x.arguments(),
     )
     return dots[:, 0] if x.plan.n_split == 1 else dots.sum(1)
@@ -757,6 +798,7 @@ def select_gradients(
         PRE=pre_activation,
         **sums,
         **strides,
+        **x.fold(),
         **x.arguments(branch_views(grads, paths)),
     )
     return grads, *maps.affine_gradients(sums, affine_weight, affine_bias, grad)
@@ -765,6 +807,7 @@ def select_gradients(
 def _excitation(x: Branches, weight1: Tensor, groups: int) -> dict[str, Any]:
     """Sizes and blocks of the excitation."""
     plan, hidden = x.plan, weight1.shape[0]
+    elements = 512 * plan.arguments(x.views[0].dtype)["num_warps"]  # of weight2 at a time
     block_m = maps.next_power_of_2(len(x.views))
     return {
         "H": hidden,
@@ -772,7 +815,7 @@ def _excitation(x: Branches, weight1: Tensor, groups: int) -> dict[str, Any]:
         "HG": hidden // groups,
         "GROUPED": groups > 1,
         "BLOCK_M": block_m,
-        "BLOCK_H": min(max(4096 // (block_m * plan.block_k), 8), 32),
+        "BLOCK_H": min(max(elements // (block_m * plan.block_k), 4), 32),
     }
 
 
@@ -862,6 +905,7 @@ def select_backward(
         "PRE": pre_activation,
         **sizes,
         **strides,
+        **x.fold(),
     }
     maps.launch(_dot_branches, grad, plan.programs, weight2=weight2, **shared, **x.arguments())
     rows = sizes["BLOCK_M"] * plan.block_k
