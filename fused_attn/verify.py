@@ -48,6 +48,10 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "CoordinateAttention": lambda m: m.CoordinateAttention(64),
     "SimAM": lambda m: m.SimAM(64),
     "EMA": lambda m: m.EMA(64, factor=8),
+    "SKConv": lambda m: m.SKConv(64),
+    "SelectiveKernel": lambda m: m.SelectiveKernel(64),
+    "SplitAttention": lambda m: m.SplitAttention(64, groups=2),
+    "SplitAttention, radix 1": lambda m: m.SplitAttention(64, radix=1),
 }
 
 
@@ -126,7 +130,7 @@ def verify_blocks(device: torch.device, dtypes: list[torch.dtype], layouts: list
         original = build(reference).to(device)
         fused = build(fused_nn).to(device)
         fused.load_state_dict(original.state_dict())
-        channels = original.get_parameter("fc1.weight").shape[1] if hasattr(original, "fc1") else 64
+        channels = getattr(original, "channels", None) or 64
         for dtype in dtypes:
             for layout in layouts:
                 yield compare(name, original, fused, (3, channels, 13, 17), dtype, layout)

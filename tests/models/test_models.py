@@ -22,6 +22,9 @@ MODELS = {
     "timm:regnety_016": (27, (2, 3, 64, 64)),
     "timm:resnet50+cbam": (16, (2, 3, 64, 64)),
     "timm:resnet26+lcbam": (8, (2, 3, 64, 64)),
+    "timm:skresnet18": (8, (2, 3, 64, 64)),
+    "timm:skresnext50_32x4d": (16, (2, 3, 64, 64)),
+    "timm:resnest50d": (16, (2, 3, 64, 64)),
     "torchvision:mobilenet_v3_small": (9, (2, 3, 64, 64)),
     "monai:SEResNet50, 3-D": (16, (2, 1, 32, 32, 32)),
 }
