@@ -27,6 +27,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = (
     *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both", "channel_pool"),
     *("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "axis_pool", "simam"),
+    *("select", "select/with", "select/many"),
 )
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
@@ -36,12 +37,22 @@ MEASURED: dict[str, str] = {"cpu": "cpu"}
 MISSING: dict[tuple[str, str], str] = {
     **{
         ("cuda", op): "the resident kernels serve whole blocks; use triton"
-        for op in ("squeeze", "scale", "scale/space", "mixed_scale", "channel_pool", "axis_pool", "simam")
+        for op in (
+            "squeeze",
+            "scale",
+            "scale/space",
+            "mixed_scale",
+            "channel_pool",
+            "axis_pool",
+            "simam",
+            "select/with",
+        )
     },
     **{
         ("cuda", op): "statistics of the batch need all samples, a cluster holds one; use triton"
         for op in ("spatial_gate/batch_norm", "cbam/batch_norm")
     },
+    **{(name, "select/many"): "the kernels hold at most 8 branches" for name in ("cpu", "triton", "cuda")},
 }
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
@@ -82,14 +93,18 @@ def _reason(name: str, op: str, device: str) -> str | None:
         return None
     if device != name:
         return f"serves {name} tensors only"
-    if LIBRARY_ERROR is None and name == "cuda" and not _has_cuda_kernel(op):
+    if LIBRARY_ERROR is None and not _has_kernel(name, op):
+        if name == "cpu" or _has_kernel(name, "channel_gate"):
+            return f"the native library is older than {op}: build it again"
         reason = build_record().get("cuda", {}).get("reason") or "no record of a build"
         return f"the native library was built without CUDA: {reason}"
     return LIBRARY_ERROR
 
 
-def _has_cuda_kernel(op: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{op.partition('/')[0]}.cuda", "CUDA")
+def _has_kernel(name: str, op: str) -> bool:
+    """Whether the native library that was loaded registered a kernel of the backend, "cpu" or "cuda", for the op."""
+    op = op.partition("/")[0]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{op}.{name}", name.upper())
 
 
 #: Why there is no native library here, or None.

@@ -34,6 +34,9 @@ ORDERS: dict[tuple[str, str], int] = {("max", "mean"): 0, ("mean", "max"): 1}
 #: How several gates act on a map together, see `fused_attn.functional.mixed_scale`.
 COMBINES: dict[str, int] = {"product": 0, "sum": 1, "max": 2, "sigmoid": 3}
 
+#: How the weights of several branches come of their logits, see `fused_attn.functional.select`.
+SELECTIONS: dict[str, int] = {"softmax": 0, "sigmoid": 1}
+
 #: What each activation is, as PyTorch computes it (the slope of leaky_relu is torch's default, 0.01).
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,

@@ -20,13 +20,14 @@ expected and what came.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
 from .backends import choose
-from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, TIES, code
+from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 
 Affine = tuple[Tensor, Tensor]
 BatchNorm = tuple[Tensor, Tensor, float]
@@ -529,6 +530,110 @@ def axis_pool_with_map(
     return ops.axis_pool(backend, x, int(maxima), int(channels), ties_code)
 
 
+def select(
+    branches: Tensor | Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor | None = None,
+    weight2: Tensor | None = None,
+    bias2: Tensor | None = None,
+    *,
+    paths: int | None = None,
+    groups: int = 1,
+    activation: str = "relu",
+    gate: str = "softmax",
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+) -> Tensor:
+    """A whole selection of M branches: selective kernels, split attention.
+
+    With u_m = pre_activation(branch_m * affine_weight[m] + affine_bias[m]) and s the mean over space of the sum of all
+    u_m, which is never written, returns the sum of a_m * u_m, where (a_1, ..., a_M) is the softmax over the branches,
+    or the sigmoid, of weight2 activation(weight1 s + bias1) + bias2. 2M + 1 passes over a map.
+
+    Args:
+        branches: M maps (B, C, *spatial), or one tensor that has them all, (B, M, C, *spatial), or (B, M * C, *spatial)
+            with `paths`; either is read as it lies.
+        weight1: (hidden, C / groups). Trailing axes of size 1, as 1x1 convolutions have them, are allowed.
+        bias1: (hidden,).
+        weight2: (M * C, hidden / groups); required. Its rows are M branches of C channels; with groups, each group's
+            are M branches of C / groups channels (ResNeSt).
+        bias2: (M * C,).
+        paths: M, for branches (B, M * C, *spatial) only.
+        gate: "softmax" or "sigmoid".
+        affine: (weight, bias), each (M, C): the branches' folded BatchNorm.
+
+    Returns:
+        (B, C, *spatial), in the branches' dtype and layout. More than eight branches are served by the reference.
+
+    Sources: arXiv:1903.06586 (selective kernels), 2004.08955 (split attention).
+    """
+    codes = (
+        code(ACTIVATIONS, "activation", activation),
+        code(SELECTIONS, "gate", gate),
+        code(ACTIVATIONS, "pre_activation", pre_activation),
+    )
+    maps, autocast = _check_branches(branches, paths)
+    _check_selection(maps, weight1, bias1, weight2, bias2, groups, autocast)
+    affine_weight, affine_bias = _check_branch_affine(maps, affine, autocast)
+    count = len(maps)
+    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select", maps[0])
+    if backend == "reference":
+        return reference.select(
+            maps,
+            weight1,
+            bias1,
+            weight2,
+            bias2,
+            groups=groups,
+            activation=activation,
+            gate=gate,
+            affine=affine,
+            pre_activation=pre_activation,
+        )
+    parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
+    return ops.select(backend, _read_as_one(branches, maps), *parameters, count, groups, *codes)
+
+
+def select_with(
+    branches: Tensor | Sequence[Tensor],
+    excitation: Callable[[Tensor], Tensor],
+    *,
+    paths: int | None = None,
+    affine: Affine | None = None,
+    pre_activation: str = "identity",
+) -> Tensor:
+    """`select` around an excitation of your own: one with a BatchNorm or dropout inside, or a layer a branch.
+
+    Args:
+        branches, paths, affine: as in `select`.
+        excitation: called once, with s, (B, C), in the branches' dtype; returns the branch weights, (B, M, C) up to
+            trailing axes of size 1, of any floating-point dtype. Autograd runs through it.
+
+    Returns:
+        (B, C, *spatial), in the branches' dtype and layout: in as many passes as `select`, forward and backward.
+    """
+    pre_activation_code = code(ACTIVATIONS, "pre_activation", pre_activation)
+    maps, autocast = _check_branches(branches, paths)
+    affine_weight, affine_bias = _check_branch_affine(maps, affine, autocast)
+    count, x = len(maps), maps[0]
+
+    def checked(s: Tensor) -> Tensor:
+        weights = excitation(s)
+        shape = x.shape[0], count, x.shape[1]
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"excitation: expected a tensor as its result; got {type(weights).__name__}")
+        if weights.shape[:3] != shape or any(n != 1 for n in weights.shape[3:]):
+            raise ValueError(f"excitation: expected a result of shape {shape}; got {tuple(weights.shape)}")
+        _check_tensor("excitation's result", weights, x)
+        return weights.reshape(shape)
+
+    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select/with", x)
+    if backend == "reference":
+        return reference.select_with(maps, checked, affine=affine, pre_activation=pre_activation)
+    inputs = _read_as_one(branches, maps)
+    return ops.select_with(backend, inputs, checked, affine_weight, affine_bias, count, pre_activation_code)
+
+
 def _mean_first(order: Order) -> int:
     for names, number in ORDERS.items():
         if order == names:
@@ -552,12 +657,90 @@ def _check_tensor(argument: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{argument}: expected x's device, {x.device}; got {tensor.device}")
 
 
-def _check_map(x: Tensor) -> bool:
+def _check_map(x: Tensor, argument: str = "x") -> bool:
     """Whether autocast is on for x's device; raises for what is no feature map."""
-    _check_tensor("x", x, x)
+    _check_tensor(argument, x, x)
     if not 3 <= x.dim() <= 5:
-        raise ValueError(f"x: expected (B, C, *spatial) with one to three spatial axes; got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{argument}: expected (B, C, *spatial) with one to three spatial axes; got shape {tuple(x.shape)}"
+        )
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def _check_branches(branches: Tensor | Sequence[Tensor], paths: int | None) -> tuple[list[Tensor], bool]:
+    """The M maps (views of a stacked tensor), and whether autocast is on for their device."""
+    if isinstance(branches, Tensor):
+        _check_tensor("branches", branches, branches)
+        if paths is not None:
+            if isinstance(paths, bool) or not isinstance(paths, int) or paths < 1:
+                raise ValueError(f"paths: expected a positive integer; got {paths!r}")
+            if not 3 <= branches.dim() <= 5 or branches.shape[1] % paths:
+                expected = f"(B, {paths} * C, *spatial) with one to three spatial axes"
+                raise ValueError(f"branches: expected {expected}; got shape {tuple(branches.shape)}")
+        elif not 4 <= branches.dim() <= 6 or branches.shape[1] == 0:
+            expected = "(B, M, C, *spatial) with one to three spatial axes"
+            raise ValueError(f"branches: expected {expected}; got shape {tuple(branches.shape)}")
+    elif paths is not None:
+        raise ValueError(f"paths: expected None for a sequence of branches; got {paths!r}")
+    elif not isinstance(branches, (list, tuple)) or not branches:
+        raise TypeError(f"branches: expected a tensor or a sequence of them; got {branches!r:.40}")
+    maps = reference.branch_maps(branches, paths)
+    for u in maps:
+        _check_tensor("branches", u, maps[0])
+        if u.shape != maps[0].shape:
+            raise ValueError(f"branches: expected one shape, {tuple(maps[0].shape)}; got {tuple(u.shape)}")
+        if u.dtype != maps[0].dtype:
+            raise TypeError(f"branches: expected one dtype, {maps[0].dtype}; got {u.dtype}")
+    return maps, _check_map(maps[0], "branches")
+
+
+def _read_as_one(branches: Tensor | Sequence[Tensor], maps: list[Tensor]) -> list[Tensor]:
+    """What the operators take: the maps, or the stacked tensor as (B, M, C, *spatial) where there is one."""
+    if not isinstance(branches, Tensor) or len(maps) == 1:
+        return maps
+    return [branches if branches.dim() > maps[0].dim() else branches.unflatten(1, (len(maps), -1))]
+
+
+def _check_branch_affine(
+    maps: list[Tensor], affine: Affine | None, autocast: bool
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if affine is None:
+        return None, None
+    weight, bias = affine
+    shape = len(maps), maps[0].shape[1]
+    _check_parameter("affine weight", weight, shape, maps[0], autocast)
+    _check_parameter("affine bias", bias, shape, maps[0], autocast)
+    return weight, bias
+
+
+def _check_selection(
+    maps: list[Tensor],
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    groups: int,
+    autocast: bool,
+) -> None:
+    x = maps[0]
+    channels = x.shape[1]
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"groups: expected a positive integer that divides {channels} channels; got {groups!r}")
+    for argument, weight in (("weight1", weight1), ("weight2", weight2)):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{argument}: expected a tensor; got {type(weight).__name__}")
+    hidden = weight1.shape[0] if weight1.dim() else 0
+    if hidden == 0 or hidden % groups:
+        multiple = "" if groups == 1 else f", hidden a multiple of {groups}"
+        raise ValueError(
+            f"weight1: expected shape (hidden, {channels // groups}){multiple}; got {tuple(weight1.shape)}"
+        )
+    _check_parameter("weight1", weight1, (hidden, channels // groups), x, autocast)
+    _check_parameter("weight2", weight2, (len(maps) * channels, hidden // groups), x, autocast)  # type: ignore[arg-type]
+    if bias1 is not None:
+        _check_parameter("bias1", bias1, (hidden,), x, autocast)
+    if bias2 is not None:
+        _check_parameter("bias2", bias2, (len(maps) * channels,), x, autocast)
 
 
 def _check_pool(x: Tensor, pool: str) -> None:

@@ -147,5 +147,6 @@ def test_names_mean_the_same_numbers_everywhere():
     }
     expected["AvgMax"] = expected.pop("Avgmax")
     expected |= {name.capitalize() + "Of": value for name, value in codes.COMBINES.items()}
+    expected |= {"SelectBy" + name.capitalize(): value for name, value in codes.SELECTIONS.items()}
     assert found == expected
     assert set(codes.FUNCTIONS) == set(codes.ACTIVATIONS)

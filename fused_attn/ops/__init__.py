@@ -6,18 +6,22 @@ from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .mixed_scale import mixed_scale
 from .scale import scale
+from .select import MOST_BRANCHES, select, select_with
 from .simam import simam
 from .spatial_gate import spatial_gate
 from .spatial_logits import spatial_logits
 from .squeeze import squeeze
 
 __all__ = [
+    "MOST_BRANCHES",
     "axis_pool",
     "cbam",
     "channel_gate",
     "channel_pool",
     "mixed_scale",
     "scale",
+    "select",
+    "select_with",
     "simam",
     "spatial_gate",
     "spatial_logits",

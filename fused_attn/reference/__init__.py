@@ -16,6 +16,7 @@ from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
 from .scale import scale
 from .scse import SCSE
+from .select import branch_maps, select, select_with
 from .simam import SimAM, simam
 from .spatial_gate import spatial_gate, spatial_logits
 from .squeeze import squeeze
@@ -38,12 +39,15 @@ __all__ = [
     "TripletAttention",
     "axis_pool",
     "axis_pool_with_map",
+    "branch_maps",
     "cbam",
     "channel_gate",
     "channel_pool",
     "eca_kernel_size",
     "mixed_scale",
     "scale",
+    "select",
+    "select_with",
     "simam",
     "spatial_gate",
     "spatial_logits",
