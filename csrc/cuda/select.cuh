@@ -108,7 +108,9 @@ struct SelectBlock : Block<Io, kChannelsLast> {
 
     __device__ __forceinline__ char* image(int m) const { return x + m * select.tile; }
     // Branch m's of M tables, and of M arrays of the channels owned.
-    __device__ __forceinline__ Acc* table(uint32_t place, int m) const { return at(place) + m * table_size(); }
+    __device__ __forceinline__ Acc* table(uint32_t place, int m) const {
+        return at(place) + m * (kChannelsLast ? call.channels : call.carve.share);
+    }
     __device__ __forceinline__ Acc* owned(uint32_t place, int m) const { return at(place) + m * call.carve.share; }
     __device__ __forceinline__ Acc* weights() const { return state() + call.channels + call.hidden; }
     // Channels and hidden values of a group; the first and the end of its channels among those owned.
