@@ -579,11 +579,12 @@ def select(
     backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select", maps[0])
     if backend == "reference":
         return reference.select(
-            maps,
+            branches,
             weight1,
             bias1,
             weight2,
             bias2,
+            paths=paths,
             groups=groups,
             activation=activation,
             gate=gate,
@@ -629,7 +630,7 @@ def select_with(
 
     backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select/with", x)
     if backend == "reference":
-        return reference.select_with(maps, checked, affine=affine, pre_activation=pre_activation)
+        return reference.select_with(branches, checked, paths=paths, affine=affine, pre_activation=pre_activation)
     inputs = _read_as_one(branches, maps)
     return ops.select_with(backend, inputs, checked, affine_weight, affine_bias, count, pre_activation_code)
 
@@ -708,9 +709,14 @@ def _check_branch_affine(
         return None, None
     weight, bias = affine
     shape = len(maps), maps[0].shape[1]
-    _check_parameter("affine weight", weight, shape, maps[0], autocast)
-    _check_parameter("affine bias", bias, shape, maps[0], autocast)
+    for argument, tensor in (("affine weight", weight), ("affine bias", bias)):
+        _check_parameter(argument, tensor, shape, maps[0], autocast or _is_folded(tensor, maps[0]))
     return weight, bias
+
+
+def _is_folded(tensor: Tensor, x: Tensor) -> bool:
+    """A folded BatchNorm comes in float32 for half precision too."""
+    return isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and x.dtype.itemsize == 2
 
 
 def _check_selection(
@@ -735,10 +741,11 @@ def _check_selection(
         raise ValueError(
             f"weight1: expected shape (hidden, {channels // groups}){multiple}; got {tuple(weight1.shape)}"
         )
-    _check_parameter("weight1", weight1, (hidden, channels // groups), x, autocast)
+    folded = autocast or _is_folded(weight1, x)
+    _check_parameter("weight1", weight1, (hidden, channels // groups), x, folded)
     _check_parameter("weight2", weight2, (len(maps) * channels, hidden // groups), x, autocast)  # type: ignore[arg-type]
     if bias1 is not None:
-        _check_parameter("bias1", bias1, (hidden,), x, autocast)
+        _check_parameter("bias1", bias1, (hidden,), x, folded)
     if bias2 is not None:
         _check_parameter("bias2", bias2, (len(maps) * channels,), x, autocast)
 
@@ -814,8 +821,7 @@ def _check_spatial_convolution(
     if weight.shape[:2] != (1, 2) or len(kernel_size) != rank or any(k % 2 == 0 for k in kernel_size):
         shape = ", ".join(("1", "2") + ("k",) * rank)
         raise ValueError(f"{argument}: expected shape ({shape}) with every k odd; got {tuple(weight.shape)}")
-    # A folded BatchNorm comes in float32 for half precision too.
-    autocast = autocast or (weight.dtype == torch.float32 and x.dtype.itemsize == 2)
+    autocast = autocast or _is_folded(weight, x)
     _check_parameter(argument, weight, (1, 2, *kernel_size), x, autocast)
     if bias is not None:
         _check_parameter(bias_argument, bias, (1,), x, autocast)

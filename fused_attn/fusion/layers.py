@@ -93,6 +93,12 @@ def is_batch_norm(layer: Any) -> bool:
     return type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def paths_but(block: nn.Module, *runs: str) -> tuple[str, ...]:
+    """Paths of all layers of a block but these and what is in them: of those that it may not run."""
+    kept = tuple(f"{path}." for path in runs)
+    return tuple(path for path, _ in block.named_modules() if path and not f"{path}.".startswith(kept))
+
+
 def bias_of(path: str) -> str:
     """Path of a layer's bias. It is read at every call, so that one set or taken away later counts."""
     return f"{path}.bias"

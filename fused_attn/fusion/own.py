@@ -9,6 +9,7 @@ from torch import nn
 from .. import nn as fused_nn
 from .. import reference
 from ..reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention
+from .layers import paths_but
 from .registry import FUSED_FORMS, CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, register
 
 _MODULE = "fused_attn.reference"
@@ -91,7 +92,10 @@ _AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
     reference.EMA: (("scale/space",), 4),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
+    reference.SKConv: (("select", "select/with"), 4),
+    reference.SelectiveKernel: (("select", "select/with"), 4),
     reference.SimAM: (("simam",), None),
+    reference.SplitAttention: (("select", "select/with"), 4),
     reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
 }
 FUSED_FORMS.update({cls: getattr(fused_nn, cls.__name__) for cls in _AS_IN_NN})
@@ -101,7 +105,15 @@ FUSED_FORMS.update({cls: getattr(fused_nn, cls.__name__) for cls in _AS_IN_NN})
 def as_in_nn(block: Any) -> Recipe | str:
     (cls,) = (cls for cls in _AS_IN_NN if isinstance(block, cls))
     functions, rank = _AS_IN_NN[cls]
-    return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank)
+    bypassed: tuple[str, ...] = ()
+    if "select" in functions:  # the convolutions run; in eval the BatchNorms and the excitation do not
+        bypassed = paths_but(block, *(path for path, layer in block.named_modules() if is_branch(path, layer)))
+    return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank, bypassed=bypassed)
+
+
+def is_branch(path: str, layer: nn.Module) -> bool:
+    """Whether it is a convolution that makes branches of a block that selects between them."""
+    return type(layer) is nn.Conv2d and path.partition(".")[0] in ("conv", "paths")
 
 
 def own_functions(block: Any) -> tuple[str, ...] | None:

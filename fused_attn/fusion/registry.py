@@ -92,7 +92,8 @@ class OwnLayers:
     """A block that runs its own layers, with fused functions before, between or after them.
 
     forward(block, x): what it runs; `functions` are the fused functions in it, as `fused_attn.backends.OPS` has them,
-    the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it.
+    the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it. whole: its parts are
+    no blocks by themselves.
     """
 
     forward: Callable[[Any, Tensor], Tensor]
@@ -101,6 +102,7 @@ class OwnLayers:
     adds_input: bool = False
     rank: int | None = 4
     bypassed: tuple[str, ...] = ()
+    whole: bool = False
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers

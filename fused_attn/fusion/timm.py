@@ -1,14 +1,18 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-the two attentions that these are made of, CoordAttn, and the SE of older models."""
+the two attentions that these are made of, CoordAttn, SelectiveKernel, SplitAttn, and the SE of older models."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..nn.selection import selection
+from ..reference.select import branch_weights
+from ..reference.selection import Excitation, Layers
 from .layers import (
     activation_name,
     bias_of,
@@ -16,6 +20,7 @@ from .layers import (
     is_channel_convolution,
     is_dense,
     is_spatial_convolution,
+    paths_but,
     two_dense_layers,
 )
 from .registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, class_name, register
@@ -213,3 +218,113 @@ def coordinate_attention(block: Any) -> Recipe | str:
     if activation_name(block.gate) is None:
         return "its gate is not one we fuse"
     return OwnLayers(_coordinate, "CoordinateAttention", ("axis_pool", "mixed_scale"), block.has_skip)
+
+
+def _normalise(norm: Any, x: Tensor) -> Tensor:
+    """A BatchNorm without the activation that timm's has behind it."""
+    return nn.BatchNorm2d.forward(norm, x)
+
+
+def _excitation_activation(reduce: Any, norm: Any, activation: Any, expand: Any, groups: int = 1) -> str | None:
+    """The activation between two 1x1 convolutions in these many groups, with a BatchNorm or none before it; None where
+    the layers are not these."""
+
+    def is_pointwise(layer: Any) -> bool:
+        options = (1, 1), (1, 1), (0, 0), groups
+        return type(layer) is nn.Conv2d and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == options
+
+    plain = is_pointwise(reduce) and is_pointwise(expand) and type(norm) in (nn.Identity, nn.BatchNorm2d)
+    return activation_name(activation) if plain else None
+
+
+def _select(
+    branches: Tensor | list[Tensor],
+    norms: list[Any],
+    branch_activation: str | None,
+    layers: tuple[Any, Any, Any, Any],
+    activation: str | None,
+    **options: Any,
+) -> Tensor:
+    """norms and branch_activation: of the branches, where these have not been run. layers: the excitation's, run as
+    they are where `activation` is not given."""
+    reduce, norm, act, expand = layers
+
+    def as_they_are(descriptor: Tensor) -> Tensor:
+        return branch_weights(expand(act(norm(reduce(descriptor[:, :, None, None])))).flatten(1), **options)
+
+    excitation: Excitation = as_they_are
+    if activation is not None:
+        excitation = Layers(reduce, None if type(norm) is nn.Identity else norm, activation, expand, **options)
+    paths = options["paths"] if isinstance(branches, Tensor) else None
+    norms = [n for n in norms if branch_activation is not None and type(n) is not nn.Identity]
+    return selection(branches, norms, branch_activation or "identity", excitation, paths, _normalise)
+
+
+def _selective_kernel(block: Any, x: Tensor, branch_activation: str | None, activation: str | None) -> Tensor:
+    attn, paths = block.attn, block.paths
+    inputs = x.split(block.in_channels // block.num_paths, 1) if block.split_input else [x] * block.num_paths
+    maps = [path(u) if branch_activation is None else path.conv(u) for path, u in zip(paths, inputs, strict=True)]
+    layers = attn.fc_reduce, attn.bn, attn.act, attn.fc_select
+    norms = [path.bn for path in paths]
+    options: dict[str, Any] = {"paths": block.num_paths, "groups": 1, "gate": "softmax"}
+    return _select(maps, norms, branch_activation, layers, activation, **options)
+
+
+def _branch_activation(path: Any) -> str | None:
+    """Of a ConvNormAct that ends in a BatchNorm and this activation; None where it does not."""
+    plain = path.aa is None and _is_exactly(path.bn, "norm_act.BatchNormAct2d") and type(path.bn.drop) is nn.Identity
+    return activation_name(path.bn.act) if plain else None
+
+
+@register("timm.layers.selective_kernel.SelectiveKernel")
+def selective_kernel(block: Any) -> Recipe | str:
+    attn, paths = block.attn, list(block.paths)
+    parts = [_is_exactly(path, "conv_bn_act.ConvNormAct") for path in paths]
+    if not all([*parts, _is_exactly(attn, "selective_kernel.SelectiveKernelAttn"), block.num_paths == attn.num_paths]):
+        return "its parts are not timm's"
+    names = {_branch_activation(path) for path in paths}
+    branch_activation = names.pop() if len(names) == 1 else None
+    activation = _excitation_activation(attn.fc_reduce, attn.bn, attn.act, attn.fc_select)
+    runs = [f"paths.{i}" if branch_activation is None else f"paths.{i}.conv" for i in range(len(paths))]
+    runs += [f"attn.{name}" for name in ("fc_reduce", "bn", "act", "fc_select")] if activation is None else []
+    return OwnLayers(
+        functools.partial(_selective_kernel, branch_activation=branch_activation, activation=activation),
+        "SelectiveKernel",
+        ("select", "select/with"),
+        bypassed=paths_but(block, *runs),
+        whole=True,
+    )
+
+
+@register("timm.layers.selective_kernel.SelectiveKernelAttn")
+def selective_kernel_attention(block: Any) -> str:
+    return "returns the weights of its branches alone; a SelectiveKernel around it is fused"
+
+
+def _split_attention(block: Any, x: Tensor, branch_activation: str | None, activation: str | None) -> Tensor:
+    splits = block.conv(x)
+    if branch_activation is None:
+        splits = block.act0(block.drop(block.bn0(splits)))
+    layers = block.fc1, block.bn1, block.act1, block.fc2
+    gate = "softmax" if block.radix > 1 else "sigmoid"
+    options: dict[str, Any] = {"paths": block.radix, "groups": block.rsoftmax.cardinality, "gate": gate}
+    return _select(splits, [block.bn0], branch_activation, layers, activation, **options)
+
+
+@register("timm.layers.split_attn.SplitAttn")
+def split_attention(block: Any) -> Recipe | str:
+    if not _is_exactly(block.rsoftmax, "split_attn.RadixSoftmax") or block.rsoftmax.radix != block.radix:
+        return "its parts are not timm's"
+    plain = type(block.bn0) in (nn.Identity, nn.BatchNorm2d) and type(block.drop) is nn.Identity
+    branch_activation = activation_name(block.act0) if plain else None
+    layers = block.fc1, block.bn1, block.act1, block.fc2
+    activation = _excitation_activation(*layers, groups=block.rsoftmax.cardinality)
+    runs = ["conv", "bn0", "drop", "act0"] if branch_activation is None else ["conv"]
+    runs += ["fc1", "bn1", "act1", "fc2"] if activation is None else []
+    return OwnLayers(
+        functools.partial(_split_attention, branch_activation=branch_activation, activation=activation),
+        "SplitAttention",
+        ("select", "select/with"),
+        bypassed=paths_but(block, *runs),
+        whole=True,
+    )

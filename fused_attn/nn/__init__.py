@@ -6,7 +6,9 @@ from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
 from .scse import SCSE
+from .selective_kernel import SelectiveKernel, SKConv
 from .simam import SimAM
+from .split_attention import SplitAttention
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
 from .triplet import TripletAttention
 
@@ -21,7 +23,10 @@ __all__ = [
     "GatherExcite",
     "SimAM",
     "SCSE",
+    "SKConv",
+    "SelectiveKernel",
     "SpatialAttention",
+    "SplitAttention",
     "SqueezeExcite",
     "TripletAttention",
 ]

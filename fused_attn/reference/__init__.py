@@ -17,8 +17,10 @@ from .mixed_scale import mixed_scale
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
+from .selective_kernel import SelectiveKernel, SKConv
 from .simam import SimAM, simam
 from .spatial_gate import spatial_gate, spatial_logits
+from .split_attention import SplitAttention
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
 from .triplet import TripletAttention
@@ -33,8 +35,11 @@ __all__ = [
     "EffectiveSE",
     "GatherExcite",
     "SCSE",
+    "SKConv",
+    "SelectiveKernel",
     "SimAM",
     "SpatialAttention",
+    "SplitAttention",
     "SqueezeExcite",
     "TripletAttention",
     "axis_pool",

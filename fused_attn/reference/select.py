@@ -22,10 +22,9 @@ def branch_maps(branches: Tensor | Sequence[Tensor], paths: int | None = None) -
 
 
 def branch_prologue(maps: Sequence[Tensor], affine: Affine | None, pre_activation: str) -> list[Tensor]:
-    """The prologue of each branch, with its row of weight and bias (M, C)."""
-    if affine is None:
-        return [FUNCTIONS[pre_activation](u) for u in maps]
-    return [prologue(u, rows, pre_activation) for u, *rows in zip(maps, *affine, strict=True)]  # type: ignore[arg-type]
+    """The prologue of each branch, with its row of weight and bias (M, C), in the maps' dtype."""
+    rows = zip(*affine, strict=True) if affine is not None else [None] * len(maps)
+    return [prologue(u, row, pre_activation).to(u.dtype) for u, row in zip(maps, rows, strict=True)]
 
 
 def select_weights(
@@ -43,20 +42,19 @@ def select_weights(
     """(B, C) descriptors to (B, M, C) branch weights."""
 
     def layer(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        row = row.to(weight.dtype)  # which a folded BatchNorm makes float32
         if groups == 1:
             return F.linear(row, weight.flatten(1), bias)
         return F.conv1d(row.unsqueeze(2), weight.flatten(1).unsqueeze(2), bias, groups=groups).squeeze(2)
 
     z = layer(FUNCTIONS[activation](layer(descriptor, weight1, bias1)), weight2, bias2)
-    batch, channels = descriptor.shape
-    z = z.view(batch, groups, paths, channels // groups).transpose(1, 2).reshape(batch, paths, channels)
+    return branch_weights(z, paths, groups, gate)
+
+
+def branch_weights(logits: Tensor, paths: int, groups: int, gate: str) -> Tensor:
+    """(B, M * C) logits, each group's M branches together, to (B, M, C) weights."""
+    z = logits.unflatten(1, (groups, paths, -1)).transpose(1, 2).flatten(2)
     return z.softmax(1) if gate == "softmax" else z.sigmoid()
-
-
-def weighted_sum(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The sum of maps (B, C, *spatial) times their weights (B, M, C)."""
-    weighted = [u * per_channel(a, u).to(u.dtype) for u, a in zip(maps, weights.unbind(1), strict=True)]
-    return functools.reduce(torch.add, weighted)
 
 
 def select(
@@ -101,7 +99,17 @@ def select_with(
     pre_activation: str = "identity",
 ) -> Tensor:
     """See `fused_attn.functional.select_with`."""
-    maps = branch_prologue(branch_maps(branches, paths), affine, pre_activation)
-    total = functools.reduce(torch.add, maps)
-    weights = excitation(total.mean(space(total)))
-    return weighted_sum(maps, weights.reshape(weights.shape[:3]))
+    if not isinstance(branches, Tensor):
+        maps = branch_prologue(branches, affine, pre_activation)
+        total = functools.reduce(torch.add, maps)
+        weights = excitation(total.mean(space(total))).flatten(2).to(total.dtype)
+        weighted = [u * per_channel(a, u) for u, a in zip(maps, weights.unbind(1), strict=True)]
+        return functools.reduce(torch.add, weighted)
+    stacked = branches if paths is None else branches.unflatten(1, (paths, -1))
+    if affine is not None:
+        weight, bias = (per_channel(p, stacked[:, 0]) for p in affine)
+        stacked = torch.addcmul(bias, stacked, weight)
+    stacked = FUNCTIONS[pre_activation](stacked).to(branches.dtype)
+    total = stacked.sum(1)
+    weights = excitation(total.mean(space(total))).flatten(2).to(total.dtype)
+    return (stacked * per_channel(weights, total)).sum(1)

@@ -19,6 +19,7 @@ from tests.ops.test_cbam import separated
 
 timm_layers = pytest.importorskip("timm.layers", reason="timm is not installed")
 timm_cbam = pytest.importorskip("timm.layers.cbam", reason="timm is not installed")
+split_attn = pytest.importorskip("timm.layers.split_attn", reason="timm is not installed")
 efficientnet = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm is not installed")
 senet = pytest.importorskip("timm.models.senet", reason="timm is not installed")
 hgnet = pytest.importorskip("timm.models.hgnet", reason="timm is not installed")
@@ -73,6 +74,27 @@ BLOCKS = {
         2,
         OwnLayers,
     ),
+    "timm SelectiveKernel": (lambda: selective_kernel(C), 2, OwnLayers),
+    "timm SelectiveKernel, options": (
+        lambda: selective_kernel(C, kernel_size=[3, 5, 7], split_input=False, groups=4, act_layer=nn.SiLU),
+        2,
+        OwnLayers,
+    ),
+    "timm SelectiveKernel, mish": (lambda: selective_kernel(C, act_layer=nn.Mish), 2, OwnLayers),
+    "timm SelectiveKernel, drop": (lambda: selective_kernel(C, drop_layer=nn.Identity), 2, OwnLayers),
+    "timm SelectiveKernel, excitation": (lambda: with_group_norm(selective_kernel(C)), 2, OwnLayers),
+    "timm SplitAttn": (lambda: split_attn.SplitAttn(C, norm_layer=nn.BatchNorm2d), 2, OwnLayers),
+    "timm SplitAttn, groups": (
+        lambda: split_attn.SplitAttn(C, groups=2, radix=4, norm_layer=nn.BatchNorm2d, act_layer=nn.SiLU),
+        2,
+        OwnLayers,
+    ),
+    "timm SplitAttn, radix 1": (lambda: split_attn.SplitAttn(C, radix=1, groups=4), 2, OwnLayers),
+    "timm SplitAttn, mish": (
+        lambda: split_attn.SplitAttn(C, norm_layer=nn.BatchNorm2d, act_layer=nn.Mish),
+        2,
+        OwnLayers,
+    ),
     "timm ChannelAttn": (lambda: timm_cbam.ChannelAttn(C, mlp_bias=True), 2, ChannelGate),
     "timm LightChannelAttn": (lambda: timm_cbam.LightChannelAttn(C, gate_layer="hard_sigmoid"), 2, ChannelGate),
     "timm SpatialAttn": (lambda: timm_cbam.SpatialAttn(3), 2, SpatialGate),
@@ -116,6 +138,9 @@ BLOCKS = {
     "reference SimAM": (lambda: reference.SimAM(), 2, OwnLayers),
     "reference SimAM, 3-D": (lambda: reference.SimAM(C, e_lambda=0.1), 3, OwnLayers),
     "reference CoordinateAttention": (lambda: reference.CoordinateAttention(C), 2, OwnLayers),
+    "reference SKConv": (lambda: reference.SKConv(C, M=3), 2, OwnLayers),
+    "reference SelectiveKernel": (lambda: reference.SelectiveKernel(C), 2, OwnLayers),
+    "reference SplitAttention": (lambda: reference.SplitAttention(C, groups=2), 2, OwnLayers),
     "reference TripletAttention": (lambda: reference.TripletAttention(), 2, OwnLayers),
     "reference TripletAttention, no spatial": (
         lambda: reference.TripletAttention(C, kernel_size=3, no_spatial=True, ties="even"),
@@ -129,6 +154,17 @@ BLOCKS = {
 
 #: Modules whose reference runs as the class of the same name in `fused_attn.nn`.
 AS_IN_NN = ["BAM", "CoordinateAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
+AS_IN_NN += ["SKConv", "SelectiveKernel", "SplitAttention"]
+
+
+def selective_kernel(*args, **options):
+    return timm_layers.SelectiveKernel(*args, **options)
+
+
+def with_group_norm(block):
+    """An excitation that is not one of ours."""
+    block.attn.bn = nn.GroupNorm(1, block.attn.bn.num_features)
+    return block
 
 
 def coordinate_attention(**options):
@@ -215,6 +251,12 @@ NORMS = {
     "timm LightCbamModule": "spatial.conv.bn",
     "timm SpatialAttn": "conv.bn",
     "timm CoordAttn": "bn1",
+    "timm SelectiveKernel": "paths.1.bn",
+    "timm SplitAttn": "bn1",
+    "timm SplitAttn, mish": "bn0",
+    "reference SKConv": "fc1.1",
+    "reference SelectiveKernel": "attn.bn",
+    "reference SplitAttention": "bn0",
     "reference CoordinateAttention": "bn1",
     "reference TripletAttention": "hc.conv.bn",
     "reference BAM": "channel_att.gate_c.gate_c_bn_1",
@@ -354,6 +396,17 @@ REFUSED = {
         changed("", sSE=nn.Sequential(nn.Conv2d(C, C, 1), nn.Sigmoid())),
         "its layers are not segmentation_models_pytorch's",
     ),
+    "another attention over branches": (
+        "timm SelectiveKernel",
+        changed("", attn=type("Other", (timm_layers.selective_kernel.SelectiveKernelAttn,), {})(C, 2, 8)),
+        "its parts are not timm's",
+    ),
+    "another softmax over splits": ("timm SplitAttn", changed("", rsoftmax=nn.Softmax(1)), "its parts are not timm's"),
+    "a branch whose norm has its own forward": (
+        "timm SelectiveKernel",
+        changed("paths.0.bn", forward=lambda x: x),
+        "paths.0.bn carries a hook or a forward of its own, which the fused block would skip",
+    ),
     "windows": ("timm GatherExcite", changed("", extent=2, gk=3, gs=2), "its pool is not global"),
     "a gathering convolution": (
         "timm GatherExcite",
@@ -457,6 +510,33 @@ def test_own_modules_get_the_functions_of_nn(kind):
         assert all(getattr(copied, name) is getattr(fused_form, name) for name in names)
         unfuse(block)
         assert type(block) is cls and all(getattr(block, name) is getattr(plain, name) for name in names)
+
+
+def test_branch_weights_alone_are_left_alone():
+    block = timm_layers.SelectiveKernel(C)
+    (row,) = explain(fuse(block.attn))
+    assert not row.fused and row.reason.startswith("returns the weights of its branches alone")
+    (row,) = explain(fuse(nn.Sequential(block), strict=True))  # in the block they are part of it
+    assert row.fused and row.name == "0"
+
+
+@pytest.mark.parametrize("name", ["timm SelectiveKernel", "timm SelectiveKernel, mish"])
+def test_layers_that_run_keep_their_hooks(name):
+    block = randomised(name).eval()
+    runs = ["paths.0.conv"] if name == "timm SelectiveKernel" else ["paths.0", "paths.1.bn"]
+    calls = []
+    for path in runs:
+        block.get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+    fused = fuse(copy.deepcopy(block), strict=True)
+    x = random(2, C, 7, 7)
+    torch.testing.assert_close(fused(x), block(x))
+    assert len(calls) == 2 * len(runs)
+
+
+@pytest.mark.parametrize("name", ["timm SelectiveKernel", "timm SplitAttn"])
+def test_one_sample_in_training_is_the_hosts_error(name):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        fuse(randomised(name).train())(random(1, C, 5, 5))
 
 
 def test_options_of_a_part_changed_after_fusing_count():

@@ -1,0 +1,79 @@
+"""The fused forward pass of the modules that select between branches, from their convolutions on.
+
+A BatchNorm that uses running statistics is folded: those behind the branches into the prologue of `functional.select`,
+so that no normalised map is written, the one inside the excitation into its first layer. One that takes statistics of
+the batch runs as itself, the branches' activation stays in the prologue, and `functional.select_with` goes around the
+excitation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..reference.block_attention import uses_batch_statistics
+from ..reference.selection import Excitation, Layers
+
+
+def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
+    """Factor and shift, each (C,), of a BatchNorm that uses its running statistics; float32 for half precision."""
+    dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
+    factor = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * factor
+    return factor, shift if norm.bias is None else shift + norm.bias.to(dtype)
+
+
+def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a 1x1 convolution and of the BatchNorm behind it (None: none)."""
+    weight = layer.weight.flatten(1)
+    if norm is None:
+        return weight, layer.bias
+    factor, shift = affine_of(norm)
+    bias = shift if layer.bias is None else shift + layer.bias.to(factor.dtype) * factor
+    return weight.to(factor.dtype) * factor[:, None], bias
+
+
+def call(norm: Any, x: Tensor) -> Tensor:
+    return norm(x)
+
+
+def selection(
+    branches: Tensor | Sequence[Tensor],
+    norms: Sequence[Any],
+    activation: str,
+    excitation: Excitation,
+    paths: int | None = None,
+    normalise: Callable[[Any, Tensor], Tensor] = call,
+) -> Tensor:
+    """As `fused_attn.reference.selection`; normalise(norm, x) runs a branch's BatchNorm alone, without activation."""
+    affine = None
+    if any(uses_batch_statistics(norm) for norm in norms):
+        if isinstance(branches, Tensor):
+            branches = normalise(norms[0], branches)
+        else:
+            branches = [normalise(norm, u) for norm, u in zip(norms, branches, strict=True)]
+    elif norms:
+        pairs = [affine_of(norm) for norm in norms]
+        if paths is None:
+            affine = torch.stack([factor for factor, _ in pairs]), torch.stack([shift for _, shift in pairs])
+        else:
+            affine = pairs[0][0].view(paths, -1), pairs[0][1].view(paths, -1)
+    options: dict[str, Any] = {"paths": paths, "affine": affine, "pre_activation": activation}
+    if not isinstance(excitation, Layers) or (excitation.norm is not None and uses_batch_statistics(excitation.norm)):
+        return functional.select_with(branches, excitation, **options)
+    return functional.select(
+        branches,
+        *folded(excitation.fc1, excitation.norm),
+        excitation.fc2.weight,
+        excitation.fc2.bias,
+        groups=excitation.groups,
+        activation=excitation.activation,
+        gate=excitation.gate,
+        **options,
+    )
