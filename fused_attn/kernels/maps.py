@@ -162,22 +162,34 @@ def _width(size: int, widest: int, narrowest: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(batch: int, channels: int, space: int, layout: int, itemsize: int, sms: int, whole: bool = False) -> Plan:
+def plan(
+    batch: int,
+    channels: int,
+    space: int,
+    layout: int,
+    itemsize: int,
+    sms: int,
+    whole: bool = False,
+    lane_bytes: int = LANE_BYTES,
+) -> Plan:
     """Tiles and programs for a map.
 
     Rows of a tile are 128 to 512 bytes along the contiguous axis where the map has them; small maps take many channels
     a tile and several tiles a program. Few samples: smaller tiles, fewer channels a program, space split.
     With `whole` space is split only where whole channels are too few programs: a split maximum costs a launch more.
+    `lane_bytes`: of a tile, for each thread.
     """
     size, wanted = max(space, 1), 2 * sms
     contiguous = channels if layout == CHANNELS_LAST.value else size
-    lane = LANE_BYTES // itemsize if contiguous * itemsize % 8 == 0 else LANE_ALONE
+    lane = lane_bytes // itemsize
+    if contiguous * itemsize % 8 != 0:
+        lane = min(lane, LANE_ALONE)
     tile = lane * THREADS
     if layout == CHANNELS_LAST.value:
         block_c = _width(channels, max(256 // itemsize, 1), 32 // itemsize)
         block_s = min(next_power_of_2(size), tile // block_c)
     else:
-        block_s = _width(size, 512, 64)
+        block_s = _width(size, min(512, tile), 64)
         block_c = 1 if size >= LONG_ROW else min(next_power_of_2(channels), tile // block_s)
     least_c = min(block_c, 32 // itemsize) if layout == CHANNELS_LAST.value else 1
     while block_c * block_s > SMALLEST_TILE and batch * _tiles(channels, size, block_c, block_s) < wanted:

@@ -7,11 +7,13 @@ A process of its own, because under TRITON_INTERPRET kernels are not compiled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_attn.codes import ACTIVATIONS, COMBINES, LAYERS, POOLS, TIES
+from fused_attn.codes import ACTIVATIONS, COMBINES, LAYERS, POOLS, SELECTIONS, TIES
 from fused_attn.kernels import (
     axis_pool,
     cbam,
@@ -29,6 +31,7 @@ from fused_attn.kernels import (
     maps,
     mixed_scale,
     scale,
+    select,
     simam,
     spatial_gate,
     squeeze,
@@ -42,6 +45,7 @@ TYPES = {
     torch.int32: "*i32",
 }
 OPTIONS = ("num_warps", "enable_fp_fusion")
+ALIGNED = [["tt.divisibility", 16]]
 
 
 class Case(NamedTuple):
@@ -59,8 +63,11 @@ class Case(NamedTuple):
     strided_grad: bool = False
 
     def __str__(self) -> str:
-        given = (f"{k}={v}" for k, v in self._asdict().items() if v != self._field_defaults.get(k))
-        return " ".join(given)
+        return described(self)
+
+
+def described(case: Any) -> str:
+    return " ".join(f"{k}={v}" for k, v in case._asdict().items() if v != case._field_defaults.get(k))
 
 
 HEADLINE = ((32, 256, 56, 56), (32, 1024, 14, 14), (32, 2048, 7, 7), (1, 256, 56, 56))
@@ -79,6 +86,41 @@ CASES = [
     Case((2, 40, 13, 17), torch.float16, True, "circular", 1, "max", pre="hard_swish", affine=True, strided_grad=True),
 ]
 
+
+class Selection(NamedTuple):
+    """Branches of `select`; stacked: (B, M, C, *spatial) or, with "pixels", parts of the same pixels."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+    paths: int = 2
+    groups: int = 1
+    stacked: str = ""
+    gate: str = "softmax"
+    pre: str = "identity"
+    affine: bool = False
+    strided_grad: bool = False
+
+    def __str__(self) -> str:
+        return described(self)
+
+
+BRANCHES = ((32, 64, 56, 56), (32, 512, 7, 7), (1, 128, 28, 28))
+SELECTIONS_OF = [
+    *(Selection(s, d, cl) for s in BRANCHES for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
+    *(Selection(BRANCHES[0], d, cl, pre="relu", affine=True) for d in (torch.bfloat16, torch.float32) for cl in (0, 1)),
+    *(Selection(BRANCHES[0], channels_last=cl, stacked="planes", pre="relu", affine=True) for cl in (False, True)),
+    Selection(BRANCHES[0], channels_last=True, stacked="pixels", groups=2),
+    Selection(BRANCHES[1], torch.float32, True, stacked="pixels", pre="relu", affine=True),
+    *(
+        Selection(BRANCHES[0], d, cl, paths=paths, pre="silu", affine=True, gate="sigmoid")
+        for paths in (4, 8)
+        for d in (torch.bfloat16, torch.float32)
+        for cl in (False, True)
+    ),
+    *(Selection((2, 40, 13, 17), torch.float64, cl, 3, 2, pre="gelu", affine=True) for cl in (False, True)),
+    Selection((2, 36, 13, 17), torch.float16, True, 8, 2, pre="hard_swish", affine=True, strided_grad=True),
+]
 
 #: Of mixed_scale, (combine, gates).
 MIXED = (
@@ -117,9 +159,7 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     keeps_y = case.post == "relu"
     grad = make(*case.shape, 2)[..., 0] if case.strided_grad else torch.empty_like(x)
 
-    found: list[tuple[Any, dict[str, Any]]] = []
-    original, maps.launch = maps.launch, lambda kernel, on, programs, /, **given: found.append((kernel, given))
-    try:
+    with recorded() as found:
         codes = (LAYERS[case.layer], *pools, ACTIVATIONS["relu"], ACTIVATIONS["sigmoid"], pre, post)
         y, state, index = channel_gate.channel_gate(x, *weights, *affine, residual, *codes)
         kept = (y, None) if keeps_y else (None, residual)
@@ -155,9 +195,63 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         both_codes = (1e-5, *codes[:5], *space_codes)
         _, *states = cbam.cbam(x, *weights, *spatial, *affine, residual, *both_codes)
         cbam.cbam_backward(grad, x, kept[0], *states, *weights, *spatial, *affine, kept[1], *both_codes)
+    return found
+
+
+def launches_of_select(case: Selection) -> list[tuple[Any, dict[str, Any]]]:
+    batch, channels, *space = case.shape
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=case.dtype, device="meta")
+
+    def in_layout(batch: int, *shape: int) -> torch.Tensor:  # (..., C, H, W)
+        return (
+            make(batch, *space, *shape).movedim((1, 2), (-2, -1)) if case.channels_last else make(batch, *shape, *space)
+        )
+
+    if case.stacked == "pixels" or not (case.stacked and case.channels_last):
+        branches = (
+            [in_layout(batch, case.paths, channels)] if case.stacked else [in_layout(batch, channels)] * case.paths
+        )
+    else:
+        branches = [make(batch, case.paths, *space, channels).movedim(-1, 2)]
+    hidden = case.groups * max(channels // 16, 32 // case.groups)
+    outputs = case.paths * channels
+    layers = make(hidden, channels // case.groups), make(hidden), make(outputs, hidden // case.groups), make(outputs)
+    affine = (make(case.paths, channels), make(case.paths, channels)) if case.affine else (None, None)
+    pre = ACTIVATIONS[case.pre]
+    grad = make(*case.shape, 2)[..., 0] if case.strided_grad else in_layout(batch, channels)
+    codes = case.paths, case.groups, ACTIVATIONS["relu"], SELECTIONS[case.gate], pre
+    with recorded() as found:
+        y, state = select.select(branches, *layers, *affine, *codes)
+        select.select_backward(grad, branches, state, *layers, *affine, *codes)
+        phase = case.paths, *affine, pre
+        s = select.select_squeeze(branches, *phase)
+        weights = make(batch, case.paths, channels)
+        select.select_sum(branches, weights, *phase)
+        select.select_dots(grad, branches, *phase)
+        select.select_gradients(grad, branches, weights, s, *phase)
+    return found
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Launches made within, instead of them."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    original, maps.launch = maps.launch, lambda kernel, on, programs, /, **given: found.append((kernel, given))
+    try:
+        yield found
     finally:
         maps.launch = original
-    return found
+
+
+def described_to_compiler(value: Any, specialized: bool) -> tuple[str, bool]:
+    """(type, whether it is a multiple of 16)."""
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype], True
+    if not isinstance(value, int) or (specialized and value == 1):
+        return "constexpr", False
+    return "i32" if value < 2**31 else "i64", specialized and value % 16 == 0
 
 
 def compiled(kernel: Any, given: dict[str, Any], capability: int) -> Any:
@@ -166,14 +260,21 @@ def compiled(kernel: Any, given: dict[str, Any], capability: int) -> Any:
     signature, constants, hints = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        specialized = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialized and value == 1):
+        if isinstance(value, tuple):  # Triton specializes the numbers in it
+            found = [described_to_compiler(v, True) for v in value]
+            signature[parameter.name] = tuple(kind for kind, _ in found)
+            constants |= {
+                (i, k): v for k, (v, (kind, _)) in enumerate(zip(value, found, strict=True)) if kind == "constexpr"
+            }
+            hints |= {(i, k): ALIGNED for k, (_, aligned) in enumerate(found) if aligned}
+            continue
+        kind, aligned = described_to_compiler(value, not parameter.do_not_specialize)
+        if parameter.is_constexpr or kind == "constexpr":
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        is_tensor = isinstance(value, torch.Tensor)
-        signature[parameter.name] = TYPES[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"
-        if is_tensor or (specialized and value % 16 == 0):
-            hints[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+        if aligned:
+            hints[(i,)] = ALIGNED
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -189,8 +290,8 @@ def usage(binary: Any) -> dict[str, int]:
 
 def main(capability: int) -> None:
     found, seen = [], set()
-    for case in CASES:
-        for kernel, given in launches(case):
+    for case in (*CASES, *SELECTIONS_OF):
+        for kernel, given in launches_of_select(case) if isinstance(case, Selection) else launches(case):
             binary = compiled(kernel, given, capability)
             if binary.hash in seen:
                 continue

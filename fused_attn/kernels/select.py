@@ -1,0 +1,947 @@
+"""Op `select` and its parts: M branch maps weighted by an excitation of the mean of their sum.
+
+Forward 2 launches (read the branches; read them again, write y: 2 M + 1 passes), backward 3 (read grad and the
+branches; read grad, and after a prologue the branches, write their gradients: 2 M + 2 passes, or 3 M + 2; gradients of
+the parameters). The sum of the branches and what a prologue makes of them stay on chip. As in channel_gate.py a launch
+leaves partial results, one row a program, and every program of the next sums those of its sample in the same order:
+both layers' products are linear in what the programs of the launch before have each a part of.
+
+A branch is a tensor, or a part of a stacked one, whose samples are dense in NCHW, or in channels_last with pixels any
+distance apart; samples may be any distance apart. Kernels take the branches, and their distances, as tuples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..codes import POOLS, SELECTIONS, TIES
+from ..ops.select import branch_views, empty_gradients, empty_sum, readable
+from . import maps
+from .channel_gate import _store_hidden
+from .language import IDENTITY, activate, activate_grad, before_activation, sigmoid, sum_rows
+from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at
+from .passes import inside
+from .squeeze import BLOCK_ROWS, _finish
+
+SOFTMAX = tl.constexpr(SELECTIONS["softmax"])
+FEW = tl.constexpr(2)  # branches whose numbers a channel stay in registers where a thread has many channels
+NO_VARIANTS = (*SIZES, "x_pixels", "grad_pixels", "H", "CG", "HG")
+
+
+@triton.jit
+def _tile_at(c0, s0, C, S, pixels, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """maps.tile_at within a sample of a branch, whose `pixels` are so many elements apart in channels_last."""
+    c = tl.arange(0, BLOCK_C)[:, None]
+    s = tl.arange(0, BLOCK_S)[None, :]
+    if LAYOUT == CHANNELS_LAST:
+        return s0 * pixels + c0, c + s * pixels, (BLOCK_S * pixels).to(tl.int64)
+    else:
+        return c0.to(tl.int64) * S + s0, c * S + s, tl.full((), BLOCK_S, tl.int64)
+
+
+@triton.jit
+def _apart(pixels, C, PV: tl.constexpr):
+    """How many elements pixels are apart; None: as many as there are channels."""
+    if pixels is None:
+        return C
+    else:
+        return pixels * PV
+
+
+@triton.jit
+def _of_branch(table, m: tl.constexpr, C, c, mask, ACC: tl.constexpr):
+    """Branch m's numbers of channels c, from a table (M, C); None: numbers that nobody uses."""
+    if table is None:
+        return c
+    else:
+        return tl.load(table + m * C + c, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _keep(table, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
+    """The numbers of the first KEPT branches, for all tiles of channels c."""
+    kept = ()
+    for m in tl.static_range(KEPT):
+        kept = kept + (_of_branch(table, m, C, c, mask, ACC),)
+    return kept
+
+
+@triton.jit
+def _kept(kept, table, m: tl.constexpr, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
+    if m < KEPT:
+        return kept[m]
+    else:
+        return _of_branch(table, m, C, c, mask, ACC)
+
+
+@triton.jit
+def _load_branches(branches, distances, b, at, mask, M: tl.constexpr, BV: tl.constexpr):
+    """A tile of each branch; all loads are issued before any is used."""
+    values = ()
+    for m in tl.static_range(M):
+        values = values + (tl.load(branches[m] + b * distances[m] * BV + at, mask=mask, other=0.0),)
+    return values
+
+
+@triton.jit
+def _zeros(M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr):
+    """Room for each branch's folded tile."""
+    tiles = ()
+    for _ in tl.static_range(M):
+        tiles = tiles + (tl.zeros((BLOCK_C, BLOCK_S // FOLD), ACC),)
+    return tiles
+
+
+@triton.jit
+def _folded(tile, FOLD: tl.constexpr):
+    """Sums of FOLD neighbours along space, which one thread has loaded together."""
+    if FOLD == 1:
+        return tile
+    else:
+        return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // FOLD, FOLD)), axis=2)
+
+
+@triton.jit
+def pool_branches_pass(
+    branches, distances, affine_weight, affine_bias, sums, b, cblk, split, C, S, pixels, n_split, blocks,
+    PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads each branch once; leaves partial sums over space of the branches' sum, (B, n_split, C)."""
+    M: tl.constexpr = len(branches)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    AFFINE: tl.constexpr = affine_weight is not None
+    row = (b * n_split + split) * C
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        first = s0  # position of the tile
+        total = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
+            for m in tl.static_range(M):
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
+                total += tl.where(mask, u, 0.0)
+            at += step
+            first += BLOCK_S
+        tl.store(sums + row + c, tl.sum(total, axis=1), mask=in_c)
+
+
+@triton.jit
+def sum_branches_pass(
+    branches, distances, weights, affine_weight, affine_bias, y, b, cblk, split, C, S, pixels, blocks,
+    PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads each branch once, writes y; `weights` points at the sample's (M, C)."""
+    M: tl.constexpr = len(branches)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    AFFINE: tl.constexpr = affine_weight is not None
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    y += b * C * S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
+        a_kept = _keep(weights, KEPT, C, c, in_c, ACC)
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        y_at, y_offsets, y_step = _tile_at(c0, s0, C, S, C, LAYOUT, BLOCK_C, BLOCK_S)
+        first = s0  # position of the tile
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
+            result = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+            for m in tl.static_range(M):
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
+                result += u * _kept(a_kept, weights, m, KEPT, C, c, in_c, ACC)[:, None]
+            tl.store(y + y_at + y_offsets, result, mask=mask)
+            at += step
+            y_at += y_step
+            first += BLOCK_S
+
+
+@triton.jit
+def _grad_at(
+    b, c0, s0, C, S, stride_b, stride_c, stride_s, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """tile_at of the map's gradient: with these strides, None: dense."""
+    if stride_b is not None:
+        return strided_tile_at(b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S)
+    else:
+        at, offsets, step = _tile_at(c0, s0, C, S, C, LAYOUT, BLOCK_C, BLOCK_S)
+        return b * C * S + at, offsets, step
+
+
+@triton.jit
+def dot_branches_pass(
+    grad, branches, distances, affine_weight, affine_bias, dots,
+    b, cblk, split, C, S, pixels, n_split, blocks, stride_b, stride_c, stride_s,
+    PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads grad and each branch once; leaves partial sums over space of their products, (B, n_split, M, C)."""
+    M: tl.constexpr = len(branches)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    AFFINE: tl.constexpr = affine_weight is not None
+    row = (b * n_split + split) * M * C
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        grad_at, grad_offsets, grad_step = _grad_at(
+            b, c0, s0, C, S, stride_b, stride_c, stride_s, LAYOUT, BLOCK_C, BLOCK_S
+        )
+        first = s0  # position of the tile
+        sums = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0)
+            values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
+            found = ()
+            for m in tl.static_range(M):
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
+                found = found + (sums[m] + _folded(tl.where(mask, dy.to(ACC) * u, 0.0), FOLD),)
+            sums = found
+            at += step
+            grad_at += grad_step
+            first += BLOCK_S
+        for m in tl.static_range(M):
+            tl.store(dots + row + m * C + c, tl.sum(sums[m], axis=1), mask=in_c)
+
+
+@triton.jit
+def spread_branches_pass(
+    grad, branches, distances, weights, grad_descriptor, affine_weight, affine_bias,
+    grads, grad_distances, weight_sums, bias_sums,
+    b, cblk, split, C, S, pixels, grad_pixels, n_split, blocks, stride_b, stride_c, stride_s,
+    PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads grad, and after a prologue each branch; writes each branch's gradient, grad * its weight + the
+    descriptor's share of each position, through the prologue, whose partial sums (B, n_split, M, C) it leaves.
+    `weights` and `grad_descriptor` point at the sample's rows."""
+    M: tl.constexpr = len(grads)
+    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    AFFINE: tl.constexpr = affine_weight is not None
+    row = (b * n_split + split) * M * C
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
+        a_kept = _keep(weights, KEPT, C, c, in_c, ACC)
+        shared = (tl.load(grad_descriptor + c, mask=in_c, other=0.0).to(ACC) / S)[:, None]
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        to, to_offsets, to_step = _tile_at(c0, s0, C, S, grad_pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        grad_at, grad_offsets, grad_step = _grad_at(
+            b, c0, s0, C, S, stride_b, stride_c, stride_s, LAYOUT, BLOCK_C, BLOCK_S
+        )
+        first = s0  # position of the tile
+        if AFFINE:
+            by_weight = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
+            by_bias = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
+        for _ in range(blocks):
+            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0)
+            if PRE != IDENTITY or AFFINE:
+                values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
+            of_weight = ()
+            of_bias = ()
+            for m in tl.static_range(M):
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                du = dy.to(ACC) * _kept(a_kept, weights, m, KEPT, C, c, in_c, ACC)[:, None] + shared
+                if PRE != IDENTITY:
+                    du *= activate_grad(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
+                if AFFINE:
+                    of_weight = of_weight + (by_weight[m] + _folded(tl.where(mask, du * values[m].to(ACC), 0.0), FOLD),)
+                    of_bias = of_bias + (by_bias[m] + _folded(tl.where(mask, du, 0.0), FOLD),)
+                    du *= weight[:, None]
+                tl.store(grads[m] + b * grad_distances[m] * BV + to + to_offsets, du, mask=mask)
+            if AFFINE:
+                by_weight, by_bias = of_weight, of_bias
+            at += step
+            to += to_step
+            grad_at += grad_step
+            first += BLOCK_S
+        if AFFINE:
+            for m in tl.static_range(M):
+                tl.store(weight_sums + row + m * C + c, tl.sum(by_weight[m], axis=1), mask=in_c)
+                tl.store(bias_sums + row + m * C + c, tl.sum(by_bias[m], axis=1), mask=in_c)
+
+
+# ---- the excitation: rows m * BLOCK_K + i are branch m, channel i of the program ----
+
+
+@triton.jit
+def _rows(cblk, C, CG, M: tl.constexpr, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(place in (M, C), row of weight2, group, whether it exists) of each row."""
+    r = tl.arange(0, BLOCK_M * BLOCK_K)
+    m, c = r // BLOCK_K, cblk * BLOCK_K + r % BLOCK_K
+    if GROUPED:
+        return m * C + c, c // CG * (M * CG) + m * CG + c % CG, c // CG, (m < M) & (c < C)
+    else:
+        return m * C + c, m * C + c, c * 0, (m < M) & (c < C)
+
+
+@triton.jit
+def _part_of(h, HG, GROUPED: tl.constexpr):
+    """(group, place within it) of hidden numbers h."""
+    if GROUPED:
+        return h // HG, h % HG
+    else:
+        return h * 0, h
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _pool_branches(
+    branches, distances, affine_weight, affine_bias, weight1, sums, products, mean,
+    c_q, s_q, x_pixels, n_cblk, n_split, blocks, H, CG, HG,
+    PRE: tl.constexpr, GROUPED: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads the branches; leaves partial sums and, where they are given, weight1's products with the program's part of
+    the descriptor, or the descriptor itself, `mean`."""
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    pool_branches_pass(
+        branches, distances, affine_weight, affine_bias, sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
+        n_split, blocks, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+    if products is not None or mean is not None:
+        tl.debug_barrier()
+        c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+        s = tl.load(sums + (b * n_split + split) * C + c, mask=c < C, other=0.0) / S
+        if mean is not None:
+            tl.store(mean + b * C + c, s, mask=c < C)
+        else:
+            group, place = _part_of(c, CG, GROUPED)
+            out = products + ((b * n_cblk + cblk) * n_split + split) * H
+            for h0 in range(0, H, BLOCK_H):
+                h = h0 + tl.arange(0, BLOCK_H)
+                mask = (h < H)[:, None] & (c < C)[None, :]
+                if GROUPED:
+                    mask &= (h // HG)[:, None] == group[None, :]
+                w = tl.load(weight1 + h[:, None] * CG + place[None, :], mask=mask, other=0.0).to(ACC)
+                tl.store(out + h, tl.sum(tl.where(mask, w * s[None, :], 0.0), axis=1), mask=h < H)
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _sum_branches(
+    branches, distances, weights, affine_weight, affine_bias, y, c_q, s_q, x_pixels, n_cblk, n_split, blocks,
+    PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    M: tl.constexpr = len(branches)
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    sum_branches_pass(
+        branches, distances, weights + b * M * C, affine_weight, affine_bias, y, b, cblk, split, C, S,
+        _apart(x_pixels, C, PV), blocks, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _select(
+    branches, distances, bias1, weight2, bias2, affine_weight, affine_bias, sums, products, y, state,
+    c_q, s_q, x_pixels, n_cblk, n_split, blocks, H, CG, HG, n_part, width,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
+    CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The weights of the program's channels, into `state`; then reads the branches, writes y."""
+    C, S = c_q * CV, s_q * SV
+    M: tl.constexpr = len(branches)
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    row = state + b * width
+    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+    mean = sum_rows(sums + b * n_split * C, n_split, C, c, c < C, BLOCK_ROWS, ACC) / S
+    tl.store(row + c, mean, mask=c < C)
+    place, place2, group, exists = _rows(cblk, C, CG, M, GROUPED, BLOCK_M, BLOCK_K)
+    z = tl.zeros((BLOCK_M * BLOCK_K,), ACC)
+    for h0 in range(0, H, BLOCK_H):
+        h = h0 + tl.arange(0, BLOCK_H)
+        z1 = _store_hidden(products + b * n_part * H, bias1, row + C, n_part, H, H, h, cblk == 0, BLOCK_ROWS, ACC)
+        group_h, place_h = _part_of(h, HG, GROUPED)
+        mask = exists[:, None] & (h < H)[None, :]
+        if GROUPED:
+            mask &= group[:, None] == group_h[None, :]
+        w = tl.load(weight2 + place2[:, None] * HG + place_h[None, :], mask=mask, other=0.0).to(ACC)
+        z += tl.sum(tl.where(mask, w * activate(z1, ACTIVATION)[None, :], 0.0), axis=1)
+    if bias2 is not None:
+        z += tl.load(bias2 + place2, mask=exists, other=0.0).to(ACC)
+    if GATE == SOFTMAX:
+        real = (tl.arange(0, BLOCK_M) < M)[:, None]
+        z = tl.where(real, tl.reshape(z, (BLOCK_M, BLOCK_K)), float("-inf"))
+        e = tl.where(real, tl.exp(z - tl.max(z, axis=0)[None, :]), 0.0)
+        a = tl.reshape(e / tl.sum(e, axis=0)[None, :], (BLOCK_M * BLOCK_K,))
+    else:
+        a = sigmoid(z)
+    tl.store(row + C + H + place, a, mask=exists)
+    tl.debug_barrier()
+    sum_branches_pass(
+        branches, distances, row + C + H, affine_weight, affine_bias, y, b, cblk, split, C, S,
+        _apart(x_pixels, C, PV), blocks, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+@triton.jit
+def _before_gate(dot, a, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Gradients of the logits from those of the weights a; linear in them. What does not exist has a weight of 0."""
+    if GATE == SOFTMAX:
+        da = tl.reshape(a * dot, (BLOCK_M, BLOCK_K))
+        of_all = tl.broadcast_to(tl.sum(da, axis=0)[None, :], (BLOCK_M, BLOCK_K))
+        return a * (dot - tl.reshape(of_all, (BLOCK_M * BLOCK_K,)))
+    else:
+        return dot * a * (1.0 - a)
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _dot_branches(
+    grad, branches, distances, affine_weight, affine_bias, weight2, state, dots, products,
+    c_q, s_q, x_pixels, n_cblk, n_split, blocks, H, CG, HG, width, stride_b, stride_c, stride_s,
+    GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
+    CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads grad and the branches; leaves partial dots and, where weight2 is given, its transposed products with the
+    program's part of the logits' gradients."""
+    C, S = c_q * CV, s_q * SV
+    M: tl.constexpr = len(branches)
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    dot_branches_pass(
+        grad, branches, distances, affine_weight, affine_bias, dots, b, cblk, split, C, S, _apart(x_pixels, C, PV),
+        n_split, blocks, stride_b, stride_c, stride_s, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
+    )  # fmt: skip
+    if weight2 is not None:
+        tl.debug_barrier()
+        place, place2, group, exists = _rows(cblk, C, CG, M, GROUPED, BLOCK_M, BLOCK_K)
+        dot = tl.load(dots + (b * n_split + split) * M * C + place, mask=exists, other=0.0)
+        a = tl.load(state + b * width + C + H + place, mask=exists, other=0.0)
+        dz = _before_gate(dot, a, GATE, BLOCK_M, BLOCK_K)
+        out = products + ((b * n_cblk + cblk) * n_split + split) * H
+        for h0 in range(0, H, BLOCK_H):
+            h = h0 + tl.arange(0, BLOCK_H)
+            group_h, place_h = _part_of(h, HG, GROUPED)
+            mask = exists[:, None] & (h < H)[None, :]
+            if GROUPED:
+                mask &= group[:, None] == group_h[None, :]
+            w = tl.load(weight2 + place2[:, None] * HG + place_h[None, :], mask=mask, other=0.0).to(ACC)
+            tl.store(out + h, tl.sum(tl.where(mask, w * dz[:, None], 0.0), axis=0), mask=h < H)
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _spread_branches(
+    grad, branches, distances, weights, grad_descriptor, affine_weight, affine_bias,
+    grads, grad_distances, weight_sums, bias_sums,
+    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    C, S = c_q * CV, s_q * SV
+    M: tl.constexpr = len(grads)
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    spread_branches_pass(
+        grad, branches, distances, weights + b * M * C, grad_descriptor + b * C, affine_weight, affine_bias,
+        grads, grad_distances, weight_sums, bias_sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
+        _apart(grad_pixels, C, PV), n_split, blocks, stride_b, stride_c, stride_s,
+        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _select_spread(
+    grad, branches, distances, weight1, affine_weight, affine_bias, state, dots, products,
+    grads, grad_distances, grad_descriptor, grad_logits, grad_hidden, weight_sums, bias_sums,
+    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, H, CG, HG, n_part, width, stride_b, stride_c, stride_s,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
+    CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, DOT_ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the program's logits, of the hidden logits and of its descriptors; then reads grad (the branches too
+    after a prologue), writes the branches' gradients, and leaves partial sums for the prologue."""
+    C, S = c_q * CV, s_q * SV
+    M: tl.constexpr = len(grads)
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    row = state + b * width
+    place, _place2, _group, exists = _rows(cblk, C, CG, M, GROUPED, BLOCK_M, BLOCK_K)
+    dot = sum_rows(dots + b * n_split * M * C, n_split, M * C, place, exists, DOT_ROWS, ACC)
+    a = tl.load(row + C + H + place, mask=exists, other=0.0)
+    tl.store(grad_logits + b * M * C + place, _before_gate(dot, a, GATE, BLOCK_M, BLOCK_K), mask=exists)
+    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+    group, place_c = _part_of(c, CG, GROUPED)
+    ds = tl.zeros((BLOCK_K,), ACC)
+    for h0 in range(0, H, BLOCK_H):
+        h = h0 + tl.arange(0, BLOCK_H)
+        z1 = tl.load(row + C + h, mask=h < H, other=0.0)
+        dz1 = sum_rows(products + b * n_part * H, n_part, H, h, h < H, BLOCK_ROWS, ACC) * activate_grad(z1, ACTIVATION)
+        if cblk == 0:
+            tl.store(grad_hidden + b * H + h, dz1, mask=h < H)
+        mask = (h < H)[:, None] & (c < C)[None, :]
+        if GROUPED:
+            mask &= (h // HG)[:, None] == group[None, :]
+        w = tl.load(weight1 + h[:, None] * CG + place_c[None, :], mask=mask, other=0.0).to(ACC)
+        ds += tl.sum(tl.where(mask, w * dz1[:, None], 0.0), axis=0)
+    tl.store(grad_descriptor + b * C + c, ds, mask=c < C)
+    tl.debug_barrier()
+    spread_branches_pass(
+        grad, branches, distances, row + C + H, grad_descriptor + b * C, affine_weight, affine_bias,
+        grads, grad_distances, weight_sums, bias_sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
+        _apart(grad_pixels, C, PV), n_split, blocks, stride_b, stride_c, stride_s,
+        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _select_parameters(
+    state, grad_logits, grad_hidden, weight_sums, bias_sums,
+    grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_affine_weight, grad_affine_bias,
+    B, C, n_split, H, CG, HG, width,
+    M: tl.constexpr, ACTIVATION: tl.constexpr, GROUPED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all parameters: programs over tiles (H, C) of weight1 and of each branch's part of weight2, each
+    sums over the batch in order."""
+    c_blocks, h_blocks = tl.cdiv(C, BLOCK_C), tl.cdiv(H, BLOCK_H)
+    cblk, hblk = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks % h_blocks
+    m = tl.program_id(0) // (c_blocks * h_blocks)  # M: weight1
+    c = cblk * BLOCK_C + tl.arange(0, BLOCK_C)
+    h = hblk * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_c, in_h = c < C, h < H
+    total = tl.zeros((BLOCK_H, BLOCK_C), ACC)
+    for b0 in range(0, B, BLOCK_B):
+        b = (b0 + tl.arange(0, BLOCK_B)).to(tl.int64)
+        hidden_mask = in_h[:, None] & (b < B)[None, :]
+        channel_mask = (b < B)[:, None] & in_c[None, :]
+        if m == M:
+            by_hidden = tl.load(grad_hidden + b[None, :] * H + h[:, None], mask=hidden_mask, other=0.0)
+            by_channel = tl.load(state + b[:, None] * width + c[None, :], mask=channel_mask, other=0.0)
+        else:
+            z1 = tl.load(state + b[None, :] * width + C + h[:, None], mask=hidden_mask, other=0.0)
+            by_hidden = tl.where(hidden_mask, activate(z1, ACTIVATION), 0.0)
+            by_channel = tl.load(grad_logits + (b[:, None] * M + m) * C + c[None, :], mask=channel_mask, other=0.0)
+        total += tl.dot(by_hidden, by_channel, input_precision="ieee", out_dtype=ACC)
+    group, place = _part_of(c, CG, GROUPED)
+    group_h, place_h = _part_of(h, HG, GROUPED)
+    mask = in_h[:, None] & in_c[None, :]
+    if GROUPED:
+        mask &= group_h[:, None] == group[None, :]
+    place2 = (group * M + m) * CG + place if GROUPED else m * C + c
+    if m == M:
+        tl.store(grad_weight1 + h[:, None] * CG + place[None, :], total, mask=mask)
+        if grad_bias1 is not None and cblk == 0:
+            tl.store(grad_bias1 + h, sum_rows(grad_hidden, B, H, h, in_h, BLOCK_B, ACC), mask=in_h)
+    else:
+        tl.store(grad_weight2 + place2[None, :] * HG + place_h[:, None], total, mask=mask)
+        if hblk == 0:
+            at = m * C + c
+            if grad_bias2 is not None:
+                tl.store(grad_bias2 + place2, sum_rows(grad_logits, B, M * C, at, in_c, BLOCK_B, ACC), mask=in_c)
+            if grad_affine_weight is not None:
+                found = sum_rows(weight_sums, B * n_split, M * C, at, in_c, BLOCK_B, ACC)
+                tl.store(grad_affine_weight + at, found, mask=in_c)
+                found = sum_rows(bias_sums, B * n_split, M * C, at, in_c, BLOCK_B, ACC)
+                tl.store(grad_affine_bias + at, found, mask=in_c)
+
+
+# ---- branches as the kernels take them ----
+
+
+def _pixels(u: Tensor) -> int:
+    """Elements from a pixel of a channels_last branch to the next."""
+    return next((u.stride(i) for i in range(u.dim() - 1, 1, -1) if u.shape[i] != 1), u.shape[1])
+
+
+def _distances(views: Sequence[Tensor]) -> tuple[int, ...]:
+    """Elements between samples; 0 where there is one."""
+    return tuple(u.stride(0) if u.shape[0] > 1 else 0 for u in views)
+
+
+class Branches(NamedTuple):
+    """M maps that lie alike, so that one plan and one set of offsets serves them, y and the gradient."""
+
+    views: tuple[Tensor, ...]
+    plan: maps.Plan
+    channels_last: bool
+    pixels: int
+    affine: dict[str, Tensor | None]
+
+    def fold(self) -> dict[str, int]:
+        """How many neighbours along space a thread loads together, and may add before it keeps sums of them."""
+        if self.plan.layout == CHANNELS_LAST.value:
+            return {"FOLD": 1}
+        return {
+            "FOLD": min(math.gcd(max(self.plan.space, 1), 16 // self.views[0].element_size(), 4), self.plan.block_s)
+        }
+
+    def arguments(self, grads: Sequence[Tensor] = ()) -> dict[str, Any]:
+        """What every kernel with passes over the branches takes, and where the branches' gradients lie."""
+        plan, u = self.plan, self.views[0]
+        vector = 16 // u.element_size()
+        step = _pixels(grads[0]) if grads and self.channels_last else plan.channels
+        rows = math.gcd(self.pixels, step) if plan.layout == CHANNELS_LAST.value else max(plan.space, 1)
+        pv = math.gcd(rows, vector)
+        distances, grad_distances = _distances(self.views), _distances(grads)
+        bv = math.gcd(*distances, *grad_distances, pv)
+        given = {
+            "branches": self.views,
+            "distances": tuple(n // bv for n in distances),
+            "x_pixels": None if self.pixels == plan.channels else self.pixels // pv,
+            "BV": bv,
+            "PV": pv,
+            **self.affine,
+            **plan.arguments(u.dtype),
+        }
+        if grads:
+            given["grads"], given["grad_distances"] = tuple(grads), tuple(n // bv for n in grad_distances)
+            given["grad_pixels"] = None if step == plan.channels else step // pv
+        return given
+
+    def table(self, *shape: int) -> Tensor:
+        """Room for a row of partial results a program and sample."""
+        u = self.views[0]
+        return u.new_empty((self.plan.batch, *shape), dtype=maps.accumulator(u.dtype))
+
+    def dots(self) -> Tensor:
+        return self.table(self.plan.n_split, len(self.views), self.plan.channels)
+
+    def affine_tables(self) -> dict[str, Tensor | None]:
+        absent = self.affine["affine_weight"] is None
+        return {name: None if absent else self.dots() for name in ("weight_sums", "bias_sums")}
+
+    def gradient(self, grad: Tensor) -> tuple[Tensor, dict[str, int | None]]:
+        """(y's gradient, its strides as kernel arguments, None: dense as y); copied where space does not collapse."""
+        found: tuple[int | None, ...] = (None, None, None)
+        if not (grad.movedim(1, -1) if self.channels_last else grad).is_contiguous():
+            strides = maps._collapsed(grad)
+            if strides is None:
+                grad = empty_sum(self.views, len(self.views)).copy_(grad)
+            else:
+                found = strides
+        return grad, dict(zip(("stride_b", "stride_c", "stride_s"), found, strict=True))
+
+
+def _lane_bytes(paths: int, sums: int, itemsize: int) -> int:
+    """Of each branch's tile, for each thread: all branches and what is summed of each must fit its registers."""
+    lane = maps.LANE_BYTES
+    while lane > 8 and lane // min(itemsize, 4) * paths * (1 + sums) > 64:
+        lane //= 2
+    return lane
+
+
+def _branches(
+    branches: Sequence[Tensor], paths: int, affine_weight: Tensor | None, affine_bias: Tensor | None, sums: int = 0
+) -> Branches:
+    """The branches as the kernels read them; `sums`: sums a branch that a thread keeps."""
+    views, channels_last = readable(branches, paths)
+    if len({_pixels(u) for u in views}) > 1 and channels_last:
+        views = [u.movedim(1, -1).contiguous().movedim(-1, 1) for u in views]
+    u = views[0]
+    space = u.shape[2:].numel()
+    layout = CHANNELS_LAST if channels_last or space == 1 else maps.NCHW  # of 1 x 1 maps the channels are contiguous
+    sms = maps.multiprocessors(u.device)
+    lane = _lane_bytes(paths, sums, u.element_size())
+    plan = maps.plan(u.shape[0], u.shape[1], space, layout.value, u.element_size(), sms, lane_bytes=lane)
+    affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
+    return Branches(tuple(views), plan, channels_last, _pixels(u) if channels_last else u.shape[1], affine)
+
+
+def select_squeeze(
+    branches: Sequence[Tensor],
+    paths: int,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    pre_activation: int,
+) -> Tensor:
+    x = _branches(branches, paths, affine_weight, affine_bias)
+    plan, u = x.plan, x.views[0]
+    mean = u.new_empty(u.shape[:2])
+    sums = x.table(plan.n_split, plan.channels)
+    given = x.arguments()
+    maps.launch(
+        _pool_branches,
+        u,
+        plan.programs,
+        weight1=None,
+        sums=sums,
+        products=None,
+        mean=mean if plan.n_split == 1 else None,
+        H=0,
+        CG=0,
+        HG=0,
+        PRE=pre_activation,
+        GROUPED=False,
+        BLOCK_H=16,
+        **given,
+    )
+    if plan.n_split > 1:
+        maps.launch(
+            _finish,
+            u,
+            plan.batch * plan.n_cblk,
+            sums=sums,
+            best=None,
+            place=None,
+            avg=mean,
+            max=None,
+            index=None,
+            POOL=POOLS["avg"],
+            TIES=TIES["first"],
+            BLOCK_ROWS=BLOCK_ROWS,
+            **{k: given[k] for k in ("c_q", "s_q", "n_cblk", "n_split", "CV", "SV", "BLOCK_K", "ACC")},
+        )
+    return mean
+
+
+def select_sum(
+    branches: Sequence[Tensor],
+    weights: Tensor,
+    paths: int,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    pre_activation: int,
+) -> Tensor:
+    x = _branches(branches, paths, affine_weight, affine_bias)
+    y = empty_sum(branches, paths)
+    maps.launch(_sum_branches, y, x.plan.programs, weights=maps.row(weights), y=y, PRE=pre_activation, **x.arguments())
+    return y
+
+
+def select_dots(
+    grad: Tensor,
+    branches: Sequence[Tensor],
+    paths: int,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    pre_activation: int,
+) -> Tensor:
+    x = _branches(branches, paths, affine_weight, affine_bias, sums=1)
+    grad, strides = x.gradient(grad)
+    dots = x.dots()
+    maps.launch(
+        _dot_branches,
+        grad,
+        x.plan.programs,
+        grad=grad,
+        weight2=None,
+        state=None,
+        dots=dots,
+        products=None,
+        H=0,
+        CG=0,
+        HG=0,
+        width=0,
+        GATE=SELECTIONS["softmax"],
+        PRE=pre_activation,
+        GROUPED=False,
+        BLOCK_M=1,
+        BLOCK_H=16,
+        **strides,
+        **x.fold(),
+        **x.arguments(),
+    )
+    return dots[:, 0] if x.plan.n_split == 1 else dots.sum(1)
+
+
+def select_gradients(
+    grad: Tensor,
+    branches: Sequence[Tensor],
+    weights: Tensor,
+    grad_descriptor: Tensor,
+    paths: int,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    pre_activation: int,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    x = _branches(branches, paths, affine_weight, affine_bias, sums=0 if affine_weight is None else 2)
+    grads = empty_gradients(branches, paths)
+    grad, strides = x.gradient(grad)
+    sums = x.affine_tables()
+    maps.launch(
+        _spread_branches,
+        grad,
+        x.plan.programs,
+        grad=grad,
+        weights=maps.row(weights),
+        grad_descriptor=maps.row(grad_descriptor),
+        PRE=pre_activation,
+        **sums,
+        **strides,
+        **x.fold(),
+        **x.arguments(branch_views(grads, paths)),
+    )
+    return grads, *maps.affine_gradients(sums, affine_weight, affine_bias, grad)
+
+
+def _excitation(x: Branches, weight1: Tensor, groups: int) -> dict[str, Any]:
+    """Sizes and blocks of the excitation."""
+    plan, hidden = x.plan, weight1.shape[0]
+    elements = 512 * plan.arguments(x.views[0].dtype)["num_warps"]  # of weight2 at a time
+    block_m = maps.next_power_of_2(len(x.views))
+    return {
+        "H": hidden,
+        "CG": plan.channels // groups,
+        "HG": hidden // groups,
+        "GROUPED": groups > 1,
+        "BLOCK_M": block_m,
+        "BLOCK_H": min(max(elements // (block_m * plan.block_k), 4), 32),
+    }
+
+
+def select(
+    branches: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    paths: int,
+    groups: int,
+    activation: int,
+    gate: int,
+    pre_activation: int,
+) -> tuple[Tensor, Tensor]:
+    x = _branches(branches, paths, affine_weight, affine_bias)
+    plan = x.plan
+    weight1, bias1, weight2, bias2 = map(maps.row, (weight1, bias1, weight2, bias2))
+    sizes = _excitation(x, weight1, groups)
+    y = empty_sum(branches, paths)
+    state = x.table((paths + 1) * plan.channels + sizes["H"])
+    shared = {
+        "sums": x.table(plan.n_split, plan.channels),
+        "products": x.table(plan.parts, sizes["H"]),
+        "PRE": pre_activation,
+        **sizes,
+        **x.arguments(),
+    }
+    pooling = {k: v for k, v in shared.items() if k != "BLOCK_M"}
+    maps.launch(_pool_branches, y, plan.programs, weight1=weight1, mean=None, **pooling)
+    maps.launch(
+        _select,
+        y,
+        plan.programs,
+        bias1=bias1,
+        weight2=weight2,
+        bias2=bias2,
+        y=y,
+        state=state,
+        n_part=plan.parts,
+        width=state.shape[1],
+        ACTIVATION=activation,
+        GATE=gate,
+        BLOCK_ROWS=min(maps.next_power_of_2(plan.parts), 32),
+        **shared,
+    )
+    return y, state
+
+
+def select_backward(
+    grad: Tensor,
+    branches: Sequence[Tensor],
+    state: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    paths: int,
+    groups: int,
+    activation: int,
+    gate: int,
+    pre_activation: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = _branches(branches, paths, affine_weight, affine_bias, sums=1 if affine_weight is None else 2)
+    plan = x.plan
+    grads = empty_gradients(branches, paths)
+    grad, strides = x.gradient(grad)
+    parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias)))
+    weight1, weight2 = parameters[0], parameters[2]
+    sizes = _excitation(x, weight1, groups)
+    tables = {
+        "grad_logits": x.table(paths, plan.channels),
+        "grad_hidden": x.table(sizes["H"]),
+        **x.affine_tables(),
+    }
+    shared = {
+        "grad": grad,
+        "state": state.contiguous(),
+        "dots": x.dots(),
+        "products": x.table(plan.parts, sizes["H"]),
+        "width": state.shape[1],
+        "GATE": gate,
+        "PRE": pre_activation,
+        **sizes,
+        **strides,
+        **x.fold(),
+    }
+    maps.launch(_dot_branches, grad, plan.programs, weight2=weight2, **shared, **x.arguments())
+    rows = sizes["BLOCK_M"] * plan.block_k
+    maps.launch(
+        _select_spread,
+        grad,
+        plan.programs,
+        weight1=weight1,
+        grad_descriptor=x.table(plan.channels),
+        n_part=plan.parts,
+        ACTIVATION=activation,
+        BLOCK_ROWS=min(maps.next_power_of_2(plan.parts), 32),
+        DOT_ROWS=min(maps.next_power_of_2(plan.n_split), max(4096 // rows, 1)),
+        **tables,
+        **shared,
+        **x.arguments(branch_views(grads, paths)),
+    )
+    names = ("weight1", "bias1", "weight2", "bias2", "affine_weight", "affine_bias")
+    found = [None if p is None else torch.empty_like(p) for p in parameters]
+    block_h, block_c = min(max(maps.next_power_of_2(sizes["H"]), 16), 32), 32
+    maps.launch(
+        _select_parameters,
+        grad,
+        triton.cdiv(sizes["H"], block_h) * triton.cdiv(plan.channels, block_c) * (paths + 1),
+        B=plan.batch,
+        C=plan.channels,
+        n_split=plan.n_split,
+        M=paths,
+        ACTIVATION=activation,
+        BLOCK_B=32,
+        BLOCK_H=block_h,
+        BLOCK_C=block_c,
+        ACC=maps.triton_accumulator(grad.dtype),
+        num_warps=4,
+        **{f"grad_{name}": g for name, g in zip(names, found, strict=True)},
+        **{k: shared[k] for k in ("state", "H", "CG", "HG", "width", "GROUPED")},
+        **tables,
+    )
+    return grads, *(grad.new_empty(0) if g is None else g for g in found)
