@@ -417,10 +417,12 @@ def _select(
 @triton.jit
 def _before_gate(dot, a, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Gradients of the logits from those of the weights a; linear in them. What does not exist has a weight of 0."""
-    if GATE == SOFTMAX:
-        da = tl.reshape(a * dot, (BLOCK_M, BLOCK_K))
-        of_all = tl.broadcast_to(tl.sum(da, axis=0)[None, :], (BLOCK_M, BLOCK_K))
-        return a * (dot - tl.reshape(of_all, (BLOCK_M * BLOCK_K,)))
+    if GATE == SOFTMAX:  # as seen from the first branch's: what they have in common costs no digits
+        dot, a = tl.reshape(dot, (BLOCK_M, BLOCK_K)), tl.reshape(a, (BLOCK_M, BLOCK_K))
+        first = (tl.arange(0, BLOCK_M) == 0)[:, None]
+        apart = dot - tl.sum(tl.where(first, dot, 0.0), axis=0)[None, :]
+        da = a * (apart - tl.sum(a * apart, axis=0)[None, :])
+        return tl.reshape(da, (BLOCK_M * BLOCK_K,))
     else:
         return dot * a * (1.0 - a)
 
