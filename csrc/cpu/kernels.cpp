@@ -1,4 +1,4 @@
-// Picks the kernels for this processor, once. FUSED_ATTN_ISA=baseline|avx2 asks for less (tests do).
+// Picks the kernels for this processor, once. FUSED_ATTN_ISA=baseline asks for less (tests do).
 #include "kernels.h"
 
 #include <cstdlib>
@@ -18,14 +18,10 @@ struct Choice {
 Choice choose() {
 #if defined(__x86_64__)
     const char* asked = std::getenv("FUSED_ATTN_ISA");
-    auto allowed = [&](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+    const bool allowed = asked == nullptr || *asked == 0 || std::strcmp(asked, "avx2") == 0;
     __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && allowed("avx512")) return {&avx512::kTable, "avx512"};
-    if (has_avx2 && allowed("avx2")) return {&avx2::kTable, "avx2"};
+    if (allowed && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return {&avx2::kTable, "avx2"};
 #endif
     return {&baseline::kTable, "baseline"};
 }

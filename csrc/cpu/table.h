@@ -34,9 +34,6 @@ extern const KernelTable kTable;
 namespace avx2 {
 extern const KernelTable kTable;
 }
-namespace avx512 {
-extern const KernelTable kTable;
-}
 
 }  // namespace fused_attn::cpu
 

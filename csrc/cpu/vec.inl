@@ -63,9 +63,7 @@ inline Vec<float> load(const BFloat16* p) {
     return (V::type)bits;
 }
 inline Vec<float> load(const Half* p) {
-#if VECTOR_BYTES == 64  // of kernels_avx512.cpp: g++ defines no __AVX512F__ after its pragma
-    return (Vec<float>)_mm512_cvtph_ps(load_bytes<__m256i>(p));
-#elif VECTOR_BYTES == 32
+#if VECTOR_BYTES == 32  // of kernels_avx2.cpp: g++ defines no __F16C__ after its pragma
     return (Vec<float>)_mm256_cvtph_ps(load_bytes<__m128i>(p));
 #else
     Vec<float> v;
@@ -84,10 +82,7 @@ inline void store(Vec<float> v, BFloat16* p) {  // to nearest, ties to even; NaN
     std::memcpy(p, &half, sizeof(half));
 }
 inline void store(Vec<float> v, Half* p) {
-#if VECTOR_BYTES == 64
-    auto half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    std::memcpy(p, &half, sizeof(half));
-#elif VECTOR_BYTES == 32
+#if VECTOR_BYTES == 32
     auto half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     std::memcpy(p, &half, sizeof(half));
 #else

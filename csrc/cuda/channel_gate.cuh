@@ -28,10 +28,10 @@ constexpr int kThreads = 512;
 
 // What decides whether, and over how many blocks, a sample is resident.
 struct Extent {
-    int channels, spatial, hidden, layers, layer;  // layers: 0, 1 or 2; hidden: only of 2
-    int pool, itemsize;
-    bool channels_last, affine, backward;
-    bool general;  // prologue, epilogue beyond ReLU, or float64: elements one by one
+    int channels = 0, spatial = 0, hidden = 0, layers = 0, layer = 0;  // layers: 0, 1 or 2; hidden: only of 2
+    int pool = 0, itemsize = 4;
+    bool channels_last = false, affine = false, backward = false;
+    bool general = false;  // prologue, epilogue beyond ReLU, or float64: elements one by one
     int threads = kThreads;
     bool gated = true;  // false: for a block that gates positions only
 
@@ -322,26 +322,38 @@ struct Block {
         } else {
             reduce_pieces<Part, kGrad, 1>(m, parts, visit);
         }
+        merge_columns<Part, kExchange>(m, 1, [&](int, int c, const Part& part) { finish(c, part); });
+    }
+    // The partial results of `copies` such matrices side by side (a group's copies neighbours): finish(copy, column,
+    // part), or without exchange finish(0, column of all copies, part).
+    template <class Part, bool kExchange, class Finish>
+    __device__ __forceinline__ void merge_columns(const Columns& m, int copies, Finish finish) const {
+        Part* const parts = reinterpret_cast<Part*>(shared + m.parts);
+        const int width = copies * m.width;
         block_barrier();
 #pragma unroll 1
-        for (int c = thread; c < m.width; c += threads) {
+        for (int c = thread; c < width; c += threads) {
             Part part = parts[c];
 #pragma unroll 1
-            for (int g = 1; g < m.groups; ++g) part.merge(parts[g * m.width + c]);
+            for (int g = 1; g < m.groups; ++g) part.merge(parts[g * width + c]);
             if constexpr (kExchange) {
                 parts[c] = part;
             } else {
-                finish(c, part);
+                finish(0, c, part);
             }
         }
         if constexpr (kExchange) {
             cluster_barrier();
 #pragma unroll 1
-            for (int c = thread; c < m.own; c += threads) {
-                Part part = *of_rank(&parts[m.first_own + c], 0);
+            for (int copy = 0; copy < copies; ++copy) {
+                Part* const own_parts = parts + copy * m.width + m.first_own;
 #pragma unroll 1
-                for (int r = 1; r < ranks; ++r) part.merge(*of_rank(&parts[m.first_own + c], r));
-                finish(c, part);
+                for (int c = thread; c < m.own; c += threads) {
+                    Part part = *of_rank(&own_parts[c], 0);
+#pragma unroll 1
+                    for (int r = 1; r < ranks; ++r) part.merge(*of_rank(&own_parts[c], r));
+                    finish(copy, c, part);
+                }
             }
         }
     }
@@ -895,8 +907,9 @@ __global__ void __launch_bounds__(kThreads, 1) channel_gate_backward_kernel(cons
 }
 
 // One parameter's gradient: to[i, j] = sum over rows b, in order, of left[b, i] * activation(right[b, j]);
-// without `right` of left[b, i]; the same of left2 and right2 is added where they are given. `tall`: many rows, one
-// block a column of `left`. With taps > 0 a convolution's: to[k] = sum over b, c of left[b, c] *
+// without `right` of left[b, i]; the same of left2 and right2 is added where they are given. With groups > 1, of a
+// grouped layer: columns i of a group of `left` meet the width_right columns j of the same group. `tall`: many rows,
+// one block a column of `left`. With taps > 0 a convolution's: to[k] = sum over b, c of left[b, c] *
 // right[b, c + k - taps / 2], one block a tap. left and right are rows of Acc with the given strides.
 struct ParameterGrad {
     void* to = nullptr;
@@ -906,6 +919,7 @@ struct ParameterGrad {
     int width_left = 0, width_right = 1, activation = 0, taps = 0;
     bool circular = false, tall = false;
     const void *left2 = nullptr, *right2 = nullptr;
+    int groups = 1;
 };
 struct ParameterGrads {
     ParameterGrad of[8];
@@ -987,7 +1001,8 @@ __global__ void __launch_bounds__(256) parameter_grad_kernel(const __grid_consta
     if (g.taps == 0 && !g.tall) {
         const int64_t i = block_index() * thread_count() + thread_rank();
         if (i >= int64_t(g.width_left) * g.width_right) return;
-        const int64_t l = i / g.width_right, r = i % g.width_right;
+        const int64_t l = i / g.width_right;
+        const int64_t r = i % g.width_right + l / (g.width_left / g.groups) * g.width_right;
         Acc sum = 0;
 #pragma unroll 4
         for (int64_t b = 0; b < g.rows; ++b) {

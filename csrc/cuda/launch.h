@@ -125,18 +125,25 @@ struct Prepared {
     int ranks = 1;
     ScalarType acc;
 
-    Prepared(const Tensor& x_in, const Options& o, bool backward) : x(dense_map(x_in)) {
+    // Of maps like this one, which is NCHW or channels_last.
+    explicit Prepared(const Tensor& dense) : x(dense) {
         int64_t spatial = 1;
         for (int64_t axis = 2; axis < x.dim(); ++axis) spatial *= x.size(axis);
         batch = x.size(0);
         STD_TORCH_CHECK(x.size(1) < (1 << 22) && spatial < (1 << 30), "fused_attn: map too large to be resident");
         acc = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-
         call.dtype = dtype_code(x.scalar_type());
         call.itemsize = call.dtype == kFloat64 ? 8 : call.dtype == kFloat32 ? 4 : 2;
-        call.x = static_cast<const char*>(x.data_ptr());
         call.channels = static_cast<int>(x.size(1));
         call.spatial = static_cast<int>(spatial);
+        extent.channels = call.channels;
+        extent.spatial = call.spatial;
+        extent.itemsize = call.itemsize;
+        extent.channels_last = !x.is_contiguous();
+        call.channel_of = Divider(static_cast<uint32_t>(extent.channels_last ? call.channels : call.spatial));
+    }
+    Prepared(const Tensor& x_in, const Options& o, bool backward) : Prepared(dense_map(x_in)) {
+        call.x = static_cast<const char*>(x.data_ptr());
         call.layers = o.weight2 ? 2 : o.weight1 ? 1 : 0;
         call.layer = static_cast<int>(o.layer);
         call.hidden = call.layers == 2 ? static_cast<int>(o.weight1->size(0)) : 0;
@@ -159,32 +166,26 @@ struct Prepared {
             call.residual = static_cast<const char*>(kept.back().data_ptr());
         }
 
-        const bool general = o.affine_weight || o.pre_activation != kIdentity || call.dtype == kFloat64 ||
-                             (o.post_activation != kIdentity && o.post_activation != kRelu);
-        extent = {call.channels,
-                  call.spatial,
-                  call.hidden,
-                  call.layers,
-                  call.layer,
-                  call.pool,
-                  call.itemsize,
-                  !x.is_contiguous(),
-                  o.affine_weight.has_value(),
-                  backward,
-                  general};
-        call.channel_of = Divider(static_cast<uint32_t>(extent.channels_last ? call.channels : call.spatial));
+        extent.hidden = call.hidden;
+        extent.layers = call.layers;
+        extent.layer = call.layer;
+        extent.pool = call.pool;
+        extent.affine = o.affine_weight.has_value();
+        extent.backward = backward;
+        extent.general = o.affine_weight || o.pre_activation != kIdentity || call.dtype == kFloat64 ||
+                         (o.post_activation != kIdentity && o.post_activation != kRelu);
     }
 
     // The smallest cluster that holds a sample, bytes(ranks) of shared memory a block; more blocks for few samples,
     // while all of them run at once and keep a few KiB to work on.
     template <class Bytes>
-    void choose_ranks(const OnDevice& device, Bytes bytes) {
+    void choose_ranks(const OnDevice& device, Bytes bytes, int maps = 1) {
         const int capability = device.capability();
         ranks = smallest_cluster(capability, bytes);
-        STD_TORCH_CHECK(ranks > 0, "fused_attn: a sample of ", call.channels, " x ", call.spatial, " elements of ",
-                        call.itemsize, " bytes does not fit the shared memory of a cluster (compute capability ",
-                        capability / 10, ".", capability % 10, ", at most ", cluster_limit(capability),
-                        " blocks); use the triton backend");
+        STD_TORCH_CHECK(ranks > 0, "fused_attn: a sample of ", maps > 1 ? std::to_string(maps) + " x " : "",
+                        call.channels, " x ", call.spatial, " elements of ", call.itemsize,
+                        " bytes does not fit the shared memory of a cluster (compute capability ", capability / 10, ".",
+                        capability % 10, ", at most ", cluster_limit(capability), " blocks); use the triton backend");
         const int64_t sample = int64_t(call.channels) * call.spatial * call.itemsize;
         const int processors = device.attribute(cudaDevAttrMultiProcessorCount);
         while (2 * ranks <= std::min(8, cluster_limit(capability)) && batch * 2 * ranks <= processors &&

@@ -105,7 +105,7 @@ def pair(name: str, channels: int, dtype: torch.dtype, device: torch.device) -> 
     return eager, ours
 
 
-def forward_call(block: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def forward_call(block: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     def call() -> Tensor:
         with torch.no_grad():
             return block(*inputs)
@@ -134,14 +134,18 @@ def measure_block(
     budget: float = 2.0,
     copy_bytes_per_second: float | None = None,
 ) -> Iterator[Figure]:
-    """Forward under no_grad, then forward + backward: eager, torch.compile and fused interleaved."""
-    eager, ours = pair(name, shape[1], dtype, device)
+    """Forward under no_grad, then forward + backward: eager, torch.compile and fused interleaved.
+
+    In training mode, but for a batch of one, which is what inference has (and which some BatchNorms cannot train on).
+    """
+    eager, ours = (block.train(shape[0] > 1) for block in pair(name, shape[1], dtype, device))
     candidates = {"eager": eager, "fused": ours}
     if with_compile:
         torch._dynamo.reset()
         candidates["compile"] = torch.compile(eager)
-    x, grad, residual = (make_map(shape, dtype, layout, device) for _ in range(3))
+    x, residual = (make_map(shape, dtype, layout, device) for _ in range(2))
     inputs = (x, residual) if BLOCKS[name].residual else (x,)
+    grad = make_map(forward_call(eager, inputs)().shape, dtype, layout, device)
     calls = {
         "forward": {n: forward_call(m, inputs) for n, m in candidates.items()},
         "forward + backward": {n: training_call(m, inputs, grad) for n, m in candidates.items()},

@@ -22,7 +22,7 @@ def nvcc() -> str:
 
 
 # (3 storage types, any in float, float64) x 2 layouts x 2 directions; the parameters' in 2 accumulators
-@pytest.mark.parametrize("source", ["channel_gate", "spatial_gate"])
+@pytest.mark.parametrize("source", ["channel_gate", "spatial_gate", "select"])
 @pytest.mark.parametrize(("ptx", "architecture"), [("80", "80"), ("90", "90a"), ("90", "100")])  # as setup.py builds
 def test_no_spills_no_stack(tmp_path, ptx, architecture, source):
     include = Path(torch.__file__).parent / "include"
@@ -124,3 +124,24 @@ def test_where_samples_gated_by_position_fit(plan, channels_last, cbam):
         assert (ask(*shape), ask(*shape, backward=True)) == expected[channels_last, cbam]
     assert ask(256, 56, itemsize=4, backward=True) == 0
     assert ask(256, 14, capability=80) == 1 and ask(256, 14, capability=80, backward=True) == 0
+
+
+# The smallest clusters, forward and backward, of two bfloat16 branches.
+SELECT_FITS = {(64, 56): (4, 8), (128, 56): (8, 16), (256, 28): (4, 8), (512, 14): (2, 4), (1024, 7): (1, 2)}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_where_branches_fit(plan, channels_last):
+    def ask(channels, size, *, paths=2, itemsize=2, affine=False, capability=90):
+        arguments = (channels, size * size, itemsize, channels_last, paths, max(channels // 16, 32), affine, False)
+        plan = torch.ops.fused_attn.resident_select_cluster_size
+        return plan(*arguments, False, capability), plan(*arguments, True, capability)
+
+    for shape, expected in SELECT_FITS.items():
+        assert ask(*shape) == expected
+    assert ask(1024, 7, affine=True) == ((2, 2) if channels_last else (1, 2))  # the tables are of all channels
+    assert ask(64, 56, paths=4, itemsize=4) == (16, 0)
+    assert ask(128, 56, paths=4, itemsize=4) == (0, 0)
+    assert ask(512, 7, capability=80) == ((1, 0) if channels_last else (1, 1))
+    assert ask(512, 14, capability=80) == (0, 0)
+    assert ask(64, 7, paths=9) == (0, 0)

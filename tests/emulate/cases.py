@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import shutil
 import subprocess
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 import fused_attn.reference
-from fused_attn.codes import ACTIVATIONS, LAYERS, ORDERS, POOLS, TIES
+from fused_attn.codes import ACTIVATIONS, LAYERS, ORDERS, POOLS, SELECTIONS, TIES
 
 from ..checks import largest, random
 
+ops = importlib.import_module("fused_attn.ops.select")  # the package has a function of that name
 HERE = Path(__file__).parent
 CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 PARAMETERS = ("weight1", "bias1", "weight2", "bias2", "affine_weight", "affine_bias")
@@ -53,6 +55,22 @@ def read(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if raw.size == 0:
         return torch.empty([max(n, 0) for n in shape], dtype=dtype)
     return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+
+def execute(program: Path, folder: Path, numbers: dict[str, int], tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Hand a case to a program and run it; its passes over the map, forward and backward."""
+    lines = [f"{k} {v}" for k, v in numbers.items()]
+    for name, tensor in tensors.items():
+        lines.append(f"tensor {name} {CODES[tensor.dtype]} {tensor.numel()}")
+        write(tensor, folder / f"{name}.bin")
+    (folder / "case.txt").write_text("\n".join(lines) + "\n")
+    environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
+    environment.pop("LD_PRELOAD", None)
+    done = subprocess.run([program, folder], capture_output=True, text=True, env=environment, timeout=120)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    passes = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("passes"))
+    return {k: float(v) for k, v in passes.items()}
 
 
 class Case:
@@ -128,17 +146,9 @@ class Case:
         }  # fmt: skip
         numbers |= {k: ACTIVATIONS[o[k]] for k in ("activation", "gate", "pre_activation", "post_activation")}
         numbers |= self.numbers()
-        lines = [f"{k} {v}" for k, v in numbers.items()]
-        for name, tensor in t.items():
-            if tensor is not None:
-                lines.append(f"tensor {name} {CODES[tensor.dtype]} {tensor.numel()}")
-                write(self.memory(tensor) if name in ("x", "grad", "residual") else tensor, folder / f"{name}.bin")
-        (folder / "case.txt").write_text("\n".join(lines) + "\n")
-        environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
-        environment.pop("LD_PRELOAD", None)
-        done = subprocess.run([program, folder], capture_output=True, text=True, env=environment, timeout=120)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
+        maps = ("x", "grad", "residual")
+        files = {k: self.memory(v) if k in maps else v for k, v in t.items() if v is not None}
+        passes = execute(program, folder, numbers, files)
         out = {"y": self.map(read(folder / "out_y.bin", self.dtype, (-1,)))}
         out["x"] = self.map(read(folder / "out_grad_x.bin", self.dtype, (-1,)))
         if t["residual"] is not None and o["post_activation"] != "identity":
@@ -153,8 +163,7 @@ class Case:
         for name, rows in {"index": (b, c), "space_index": (b, *spatial)}.items():
             if (folder / f"out_{name}.bin").exists():
                 setattr(self, name, read(folder / f"out_{name}.bin", torch.int32, rows))
-        passes = dict(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("passes"))
-        return out, {k: float(v) for k, v in passes.items()}
+        return out, passes
 
     def memory(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(1, -1) if self.layout == "channels_last" else tensor
@@ -256,3 +265,97 @@ class SpaceCase(Case):
             affine=affine,
             **ends,
         )
+
+
+def flat(branches: list[Tensor]) -> list[Tensor]:
+    """The memory of each tensor, as it lies."""
+    return [b.as_strided((b.untyped_storage().nbytes() // b.element_size(),), (1,), 0) for b in branches]
+
+
+class SelectCase(Case):
+    """One call of select. `lie` says how the branches do: apart, sliced out of wider maps, or stacked."""
+
+    def __init__(
+        self, shape=(2, 8, 7, 7), dtype=torch.float32, layout="nchw", ranks=1, threads=64, seed=0, lie="apart",
+        paths=2, hidden=4, groups=1, bias=True, affine=False, weights=None, **options,
+    ):  # fmt: skip
+        self.dtype, self.layout, self.ranks, self.threads, self.seed = dtype, layout, ranks, threads, seed
+        self.paths, self.groups, self.hidden = paths, groups, hidden
+        self.options = {"activation": "relu", "gate": "softmax", "pre_activation": "identity"} | options
+        b, c, *spatial = shape
+        t: dict[str, Tensor | None] = dict.fromkeys(PARAMETERS)
+        inner, width = c // groups, hidden // groups
+        t["weight1"] = random(hidden, inner, seed=3, scale=inner**-0.5)
+        t["weight2"] = random(paths * c, width, seed=4, scale=0.5 * width**-0.5)  # a saturated softmax passes nothing
+        if bias:
+            t["bias1"], t["bias2"] = random(hidden, seed=5), random(paths * c, seed=6)
+        if affine:
+            t["affine_weight"], t["affine_bias"] = random(paths, c, seed=7), random(paths, c, seed=8)
+        self.tensors = {k: None if v is None else v.to(weights or dtype) for k, v in t.items()}
+        self.tensors["grad"] = random(*shape, seed=2, dtype=dtype)
+        values = random(b, paths, c, *spatial, seed=1, dtype=dtype)
+        wide = 1 if lie == "sliced" else 0  # a channel more, and so odd distances and an odd first place
+        if lie == "stacked" and layout == "pixels":
+            self.branches = [values.movedim((1, 2), (-2, -1)).contiguous().movedim((-2, -1), (1, 2))]
+        elif lie == "stacked":
+            self.branches = [self.laid(values, 2)]
+        else:
+            padded = [torch.cat([random(b, wide, *spatial, dtype=dtype), v], 1) for v in values.unbind(1)]
+            self.branches = [self.laid(v, 1)[:, wide:] for v in padded]
+        assert ops.are_channels_last(self.branches, paths) == (layout != "nchw")
+
+    def laid(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor.contiguous() if self.layout == "nchw" else tensor.movedim(axis, -1).contiguous().movedim(-1, axis)
+
+    def memory(self, tensor: Tensor) -> Tensor:
+        return tensor if self.layout == "nchw" else tensor.movedim(1, -1)
+
+    def views(self, name: str, branches: list[Tensor]) -> dict[str, int]:
+        """Where each branch lies in the memory of its tensor."""
+        numbers = {}
+        for m, view in enumerate(ops.branch_views(branches, self.paths)):
+            steps = [view.stride(axis) for axis in range(2, view.dim()) if view.shape[axis] != 1]
+            pitch = steps[-1] if self.layout != "nchw" and steps else view.shape[1]
+            numbers |= {f"{name}_at{m}": view.storage_offset(), f"{name}_stride{m}": view.stride(0)}
+            numbers[f"{name}_pitch{m}"] = pitch
+        return numbers
+
+    def run(self, program, folder, drop=-1):
+        t, o = self.tensors, self.options
+        b, c, *spatial = t["grad"].shape
+        to = ops.empty_gradients(self.branches, self.paths)
+        general = o["pre_activation"] not in ("identity", "relu") or self.dtype == torch.float64
+        numbers = {
+            "batch": b, "channels": c, "spatial": int(np.prod(spatial)), "hidden": self.hidden, "paths": self.paths,
+            "groups": self.groups, "general": int(general), "channels_last": int(self.layout != "nchw"),
+            "stacked": int(len(self.branches) != self.paths), "ranks": self.ranks, "threads": self.threads,
+            "seed": self.seed, "drop": drop, "gate": SELECTIONS[o["gate"]],
+            **{k: ACTIVATIONS[o[k]] for k in ("activation", "pre_activation")},
+            **self.views("from", self.branches), **self.views("to", to),
+        }  # fmt: skip
+        files = {k: v for k, v in t.items() if v is not None} | {"grad": self.memory(t["grad"])}
+        files |= {f"from{m}": memory for m, memory in enumerate(flat(self.branches))}
+        passes = execute(program, folder, numbers, files | {f"to{m}": memory for m, memory in enumerate(flat(to))})
+        shape = self.memory(t["grad"]).shape
+        y = read(folder / "out_y.bin", self.dtype, shape)
+        out = {"y": y if self.layout == "nchw" else y.movedim(-1, 1)}
+        for m, like in enumerate(to):
+            found = read(folder / f"out_to{m}.bin", self.dtype, (-1,))
+            out[f"branch{m}"] = found.as_strided(like.shape, like.stride(), like.storage_offset())
+        for name in PARAMETERS:
+            if t[name] is not None:
+                out[name] = read(folder / f"out_grad_{name}.bin", t[name].dtype, t[name].shape)
+        acc = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.state = read(folder / "out_state.bin", acc, (b, -1))
+        return out, passes
+
+    def exact(self):
+        leaves = {k: v.double().requires_grad_() for k, v in self.tensors.items() if v is not None and k != "grad"}
+        leaves |= {f"branch{m}": v.double().requires_grad_() for m, v in enumerate(self.branches)}
+        given = {k: leaves.get(k) for k in ("weight1", "bias1", "weight2", "bias2")}
+        affine = (leaves["affine_weight"], leaves["affine_bias"]) if "affine_weight" in leaves else None
+        branches = [leaves[f"branch{m}"] for m in range(len(self.branches))]
+        maps = ops.branch_views(branches, self.paths)
+        y = fused_attn.reference.select(maps, **given, groups=self.groups, affine=affine, **self.options)
+        grads = torch.autograd.grad(y, list(leaves.values()), self.tensors["grad"].double(), allow_unused=True)
+        return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fused_attn import functional, reference
 from fused_attn.backends import choose
 from fused_attn.ops.select import BACKWARD, DOTS, FORWARD, GRADIENTS, SQUEEZE, SUM, empty_gradients, empty_sum
-from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
+from fused_attn.reference.select import select_weights
+from tests.checks import LAYOUTS, assert_as_good_as_eager, assert_equivalent, in_layout, largest, random, run
 from tests.ops.test_channel_gate import ACTIVATIONS, strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -195,8 +196,12 @@ def test_output_and_gradients_keep_the_layout(shape, form, layout):
         **inputs, **weights(6 if shape[1] == 6 else 1, 2)
     )
     grads = torch.autograd.grad(y.sum(), list(inputs.values()))
-    assert y.stride() == in_layout(y, layout).stride() or shape[1] == 1 or shape[2:] == (1, 1)
-    assert all(g.stride() == v.stride() for g, v in zip(grads, inputs.values(), strict=True))
+
+    def strides(tensor):
+        return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+    assert strides(y) == strides(in_layout(y, layout))
+    assert all(strides(g) == strides(v) for g, v in zip(grads, inputs.values(), strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -290,7 +295,7 @@ def excitation_of(channels, paths, dtype=torch.float32, norm=True) -> nn.Module:
     torch.manual_seed(3)
     block = nn.Sequential(
         nn.Linear(channels, 10),
-        nn.BatchNorm1d(10) if norm else nn.Identity(),
+        nn.BatchNorm1d(10, eps=0.1) if norm else nn.Identity(),
         nn.ReLU(),
         nn.Linear(10, paths * channels),
     )
@@ -312,11 +317,10 @@ def test_around_an_excitation_with_a_batch_norm(paths, affine, dtype, form, layo
         options = {"excitation": block, "pre_activation": "relu" if affine else "identity"}
         y = apply(module.select_with, paths if form == "joined" else None, **options)(**leaves)
         grads = torch.autograd.grad(y, [*leaves.values(), *block.parameters()], grad.to(to))
-        found.append([y, *grads, *block.buffers()])
+        found.append([y, *grads, *(t.to(to) for t in block.buffers())])
+    scale = max(largest(t) for t in found[-1])  # a bias before a BatchNorm has a gradient of nothing but rounding
     for ours, eager, exact in zip(*found, strict=True):
-        scale = max(1.0, exact.abs().max().item())
-        error, allowed = ((t.double() - exact.double()).abs().max().item() for t in (ours, eager))
-        assert error <= 2 * allowed + 16 * torch.finfo(dtype).eps * scale
+        assert_as_good_as_eager(ours, eager, exact, scale=scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -324,14 +328,12 @@ def test_around_an_excitation_with_a_batch_norm(paths, affine, dtype, form, layo
 def test_both_forms_agree(dtype, layout):
     shape, excitation = (3, 16, 9, 11), weights(16, 2, dtype=dtype)
     inputs, grad = maps(shape, 2, "joined", layout, dtype), [random(*shape, seed=9, dtype=dtype)]
-    block = functools.partial(reference.select_weights, **{k: v.float() for k, v in excitation.items()}, paths=2)
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    block = functools.partial(select_weights, **{k: v.to(full) for k, v in excitation.items()}, paths=2)
 
     def two_phase(x):
-        return functional.select_with(x, lambda s: block(s.float()).to(s.dtype), paths=2)
+        return functional.select_with(x, lambda s: block(s.to(full)), paths=2)
 
-    if dtype == torch.float64:
-        block = functools.partial(reference.select_weights, **excitation, paths=2)
-        two_phase = functools.partial(functional.select_with, excitation=block, paths=2)
     (one,), one_grads = run(apply(functional.select, 2), inputs | excitation, grad)
     (two,), two_grads = run(two_phase, inputs, grad)
     eps = torch.finfo(dtype).eps
