@@ -28,9 +28,11 @@ def triton():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, form, layout):
-    inputs = maps(shape, 2, form, layout) | weights(shape[1], 2)
+    # One channel's gradients of weights cancel: in float32 nothing is left to compare.
+    dtype = torch.float64 if shape[1] == 1 else torch.float32
+    inputs = maps(shape, 2, form, layout, dtype) | weights(shape[1], 2, dtype=dtype)
     check(inputs, form=form)
-    check(inputs | affine_of(shape[1], 2), form=form, pre_activation="relu")
+    check(inputs | affine_of(shape[1], 2, dtype), form=form, pre_activation="relu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
