@@ -66,7 +66,7 @@ def _of_branch(table, m: tl.constexpr, C, c, mask, ACC: tl.constexpr):
 
 @triton.jit
 def _keep(table, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
-    """The numbers of the first KEPT branches, for all tiles of channels c."""
+    """The numbers of all branches, KEPT of them, for all tiles of channels c; else each tile reads them again."""
     kept = ()
     for m in tl.static_range(KEPT):
         kept = kept + (_of_branch(table, m, C, c, mask, ACC),)
@@ -75,7 +75,7 @@ def _keep(table, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
 
 @triton.jit
 def _kept(kept, table, m: tl.constexpr, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
-    if m < KEPT:
+    if KEPT > 0:
         return kept[m]
     else:
         return _of_branch(table, m, C, c, mask, ACC)
@@ -116,7 +116,7 @@ def pool_branches_pass(
 ):  # fmt: skip
     """Reads each branch once; leaves partial sums over space of the branches' sum, (B, n_split, C)."""
     M: tl.constexpr = len(branches)
-    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -150,7 +150,7 @@ def sum_branches_pass(
 ):  # fmt: skip
     """Reads each branch once, writes y; `weights` points at the sample's (M, C)."""
     M: tl.constexpr = len(branches)
-    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
     AFFINE: tl.constexpr = affine_weight is not None
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     y += b * C * S
@@ -200,7 +200,7 @@ def dot_branches_pass(
 ):  # fmt: skip
     """Reads grad and each branch once; leaves partial sums over space of their products, (B, n_split, M, C)."""
     M: tl.constexpr = len(branches)
-    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -246,7 +246,7 @@ def spread_branches_pass(
     descriptor's share of each position, through the prologue, whose partial sums (B, n_split, M, C) it leaves.
     `weights` and `grad_descriptor` point at the sample's rows."""
     M: tl.constexpr = len(grads)
-    KEPT: tl.constexpr = min(M, FEW) if LAYOUT == CHANNELS_LAST else M
+    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -417,10 +417,12 @@ def _select(
 @triton.jit
 def _before_gate(dot, a, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Gradients of the logits from those of the weights a; linear in them. What does not exist has a weight of 0."""
-    if GATE == SOFTMAX:
-        da = tl.reshape(a * dot, (BLOCK_M, BLOCK_K))
-        of_all = tl.broadcast_to(tl.sum(da, axis=0)[None, :], (BLOCK_M, BLOCK_K))
-        return a * (dot - tl.reshape(of_all, (BLOCK_M * BLOCK_K,)))
+    if GATE == SOFTMAX:  # as seen from the first branch's: what they have in common costs no digits
+        dot, a = tl.reshape(dot, (BLOCK_M, BLOCK_K)), tl.reshape(a, (BLOCK_M, BLOCK_K))
+        first = (tl.arange(0, BLOCK_M) == 0)[:, None]
+        apart = dot - tl.sum(tl.where(first, dot, 0.0), axis=0)[None, :]
+        da = a * (apart - tl.sum(a * apart, axis=0)[None, :])
+        return tl.reshape(da, (BLOCK_M * BLOCK_K,))
     else:
         return dot * a * (1.0 - a)
 
@@ -655,7 +657,7 @@ class Branches(NamedTuple):
 def _lane_bytes(paths: int, sums: int, itemsize: int) -> int:
     """Of each branch's tile, for each thread: all branches and what is summed of each must fit its registers."""
     lane = maps.LANE_BYTES
-    while lane > 8 and lane // min(itemsize, 4) * paths * (1 + sums) > 64:
+    while lane > 4 and lane // min(itemsize, 4) * paths * (1 + sums) > 64:
         lane //= 2
     return lane
 

@@ -108,17 +108,25 @@ class Selection(NamedTuple):
 BRANCHES = ((32, 64, 56, 56), (32, 512, 7, 7), (1, 128, 28, 28))
 SELECTIONS_OF = [
     *(Selection(s, d, cl) for s in BRANCHES for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
-    *(Selection(BRANCHES[0], d, cl, pre="relu", affine=True) for d in (torch.bfloat16, torch.float32) for cl in (0, 1)),
-    *(Selection(BRANCHES[0], channels_last=cl, stacked="planes", pre="relu", affine=True) for cl in (False, True)),
-    Selection(BRANCHES[0], channels_last=True, stacked="pixels", groups=2),
-    Selection(BRANCHES[1], torch.float32, True, stacked="pixels", pre="relu", affine=True),
     *(
-        Selection(BRANCHES[0], d, cl, paths=paths, pre="silu", affine=True, gate="sigmoid")
-        for paths in (4, 8)
+        Selection(BRANCHES[0], d, cl, pre="relu", affine=True)
         for d in (torch.bfloat16, torch.float32)
         for cl in (False, True)
     ),
-    *(Selection((2, 40, 13, 17), torch.float64, cl, 3, 2, pre="gelu", affine=True) for cl in (False, True)),
+    *(Selection(BRANCHES[0], channels_last=cl, stacked="planes", pre="relu", affine=True) for cl in (False, True)),
+    Selection(BRANCHES[0], channels_last=True, stacked="pixels", groups=2),
+    Selection(BRANCHES[1], torch.float32, True, stacked="pixels", pre="relu", affine=True),
+    *(  # of many branches a thread loads 8 bytes each
+        Selection((32, 64, 28, 28), d, cl, paths, pre="silu", affine=True, gate="sigmoid")
+        for d, cl, paths in (
+            (torch.bfloat16, False, 4),
+            (torch.float32, True, 4),
+            (torch.bfloat16, False, 8),
+            (torch.bfloat16, True, 8),
+            (torch.float32, False, 8),
+        )
+    ),
+    *(Selection((2, 40, 13, 17), torch.float64, cl, 3, 2, pre="silu", affine=True) for cl in (False, True)),
     Selection((2, 36, 13, 17), torch.float16, True, 8, 2, pre="hard_swish", affine=True, strided_grad=True),
 ]
 
@@ -204,17 +212,18 @@ def launches_of_select(case: Selection) -> list[tuple[Any, dict[str, Any]]]:
     def make(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=case.dtype, device="meta")
 
-    def in_layout(batch: int, *shape: int) -> torch.Tensor:  # (..., C, H, W)
-        return (
-            make(batch, *space, *shape).movedim((1, 2), (-2, -1)) if case.channels_last else make(batch, *shape, *space)
-        )
+    def in_layout(*shape: int, pixels: bool = True) -> torch.Tensor:
+        """(B, [M,] C, *spatial); the M of channels_last branches in their pixels or outside."""
+        if not case.channels_last:
+            return make(*shape, *space)
+        outside, inside = (shape[:1], shape[1:]) if pixels else (shape[:-1], shape[-1:])
+        axes = range(len(outside), len(outside) + len(space))
+        return make(*outside, *space, *inside).movedim(tuple(axes), tuple(range(-len(space), 0)))
 
-    if case.stacked == "pixels" or not (case.stacked and case.channels_last):
-        branches = (
-            [in_layout(batch, case.paths, channels)] if case.stacked else [in_layout(batch, channels)] * case.paths
-        )
+    if case.stacked:
+        branches = [in_layout(batch, case.paths, channels, pixels=case.stacked == "pixels")]
     else:
-        branches = [make(batch, case.paths, *space, channels).movedim(-1, 2)]
+        branches = [in_layout(batch, channels)] * case.paths
     hidden = case.groups * max(channels // 16, 32 // case.groups)
     outputs = case.paths * channels
     layers = make(hidden, channels // case.groups), make(hidden), make(outputs, hidden // case.groups), make(outputs)
@@ -291,7 +300,7 @@ def usage(binary: Any) -> dict[str, int]:
 def main(capability: int) -> None:
     found, seen = [], set()
     for case in (*CASES, *SELECTIONS_OF):
-        for kernel, given in launches_of_select(case) if isinstance(case, Selection) else launches(case):
+        for kernel, given in (launches_of_select if isinstance(case, Selection) else launches)(case):
             binary = compiled(kernel, given, capability)
             if binary.hash in seen:
                 continue

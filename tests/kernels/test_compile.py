@@ -17,15 +17,16 @@ MAP_KERNELS = {
     *("_channel_pool", "_scale_space", "_dot_channels", "_spread_space", "_mixed_scale", "_mixed_scale_backward"),
     *("_moments", "_simam", "_simam_dots", "_simam_spread"),
     *("_axis_pool", "_axis_spread"),
+    *("_pool_branches", "_sum_branches", "_select", "_dot_branches", "_spread_branches", "_select_spread"),
     *("_excite_and_pool", "_scale_both", "_dot_channels_gated", "_dot_space", "_spread_both"),
 }
 SMALL_KERNELS = {
-    *("_finish", "_first_layer", "_parameters", "_finish_pool"),
+    *("_finish", "_first_layer", "_parameters", "_select_parameters", "_finish_pool"),
     *("convolve", "logit_gradients", "convolve_backward", "convolution_parameters"),
 }
 
 
-@pytest.mark.slow  # one to four minutes an architecture: some 600 kernels each
+@pytest.mark.slow  # one to four minutes an architecture: some 750 kernels each
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel(capability):

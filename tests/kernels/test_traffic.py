@@ -14,6 +14,8 @@ from tests.checks import LAYOUTS, in_layout, random
 from tests.ops.test_cbam import weights
 from tests.ops.test_channel_gate import excitation
 from tests.ops.test_mixed_scale import KINDS, gates_of
+from tests.ops.test_select import affine_of, apply, excitation_of, maps
+from tests.ops.test_select import weights as branch_weights
 from tests.ops.test_spatial_gate import convolution
 
 SHAPE = (2, 6, 20, 21)
@@ -28,8 +30,13 @@ class Traffic:
         self.ranges: list[tuple[str, int, int]] = []
 
     def start(self, kernel: str, arguments: dict) -> None:
-        tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.numel() == self.elements}
-        self.ranges = [(k, v.data_ptr(), v.data_ptr() + v.untyped_storage().nbytes()) for k, v in tensors.items()]
+        ranges = set()
+        for name, given in arguments.items():  # parts of one tensor have one storage
+            for v in given if isinstance(given, tuple) else (given,):
+                if isinstance(v, torch.Tensor) and v.numel() == self.elements:
+                    storage = v.untyped_storage()
+                    ranges.add((name, storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        self.ranges = sorted(ranges)
         self.launches.append((kernel, Counter()))
 
     def count(self, what: str, addresses, mask) -> None:
@@ -211,6 +218,38 @@ def test_cbam(traffic, pool, norm, layout):
     dots = [("_dot_channels_gated", 2), *middle, ("_dot_space", 2)]
     rest = [("_spread_both", 2), ("_parameters", 0), ("convolution_parameters", 0)]
     assert [(kernel, sum(p.values())) for kernel, p in traffic.passes()] == dots + rest
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("form", "paths", "affine"),
+    [("separate", 2, False), ("separate", 3, True), ("stacked", 2, True), ("joined", 2, False)],
+)
+def test_select(traffic, form, paths, affine, layout):
+    """2 M + 1 passes and 2 M + 2 (3 M + 2 after a prologue, which is never written) in 2 + 3 launches, whatever way the
+    branches lie; in two phases a launch more each where space is split among programs."""
+    inputs = maps(SHAPE, paths, form, layout) | branch_weights(SHAPE[1], paths)
+    inputs |= affine_of(SHAPE[1], paths) if affine else {}
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    options = {"paths": paths if form == "joined" else None, "pre_activation": "relu" if affine else "identity"}
+    y = apply(functional.select, **options)(**leaves)
+    read, written = {"read branches": paths}, {"write y": 1}
+    assert traffic.passes() == [("_pool_branches", read), ("_select", read | written)]
+    traffic.launches.clear()
+    grad = in_layout(random(*SHAPE, seed=1), layout)
+    y.backward(grad)
+    dot = ("_dot_branches", {"read grad": 1, **read})
+    spread = {"read grad": 1, **(read if affine else {}), "write grads": paths}
+    assert traffic.passes() == [dot, ("_select_spread", spread), ("_select_parameters", {})]
+    traffic.launches.clear()
+    phases = {k: v for k, v in leaves.items() if not k.startswith(("weight", "bias"))}
+    block = excitation_of(SHAPE[1], paths)
+    y = apply(functional.select_with, **options, excitation=block)(**phases)
+    forward = [("_pool_branches", read), ("_sum_branches", read | written)]
+    assert [p for p in traffic.passes() if p[0] != "_finish"] == forward
+    traffic.launches.clear()
+    y.backward(grad)
+    assert traffic.passes() == [dot, ("_spread_branches", spread)]
 
 
 def test_a_gradient_of_other_strides_is_read_where_it_lies(traffic):
