@@ -23,6 +23,12 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("simam_backward.cpu", TORCH_BOX(&fused_attn::cpu::simam_backward));
     m.impl("axis_pool.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool));
     m.impl("axis_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool_backward));
+    m.impl("select_squeeze.cpu", TORCH_BOX(&fused_attn::cpu::select_squeeze));
+    m.impl("select_sum.cpu", TORCH_BOX(&fused_attn::cpu::select_sum));
+    m.impl("select_dots.cpu", TORCH_BOX(&fused_attn::cpu::select_dots));
+    m.impl("select_gradients.cpu", TORCH_BOX(&fused_attn::cpu::select_gradients));
+    m.impl("select.cpu", TORCH_BOX(&fused_attn::cpu::select));
+    m.impl("select_backward.cpu", TORCH_BOX(&fused_attn::cpu::select_backward));
     m.impl("cbam.cpu", TORCH_BOX(&fused_attn::cpu::cbam));
     m.impl("cbam_backward.cpu", TORCH_BOX(&fused_attn::cpu::cbam_backward));
 }

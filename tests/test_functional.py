@@ -8,7 +8,7 @@ import torch
 from fused_attn import functional, nn, reference
 
 x = torch.zeros(2, 8, 4, 4)
-w1, w2 = torch.zeros(4, 8), torch.zeros(8, 4)
+w1, w2, w16 = torch.zeros(4, 8), torch.zeros(8, 4), torch.zeros(16, 4)
 k3 = torch.zeros(1, 2, 3, 3)
 
 BAD_CALLS = [
@@ -98,6 +98,51 @@ BAD_CALLS = [
         lambda: functional.channel_gate(x, torch.zeros(1, 1, 3), weight2=w2, layer="conv"),
     ),
     ("gate: expected one of identity", ValueError, lambda: functional.channel_gate(x, w1, None, w2, gate="swish")),
+    ("branches: expected a tensor or a sequence", TypeError, lambda: functional.select([], w1, None, w16)),
+    ("branches: expected a tensor or a sequence", TypeError, lambda: functional.select((u for u in (x, x)), w1)),
+    ("branches: expected a tensor; got float", TypeError, lambda: functional.select([x, 1.0], w1, None, w16)),
+    ("branches: expected one shape", ValueError, lambda: functional.select([x, x[:1]], w1, None, w16)),
+    ("branches: expected one dtype", TypeError, lambda: functional.select([x, x.double()], w1, None, w16)),
+    ("branches: expected (B, C, *spatial)", ValueError, lambda: functional.select([x[..., 0, 0]] * 2, w1, None, w16)),
+    ("branches: expected (B, M, C, *spatial)", ValueError, lambda: functional.select(x[..., 0], w1, None, w16)),
+    ("branches: expected (B, M, C, *spatial)", ValueError, lambda: functional.select(x[:, :0], w1, None, w16)),
+    ("branches: expected (B, 3 * C, *spatial)", ValueError, lambda: functional.select(x, w1, None, w16, paths=3)),
+    ("paths: expected a positive integer", ValueError, lambda: functional.select(x, w1, None, w16, paths=0)),
+    ("paths: expected None for a sequence", ValueError, lambda: functional.select([x, x], w1, None, w16, paths=2)),
+    ("groups: expected a positive integer", ValueError, lambda: functional.select([x, x], w1, None, w16, groups=3)),
+    ("weight1: expected a tensor", TypeError, lambda: functional.select([x, x], None, None, w16)),
+    ("weight2: expected a tensor", TypeError, lambda: functional.select([x, x], w1)),
+    ("weight1: expected shape (hidden, 8)", ValueError, lambda: functional.select([x, x], w1[:0], None, w16)),
+    ("weight1: expected shape (4, 8)", ValueError, lambda: functional.select([x, x], w1[:, :7], None, w16)),
+    (
+        "weight1: expected shape (hidden, 2), hidden a multiple of 4; got (5, 2)",
+        ValueError,
+        lambda: functional.select([x, x], torch.zeros(5, 2), None, w16, groups=4),
+    ),
+    ("weight2: expected shape (16, 4)", ValueError, lambda: functional.select([x, x], w1, None, w2)),
+    ("weight2: expected x's dtype", TypeError, lambda: functional.select([x, x], w1, None, w16.double())),
+    ("bias1: expected shape (4,)", ValueError, lambda: functional.select([x, x], w1, w1[0], w16)),
+    ("bias2: expected shape (16,)", ValueError, lambda: functional.select([x, x], w1, None, w16, w1[0])),
+    (
+        "gate: expected one of softmax, sigmoid",
+        ValueError,
+        lambda: functional.select([x, x], w1, None, w16, gate="relu"),
+    ),
+    (
+        "affine weight: expected shape (2, 8)",
+        ValueError,
+        lambda: functional.select([x, x], w1, None, w16, affine=(w1[0], w1[0])),
+    ),
+    (
+        "excitation: expected a result of shape (2, 2, 8); got (2, 16)",
+        ValueError,
+        lambda: functional.select_with([x, x], lambda s: s.repeat(1, 2)),
+    ),
+    (
+        "excitation: expected a tensor as its result; got NoneType",
+        TypeError,
+        lambda: functional.select_with([x, x], lambda s: None),
+    ),
     ("reduction: 16 leaves no hidden channel of 8", ValueError, lambda: nn.SqueezeExcite(8)),
     ("reduction: expected a finite number", ValueError, lambda: nn.SqueezeExcite(8, reduction=float("nan"))),
     ("reduction: expected a positive number", ValueError, lambda: nn.SqueezeExcite(8, reduction=-1)),
@@ -125,7 +170,7 @@ def test_reference_has_the_same_signatures():
     import inspect
 
     names = ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam", "mixed_scale", "simam")
-    for name in (*names, "axis_pool", "axis_pool_with_map"):
+    for name in (*names, "axis_pool", "axis_pool_with_map", "select", "select_with"):
         assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
     for name in nn.__all__:
         assert inspect.signature(getattr(nn, name)) == inspect.signature(getattr(reference, name)), name

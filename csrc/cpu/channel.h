@@ -40,14 +40,9 @@ class ChannelGates {
     }
     const A* gates() const { return gates_.data(); }
 
-    // Samples that share one read of the weights, where a pass reads `maps` maps: one where the weights stay in
-    // cache anyway.
+    // Samples that share one read of the weights, where a pass reads `maps` maps.
     int64_t group(int64_t maps) const {
-        const int64_t weight_bytes = excitation_.weight_count() * sizeof(A);
-        if (weight_bytes <= 128 << 10) return 1;
-        const int64_t threads = torch::stable::get_num_threads();
-        const int64_t wanted = 4 * weight_bytes / std::max<int64_t>(1, maps * sample_bytes_) + 1;
-        return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, batch_ / threads));
+        return samples_a_read(excitation_.weight_count() * sizeof(A), maps * sample_bytes_, batch_);
     }
 
     // The gates of some samples from their pools; writes their state and index.

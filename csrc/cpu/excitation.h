@@ -7,6 +7,31 @@
 
 namespace fused_attn::cpu {
 
+// grad_weight (rows, columns) = sum over the batch of grad[s] x in[s], in order; blocks of rows on torch's threads.
+template <class A>
+void matrix_gradient(const A* grad, int64_t grad_stride, int64_t rows, const A* in, int64_t in_stride, int64_t batch,
+                     int64_t columns, A* grad_weight) {
+    constexpr int64_t kRows = 16;
+    parallel((rows + kRows - 1) / kRows, batch * rows * columns, [&](int64_t block) {
+        dense_kernels<A>().weight_grad(grad, grad_stride, in, in_stride, batch, block * kRows,
+                                       std::min(rows, (block + 1) * kRows), columns, grad_weight);
+    });
+}
+template <class A>
+void row_sum(const A* grad, int64_t n, int64_t batch, A* to) {
+    std::fill_n(to, n, A(0));
+    for (int64_t s = 0; s < batch; ++s)
+        for (int64_t i = 0; i < n; ++i) to[i] += grad[s * n + i];
+}
+
+// Samples that share one read of the weights, where a pass reads sample_bytes a sample: one where the weights stay in
+// cache anyway.
+inline int64_t samples_a_read(int64_t weight_bytes, int64_t sample_bytes, int64_t batch) {
+    if (weight_bytes <= 128 << 10) return 1;
+    const int64_t wanted = 4 * weight_bytes / std::max<int64_t>(1, sample_bytes) + 1;
+    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, batch / torch::stable::get_num_threads()));
+}
+
 template <class A>
 class Excitation {
   public:
@@ -89,7 +114,7 @@ class Excitation {
             if (kernel_size_)
                 kernel_gradient(batch, descriptor, stride, grad_logits, to);
             else
-                matrix_gradient(grad_first, rows, descriptor, stride, batch, channels_, to);
+                matrix_gradient(grad_first, rows, rows, descriptor, stride, batch, channels_, to);
         };
         auto bias1 = [&](A* to) {
             if (kernel_size_)
@@ -98,7 +123,7 @@ class Excitation {
                 row_sum(grad_first, rows, batch, to);
         };
         auto weight2 = [&](A* to) {
-            matrix_gradient(grad_logits, channels_, hidden.data(), hidden_, batch, hidden_, to);
+            matrix_gradient(grad_logits, channels_, channels_, hidden.data(), hidden_, batch, hidden_, to);
         };
         auto bias2 = [&](A* to) { row_sum(grad_logits, channels_, batch, to); };
         return {gradient_like<A>(like_[0], x, weight1), gradient_like<A>(like_[1], x, bias1),
@@ -142,20 +167,6 @@ class Excitation {
         }
         std::copy(total.begin(), total.end(), to);
     }
-    static void matrix_gradient(const A* grad, int64_t rows, const A* in, int64_t in_stride, int64_t batch,
-                                int64_t columns, A* to) {
-        constexpr int64_t kRows = 16;
-        parallel((rows + kRows - 1) / kRows, batch * rows * columns, [&](int64_t block) {
-            dense_kernels<A>().weight_grad(grad, rows, in, in_stride, batch, block * kRows,
-                                           std::min(rows, (block + 1) * kRows), columns, to);
-        });
-    }
-    static void row_sum(const A* grad, int64_t n, int64_t batch, A* to) {
-        std::fill_n(to, n, A(0));
-        for (int64_t s = 0; s < batch; ++s)
-            for (int64_t i = 0; i < n; ++i) to[i] += grad[s * n + i];
-    }
-
     int64_t channels_, hidden_, layer_;
     int activation_;
     int64_t kernel_size_;

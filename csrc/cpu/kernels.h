@@ -130,6 +130,37 @@ struct MixKernels {
     void (*backward)(const T* grad, const T* x, Panel, MixedGates<A>, T* grad_x, MixedSums<A>);
 };
 
+// The branches of a selection in one panel: maps whose rows (channels, or positions of a channels_last panel) lie
+// `pitch` elements apart. Arrays a branch and channel begin at the panel's first channel in branch 0; the next branch's
+// numbers are `apart` behind. u = activation(x * weight + bias), with a branch's own weight and bias.
+constexpr int64_t kMostBranches = 8;
+template <class T>
+struct Branches {
+    int64_t count, apart;
+    const T* data[kMostBranches];
+    int64_t pitch[kMostBranches];
+    Prologue<Accumulator<T>> prologue;
+};
+template <class T>
+struct BranchOutputs {
+    T* data[kMostBranches];
+    int64_t pitch[kMostBranches];
+};
+template <class T>
+struct SelectKernels {
+    using A = Accumulator<T>;
+    // sum[c] += sum of u, of all branches
+    void (*pool)(Branches<T>, Panel, double* sum);
+    // y = sum over the branches of u * weights[..]
+    void (*sum)(Branches<T>, Panel, const A* weights, T* y);
+    // dot[..] += sum of grad * u
+    void (*dot)(const T* grad, Branches<T>, Panel, double* dot);
+    // grad_u = grad * weights[..] + mean[c]; grads = grad_u through the prologue; grad_weight[..] += ..,
+    // grad_bias[..] += .. (null without affine)
+    void (*spread)(const T* grad, Branches<T>, Panel, const A* weights, const A* mean, BranchOutputs<T> grads,
+                   double* grad_weight, double* grad_bias);
+};
+
 // The convolution of a spatial gate, on maps whose rows are padded with zeros so that every tap is one offset.
 // Rows of numbers are read and written in whole blocks: past their ends lie kTapBlock numbers of slack, of zeros
 // where they are read.
@@ -197,6 +228,8 @@ template <class T>
 const SpaceKernels<T>& space_kernels();
 template <class T>
 const MixKernels<T>& mix_kernels();
+template <class T>
+const SelectKernels<T>& select_kernels();
 template <class A>
 const TapKernels<A>& tap_kernels();
 template <class T>

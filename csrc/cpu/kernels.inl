@@ -526,6 +526,7 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
+#include "select.inl"
 #include "simam.inl"
 #include "space.inl"
 
@@ -649,6 +650,8 @@ template <class T>
 constexpr MixKernels<T> kMixKernels{mix<T>, mix_grad<T>};
 template <class T>
 constexpr AxisKernels<T> kAxisKernels{pool_axes<T>, spread_axes<T>};
+template <class T>
+constexpr SelectKernels<T> kSelectKernels{pool_branches<T>, sum_branches<T>, dot_branches<T>, spread_branches<T>};
 template <class A>
 constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -95,6 +96,30 @@ Tensor axis_pool_backward(const OptionalTensor& grad, const OptionalTensor& grad
 std::tuple<Tensor, Tensor> simam(const Tensor& x, double e_lambda);
 
 Tensor simam_backward(const Tensor& grad, const Tensor& x, const Tensor& state);
+
+Tensor select_squeeze(const std::vector<Tensor>& branches, int64_t paths, const OptionalTensor& affine_weight,
+                      const OptionalTensor& affine_bias, int64_t pre_activation);
+
+Tensor select_sum(const std::vector<Tensor>& branches, const Tensor& weights, int64_t paths,
+                  const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t pre_activation);
+
+Tensor select_dots(const Tensor& grad, const std::vector<Tensor>& branches, int64_t paths,
+                   const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t pre_activation);
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> select_gradients(
+    const Tensor& grad, const std::vector<Tensor>& branches, const Tensor& weights, const Tensor& grad_descriptor,
+    int64_t paths, const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t pre_activation);
+
+std::tuple<Tensor, Tensor> select(const std::vector<Tensor>& branches, const Tensor& weight1,
+                                  const OptionalTensor& bias1, const Tensor& weight2, const OptionalTensor& bias2,
+                                  const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t paths,
+                                  int64_t groups, int64_t activation, int64_t gate, int64_t pre_activation);
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_backward(
+    const Tensor& grad, const std::vector<Tensor>& branches, const Tensor& state, const Tensor& weight1,
+    const OptionalTensor& bias1, const Tensor& weight2, const OptionalTensor& bias2,
+    const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t paths, int64_t groups,
+    int64_t activation, int64_t gate, int64_t pre_activation);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     const Tensor& x, const OptionalTensor& weight1, const OptionalTensor& bias1, const OptionalTensor& weight2,

@@ -13,6 +13,7 @@ struct TypedKernels {
     SimamKernels<T> simam;
     MixKernels<T> mix;
     AxisKernels<T> axis;
+    SelectKernels<T> select;
 };
 
 // Maps of float64 are bound by memory, and are for checking: they have one build, the baseline's.
@@ -40,7 +41,7 @@ extern const KernelTable kTable;
 }  // namespace fused_attn::cpu
 
 #define FUSED_ATTN_TYPED_KERNELS(T) \
-    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>, kMixKernels<T>, kAxisKernels<T>}
+    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>, kMixKernels<T>, kAxisKernels<T>, kSelectKernels<T>}
 
 #define FUSED_ATTN_KERNEL_TABLE(isa)                                     \
     constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{ \

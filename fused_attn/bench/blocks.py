@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import nn as fused
 from .. import reference
+from ..reference.selection import Layers
 from .measure import Figure, interleaved, peak_memory
 
 #: (B, C, H, W) of the feature maps in timm's networks at 224 x 224, and the batch-of-one case of inference.
@@ -35,12 +37,36 @@ TINY_SHAPE = (2, 16, 2, 2)
 class Block:
     """A block to measure: built from a module namespace (`fused_attn.nn` or `fused_attn.reference`) and C.
 
-    passes: over the map, forward and forward + backward, that a streaming kernel needs.
+    passes: over the map, forward and forward + backward, that a streaming kernel needs. residual: the block takes a
+    second map.
     """
 
     build: Callable[..., nn.Module]
-    passes: tuple[int, int]
+    passes: tuple[float, float]
     residual: bool = False
+
+
+class Selection(nn.Module):
+    """What follows the convolutions of two branches of C channels, which come as two maps, or as one of 2C channels.
+
+    batch_norm: behind the branches, with a ReLU, and inside the excitation, as in networks.
+    """
+
+    def __init__(self, modules: Any, channels: int, *, stacked: bool = False, batch_norm: bool = True) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 32)
+        self.run = modules.SKConv._selection
+        widths = ([2 * channels] if stacked else [channels] * 2) if batch_norm else []
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.norm = nn.BatchNorm2d(hidden) if batch_norm else None
+        self.fc2 = nn.Conv2d(hidden, 2 * channels, 1, bias=False)
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        excitation = Layers(self.fc1, self.norm, "relu", self.fc2, 2)
+        stacked = len(maps) == 1
+        activation = "identity" if self.norm is None else "relu"
+        return self.run(maps[0] if stacked else maps, list(self.norms), activation, excitation, 2 if stacked else None)
 
 
 BLOCKS: dict[str, Block] = {
@@ -58,6 +84,10 @@ BLOCKS: dict[str, Block] = {
     "bam": Block(lambda m, c: m.BAM(c), (4, 11)),  # beside its convolutions, which are most of its time
     "scse": Block(lambda m, c: m.SCSE(c), (4, 11)),
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
+    "select": Block(lambda m, c: Selection(m, c, batch_norm=False), (5, 11), residual=True),
+    # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.
+    "sk": Block(lambda m, c: Selection(m, c), (11, 29), residual=True),
+    "split-attention": Block(lambda m, c: Selection(m, c // 2, stacked=True), (5.5, 14.5)),
 }
 
 

@@ -18,6 +18,9 @@ TAX_PAIRS = (
     ("timm:ecaresnet50d", "timm:resnet50d"),
     ("timm:regnety_016", "timm:regnetx_016"),
     ("timm:resnet50+cbam", "timm:resnet50"),
+    ("timm:skresnet18", "timm:resnet18"),
+    ("timm:skresnet50", "timm:resnet50"),
+    ("timm:resnest50d", "timm:resnet50d"),
 )
 
 

@@ -22,6 +22,9 @@ MODELS = {
     "timm:regnety_016": (27, (2, 3, 64, 64)),
     "timm:resnet50+cbam": (16, (2, 3, 64, 64)),
     "timm:resnet26+lcbam": (8, (2, 3, 64, 64)),
+    "timm:skresnet18": (8, (2, 3, 64, 64)),
+    "timm:skresnext50_32x4d": (16, (2, 3, 64, 64)),
+    "timm:resnest50d": (16, (2, 3, 64, 64)),
     "torchvision:mobilenet_v3_small": (9, (2, 3, 64, 64)),
     "monai:SEResNet50, 3-D": (16, (2, 1, 32, 32, 32)),
 }
@@ -100,7 +103,7 @@ def test_logits_loss_and_gradients(name, training):
 
 
 #: Learning rate and batch at which a network of random weights, so few images a BatchNorm, is not yet chaotic.
-STEPS = {"timm:regnety_016": (1e-5, 8), "monai:SEResNet50, 3-D": (1e-6, 4)}
+STEPS = {"timm:regnety_016": (1e-5, 8), "timm:resnest50d": (1e-6, 6), "monai:SEResNet50, 3-D": (1e-6, 4)}
 
 
 @pytest.mark.slow  # up to 40 s a network
