@@ -23,7 +23,7 @@ import torch
 
 from . import __version__, demo, info, verify, viz
 from .bench import blocks, models
-from .bench.measure import Figure, copy_bandwidth, environment, geometric_means
+from .bench.measure import Figure, copy_bandwidth, environment, geometric_means, keep_freed_memory
 from .fusion import fuse
 from .hosts import UnknownModel, build_model, import_host
 
@@ -233,6 +233,7 @@ def installed_models() -> list[str]:
     click.option("--input", "model_input", default="8x3x224x224", help="Input of the networks. Default: 8x3x224x224."),
     click.option("--compile/--no-compile", "with_compile", default=True, help="torch.compile too. Default: yes."),
     click.option("--budget", type=click.FloatRange(0.01), default=2.0, help="Seconds a comparison. Default: 2."),
+    click.option("--keep-memory", is_flag=True, help="Have the C allocator keep freed maps, as jemalloc does."),
     click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), default=None),
     click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), default=None),
     click.option("--quick", is_flag=True, help="Small shapes and few repetitions: does it run, not how fast."),
@@ -249,6 +250,7 @@ def bench_command(
     model_input: str,
     with_compile: bool,
     budget: float,
+    keep_memory: bool,
     json_path: Path | None,
     plot_path: Path | None,
     quick: bool,
@@ -274,6 +276,9 @@ def bench_command(
 
     figures: list[Figure] = []
     facts: dict[str, Any] = environment(place)
+    if keep_memory and not keep_freed_memory():
+        raise UserError("--keep-memory: this system's C library has no mallopt")
+    facts["keeps freed memory"] = keep_memory
     complete = False
     try:
         facts["copy bytes a second"] = copy = copy_bandwidth(place, 1 << (22 if quick else 28))

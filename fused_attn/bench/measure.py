@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import platform
 import time
@@ -74,6 +75,17 @@ def interleaved(
         if enabled:
             gc.enable()
     return timings
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc's allocator keep what is freed; whether it does now.
+
+    By default every large map goes back to the system, and fresh pages then take most of an operator's time on CPUs:
+    more of eager's, which makes more maps. Without them only the operators' own passes are compared.
+    """
+    mmap_max, trim_threshold, largest_int = -4, -1, 2**31 - 1  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, largest_int))
 
 
 def copy_bandwidth(device: torch.device, bytes_: int = 1 << 28) -> float:

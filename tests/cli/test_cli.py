@@ -126,6 +126,14 @@ def test_bench_writes_figures_and_a_picture(tmp_path):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_bench_can_have_the_allocator_keep_memory(tmp_path):
+    """In a process of its own: there is no way back."""
+    path = tmp_path / "b.json"
+    options = ["--quick", "--no-models", "--no-compile", "--ops", "se", "--keep-memory", "--json"]
+    subprocess.run([sys.executable, "-m", "fused_attn", "bench", *options, str(path)], check=True, capture_output=True)
+    assert json.loads(path.read_text())["environment"]["keeps freed memory"] is True
+
+
 @pytest.mark.slow  # two small networks, about 15 s
 def test_bench_measures_the_attention_tax(tmp_path):
     path = tmp_path / "b.json"
