@@ -103,11 +103,16 @@ def test_logits_loss_and_gradients(name, training):
 
 
 #: Learning rate and batch at which a network of random weights, so few images a BatchNorm, is not yet chaotic.
-STEPS = {"timm:regnety_016": (1e-5, 8), "timm:resnest50d": (1e-6, 6), "monai:SEResNet50, 3-D": (1e-6, 4)}
+STEPS = {"timm:regnety_016": (1e-5, 8), "monai:SEResNet50, 3-D": (1e-6, 4)}
+
+
+#: resnest50d's excitations have a BatchNorm over as many values as there are images: with few, eager itself parts from
+#: eager within the steps.
+NO_STEPS = ("timm:resnet26+lcbam", "timm:resnest50d")
 
 
 @pytest.mark.slow  # up to 40 s a network
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "timm:resnet26+lcbam"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NO_STEPS])
 def test_twenty_steps_of_sgd_stay_together(name):
     """The losses of 20 steps, beside those of eager with its first input moved by one unit in the last place."""
     rate, batch = STEPS.get(name, (1e-5, 2))
