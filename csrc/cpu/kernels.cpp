@@ -55,6 +55,10 @@ const TypedKernels<T>& typed() {
         return typed<T>().simam;             \
     }                                        \
     template <>                              \
+    const NormKernels<T>& norm_kernels() {   \
+        return typed<T>().norm;              \
+    }                                        \
+    template <>                              \
     const MixKernels<T>& mix_kernels() {     \
         return typed<T>().mix;               \
     }                                        \

@@ -11,6 +11,7 @@ struct TypedKernels {
     MapKernels<T> map;
     SpaceKernels<T> space;
     SimamKernels<T> simam;
+    NormKernels<T> norm;
     MixKernels<T> mix;
     AxisKernels<T> axis;
 };
@@ -37,7 +38,7 @@ extern const KernelTable kTable;
 }  // namespace fused_attn::cpu
 
 #define FUSED_ATTN_TYPED_KERNELS(T) \
-    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>, kMixKernels<T>, kAxisKernels<T>}
+    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>, kNormKernels<T>, kMixKernels<T>, kAxisKernels<T>}
 
 #define FUSED_ATTN_KERNEL_TABLE(isa)                                     \
     constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{ \

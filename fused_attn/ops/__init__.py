@@ -5,6 +5,7 @@ from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .mixed_scale import mixed_scale
+from .norm_gate import norm_gate
 from .scale import scale
 from .simam import simam
 from .spatial_gate import spatial_gate
@@ -17,6 +18,7 @@ __all__ = [
     "channel_gate",
     "channel_pool",
     "mixed_scale",
+    "norm_gate",
     "scale",
     "simam",
     "spatial_gate",

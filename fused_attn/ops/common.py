@@ -17,13 +17,16 @@ LIBRARY = torch.library.Library("fused_attn", "DEF")
 BACKENDS = ("cpu", "triton", "cuda")
 
 
-def define(name: str, schema: str, fake: Callable) -> dict[str, torch._ops.OpOverload]:
-    """Define `fused_attn::name` with one overload a backend, all with this schema and fake kernel."""
+def define(name: str, schema: str, fake: Callable, module: str | None = None) -> dict[str, torch._ops.OpOverload]:
+    """Define `fused_attn::name` with one overload a backend, all with this schema and fake kernel.
+
+    The Triton kernel is the function of that name in `fused_attn.kernels.<module>`, by default the operator's own.
+    """
 
     def triton_kernel(*args):
         return getattr(importlib.import_module(f"fused_attn.kernels.{module}"), name)(*args)
 
-    module = name.removesuffix("_backward")
+    module = module or name.removesuffix("_backward")
     for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fused_attn::{name}.{backend}", fake, lib=LIBRARY)

@@ -14,6 +14,7 @@ from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
+from .norm_gate import norm_gate
 from .scale import scale
 from .scse import SCSE
 from .simam import SimAM, simam
@@ -43,6 +44,7 @@ __all__ = [
     "channel_pool",
     "eca_kernel_size",
     "mixed_scale",
+    "norm_gate",
     "scale",
     "simam",
     "spatial_gate",
