@@ -74,7 +74,7 @@ BLOCKS = {
     "resnet Bottleneck, eca": (lambda: timm_resnet("Bottleneck", 64, attn_layer="eca"), 64, 2, 1),
     "resnet Bottleneck, silu": (lambda: timm_resnet("Bottleneck", 64, attn_layer="ese", act_layer=nn.SiLU), 64, 2, 1),
     "resnet Bottleneck, downsampling": (lambda: downsampling_bottleneck(attn_layer="se"), 24, 2, 1),
-    "resnet Bottleneck, ge": (lambda: timm_resnet("Bottleneck", 64, attn_layer="ge"), 64, 2, 1),
+    "resnet Bottleneck, gc": (lambda: timm_resnet("Bottleneck", 64, attn_layer="gc"), 64, 2, None),
     "resnet Bottleneck, cbam": (lambda: timm_resnet("Bottleneck", 64, attn_layer="cbam"), 64, 2, None),
     "resnet Bottleneck, plain": (lambda: timm_resnet("Bottleneck", 64), 64, 2, 1),
     "resnet BasicBlock, se": (lambda: timm_resnet("BasicBlock", 16, attn_layer="se"), 16, 2, 1),
