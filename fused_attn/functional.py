@@ -30,6 +30,7 @@ from .backends import choose
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, TIES, code
 
 Affine = tuple[Tensor, Tensor]
+Excitation = Callable[[Tensor], Tensor]
 BatchNorm = tuple[Tensor, Tensor, float]
 Order = tuple[str, str]
 
@@ -286,7 +287,7 @@ def norm_gate(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "identity",
-    excitation: Callable[[Tensor], Tensor] | None = None,
+    excitation: Excitation | None = None,
     residual: Tensor | None = None,
     post_activation: str = "identity",
 ) -> Tensor:

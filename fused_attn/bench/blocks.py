@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import functional, reference
 from .. import nn as fused
-from .. import reference
 from .measure import Figure, interleaved, peak_memory
 
 #: (B, C, H, W) of the feature maps in timm's networks at 224 x 224, and the batch-of-one case of inference.
@@ -43,6 +44,33 @@ class Block:
     residual: bool = False
 
 
+class Tail(nn.Module):
+    """What ends a block of a residual network in training, or stands in its middle: see `functional.norm_gate`."""
+
+    def __init__(self, module: Any, channels: int, activation: str, post_activation: str) -> None:
+        super().__init__()
+        self.bn, self.se = nn.BatchNorm2d(channels), reference.SqueezeExcite(channels)
+        self.activation, self.post_activation = activation, post_activation
+        self.norm_gate = functional.norm_gate if module is fused else reference.norm_gate
+
+    def excite(self, s: Tensor) -> Tensor:
+        return self.se.fc2(self.se.fc1(s).relu()).sigmoid()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.norm_gate(
+            x,
+            self.bn.weight,
+            self.bn.bias,
+            self.bn.running_mean,
+            self.bn.running_var,
+            training=True,
+            activation=self.activation,
+            excitation=self.excite,
+            residual=residual,
+            post_activation=self.post_activation,
+        )
+
+
 BLOCKS: dict[str, Block] = {
     "se": Block(lambda m, c: m.SqueezeExcite(c), (3, 7)),
     "eca": Block(lambda m, c: m.ECA(c), (3, 7)),
@@ -57,6 +85,8 @@ BLOCKS: dict[str, Block] = {
     "coordinate": Block(lambda m, c: m.CoordinateAttention(c), (3, 8)),
     "bam": Block(lambda m, c: m.BAM(c), (4, 11)),  # beside its convolutions, which are most of its time
     "scse": Block(lambda m, c: m.SCSE(c), (4, 11)),
+    "norm-gate": Block(lambda m, c: Tail(m, c, "identity", "relu"), (4, 11), residual=True),  # of an SE-ResNet
+    "norm-silu-gate": Block(lambda m, c: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
 }
 
