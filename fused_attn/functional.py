@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -290,6 +291,7 @@ def norm_gate(
     excitation: Excitation | None = None,
     residual: Tensor | None = None,
     post_activation: str = "identity",
+    group: Any = None,
 ) -> Tensor:
     """BatchNorm with what follows it in a residual network: activation, channel gate, sum, activation.
 
@@ -305,6 +307,8 @@ def norm_gate(
         excitation: from the descriptor, (B, C) in x's dtype, to the gate, (B, C) or (B, C, 1, ...): any PyTorch code.
             Autograd goes through it. None: no gate.
         residual: a map of x's shape and dtype, any strides.
+        group: a `torch.distributed` process group; in training the statistics are those of all its processes' batches,
+            as SyncBatchNorm's.
 
     Returns:
         A map of x's shape, dtype and layout. Its gradient cannot be differentiated again.
@@ -322,7 +326,10 @@ def norm_gate(
     _check_residual(x, residual)
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean: expected running_mean and running_var where it is not training; got None")
-    if training and x.shape[0] * x.shape[2:].numel() == 1:
+    group = group if training else None
+    if group is not None and x.numel() == 0:
+        raise ValueError(f"x: expected values on every process of the group; got shape {tuple(x.shape)}")
+    if training and group is None and x.shape[0] * x.shape[2:].numel() == 1:
         raise ValueError(f"x: expected more than one value a channel in training; got shape {tuple(x.shape)}")
 
     def checked_excitation(descriptor: Tensor) -> Tensor:
@@ -349,12 +356,12 @@ def norm_gate(
             excitation=excite,
             residual=residual,
             post_activation=post_activation,
+            group=group,
         )
     statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
-    y, mean, var = ops.norm_gate(backend, x, weight, bias, statistics, excite, residual, float(eps), *codes)
+    y, mean, var = ops.norm_gate(backend, x, weight, bias, statistics, excite, residual, float(eps), *codes, group)
     if training:
-        count = x.numel() // x.shape[1]
-        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        for running, new in ((running_mean, mean), (running_var, var)):
             if running is not None:
                 with torch.no_grad():
                     running.copy_(momentum * new + (1 - momentum) * running)

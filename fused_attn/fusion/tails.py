@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functional
@@ -20,8 +21,8 @@ from .layers import activation_name
 from .registry import TAILS, ChannelGate, OwnLayers, Recipe, SplitGate, class_name, qualified_name, recognise, register
 from .swap import PLAN, host_class, layer_at, parameter_at, split_path
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d", "SyncBatchNormAct"))
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Tail:
             eps=norm.eps,
             activation=self.activation,
             excitation=None if gate is None else self._excitation(gate),
+            group=_group(norm),
             **common,
         )
 
@@ -99,6 +101,14 @@ def _folded(norm: Any) -> tuple[Tensor, Tensor]:
     return weight, bias if norm.bias is None else bias + norm.bias.to(dtype)
 
 
+def _group(norm: Any) -> Any:
+    """The process group whose statistics a SyncBatchNorm takes; None where it takes its own batch's."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
 def _momentum(norm: Any) -> float:
     """Of this call, as the BatchNorm's own forward finds it; counts the batch."""
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -127,7 +137,7 @@ def _find(
 ) -> Tail | str:
     """The tail that begins with the BatchNorm at this path; a string: why there is none."""
     layer = _found(block, norm)
-    norm_act = layer is not None and qualified_name(type(layer)) == _NORM_ACT
+    norm_act = layer is not None and qualified_name(type(layer)) in _NORM_ACTS
     if not norm_act and type(layer) not in _NORMS:
         return f"{norm} is a {type(layer).__name__}, not a BatchNorm"
     bypassed = [norm]

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,6 +449,56 @@ def test_forced_reference():
     with fused_attn.backend("reference"):
         y = functional.norm_gate(random(2, 4, 3, 3).requires_grad_(), training=True)
     assert "BatchNorm" in type(y.grad_fn).__name__
+
+
+SYNCHRONISED = """
+import sys
+import torch
+import torch.distributed as dist
+import fused_attn
+from fused_attn import functional
+from tests.checks import random
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+mine = slice(0, 3) if rank == 0 else slice(3, 5)  # batches of different sizes
+for backend in (None, "reference"):
+    for activation, post in (("identity", "relu"), ("silu", "identity")):
+        found = []
+        for group, part in ((dist.group.WORLD, mine), (None, slice(0, 5))):
+            x = (random(5, 6, 4, 3, dtype=torch.float64) * 2 + 3).requires_grad_()
+            residual = random(5, 6, 4, 3, seed=1, dtype=torch.float64).requires_grad_()
+            parameters = [random(6, seed=s, dtype=torch.float64).requires_grad_() for s in (2, 3)]
+            running = torch.zeros(6).double(), torch.ones(6).double()
+            with fused_attn.backend(backend or "reference") if group is None or backend else torch.enable_grad():
+                y = functional.norm_gate(
+                    x[part], *parameters, *running, training=True, activation=activation, excitation=torch.sigmoid,
+                    residual=residual[part], post_activation=post, group=group,
+                )
+            y.backward(random(5, 6, 4, 3, seed=4, dtype=torch.float64)[part])
+            sums = [p.grad for p in parameters]
+            if group is not None:
+                for grad in sums:  # each process's own, as SyncBatchNorm's
+                    dist.all_reduce(grad)
+            y = y if group is not None else y[mine]
+            found.append([y, x.grad[mine], residual.grad[mine], *sums, *running])
+        for ours, expected in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow  # two processes
+def test_statistics_of_two_processes():
+    """Two gloo processes with parts of a batch: outputs, gradients and running statistics of the whole batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", SYNCHRONISED, str(rank), port] for rank in (0, 1)]
+    started = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    errors = [process.communicate(timeout=240)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
 
 
 ERRORS = {
