@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("channel_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool_backward));
     m.impl("simam.cpu", TORCH_BOX(&fused_attn::cpu::simam));
     m.impl("simam_backward.cpu", TORCH_BOX(&fused_attn::cpu::simam_backward));
+    m.impl("moments.cpu", TORCH_BOX(&fused_attn::cpu::moments));
+    m.impl("norm_dots.cpu", TORCH_BOX(&fused_attn::cpu::norm_dots));
+    m.impl("norm_gradients.cpu", TORCH_BOX(&fused_attn::cpu::norm_gradients));
     m.impl("axis_pool.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool));
     m.impl("axis_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool_backward));
     m.impl("select_squeeze.cpu", TORCH_BOX(&fused_attn::cpu::select_squeeze));

@@ -27,7 +27,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = (
     *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both", "channel_pool"),
     *("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "axis_pool", "simam"),
-    *("select", "select/with", "select/many"),
+    *("select", "select/with", "select/many", "norm_gate"),
 )
 
 #: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
@@ -50,7 +50,7 @@ MISSING: dict[tuple[str, str], str] = {
     },
     **{
         ("cuda", op): "statistics of the batch need all samples, a cluster holds one; use triton"
-        for op in ("spatial_gate/batch_norm", "cbam/batch_norm")
+        for op in ("spatial_gate/batch_norm", "cbam/batch_norm", "norm_gate")
     },
     **{(name, "select/many"): "the kernels hold at most 8 branches" for name in ("cpu", "triton", "cuda")},
 }

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from .backends import choose
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 
 Affine = tuple[Tensor, Tensor]
+Excitation = Callable[[Tensor], Tensor]
 BatchNorm = tuple[Tensor, Tensor, float]
 Order = tuple[str, str]
 
@@ -273,6 +275,97 @@ def channel_gate(
             post_activation=post_activation,
         )
     return ops.channel_gate(backend, x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes)
+
+
+def norm_gate(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    excitation: Excitation | None = None,
+    residual: Tensor | None = None,
+    post_activation: str = "identity",
+    group: Any = None,
+) -> Tensor:
+    """BatchNorm with what follows it in a residual network: activation, channel gate, sum, activation.
+
+    With u = activation(batch_norm(x)) returns post_activation(u * excitation(mean of u over space) + residual). In
+    training 4 passes forward (3 without a gate or residual) and 6 backward (5 without a post_activation; where it is a
+    ReLU, one more reads y), of which nothing is kept but x and y; the activations between are computed again.
+
+    Args:
+        x: (B, C, *spatial), a convolution's output.
+        weight, bias, running_mean, running_var, training, momentum, eps: as in `torch.nn.functional.batch_norm`, each
+            (C,) or None, in x's dtype or float32. In training the statistics are those of the batch, and the running
+            ones, where they are given, are updated.
+        excitation: from the descriptor, (B, C) in x's dtype, to the gate, (B, C) or (B, C, 1, ...): any PyTorch code.
+            Autograd goes through it. None: no gate.
+        residual: a map of x's shape and dtype, any strides.
+        group: a `torch.distributed` process group; in training the statistics are those of all its processes' batches,
+            as SyncBatchNorm's.
+
+    Returns:
+        A map of x's shape, dtype and layout. Its gradient cannot be differentiated again.
+
+    Raises:
+        ValueError: also where the batch has but one value a channel in training, and without running statistics where
+            it is not training.
+    """
+    codes = code(ACTIVATIONS, "activation", activation), code(ACTIVATIONS, "post_activation", post_activation)
+    autocast = _check_map(x)
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            _check_parameter(name, parameter, (x.shape[1],), x, autocast or parameter.dtype == torch.float32)
+    _check_residual(x, residual)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("running_mean: expected running_mean and running_var where it is not training; got None")
+    group = group if training else None
+    if group is not None and x.numel() == 0:
+        raise ValueError(f"x: expected values on every process of the group; got shape {tuple(x.shape)}")
+    if training and group is None and x.shape[0] * x.shape[2:].numel() == 1:
+        raise ValueError(f"x: expected more than one value a channel in training; got shape {tuple(x.shape)}")
+
+    def checked_excitation(descriptor: Tensor) -> Tensor:
+        assert excitation is not None
+        gate = excitation(descriptor)
+        _check_tensor("excitation", gate, x)
+        if gate.shape[:2] != x.shape[:2] or gate.numel() != x.shape[0] * x.shape[1]:
+            raise ValueError(f"excitation: expected it to return {tuple(x.shape[:2])}; got {tuple(gate.shape)}")
+        return gate.flatten(1)
+
+    excite = None if excitation is None else checked_excitation
+    backend = _choose("norm_gate", x)
+    if backend == "reference" or x.numel() == 0:
+        return reference.norm_gate(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            excitation=excite,
+            residual=residual,
+            post_activation=post_activation,
+            group=group,
+        )
+    statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
+    y, mean, var = ops.norm_gate(backend, x, weight, bias, statistics, excite, residual, float(eps), *codes, group)
+    if training:
+        for running, new in ((running_mean, mean), (running_var, var)):
+            if running is not None:
+                with torch.no_grad():
+                    running.copy_(momentum * new + (1 - momentum) * running)
+    return y
 
 
 def channel_pool(
@@ -788,6 +881,10 @@ def _check_affine(x: Tensor, affine: Affine | None, autocast: bool) -> tuple[Ten
     if affine is None:
         return None, None
     weight, bias = affine
+    # A folded BatchNorm comes in float32 for half precision too.
+    autocast = autocast or (
+        x.dtype.itemsize == 2 and all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in affine)
+    )
     _check_parameter("affine weight", weight, (x.shape[1],), x, autocast)
     _check_parameter("affine bias", bias, (x.shape[1],), x, autocast)
     return weight, bias

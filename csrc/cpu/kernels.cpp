@@ -65,6 +65,10 @@ const TypedKernels<T>& typed() {
     template <>                                \
     const SelectKernels<T>& select_kernels() { \
         return typed<T>().select;              \
+    }                                          \
+    template <>                                \
+    const NormKernels<T>& norm_kernels() {     \
+        return typed<T>().norm;                \
     }
 
 FUSED_ATTN_PICK(double)

@@ -205,6 +205,32 @@ struct SimamKernels {
     void (*spread)(const T* grad, const T* x, Panel, Energy<A>, T* grad_x);
 };
 
+// Numbers a channel of a norm gate: u = activation(x * weight[c] + bias[c]), weight and bias made of the statistics of
+// a BatchNorm, and its mean.
+template <class A>
+struct Norm {
+    const A *weight, *bias, *mean;
+};
+// What its backward sums, with c = x - mean and h the gradient of u * gate: of[0] += h * u, of[1] += h * u', of[2] +=
+// h * u' * c, of[3] += u', of[4] += u' * c.
+constexpr int kNormSums = 5;
+struct NormSums {
+    double* of[kNormSums];
+};
+template <class A>
+struct NormFactors {
+    const A *gate, *pooled, *shift, *slope;
+};
+template <class T>
+struct NormKernels {
+    using A = Accumulator<T>;
+    // h = grad * post_activation'(..), from y (ReLU) or recomputed; written to grad_residual unless it is the identity
+    void (*dots)(const T* grad, const T* x, const T* y, const T* residual, Panel, Norm<A>, const A* gate,
+                 int activation, int post_activation, T* grad_residual, NormSums);
+    // grad_x = (grad * gate[c] + pooled[c]) * u' + shift[c] + slope[c] * (x - mean[c])
+    void (*spread)(const T* grad, const T* x, Panel, Norm<A>, NormFactors<A>, int activation, T* grad_x);
+};
+
 // The excitation: dense layers on a few samples at a time, so that a weight is read once for all of them.
 template <class A>
 struct DenseKernels {
@@ -235,6 +261,8 @@ template <class A>
 const TapKernels<A>& tap_kernels();
 template <class T>
 const SimamKernels<T>& simam_kernels();
+template <class T>
+const NormKernels<T>& norm_kernels();
 template <class A>
 const DenseKernels<A>& dense_kernels();
 const char* instruction_set();

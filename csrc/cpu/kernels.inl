@@ -526,6 +526,7 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
+#include "norm.inl"
 #include "select.inl"
 #include "simam.inl"
 #include "space.inl"

@@ -95,6 +95,15 @@ Tensor axis_pool_backward(const OptionalTensor& grad, const OptionalTensor& grad
 
 std::tuple<Tensor, Tensor> simam(const Tensor& x, double e_lambda);
 
+Tensor moments(const Tensor& x);
+
+std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x, const OptionalTensor& y,
+                                     const OptionalTensor& residual, const Tensor& norm, const Tensor& gate,
+                                     int64_t activation, int64_t post_activation);
+
+Tensor norm_gradients(const Tensor& grad, const Tensor& x, const Tensor& norm, const Tensor& factors,
+                      const Tensor& constants, int64_t activation);
+
 Tensor simam_backward(const Tensor& grad, const Tensor& x, const Tensor& state);
 
 Tensor select_squeeze(const std::vector<Tensor>& branches, int64_t paths, const OptionalTensor& affine_weight,

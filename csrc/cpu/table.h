@@ -11,6 +11,7 @@ struct TypedKernels {
     MapKernels<T> map;
     SpaceKernels<T> space;
     SimamKernels<T> simam;
+    NormKernels<T> norm;
     MixKernels<T> mix;
     AxisKernels<T> axis;
     SelectKernels<T> select;
@@ -37,8 +38,9 @@ extern const KernelTable kTable;
 
 }  // namespace fused_attn::cpu
 
-#define FUSED_ATTN_TYPED_KERNELS(T) \
-    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>, kMixKernels<T>, kAxisKernels<T>, kSelectKernels<T>}
+#define FUSED_ATTN_TYPED_KERNELS(T)                                       \
+    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>, kNormKernels<T>, \
+     kMixKernels<T>, kAxisKernels<T>,  kSelectKernels<T>}
 
 #define FUSED_ATTN_KERNEL_TABLE(isa)                                     \
     constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{ \

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional, reference
 from .. import nn as fused
-from .. import reference
 from ..reference.selection import Layers
 from .measure import Figure, interleaved, peak_memory
 
@@ -69,6 +69,33 @@ class Selection(nn.Module):
         return self.run(maps[0] if stacked else maps, list(self.norms), activation, excitation, 2 if stacked else None)
 
 
+class Tail(nn.Module):
+    """What ends a block of a residual network in training, or stands in its middle: see `functional.norm_gate`."""
+
+    def __init__(self, module: Any, channels: int, activation: str, post_activation: str) -> None:
+        super().__init__()
+        self.bn, self.se = nn.BatchNorm2d(channels), reference.SqueezeExcite(channels)
+        self.activation, self.post_activation = activation, post_activation
+        self.norm_gate = functional.norm_gate if module is fused else reference.norm_gate
+
+    def excite(self, s: Tensor) -> Tensor:
+        return self.se.fc2(self.se.fc1(s).relu()).sigmoid()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.norm_gate(
+            x,
+            self.bn.weight,
+            self.bn.bias,
+            self.bn.running_mean,
+            self.bn.running_var,
+            training=True,
+            activation=self.activation,
+            excitation=self.excite,
+            residual=residual,
+            post_activation=self.post_activation,
+        )
+
+
 BLOCKS: dict[str, Block] = {
     "se": Block(lambda m, c: m.SqueezeExcite(c), (3, 7)),
     "eca": Block(lambda m, c: m.ECA(c), (3, 7)),
@@ -83,6 +110,8 @@ BLOCKS: dict[str, Block] = {
     "coordinate": Block(lambda m, c: m.CoordinateAttention(c), (3, 8)),
     "bam": Block(lambda m, c: m.BAM(c), (4, 11)),  # beside its convolutions, which are most of its time
     "scse": Block(lambda m, c: m.SCSE(c), (4, 11)),
+    "norm-gate": Block(lambda m, c: Tail(m, c, "identity", "relu"), (4, 11), residual=True),  # of an SE-ResNet
+    "norm-silu-gate": Block(lambda m, c: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
     "select": Block(lambda m, c: Selection(m, c, batch_norm=False), (5, 11), residual=True),
     # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..reference import CBAM
-from .registry import FUSED_FORMS, OwnLayers, Recipe, SplitGate, recognise
+from .registry import FUSED_FORMS, TAILS, OwnLayers, Recipe, SplitGate, recognise
 from .swap import PLAN, bypassed_hooks, host_class, refuse_sharded, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,9 +18,11 @@ class FusionError(ValueError):
     """Raised by `fuse(strict=True)`: a known block was left alone."""
 
 
-def decide(block: nn.Module) -> Recipe | str | None:
+def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
     """The recipe to fuse a block by; a string: why it is left alone; None: not a block we know."""
     recipe = recognise(block)
+    if recipe is None and tails:
+        recipe = recognise(block, TAILS)
     if recipe is not None and not isinstance(recipe, str):
         hooked = bypassed_hooks(block, recipe)
         if hooked is not None:
@@ -33,24 +35,26 @@ def is_own(block: nn.Module) -> bool:
     return type(block).__module__.startswith("fused_attn.nn.")
 
 
-def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str | None]]:
+def candidates(model: nn.Module, tails: bool = False) -> Iterator[tuple[str, nn.Module, Recipe | str | None]]:
     """Every module and, where it is neither fused nor one of `fused_attn.nn`, its `decide`. The parts of
     our own blocks, and of any block that is one op, are left out: they are served with it."""
     parts: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(parts):
+        if f"{name}.".startswith(parts):
             continue
         done = is_own(module) or host_class(module) is not None
-        found = None if done else decide(module)
+        found = None if done else decide(module, tails)
         yield name, module, found
         recipe = module.__dict__[PLAN].recipe if host_class(module) is not None else found
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         one_op |= isinstance(recipe, OwnLayers) and recipe.whole
         if one_op or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            parts = (f"{name}." if name else "",)
+            parts += (f"{name}." if name else "",)
+        elif isinstance(recipe, OwnLayers):
+            parts += tuple(f"{name}.{part}." if name else f"{part}." for part in recipe.parts)
 
 
-def fuse(model: Model, *, strict: bool = False) -> Model:
+def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
     """Make every attention block that is recognised run fused, in place.
 
     Parameters, buffers, hooks, `state_dict` keys, training mode, dtype and device stay as they are; a fused block
@@ -59,6 +63,9 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
 
     Args:
         model: any module, or a block itself.
+        tails: also fuse what stands around the attention blocks of known networks: BatchNorm, activation, gate, sum
+            and activation as one op (`fused_attn.functional.norm_gate`), in training too. Networks: timm's ResNets,
+            EfficientNets, MobileNetV3s and RegNets, torchvision's, and MONAI's SE-ResNets.
         strict: raise where a block of a known class was left alone.
 
     Returns:
@@ -70,7 +77,7 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    decisions = list(candidates(model))
+    decisions = list(candidates(model, tails))
     refused = [f"{name or '(the model)'}: {why}" for name, _, why in decisions if isinstance(why, str)]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))

@@ -93,7 +93,7 @@ class OwnLayers:
 
     forward(block, x): what it runs; `functions` are the fused functions in it, as `fused_attn.backends.OPS` has them,
     the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it. whole: its parts are
-    no blocks by themselves.
+    no blocks by themselves. parts: paths of blocks in it that it serves, so that they are not fused by themselves.
     """
 
     forward: Callable[[Any, Tensor], Tensor]
@@ -103,12 +103,16 @@ class OwnLayers:
     rank: int | None = 4
     bypassed: tuple[str, ...] = ()
     whole: bool = False
+    parts: tuple[str, ...] = ()
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers
 Adapter = Callable[[nn.Module], "Recipe | str"]
 
 ADAPTERS: dict[type | str, Adapter] = {}
+
+#: Adapters of whole residual blocks, whose tails are fused: see `tails.py`.
+TAILS: dict[type | str, Adapter] = {}
 
 #: Modules of `fused_attn.reference` -> their classes in `fused_attn.nn`, whose functions the fused ones get.
 FUSED_FORMS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -124,7 +128,7 @@ def class_name(block: Any) -> str:
     return qualified_name(getattr(cls, "_fused_attn_host", cls))
 
 
-def register(*classes: type | str) -> Callable[[Adapter], Adapter]:
+def register(*classes: type | str, adapters: dict[type | str, Adapter] = ADAPTERS) -> Callable[[Adapter], Adapter]:
     """Decorator: this adapter recognises blocks of exactly these classes, given themselves or by qualified name.
 
     Raises:
@@ -136,25 +140,25 @@ def register(*classes: type | str) -> Callable[[Adapter], Adapter]:
 
     def add(adapter: Adapter) -> Adapter:
         for cls in classes:
-            ADAPTERS[cls] = adapter
+            adapters[cls] = adapter
         return adapter
 
     return add
 
 
-def known_class(cls: type) -> type | None:
+def known_class(cls: type, adapters: dict[type | str, Adapter] = ADAPTERS) -> type | None:
     """The class itself or the base of it that an adapter is registered for."""
-    return next((base for base in cls.__mro__ if adapter_of(base) is not None), None)
+    return next((base for base in cls.__mro__ if adapter_of(base, adapters) is not None), None)
 
 
-def adapter_of(cls: type) -> Adapter | None:
-    return ADAPTERS.get(cls) or ADAPTERS.get(qualified_name(cls))
+def adapter_of(cls: type, adapters: dict[type | str, Adapter] = ADAPTERS) -> Adapter | None:
+    return adapters.get(cls) or adapters.get(qualified_name(cls))
 
 
-def recognise(block: nn.Module) -> Recipe | str | None:
+def recognise(block: nn.Module, adapters: dict[type | str, Adapter] = ADAPTERS) -> Recipe | str | None:
     """What a block is; a string: why it is left alone; None: it is of no known class."""
     cls = type(block)
-    known = known_class(cls)
+    known = known_class(cls, adapters)
     if known is None:
         return None
     if "forward" in block.__dict__:
@@ -162,7 +166,7 @@ def recognise(block: nn.Module) -> Recipe | str | None:
     changed = changed_by_subclass(cls, known)
     if changed:
         return changed
-    adapter = adapter_of(known)
+    adapter = adapter_of(known, adapters)
     assert adapter is not None
     recipe = adapter(block)
     return recipe if isinstance(recipe, str) else swapped_layer(block, recipe) or recipe

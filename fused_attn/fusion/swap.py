@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..codes import FUNCTIONS
 from ..reference.block_attention import fold_batch_norm, run_normalised, uses_batch_statistics
-from .registry import FUSED_FORMS, CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, recognise
+from .registry import FUSED_FORMS, TAILS, CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, recognise
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -51,7 +51,7 @@ def _is_hooked(layer: Any) -> bool:
     )
 
 
-def _split(path: str | None) -> tuple[str, str] | None:
+def split_path(path: str | None) -> tuple[str, str] | None:
     if path is None:
         return None
     layer, _, name = path.rpartition(".")
@@ -69,7 +69,7 @@ def plan(block: nn.Module, recipe: Recipe) -> Plan:
         if layer is not None
     )
     sizes = tuple((module, len((block if module is None else module)._modules)) for module in modules.values())
-    return Plan(recipe, tuple(_split(path) for path in paths), layers, sizes, _options(block))
+    return Plan(recipe, tuple(split_path(path) for path in paths), layers, sizes, _options(block))
 
 
 def _options(block: nn.Module) -> tuple[tuple[nn.Module | None, str, Any], ...]:
@@ -97,13 +97,13 @@ def intact(block: nn.Module, plan: Plan) -> bool:
     return True
 
 
-def _parameter(block: nn.Module, path: tuple[str, str] | None) -> Tensor | None:
+def parameter_at(block: nn.Module, path: tuple[str, str] | None) -> Tensor | None:
     if path is None:
         return None
-    return getattr(_layer(block, path[0]), path[1])
+    return getattr(layer_at(block, path[0]), path[1])
 
 
-def _layer(block: nn.Module, path: str) -> Any:
+def layer_at(block: nn.Module, path: str) -> Any:
     owner = block
     for part in path.split(".") if path else ():
         owner = getattr(owner, part)
@@ -129,7 +129,7 @@ def run(block: nn.Module, plan: Plan, x: Tensor) -> Tensor:
 def _run_channel(block: nn.Module, plan: Plan, recipe: ChannelGate, x: Tensor, residual: Tensor | None) -> Tensor:
     return functional.channel_gate(
         x,
-        *(_parameter(block, path) for path in plan.parameters),
+        *(parameter_at(block, path) for path in plan.parameters),
         layer=recipe.layer,
         pool=recipe.pool,
         ties=recipe.ties,
@@ -142,7 +142,7 @@ def _run_channel(block: nn.Module, plan: Plan, recipe: ChannelGate, x: Tensor, r
 def _spatial_convolution(block: nn.Module, recipe: SpatialGate) -> tuple[Tensor, Tensor | None, Any] | None:
     """Weight and bias of the convolution, and its BatchNorm where that takes its statistics from the batch; one that
     does not is folded in. None where the op does not know such a BatchNorm."""
-    conv, *norms = (_layer(block, path) for path in recipe.layers)
+    conv, *norms = (layer_at(block, path) for path in recipe.layers)
     weight, bias, live = conv.weight, conv.bias, None
     for norm in norms:
         if not uses_batch_statistics(norm):
@@ -164,7 +164,7 @@ def _run_spatial(block: nn.Module, recipe: SpatialGate, x: Tensor, residual: Ten
     if recipe.merged:
         z = 0.5 * z[:, :1] + 0.5 * z[:, 1:]
     for path in recipe.layers:
-        z = _layer(block, path)(z)
+        z = layer_at(block, path)(z)
     return functional.scale(x, FUNCTIONS[recipe.gate](z), residual=residual)
 
 
@@ -177,7 +177,7 @@ def _run_cbam(block: nn.Module, plan: Plan, recipe: CbamGate, x: Tensor, residua
     run = functools.partial(
         functional.cbam,
         x,
-        *(_parameter(block, path) for path in plan.parameters),
+        *(parameter_at(block, path) for path in plan.parameters),
         *weights,
         layer=channel.layer,
         pool=channel.pool,
@@ -224,7 +224,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         self.__class__ = host
         setter = getattr(self, "__setstate__", None)
         setter(state) if setter else self.__dict__.update(state)
-        recipe = recognise(self)
+        recipe = recognise(self) or recognise(self, TAILS)
         if recipe is not None and not isinstance(recipe, str):
             swap(self, recipe)
 

@@ -5,6 +5,7 @@ from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .mixed_scale import mixed_scale
+from .norm_gate import norm_gate
 from .scale import scale
 from .select import MOST_BRANCHES, select, select_with
 from .simam import simam
@@ -19,6 +20,7 @@ __all__ = [
     "channel_gate",
     "channel_pool",
     "mixed_scale",
+    "norm_gate",
     "scale",
     "select",
     "select_with",

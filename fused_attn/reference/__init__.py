@@ -14,6 +14,7 @@ from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
+from .norm_gate import norm_gate
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
@@ -50,6 +51,7 @@ __all__ = [
     "channel_pool",
     "eca_kernel_size",
     "mixed_scale",
+    "norm_gate",
     "scale",
     "select",
     "select_with",

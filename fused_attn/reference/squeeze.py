@@ -24,7 +24,7 @@ def prologue(x: Tensor, affine: Affine | None, pre_activation: str) -> Tensor:
     """pre_activation(x * weight + bias), weight and bias one value a channel."""
     if affine is not None:
         weight, bias = (per_channel(p, x) for p in affine)
-        x = torch.addcmul(bias, x, weight)
+        x = torch.addcmul(bias, x, weight).to(x.dtype)
     return FUNCTIONS[pre_activation](x)
 
 

@@ -30,6 +30,7 @@ from fused_attn.kernels import (
     channel_pool,
     maps,
     mixed_scale,
+    norm_gate,
     scale,
     select,
     simam,
@@ -44,6 +45,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
 }
+IDENTITY = ACTIVATIONS["identity"]
 OPTIONS = ("num_warps", "enable_fp_fusion")
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -174,6 +176,12 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         channel_gate.channel_gate_backward(grad, x, kept[0], state, index, *weights, *affine, kept[1], *codes)
         _, numbers = simam.simam(x, 1e-4)
         simam.simam_backward(grad, x, numbers)
+        norm_gate.moments(x)
+        rows = x.new_empty((4, case.shape[0], channels), dtype=maps.accumulator(x.dtype))
+        norm = rows[0].new_empty((3, channels))
+        for norm_pre in {pre, IDENTITY, ACTIVATIONS["silu"]}:
+            norm_gate.norm_dots(grad, x, *kept, norm, rows[0], norm_pre, post)
+            norm_gate.norm_gradients(grad, x, norm, rows[:2].transpose(0, 1), norm[:2], norm_pre)
         for gate in (make(*case.shape[:2]), make(case.shape[0], 1, *case.shape[2:])):
             scale.scale(x, gate, *affine, residual, pre, post)
             scale.scale_backward(grad, x, kept[0], gate, *affine, kept[1], pre, post)

@@ -105,6 +105,36 @@ def test_channel_gate(traffic, pool, kind, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_gate_with_residual_and_relu(traffic, layout):
+    """The tail of an SE-ResNet: 4 passes forward; 6 backward, and one that reads y."""
+    x, residual = (in_layout(random(*SHAPE, seed=i), layout).requires_grad_() for i in range(2))
+    options = {"excitation": torch.sigmoid, "residual": residual, "post_activation": "relu"}
+    y = functional.norm_gate(x, training=True, **options)
+    forward = [kernel for kernel, _ in traffic.passes()]
+    assert forward == ["_moments", "_finish_moments", "_scale"]
+    assert traffic.passes()[2][1] == {"read x": 1, "read residual": 1, "write y": 1}
+    assert 4 <= traffic.total() < 4.02  # each channel's first element is read by itself, too
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=2), layout))
+    dots = {"read grad": 1, "read x": 1, "read y": 1, "write grad_residual": 1}
+    assert traffic.passes() == [
+        ("_norm_dots", dots),
+        ("_norm_gradients", {"read grad": 1, "read x": 1, "write grad_x": 1}),
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_gate_with_an_activation_before(traffic, layout):
+    """The middle of an EfficientNet: 4 passes forward, 5 backward."""
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    y = functional.norm_gate(x, training=True, activation="silu", excitation=torch.sigmoid)
+    assert 4 <= traffic.total() < 4.02
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=2), layout))
+    assert traffic.total() == 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_with_residual_and_relu(traffic, layout):
     """4 + 6 passes."""
     tensors, options = excitation("se", SHAPE[1], torch.float32)

@@ -1,0 +1,398 @@
+"""Tails of residual blocks: BatchNorm, activation, attention, sum and activation as one `functional.norm_gate`.
+
+An adapter here is for a whole residual block of a host library. The block's convolutions, its shortcut and what it
+drops run as they are; a tail's layers are bypassed, and read at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import functional
+from ..codes import FUNCTIONS
+from ..reference.channel_gate import excite
+from .layers import activation_name
+from .registry import TAILS, ChannelGate, OwnLayers, Recipe, SplitGate, class_name, qualified_name, recognise, register
+from .swap import PLAN, host_class, layer_at, parameter_at, split_path
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d", "SyncBatchNormAct"))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Paths in a block of a BatchNorm and of the attention behind it (None: none), the recipe of that, the names of the
+    activations before and after the gate, the layers that are not run, and whether the sum keeps the map's dtype."""
+
+    norm: str
+    gate: str | None
+    recipe: ChannelGate | SplitGate | None
+    activation: str
+    post_activation: str
+    bypassed: tuple[str, ...]
+    in_place: bool = False
+
+    def __call__(self, block: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None and residual.dtype != x.dtype:  # autocast, and a shortcut that it left alone
+            y = replace(self, post_activation="identity")(block, x) + residual
+            return FUNCTIONS[self.post_activation](y.to(x.dtype) if self.in_place else y)
+        norm = layer_at(block, self.norm)
+        gate = None if self.gate is None else layer_at(block, self.gate)
+        common: dict[str, Any] = {"residual": residual, "post_activation": self.post_activation}
+        of_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+        if not of_batch and isinstance(self.recipe, ChannelGate):
+            return functional.channel_gate(
+                x,
+                *_parameters(gate, self.recipe),
+                layer=self.recipe.layer,
+                activation=self.recipe.activation,
+                gate=self.recipe.gate,
+                affine=_folded(norm),
+                pre_activation=self.activation,
+                **common,
+            )
+        tracked = not norm.training or norm.track_running_stats
+        return functional.norm_gate(
+            x,
+            norm.weight,
+            norm.bias,
+            norm.running_mean if tracked else None,
+            norm.running_var if tracked else None,
+            training=of_batch,
+            momentum=_momentum(norm),
+            eps=norm.eps,
+            activation=self.activation,
+            excitation=None if gate is None else self._excitation(gate),
+            group=_group(norm),
+            **common,
+        )
+
+    def _excitation(self, gate: nn.Module) -> Callable[[Tensor], Tensor]:
+        recipe = self.recipe
+        if isinstance(recipe, SplitGate):
+            return lambda s: recipe.excite(gate, s)
+        assert recipe is not None
+        weights = _parameters(gate, recipe)
+        return lambda s: FUNCTIONS[recipe.gate](excite(s, *weights, layer=recipe.layer, activation=recipe.activation))
+
+    def describe(self) -> str:
+        parts = (self.activation, "gate" if self.gate else "", self.post_activation)
+        return " -> ".join(["BatchNorm", *(part for part in parts if part not in ("", "identity"))])
+
+
+def _parameters(gate: Any, recipe: ChannelGate) -> tuple[Tensor | None, ...]:
+    paths = recipe.weight1, recipe.bias1, recipe.weight2, recipe.bias2
+    return tuple(parameter_at(gate, split_path(path)) for path in paths)
+
+
+def _folded(norm: Any) -> tuple[Tensor, Tensor]:
+    """A BatchNorm that uses its running statistics as weight and bias, float32 for half precision."""
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    weight = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        weight = weight * norm.weight.to(dtype)
+    bias = -norm.running_mean.to(dtype) * weight
+    return weight, bias if norm.bias is None else bias + norm.bias.to(dtype)
+
+
+def _group(norm: Any) -> Any:
+    """The process group whose statistics a SyncBatchNorm takes; None where it takes its own batch's."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _momentum(norm: Any) -> float:
+    """Of this call, as the BatchNorm's own forward finds it; counts the batch."""
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else norm.momentum
+
+
+def _found(block: nn.Module, path: str) -> Any:
+    """The layer at a path; None where there is none or it is the identity."""
+    layer: Any = block
+    for part in path.split("."):
+        layer = None if layer is None else layer._modules.get(part)
+    return None if type(layer) is nn.Identity else layer
+
+
+def _find(
+    block: nn.Module,
+    norm: str,
+    *,
+    activation: str | None = None,
+    gate: str | None = None,
+    post: str | None = None,
+    in_place: bool = False,
+) -> Tail | str:
+    """The tail that begins with the BatchNorm at this path; a string: why there is none."""
+    layer = _found(block, norm)
+    norm_act = layer is not None and qualified_name(type(layer)) in _NORM_ACTS
+    if not norm_act and type(layer) not in _NORMS:
+        return f"{norm} is a {type(layer).__name__}, not a BatchNorm"
+    bypassed = [norm]
+    names = []
+    if norm_act:
+        if type(layer.drop) is not nn.Identity:
+            return f"{norm} drops"
+        activation = f"{norm}.act"
+        bypassed.append(f"{norm}.drop")
+    for path in (activation, post):
+        found = None if path is None else _found(block, path)
+        name = "identity" if found is None else activation_name(found)
+        if name is None:
+            return f"{path} is a {type(found).__name__}, which is not one we fuse"
+        names.append(name)
+        bypassed += [] if path is None else [path]
+    attention = None if gate is None else _found(block, gate)
+    recipe: Any = None
+    if attention is not None:
+        recipe = attention.__dict__[PLAN].recipe if host_class(attention) else recognise(attention)
+        if not isinstance(recipe, (ChannelGate, SplitGate)) or recipe.pool != "avg" or recipe.adds_input:
+            why = f": {recipe}" if isinstance(recipe, str) else ""
+            return f"{gate} is a {class_name(attention).rpartition('.')[2]}, which is not part of the op{why}"
+        inside = [name for name, _ in attention.named_modules() if name]
+        inside = inside if isinstance(recipe, ChannelGate) else list(recipe.bypassed)
+        bypassed += [str(gate), *(f"{gate}.{name}" for name in inside)]
+    return Tail(norm, gate if attention is not None else None, recipe, names[0], names[1], tuple(bypassed), in_place)
+
+
+def _recipe(forward: Callable[[Any, Tensor], Tensor], *tails: Tail | None, bypassed: tuple[str, ...] = ()) -> OwnLayers:
+    present = [tail for tail in tails if tail is not None]
+    return OwnLayers(
+        forward,
+        "; ".join(tail.describe() for tail in present),
+        ("norm_gate", "squeeze", "scale"),
+        bypassed=bypassed + tuple(path for tail in present for path in tail.bypassed),
+        parts=tuple(tail.gate for tail in present if tail.gate is not None),
+        rank=None,
+    )
+
+
+def _drops(layer: Any) -> bool:
+    """Whether it is there and could drop anything."""
+    return layer is not None and type(layer) is not nn.Identity and getattr(layer, "drop_prob", 1) != 0
+
+
+@register("timm.models.resnet.BasicBlock", "timm.models.resnet.Bottleneck", adapters=TAILS)
+def resnet(block: Any) -> Recipe | str:
+    last = 3 if hasattr(block, "conv3") else 2
+    if _drops(block.drop_path):
+        return "it drops paths"
+    tail = _find(block, f"bn{last}", gate="se", post=f"act{last}", in_place=True)
+    if isinstance(tail, str):
+        return tail
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        shortcut = x
+        x = block.bn1(block.conv1(x))
+        if last == 2:
+            x = block.conv2(block.aa(block.act1(block.drop_block(x))))
+        else:
+            x = block.drop_block(block.bn2(block.conv2(block.act1(x))))
+            x = block.conv3(block.aa(block.act2(x)))
+        return tail(block, x, shortcut if block.downsample is None else block.downsample(shortcut))
+
+    return _recipe(forward, tail)
+
+
+@register(
+    *(f"timm.models.senet.{name}" for name in ("SEBottleneck", "SEResNetBottleneck", "SEResNeXtBottleneck")),
+    adapters=TAILS,
+)
+def senet(block: Any) -> Recipe | str:
+    tail = _find(block, "bn3", gate="se_module", post="relu")
+    if isinstance(tail, str):
+        return tail
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = block.relu(block.bn1(block.conv1(x)))
+        y = block.conv3(block.relu(block.bn2(block.conv2(y))))
+        return tail(block, y, x if block.downsample is None else block.downsample(x))
+
+    return _recipe(forward, tail)
+
+
+@register("timm.models.regnet.Bottleneck", adapters=TAILS)
+def regnet(block: Any) -> Recipe | str:
+    for path in ("conv2", "conv3"):
+        layer = _found(block, path)
+        if class_name(layer) != "timm.layers.conv_bn_act.ConvNormAct" or layer.aa is not None:
+            return f"{path} is not timm's, or blurs"
+    middle = _find(block, "conv2.bn", gate="se")
+    if isinstance(middle, str):
+        return middle
+    sums = block.downsample is not None and not _drops(block.drop_path)
+    end = _find(block, "conv3.bn", post="act3") if sums else None
+    if isinstance(end, str):
+        end = None
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = middle(block, block.conv2.conv(block.conv1(x)))
+        if end is not None:
+            return end(block, block.conv3.conv(y), block.downsample(x))
+        y = block.conv3(y)
+        if block.downsample is not None:
+            y = block.drop_path(y) + block.downsample(x)
+        return block.act3(y)
+
+    return _recipe(forward, middle, end, bypassed=("conv2",) if end is None else ("conv2", "conv3"))
+
+
+@register(
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv",
+    "timm.models._efficientnet_blocks.InvertedResidual",
+    adapters=TAILS,
+)
+def efficientnet(block: Any) -> Recipe | str:
+    expands = hasattr(block, "conv_pwl")
+    if _found(block, "aa") is not None:
+        return "it blurs"
+    middle = _find(block, "bn2" if expands else "bn1", gate="se")
+    if isinstance(middle, str):
+        return middle
+    end = None
+    if block.has_skip and not _drops(block.drop_path):
+        found = _find(block, "bn3" if expands else "bn2")
+        # An activation of the BatchNorm's own comes before the sum.
+        end = None if isinstance(found, str) else found
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = x
+        if block.conv_s2d is not None:
+            y = block.bn_s2d(block.conv_s2d(y))
+        if expands:
+            y = block.bn1(block.conv_pw(y))
+        y = middle(block, block.conv_dw(y))
+        y = block.conv_pwl(y) if expands else block.conv_pw(y)
+        if end is not None:
+            return end(block, y, x)
+        y = block.bn3(y) if expands else block.bn2(y)
+        return block.drop_path(y) + x if block.has_skip else y
+
+    return _recipe(forward, middle, end)
+
+
+_CONV_NORM = "torchvision.ops.misc.Conv2dNormActivation"
+
+
+def _conv_norm_tail(block: nn.Module, path: str, gate: str | None = None) -> Tail | str:
+    """Of torchvision's (convolution, norm[, activation]) at this path."""
+    layers = _found(block, path)
+    if class_name(layers) != _CONV_NORM or len(layers) not in (2, 3):
+        return f"{path} is not torchvision's"
+    return _find(block, f"{path}.1", activation=f"{path}.2" if len(layers) == 3 else None, gate=gate, in_place=True)
+
+
+def _chain(block: nn.Module, path: str) -> tuple[dict[str, Tail], tuple[str, ...]] | str:
+    """The tails of a Sequential of torchvision's with one attention in it: by the names of the layers they begin in,
+    that before the attention and the last; and the layers bypassed for them, the Sequential among them."""
+    names = list(_found(block, path)._modules)
+    layers = [_found(block, f"{path}.{name}") for name in names]
+    gates = [i for i, layer in enumerate(layers) if class_name(layer) == "torchvision.ops.misc.SqueezeExcitation"]
+    at = gates[0] if gates else len(names) - 1
+    if len(gates) > 1 or at == 0:
+        return "its layers are not torchvision's"
+    gate = f"{path}.{names[at]}" if gates else None
+    before, last = names[at - 1], names[-1]
+    tails = {}
+    for name, tail in (
+        (before, _conv_norm_tail(block, f"{path}.{before}", gate)),
+        (last, _conv_norm_tail(block, f"{path}.{last}")),
+    ):
+        if isinstance(tail, str):
+            return tail
+        tails[name] = tail
+    return tails, (path, f"{path}.{before}", f"{path}.{last}")
+
+
+def _run_chain(
+    block: nn.Module, path: str, tails: dict[str, Tail], x: Tensor, residual: Callable[[], Tensor] | None
+) -> Tensor:
+    """The Sequential, its last tail with the residual; None: that BatchNorm runs by itself."""
+    layers = layer_at(block, path)._modules
+    gates = {tail.gate for tail in tails.values()}
+    last = next(reversed(layers))
+    for name, layer in layers.items():
+        if f"{path}.{name}" in gates:
+            continue
+        if name not in tails:
+            x = layer(x)
+        elif name != last:
+            x = tails[name](block, layer[0](x))
+        else:
+            x = tails[name](block, layer[0](x), None if residual is None else residual())
+    return x
+
+
+@register("torchvision.models.mobilenetv3.InvertedResidual", "torchvision.models.efficientnet.MBConv", adapters=TAILS)
+def torchvision_inverted_residual(block: Any) -> Recipe | str:
+    found = _chain(block, "block")
+    if isinstance(found, str):
+        return found
+    tails, bypassed = found
+    drops = getattr(block, "stochastic_depth", None)
+    sums = block.use_res_connect and (drops is None or drops.p == 0)
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = _run_chain(block, "block", tails, x, (lambda: x) if sums else None)
+        if block.use_res_connect and not sums:
+            y = block.stochastic_depth(y) + x
+        return y
+
+    return _recipe(forward, *tails.values(), bypassed=bypassed)
+
+
+@register("torchvision.models.regnet.ResBottleneckBlock", adapters=TAILS)
+def torchvision_regnet(block: Any) -> Recipe | str:
+    found = _chain(block, "f")
+    if isinstance(found, str):
+        return found
+    tails, bypassed = found
+    post = activation_name(block.activation)
+    if post is None:
+        return "its activation is not one we fuse"
+    last = next(reversed(block.f._modules))
+    tails[last] = replace(tails[last], post_activation=post, in_place=False)
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        return _run_chain(block, "f", tails, x, lambda: x if block.proj is None else block.proj(x))
+
+    return _recipe(forward, *tails.values(), bypassed=(*bypassed, "activation"))
+
+
+@register(
+    *(
+        f"monai.networks.blocks.squeeze_and_excitation.{name}"
+        for name in ("SEBlock", "SEBottleneck", "SEResNetBottleneck", "SEResNeXtBottleneck")
+    ),
+    adapters=TAILS,
+)
+def monai(block: Any) -> Recipe | str:
+    layers = _found(block, "conv3")
+    if class_name(layers) != "monai.networks.blocks.convolutions.Convolution" or list(layers._modules) != [
+        "conv",
+        "adn",
+    ]:
+        return "conv3 is not MONAI's"
+    if list(layers.adn._modules) != ["N"]:
+        return "conv3 has more than a norm behind its convolution"
+    tail = _find(block, "conv3.adn.N", gate="se_layer", post="act", in_place=True)
+    if isinstance(tail, str):
+        return tail
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = block.conv3.conv(block.conv2(block.conv1(x)))
+        return tail(block, y, block.project(x))
+
+    return _recipe(forward, tail, bypassed=("conv3", "conv3.adn"))

@@ -1,0 +1,236 @@
+"""Ops of `norm_gate`: post_activation(activation(BatchNorm(x)) * gate + residual) without a map kept but x and y.
+
+The passes are operators; what lies between them are numbers a channel, in plain PyTorch. With n = numel / C,
+xhat = (x - mean) * rstd, a = weight * rstd, v = a x + b, u = act(v), s = mean of u over space, g = excitation(s):
+
+forward     moments (read x); squeeze (read x; act identity: none, s = a mean + b); scale (read x, residual, write y)
+backward    norm_dots (read grad, x, and y where a ReLU follows; write h = grad post'(..) where something does): five
+            sums a channel of each sample; norm_gradients (read h, x, write grad_x)
+
+From the sums come the gradient of g, through the excitation that of s, and with dv = (h g + grad_s / HW) act'(v)
+
+grad_bias = sum(dv), grad_weight = sum(dv xhat), grad_x = a (dv - grad_bias / n - xhat grad_weight / n).
+
+Autograd runs the excitation, so there are two functions: `_Normalise`, from x to s, and `_Gate`, from g to y. `_Gate`
+passes x no gradient: it hands h and its sums to `_Normalise`, as gradients of carriers (tensors without values), which
+then writes grad_x once.
+
+With a process group the statistics are those of all its processes, as SyncBatchNorm's: one all_gather of (mean, squared
+distances, count) forward, one all_reduce of the two sums backward; the parameters' gradients stay each process's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .common import accumulator, define, empty_map, is_channels_last, wants_graph
+from .scale import FORWARD as SCALE
+from .scale import IDENTITY, saved_for_epilogue
+from .squeeze import AVG
+from .squeeze import FORWARD as SQUEEZE
+
+#: What `norm_dots` sums over space, with c = x - mean: h u, h act'(v), h act'(v) c, act'(v), act'(v) c.
+SUMS = 5
+
+
+def _fake_moments(x):
+    return x.new_empty((x.shape[0], 3, x.shape[1]), dtype=accumulator(x.dtype))
+
+
+def _fake_dots(grad, x, y, residual, norm, gate, activation, post_activation):
+    return (
+        x.new_empty((x.shape[0], SUMS, x.shape[1]), dtype=accumulator(x.dtype)),
+        x.new_empty(0) if post_activation == IDENTITY else empty_map(x),
+    )
+
+
+def _fake_gradients(grad, x, norm, factors, constants, activation):
+    return empty_map(x)
+
+
+# (B, 3, C), rows [pivot, rest, squares]: the mean of each channel in two parts (pivot is its first element, so that
+# the mean has all its digits however large it is), and the sum of the squared distances from it.
+MOMENTS = define("moments", "(Tensor x) -> Tensor", _fake_moments, "norm_gate")
+# norm: (3, C), rows [a, b, mean]; gate: (B, C), of the accumulator's dtype as all that is not a map. y, residual: as
+# `scale_backward` takes them. grad_residual is h, of size (0,) without a post_activation.
+DOTS = define(
+    "norm_dots",
+    "(Tensor grad, Tensor x, Tensor? y, Tensor? residual, Tensor norm, Tensor gate, int activation,"
+    " int post_activation) -> (Tensor sums, Tensor grad_residual)",
+    _fake_dots,
+    "norm_gate",
+)
+# (grad * factors[b, 0, c] + factors[b, 1, c]) * act'(v) + constants[0, c] + constants[1, c] * (x - mean)
+GRADIENTS = define(
+    "norm_gradients",
+    "(Tensor grad, Tensor x, Tensor norm, Tensor factors, Tensor constants, int activation) -> Tensor",
+    _fake_gradients,
+    "norm_gate",
+)
+
+Statistics = tuple[Tensor, Tensor]
+
+
+def _refuse_double_backward() -> None:
+    if wants_graph():
+        raise RuntimeError("norm_gate: its gradient cannot be differentiated again; use backend('reference') for that")
+
+
+def _batch_statistics(moments: Tensor, positions: int, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+    """(mean, biased variance, distance of each sample's mean from it, count) by Chan's formula: nothing cancels."""
+    pivot, rest, squares = moments.unbind(1)
+    offsets = (pivot - pivot[:1]) + rest
+    middle = offsets.mean(0)
+    distances = offsets - middle
+    mean, total = pivot[0] + middle, squares.sum(0) + positions * distances.square().sum(0)
+    count: Tensor | int = positions * moments.shape[0]
+    if group is not None:
+        mine = torch.cat([mean, total, total.new_tensor([count])])
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, mine, group=group)
+        means, totals, counts = torch.stack(gathered).split([len(mean), len(mean), 1], 1)
+        count = counts.sum()
+        # From the first process's mean, for the same reason as from the first pivot.
+        middle = ((means - means[0]) * counts).sum(0) / count
+        total = totals.sum(0) + (counts * (means - means[0] - middle).square()).sum(0)
+        distances += mean - (means[0] + middle)
+        mean = means[0] + middle
+    return mean, total / count, distances, count
+
+
+def _normalise(
+    backend, x, weight, bias, statistics: Statistics | None, eps, activation, wants_descriptor, group
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | int]:
+    """(norm and rstd (4, C), mean, unbiased variance, descriptor, count of these two); statistics: the running ones;
+    None: those of the batch, which are returned."""
+    dtype, distances = accumulator(x.dtype), None
+    if statistics is None:
+        mean, var, distances, count = _batch_statistics(MOMENTS[backend](x), x.shape[2:].numel(), group)
+        unbiased = var * (count / (count - 1))
+    else:
+        mean, var = (t.to(dtype, copy=True) for t in statistics)
+        unbiased, count = torch.empty_like(var), 0
+    rstd = (var + eps).rsqrt()
+    a = rstd if weight is None else weight.to(dtype) * rstd
+    b = -mean * a if bias is None else bias.to(dtype) - mean * a
+    if not wants_descriptor:
+        s = x.new_empty(0)
+    elif distances is not None and activation == IDENTITY:
+        s = a * distances
+        s = (s if bias is None else s + bias.to(dtype)).to(x.dtype)
+    else:
+        s = SQUEEZE[backend](x, a, b, activation, AVG, 0)[0]
+    return torch.stack([a, b, mean, rstd]), mean, unbiased, s, count
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, weight, bias, statistics, eps, activation, wants_descriptor, group):
+        norm, mean, unbiased, s, count = _normalise(
+            backend, x, weight, bias, statistics, eps, activation, wants_descriptor, group
+        )
+        ctx.group, ctx.count = group, None if group is None else count
+        ctx.save_for_backward(x, weight, bias, norm)
+        ctx.backend, ctx.activation, ctx.of_batch = backend, activation, statistics is None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(norm, mean, unbiased)
+        batch, channels = x.shape[:2]
+        nothing = norm.new_zeros(())
+        sums = nothing.expand(batch, SUMS + 1, channels)
+        return s, nothing.to(x.dtype, copy=True).expand(x.shape), sums, norm, mean, unbiased
+
+    @staticmethod
+    def backward(ctx, grad_s, grad, sums, *_):
+        _refuse_double_backward()
+        if grad is None:
+            return (None,) * 9
+        x, weight, bias, norm = ctx.saved_tensors
+        a, rstd = norm[0], norm[3]
+        _, h, h_c, slope, slope_c, gate = sums.unbind(1)
+        if grad_s is None or grad_s.numel() == 0:
+            pooled = torch.zeros_like(gate)
+        else:
+            pooled = grad_s.to(norm.dtype) / x.shape[2:].numel()
+        to_bias = (gate * h + pooled * slope).sum(0)
+        to_weight = rstd * (gate * h_c + pooled * slope_c).sum(0)
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            totals, count = torch.stack([to_bias, to_weight]), x.numel() // x.shape[1]
+            if ctx.group is not None and ctx.of_batch:
+                dist.all_reduce(totals, group=ctx.group)
+                count = ctx.count
+            constants = torch.stack([totals[0], rstd * totals[1]]) * (-a / count)
+            factors = torch.stack([gate, pooled], 1) * a
+            constants = constants if ctx.of_batch else torch.zeros_like(constants)
+            grad_x = GRADIENTS[ctx.backend](grad, x, norm[:3], factors, constants, ctx.activation)
+        grad_weight = None if weight is None else to_weight.to(weight.dtype)
+        grad_bias = None if bias is None else to_bias.to(bias.dtype)
+        return None, grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, norm, gate, carrier, carrier_of_sums, residual, activation, post_activation):
+        y = SCALE[backend](x, gate, norm[0], norm[1], residual, activation, post_activation)
+        ctx.save_for_backward(x, norm, gate, *saved_for_epilogue(y, residual, post_activation))
+        ctx.backend, ctx.codes = backend, (activation, post_activation)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        x, norm, gate, y, residual = ctx.saved_tensors
+        factor = gate.to(norm.dtype)
+        sums, h = DOTS[ctx.backend](grad, x, y, residual, norm[:3], factor, *ctx.codes)
+        if ctx.codes[1] == IDENTITY:
+            h = grad
+        needs = ctx.needs_input_grad
+        return (
+            *(None, None, None),
+            sums[:, 0].to(gate.dtype) if needs[3] else None,
+            h if needs[4] else None,
+            torch.cat([sums, factor[:, None]], 1) if needs[5] else None,
+            h if needs[6] else None,
+            *(None, None),
+        )
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def norm_gate(
+    backend,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Statistics | None,
+    excitation: Callable[[Tensor], Tensor] | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    post_activation: int,
+    group: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, unbiased variance). statistics: (mean, variance) to normalise with, None: those of the batch, which are
+    returned. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C)."""
+    if not (x.is_contiguous() or is_channels_last(x)):
+        x = x.contiguous()  # once, and not in every pass
+    arguments = (backend, x, weight, bias, statistics, eps, activation, excitation is not None, group)
+    carriers: tuple[Tensor | None, Tensor | None]
+    if _needs_grad(x, weight, bias):
+        s, *carriers, norm, mean, unbiased = _Normalise.apply(*arguments)
+    else:
+        norm, mean, unbiased, s, _ = _normalise(*arguments)
+        carriers = None, None
+    gate = norm.new_ones(x.shape[:2]) if excitation is None else excitation(s)
+    if _needs_grad(gate, residual, carriers[0]):
+        y = _Gate.apply(backend, x, norm, gate, *carriers, residual, activation, post_activation)
+    else:
+        y = SCALE[backend](x, gate, norm[0], norm[1], residual, activation, post_activation)
+    return y, mean, unbiased

@@ -1,0 +1,285 @@
+"""fuse(model, tails=True): residual blocks whose BatchNorm, attention, sum and activations run as one op."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_attn import explain, fuse, unfuse
+from fused_attn.fusion import FusionError
+from fused_attn.fusion.swap import host_class
+from tests.checks import assert_same_block, in_layout, random, randomised
+
+
+def timm_resnet(kind: str, channels: int, **options) -> nn.Module:
+    resnet = pytest.importorskip("timm.models.resnet", reason="timm is not installed")
+    block = getattr(resnet, kind)
+    return block(channels, channels // block.expansion, **options)
+
+
+def downsampling_bottleneck(**options) -> nn.Module:
+    resnet = pytest.importorskip("timm.models.resnet", reason="timm is not installed")
+    downsample = resnet.downsample_avg(24, 64, 1, stride=2)
+    return resnet.Bottleneck(24, 16, stride=2, downsample=downsample, **options)
+
+
+def senet(kind: str) -> nn.Module:
+    module = pytest.importorskip("timm.models.senet", reason="timm is not installed")
+    return getattr(module, kind)(64, 16, 1, 4)
+
+
+def inverted_residual(
+    kind: str = "InvertedResidual", channels: int = 16, attention: bool = True, **options
+) -> nn.Module:
+    module = pytest.importorskip("timm.models._efficientnet_blocks", reason="timm is not installed")
+    se = functools.partial(module.SqueezeExcite, rd_ratio=0.25) if attention else None
+    more = {"exp_ratio": 3.0} if kind == "InvertedResidual" else {}
+    return getattr(module, kind)(channels, 16, se_layer=se, **more, **options)
+
+
+def regnet(channels: int, **options) -> nn.Module:
+    module = pytest.importorskip("timm.models.regnet", reason="timm is not installed")
+    return module.Bottleneck(channels, 32, group_size=8, **options)
+
+
+def mobilenet(use_se: bool, activation: str, stride: int = 1) -> nn.Module:
+    module = pytest.importorskip("torchvision.models.mobilenetv3", reason="torchvision is not installed")
+    config = module.InvertedResidualConfig(16, 3, 48, 16, use_se, activation, stride, 1, 1.0)
+    return module.InvertedResidual(config, functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.01))
+
+
+def mbconv(expand: int, probability: float = 0.0, channels: int = 16) -> nn.Module:
+    module = pytest.importorskip("torchvision.models.efficientnet", reason="torchvision is not installed")
+    return module.MBConv(module.MBConvConfig(expand, 3, 1, channels, 16, 1), probability, nn.BatchNorm2d)
+
+
+def torchvision_regnet(channels: int, se_ratio: float | None = 0.25) -> nn.Module:
+    module = pytest.importorskip("torchvision.models.regnet", reason="torchvision is not installed")
+    return module.ResBottleneckBlock(channels, 32, 1, nn.BatchNorm2d, nn.ReLU, group_width=8, se_ratio=se_ratio)
+
+
+def monai(kind: str, rank: int) -> nn.Module:
+    module = pytest.importorskip("monai.networks.blocks.squeeze_and_excitation", reason="monai is not installed")
+    return getattr(module, kind)(spatial_dims=rank, inplanes=64, planes=16, groups=1, reduction=4)
+
+
+#: name -> (block, channels of its input, spatial axes, tails)
+BLOCKS = {
+    "resnet Bottleneck, se": (lambda: timm_resnet("Bottleneck", 64, attn_layer="se"), 64, 2, 1),
+    "resnet Bottleneck, eca": (lambda: timm_resnet("Bottleneck", 64, attn_layer="eca"), 64, 2, 1),
+    "resnet Bottleneck, silu": (lambda: timm_resnet("Bottleneck", 64, attn_layer="ese", act_layer=nn.SiLU), 64, 2, 1),
+    "resnet Bottleneck, downsampling": (lambda: downsampling_bottleneck(attn_layer="se"), 24, 2, 1),
+    "resnet Bottleneck, gc": (lambda: timm_resnet("Bottleneck", 64, attn_layer="gc"), 64, 2, None),
+    "resnet Bottleneck, cbam": (lambda: timm_resnet("Bottleneck", 64, attn_layer="cbam"), 64, 2, None),
+    "resnet Bottleneck, plain": (lambda: timm_resnet("Bottleneck", 64), 64, 2, 1),
+    "resnet BasicBlock, se": (lambda: timm_resnet("BasicBlock", 16, attn_layer="se"), 16, 2, 1),
+    "senet bottleneck": (lambda: senet("SEResNetBottleneck"), 64, 2, 1),
+    "inverted residual, silu": (lambda: inverted_residual(act_layer=nn.SiLU), 16, 2, 2),
+    "inverted residual, hard swish": (lambda: inverted_residual(act_layer=nn.Hardswish, stride=2), 16, 2, 1),
+    "inverted residual, no attention": (lambda: inverted_residual(attention=False), 16, 2, 2),
+    "inverted residual, s2d": (lambda: inverted_residual(s2d=1, stride=1, noskip=True), 16, 2, 1),
+    "depthwise separable": (lambda: inverted_residual("DepthwiseSeparableConv", act_layer=nn.SiLU), 16, 2, 2),
+    "depthwise separable, pw_act": (lambda: inverted_residual("DepthwiseSeparableConv", pw_act=True), 16, 2, 2),
+    "regnet": (lambda: regnet(32), 32, 2, 2),
+    "regnet, downsampling": (lambda: regnet(16, stride=2), 16, 2, 2),
+    "regnet, linear, no attention": (lambda: regnet(32, linear_out=True, se_ratio=0), 32, 2, 2),
+    "torchvision mobilenet": (lambda: mobilenet(True, "HS"), 16, 2, 2),
+    "torchvision mobilenet, no attention": (lambda: mobilenet(False, "RE", 2), 16, 2, 2),
+    "torchvision MBConv": (lambda: mbconv(4), 16, 2, 2),
+    "torchvision MBConv, not expanding": (lambda: mbconv(1, channels=16), 16, 2, 2),
+    "torchvision regnet": (lambda: torchvision_regnet(32), 32, 2, 2),
+    "torchvision regnet, projecting": (lambda: torchvision_regnet(16, None), 16, 2, 2),
+    "monai bottleneck": (lambda: monai("SEResNetBottleneck", 2), 64, 2, 1),
+    "monai bottleneck, 3-D": (lambda: monai("SEBottleneck", 3), 64, 3, 1),
+}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_block_it_was(name, training, layout):
+    """Output, every gradient and the running statistics, in float64."""
+    make, channels, rank, tails = BLOCKS[name]
+    original = randomised(make())
+    fused = fuse(copy.deepcopy(original), tails=True)
+    assert (host_class(fused) is type(original)) is (tails is not None)
+    if tails is not None:
+        (row,) = explain(fused)
+        assert row.fused and row.block.count("BatchNorm") == tails
+    x = in_layout(random(3, channels, *(6, 4, 5)[:rank]), layout)
+    assert_same_block(fused, original, x, training=training)
+
+
+def bottleneck(**options) -> nn.Module:
+    return randomised(timm_resnet("Bottleneck", 64, attn_layer="se", **options))
+
+
+X = random(3, 64, 5, 4, dtype=torch.float64)
+
+
+def test_off_by_default():
+    block = fuse(bottleneck())
+    assert host_class(block) is None and host_class(block.se) is not None
+
+
+def test_attention_that_is_fused_already():
+    original = bottleneck()
+    block = fuse(fuse(copy.deepcopy(original)), tails=True)
+    assert host_class(block) is type(original) and len(explain(block)) == 1
+    assert_same_block(block, original, X, training=True)
+    assert not any(host_class(module) for module in unfuse(block).modules())
+
+
+def test_fusing_again_and_undoing():
+    block = bottleneck()
+    before = [(type(m), dict(m.__dict__)) for m in block.modules()]
+    classes = [type(m) for m in fuse(block, tails=True).modules()]
+    assert [type(m) for m in fuse(block, tails=True).modules()] == classes
+    assert [type(m) for m in fuse(block).modules()] == classes
+    unfuse(block)
+    assert [(type(m), dict(m.__dict__)) for m in block.modules()] == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_copies_run_fused_too(copied):
+    block = fuse(bottleneck(), tails=True)
+    other = copied(block)
+    assert str(explain(other)) == str(explain(block)) and torch.equal(other(X), block(X))
+    assert other.bn3.weight is not block.bn3.weight
+
+
+def test_state_dict_and_parameter_groups_stay():
+    original = bottleneck()
+    block = copy.deepcopy(original)
+    parameters = list(block.parameters())
+    fuse(block, tails=True)
+    assert list(block.state_dict()) == list(original.state_dict())
+    assert all(a is b for a, b in zip(block.parameters(), parameters, strict=True))
+    block.load_state_dict(original.state_dict())
+
+
+@pytest.mark.parametrize("path", ["bn3", "se", "se.fc1", "act3"])
+def test_a_hook_on_a_bypassed_layer_is_refused(path):
+    block = bottleneck()
+    block.get_submodule(path).register_forward_hook(lambda *_: None)
+    with pytest.raises(FusionError, match=f"{path} carries a hook"):
+        fuse(block, tails=True, strict=True)
+    assert host_class(fuse(block, tails=True)) is None
+
+
+def test_a_hook_added_later_is_called():
+    block, calls = fuse(bottleneck(), tails=True), []
+    expected = block.eval()(X)
+    block.bn3.register_forward_hook(lambda *_: calls.append("bn3"))
+    torch.testing.assert_close(block(X), expected)
+    assert calls == ["bn3"]
+
+
+def test_hooks_on_other_layers_are_called():
+    block, calls = bottleneck(), []
+    for path in ("conv1", "bn1", "act2", "conv3"):
+        block.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))
+    fuse(block, tails=True)(X)
+    assert host_class(block) is not None and calls == ["conv1", "bn1", "act2", "conv3"]
+
+
+def test_eval_and_train_are_the_layers_own():
+    """A BatchNorm frozen by eval() in a network that trains uses and keeps its running statistics."""
+    original = bottleneck()
+    block = fuse(copy.deepcopy(original), tails=True)
+    for b in (original, block):
+        b.train()
+        b.bn3.eval()
+    x = X.clone().requires_grad_()
+    mine, theirs = block(x), original(x)
+    torch.testing.assert_close(mine, theirs)
+    mine.square().sum().backward()
+    assert torch.equal(block.bn3.running_mean, original.bn3.running_mean)
+    assert block.bn3.weight.grad is not None
+
+
+def test_frozen_parameters():
+    block = fuse(bottleneck(), tails=True)
+    for parameter in (*block.bn3.parameters(), *block.se.parameters()):
+        parameter.requires_grad_(False)
+    block(X).sum().backward()
+    assert block.bn3.weight.grad is None and block.se.fc1.weight.grad is None and block.conv1.weight.grad is not None
+
+
+def test_without_statistics_of_its_own():
+    original = bottleneck()
+    norm = original.bn3
+    norm.track_running_stats, norm.running_mean, norm.running_var, norm.num_batches_tracked = False, None, None, None
+    block = fuse(copy.deepcopy(original), tails=True)
+    assert_same_block(block, original, X, training=True)
+    assert_same_block(block, original, X, training=False)
+
+
+class _Softplus(nn.Softplus):
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+
+def refused(block: nn.Module) -> str:
+    with pytest.raises(FusionError) as caught:
+        fuse(block, tails=True, strict=True)
+    fuse(block, tails=True)
+    assert host_class(block) is None
+    return str(caught.value)
+
+
+def test_what_is_left_alone():
+    assert "it drops paths" in refused(bottleneck(drop_path=nn.Dropout(0.1)))
+    assert "not a BatchNorm" in refused(timm_resnet("Bottleneck", 64, norm_layer=functools.partial(nn.GroupNorm, 4)))
+    assert "which is not one we fuse" in refused(timm_resnet("Bottleneck", 64, act_layer=_Softplus))
+    assert "which is not part of the op" in refused(timm_resnet("Bottleneck", 64, attn_layer="cbam"))
+
+
+def test_paths_that_are_dropped_run_as_they_are():
+    """The sum is then the block's own, the tail before it is fused."""
+    original = randomised(mbconv(4, 0.5))
+    block = fuse(copy.deepcopy(original), tails=True)
+    assert host_class(block) is type(original)
+    found = []
+    for b in (original, block):
+        torch.manual_seed(3)
+        found.append(b.train()(random(8, 16, 5, 5, dtype=torch.float64)))
+    torch.testing.assert_close(*found)
+
+
+def test_autocast():
+    block = fuse(timm_resnet("Bottleneck", 64, attn_layer="se"), tails=True)
+    for training in (True, False):
+        block.train(training)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = block(random(2, 64, 6, 6))
+        y.float().sum().backward()
+
+
+def test_half_precision_in_eval():
+    """The folded BatchNorm is float32."""
+    block = timm_resnet("Bottleneck", 64, attn_layer="se").eval()
+    x = random(2, 64, 6, 6)
+    expected = block(x)
+    block = fuse(block.bfloat16(), tails=True)
+    torch.testing.assert_close(block(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow  # a compilation
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph(training):
+    block = fuse(timm_resnet("BasicBlock", 8, attn_layer="se"), tails=True).train(training)
+    other = copy.deepcopy(block)
+    found: list[list[Tensor]] = []
+    for module, owner in ((torch.compile(block, fullgraph=True), block), (other, other)):
+        x = random(2, 8, 6, 5).requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in owner.parameters()), *owner.buffers()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,81 @@
+"""The Triton kernels of norm_gate in Triton's interpreter, by the tests of the operator."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import fused_attn
+from fused_attn import functional
+from fused_attn.backends import unavailable
+from tests.checks import LAYOUTS, in_layout, random
+from tests.ops import test_norm_gate as of_norm_gate
+from tests.ops.test_channel_gate import strided
+from tests.ops.test_norm_gate import check, inputs_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def triton():
+    reason = unavailable("triton", "norm_gate", "cpu")
+    if reason is not None:
+        pytest.skip(f"the interpreter is for machines without a GPU: {reason}")
+    with fused_attn.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 10, 5, 7), (2, 1, 9, 5), (2, 300, 3, 2), (2, 8, 33), (2, 6, 3, 2, 5)], ids=str)
+def test_shapes(shape, layout):
+    x = in_layout(random(*shape, dtype=torch.float64), layout)
+    check(inputs_of(x, residual=True), post_activation="relu")
+    check(inputs_of(x), activation="silu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", of_norm_gate.DTYPES, ids=str)
+def test_dtypes(dtype, layout):
+    x = in_layout(random(3, 10, 5, 7, dtype=dtype), layout)
+    check(inputs_of(x, residual=True), activation="silu", post_activation="relu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "activation, post_activation", [("relu", "silu"), ("hard_swish", "relu"), ("gelu", "identity")]
+)
+def test_activations(activation, post_activation, training, layout):
+    x = in_layout(random(2, 6, 5, 7, dtype=torch.float64), layout)
+    for gate in (True, False):
+        options = {"activation": activation, "post_activation": post_activation, "training": training}
+        check(inputs_of(x, residual=gate, gate=gate), **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_space_split_among_programs(layout):
+    """The second with its mean far from 0."""
+    check(inputs_of(in_layout(random(1, 3, 71, 73), layout), residual=True), activation="silu", post_activation="relu")
+    x = in_layout((random(2, 3, 64, 65, dtype=torch.float64).mul(64).round().div(64) + 4096).float(), layout)
+    check(inputs_of(x))
+
+
+@pytest.mark.parametrize("strides", ["channels_last", "sliced", "transposed", "expanded over space"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_any_strides(layout, strides):
+    shape = (2, 12, 6, 7)
+    inputs = inputs_of(in_layout(random(*shape), layout), residual=True)
+    for post_activation in ("identity", "relu"):
+        check(inputs, strided(random(*shape, seed=3))[strides], activation="silu", post_activation=post_activation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan(layout):
+    of_norm_gate.test_nan_and_infinity(float("nan"), layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout):
+    x = in_layout(random(2, 2, 1, 3, dtype=torch.float64), layout).requires_grad_()
+    function = functools.partial(functional.norm_gate, training=True, activation="silu", excitation=torch.sigmoid)
+    assert torch.autograd.gradcheck(function, x)

@@ -1,0 +1,529 @@
+"""norm_gate against its reference: forward and every gradient, on the backend that serves this machine's CPU."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fused_attn
+from fused_attn import functional, reference
+from fused_attn.backends import choose
+from fused_attn.ops.norm_gate import DOTS, GRADIENTS, MOMENTS
+from tests.checks import LAYOUTS, Inputs, assert_equivalent, in_layout, random, run
+from tests.ops.test_channel_gate import strided
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SHAPES = (
+    *((2, 16, 7, 7), (3, 8, 1, 1), (1, 40, 13, 17), (2, 1, 9, 5), (4, 24, 33), (1, 12, 3, 4, 5), (1, 72, 40, 41)),
+    *((5, 300, 2, 1), (2, 9, 70, 70)),
+)
+NATIVE = choose("norm_gate", torch.empty(1, 1, 1, 1))
+needs_operators = pytest.mark.skipif(
+    NATIVE == "reference", reason="no native library on this machine: the reference is not an operator"
+)
+
+
+def inputs_of(x: Tensor, *, residual: bool = False, gate: bool = True, affine: bool = True) -> Inputs:
+    channels, dtype = x.shape[1], x.dtype
+    hidden = max(1, channels // 4)
+    added = random(*x.shape, seed=3, dtype=torch.float64)
+    if dtype.itemsize == 2:  # no sum so near to 0 that a rounded gate takes it to the other side of a ReLU
+        added += 8 * added.sign()
+    return {
+        "x": x,
+        "weight": random(channels, seed=1, dtype=dtype) if affine else None,
+        "bias": random(channels, seed=2, dtype=dtype) if affine else None,
+        "residual": added.to(dtype) if residual else None,
+        "weight1": random(hidden, channels, seed=4, dtype=dtype, scale=channels**-0.5) if gate else None,
+        "weight2": random(channels, hidden, seed=5, dtype=dtype, scale=2 * hidden**-0.5) if gate else None,
+    }
+
+
+def apply(module, **options):
+    """module.norm_gate of leaves: a two-layer excitation's weights with it; running statistics in x's dtype."""
+
+    def function(x, weight, bias, residual, weight1, weight2):
+        excitation = None
+        if weight1 is not None:
+
+            def excitation(s):
+                return (weight2 @ F.silu(weight1 @ s.mT)).mT.sigmoid()
+
+        running = (None, None)
+        if not options.get("training", True):
+            running = random(x.shape[1], seed=6).to(x.dtype), (random(x.shape[1], seed=7).abs() + 0.5).to(x.dtype)
+        return module.norm_gate(
+            x,
+            weight,
+            bias,
+            *running,
+            **{"training": True, **options},
+            excitation=excitation,
+            residual=residual,
+        )
+
+    return function
+
+
+def check(inputs: Inputs, grad: Tensor | None = None, **options) -> None:
+    x = inputs["x"]
+    grad = random(*x.shape, seed=9, dtype=x.dtype) if grad is None else grad
+    assert_equivalent(apply(functional, **options), apply(reference, **options), inputs, [grad])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_dtypes_layouts(shape, dtype, layout):
+    """The tail of an SE-ResNet, and the middle of an EfficientNet."""
+    x = in_layout(random(*shape, dtype=dtype), layout)
+    check(inputs_of(x, residual=True), post_activation="relu")
+    check(inputs_of(x), activation="silu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("post_activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "hard_swish", "gelu"])
+def test_activations(activation, post_activation, training, layout):
+    x = in_layout(random(3, 20, 9, 6), layout)
+    for gate in (True, False):
+        for residual in (True, False):
+            inputs = inputs_of(x, residual=residual, gate=gate)
+            check(inputs, activation=activation, post_activation=post_activation, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("given", ["weight", "bias", "neither"])
+def test_affine_or_not(given, training):
+    inputs = inputs_of(random(2, 6, 5, 4), residual=True)
+    inputs |= {name: None for name in ("weight", "bias") if name != given}
+    check(inputs, training=training, activation="relu", eps=0.1)
+    check(inputs, training=training)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strides", ["channels_last", "sliced", "transposed", "batch last", "expanded over space"])
+@pytest.mark.parametrize("of", ["x", "grad", "residual"])
+def test_strides(of, strides, layout):
+    shape = (2, 12, 6, 7)
+    x, grad, residual = (in_layout(random(*shape, seed=s), layout) for s in (0, 1, 2))
+    other = strided(random(*shape, seed=3))[strides]
+    if of == "x" and strides == "expanded over space":
+        pytest.skip("a constant channel has no variance to compare")
+    x, grad, residual = (other if of == name else t for name, t in (("x", x), ("grad", grad), ("residual", residual)))
+    for post_activation in ("relu", "identity"):
+        check({**inputs_of(x), "residual": residual}, grad, activation="silu", post_activation=post_activation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 6, 5, 4), (2, 6, 5), (2, 6, 3, 2, 4), (2, 6, 1, 1), (2, 1, 4, 4)], ids=str)
+def test_output_and_gradients_keep_the_layout(shape, layout):
+    x = in_layout(random(*shape), layout).requires_grad_()
+    y = functional.norm_gate(x, training=True, activation="silu", excitation=torch.sigmoid)
+    assert y.stride() == x.stride()
+    assert torch.autograd.grad(y.square().sum(), x)[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_mean_costs_no_digits(layout):
+    """Statistics of numbers near 4096 that float32 holds exactly, over samples whose means differ little."""
+    x = in_layout((random(4, 10, 31, 33, dtype=torch.float64).mul(64).round().div(64) + 4096).float(), layout)
+    running = torch.zeros(10), torch.ones(10)
+    functional.norm_gate(x, None, None, *running, training=True, momentum=1.0)
+    torch.testing.assert_close(running[0].double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(running[1].double(), x.double().var((0, 2, 3)), rtol=1e-6, atol=0)
+    check(inputs_of(x, residual=True), post_activation="relu")
+    check(inputs_of(x), activation="silu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_constant_channel(layout):
+    x = random(3, 6, 5, 7)
+    x[:, ::2] = 0.75
+    check(inputs_of(in_layout(x, layout), residual=True), activation="relu", eps=0.1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity(value, layout):
+    """Either makes its channel NaN in every sample, as in eager, and without a gate no other."""
+    x = random(2, 11, 9, 19)
+    x[0, 3, 4, 5] = value
+    inputs, grad = inputs_of(in_layout(x, layout), residual=True, gate=False), [random(*x.shape, seed=1)]
+    options = {"activation": "silu", "post_activation": "relu"}
+    (actual,), grads = run(apply(functional, **options), inputs, grad)
+    (eager,), eager_grads = run(apply(reference, **options), inputs, grad)
+    torch.testing.assert_close(actual, eager, equal_nan=True)
+    for name in grads:
+        torch.testing.assert_close(grads[name], eager_grads[name], equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert actual[:, 3].isnan().all() and actual.isnan().sum() == 2 * 9 * 19
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 8, 5, 5), (0, 1, 3), (2, 3, 0, 4)], ids=str)
+def test_empty(shape, training):
+    inputs = inputs_of(random(*shape), residual=True, gate=False)
+    grad = random(*shape)
+    (y,), grads = run(apply(functional, training=training), inputs, [grad])
+    (expected,), expected_grads = run(apply(reference, training=training), inputs, [grad])
+    assert y.shape == expected.shape
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected_grads[name], equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40), (2, 1, 210, 200)], ids=str)
+def test_threads(shape, layout, threads):
+    """Whole samples a thread, and pieces."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check(inputs_of(in_layout(random(*shape), layout), residual=True), activation="silu", post_activation="relu")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 64, 56, 56), (5, 64, 14, 14)], ids=str)
+def test_neither_runs_nor_threads_change_a_bit(shape, layout):
+    inputs = inputs_of(in_layout(random(*shape), layout), residual=True, gate=False)
+    inputs = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    function = functools.partial(
+        functional.norm_gate,
+        training=True,
+        activation="silu",
+        excitation=torch.sigmoid,  # matrix products do change
+        post_activation="relu",
+    )
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(function, inputs, [random(*shape, seed=1)]))
+    finally:
+        torch.set_num_threads(before)
+    for (y,), grads in results[1:]:
+        assert torch.equal(y, results[0][0][0])
+        assert all(torch.equal(grads[name], results[0][1][name]) for name in grads)
+
+
+@given(
+    rank=st.integers(1, 3),
+    sizes=st.tuples(*[st.integers(1, 9)] * 3),
+    batch=st.integers(2, 4),
+    channels=st.integers(1, 40),
+    layout=st.sampled_from(LAYOUTS),
+    activation=st.sampled_from(["identity", "relu", "silu"]),
+    post_activation=st.sampled_from(["identity", "relu"]),
+    residual=st.booleans(),
+    gate=st.booleans(),
+    training=st.booleans(),
+)
+@settings(max_examples=60)
+def test_any_shape(rank, sizes, batch, channels, layout, activation, post_activation, residual, gate, training):
+    x = in_layout(random(batch, channels, *sizes[:rank], dtype=torch.float64), layout)
+    check(
+        inputs_of(x, residual=residual, gate=gate),
+        activation=activation,
+        post_activation=post_activation,
+        training=training,
+        eps=0.1,  # the variance of two numbers may be next to nothing, and its inverse all there is to compare
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_gradcheck(residual, activation, training, layout):
+    options = {"activation": activation, "post_activation": "relu" if residual else "identity", "training": training}
+    x = in_layout(random(3, 6, 3, 4, dtype=torch.float64), layout)
+    inputs = inputs_of(x, residual=residual)
+    leaves = tuple(t if t is None else t.detach().requires_grad_() for t in inputs.values())
+    assert torch.autograd.gradcheck(apply(functional, **options), leaves)
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("weight", "bias"), ("x", "weight", "bias"), ("weight1", "weight2")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_inputs(frozen, layout):
+    """What needs no gradient costs none, and the others' do not change."""
+    inputs = inputs_of(in_layout(random(2, 12, 6, 5), layout), residual=True)
+    grad = random(2, 12, 6, 5, seed=1)
+    options = {"activation": "silu", "post_activation": "relu"}
+    _, expected = run(apply(functional, **options), inputs, [grad])
+    leaves = {name: t.detach().requires_grad_(name not in frozen) for name, t in inputs.items()}
+    apply(functional, **options)(**leaves).backward(grad)
+    for name, leaf in leaves.items():
+        if name in frozen:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, expected[name])
+
+
+class Tail(nn.Module):
+    """BatchNorm, activation, squeeze-and-excitation, sum and ReLU, as torch's layers or as one op."""
+
+    def __init__(self, channels: int, activation: str = "identity", **options) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels, **options)
+        self.se = reference.SqueezeExcite(channels, reduction=4)
+        self.activation = activation
+        self.fused = False
+
+    def excite(self, s: Tensor) -> Tensor:
+        return self.se.fc2(self.se.fc1(s).relu()).sigmoid()
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if not self.fused:
+            u = self.se(reference.squeeze_excite.FUNCTIONS[self.activation](self.bn(x)))
+            return (u + residual).relu()
+        bn, momentum = self.bn, self.bn.momentum
+        if self.training and bn.track_running_stats:
+            bn.num_batches_tracked += 1
+            momentum = 1 / float(bn.num_batches_tracked) if momentum is None else momentum
+        return functional.norm_gate(
+            x,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            training=self.training,
+            momentum=momentum or 0.0,
+            eps=bn.eps,
+            activation=self.activation,
+            excitation=self.excite,
+            residual=residual,
+            post_activation="relu",
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-3}, {"affine": False}], ids=str
+)
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_the_layers_it_stands_for(activation, options):
+    """Three training steps, then eval: outputs, gradients, running statistics."""
+    plain = Tail(16, activation, **options).double()
+    fused = copy.deepcopy(plain)
+    fused.fused = True
+    for step in range(4):
+        found = []
+        for tail in (plain, fused):
+            tail.train(step < 3)
+            x, residual = (random(3, 16, 6, 7, seed=s + step, dtype=torch.float64).requires_grad_() for s in (0, 50))
+            y = tail(x * 2 + step, residual)
+            tail.zero_grad()
+            y.backward(random(*y.shape, seed=9, dtype=torch.float64))
+            found.append([y, x.grad, residual.grad, *(p.grad for p in tail.parameters()), *tail.buffers()])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_running_statistics_in_half_precision_maps():
+    """float32 statistics of a bfloat16 map, as torch's BatchNorm under autocast."""
+    x = random(4, 8, 9, 9, dtype=torch.bfloat16) + 3
+    found = []
+    for module in (functional, reference):
+        running = torch.zeros(8), torch.ones(8)
+        parameters = random(8), random(8, seed=1), *running
+        y = module.norm_gate(x, *parameters, training=True, activation="silu", excitation=torch.sigmoid)
+        assert y.dtype == torch.bfloat16
+        found.append([*running, y])
+    torch.testing.assert_close(found[0][:2], found[1][:2])
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=2e-2, atol=2e-2)
+
+
+def saved_bytes(function, *inputs: Tensor) -> int:
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*inputs)
+    return sum(saved.values())
+
+
+@needs_operators
+@pytest.mark.parametrize("post_activation", ["identity", "relu"])
+def test_saved_bytes(post_activation):
+    """Backward keeps x, y where a ReLU follows (the next layer keeps it anyway), and numbers a channel."""
+    x = random(2, 128, 28, 28).requires_grad_()
+    maps = 1 if post_activation == "identity" else 2
+    kept = saved_bytes(
+        lambda x: functional.norm_gate(
+            x, training=True, activation="silu", excitation=torch.sigmoid, post_activation=post_activation
+        ),
+        x,
+    )
+    assert maps * x.nbytes <= kept <= maps * x.nbytes + 4 * 128 * 20
+
+
+@needs_operators
+def test_double_backward_is_refused():
+    x = random(2, 4, 3, 3).requires_grad_()
+    y = functional.norm_gate(x, training=True, excitation=torch.sigmoid)
+    with pytest.raises(RuntimeError, match="norm_gate: its gradient cannot be differentiated again"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@needs_operators
+def test_opcheck():
+    """Schema, fake kernel (strides too) and registration as torch checks them, permuted layouts included."""
+    norm, gate = random(3, 8), random(2, 8, seed=1)
+    for x in strided(random(2, 8, 5, 6)).values():
+        torch.library.opcheck(MOMENTS[NATIVE], (x,))
+        torch.library.opcheck(GRADIENTS[NATIVE], (x, x, norm, random(2, 2, 8), random(2, 8), 2))
+        for y, residual, post in ((None, None, 0), (x, None, 1), (None, x, 2)):
+            torch.library.opcheck(DOTS[NATIVE], (x, x, y, residual, norm, gate, 2, post))
+
+
+def test_checkpointing():
+    found = []
+    for recompute in (False, True):
+        x = random(2, 6, 5, 4).requires_grad_()
+        function = functools.partial(
+            functional.norm_gate, training=True, activation="silu", excitation=torch.sigmoid, residual=x
+        )
+        y = checkpoint(function, x, use_reentrant=False) if recompute else function(x)
+        found.append(torch.autograd.grad(y.square().sum(), x)[0])
+    assert torch.equal(*found)
+
+
+def test_autocast():
+    """x keeps its dtype, the excitation runs under autocast, parameters are read as they are."""
+    tail = Tail(16, "silu")
+    tail.fused = True
+    x = random(2, 16, 6, 5, dtype=torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tail(x, torch.zeros_like(x))
+    y.float().square().sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in tail.parameters())
+
+
+@pytest.mark.slow  # a compilation
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph(training):
+    tail = Tail(6, "silu").train(training)
+    tail.fused = True
+    other = copy.deepcopy(tail)
+    compiled = torch.compile(tail, fullgraph=True, dynamic=True)
+    for shape in ((2, 6, 5, 7), (3, 6, 8, 9)):
+        found = []
+        for module, block in ((compiled, tail), (other, other)):
+            x, residual = random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()
+            block.zero_grad()
+            y = module(x, residual)
+            y.square().sum().backward()
+            found.append([y, x.grad, residual.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_func_runs_the_reference():
+    x = random(2, 4, 3, 3)
+    value = torch.func.grad(lambda x: functional.norm_gate(x, training=True, activation="silu").square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    functional.norm_gate(leaf, training=True, activation="silu").square().sum().backward()
+    torch.testing.assert_close(value, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_forced_reference():
+    with fused_attn.backend("reference"):
+        y = functional.norm_gate(random(2, 4, 3, 3).requires_grad_(), training=True)
+    assert "BatchNorm" in type(y.grad_fn).__name__
+
+
+SYNCHRONISED = """
+import sys
+import torch
+import torch.distributed as dist
+import fused_attn
+from fused_attn import functional
+from tests.checks import random
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+mine = slice(0, 3) if rank == 0 else slice(3, 5)  # batches of different sizes
+for backend in (None, "reference"):
+    for activation, post in (("identity", "relu"), ("silu", "identity")):
+        found = []
+        for group, part in ((dist.group.WORLD, mine), (None, slice(0, 5))):
+            x = (random(5, 6, 4, 3, dtype=torch.float64) * 2 + 3).requires_grad_()
+            residual = random(5, 6, 4, 3, seed=1, dtype=torch.float64).requires_grad_()
+            parameters = [random(6, seed=s, dtype=torch.float64).requires_grad_() for s in (2, 3)]
+            running = torch.zeros(6).double(), torch.ones(6).double()
+            with fused_attn.backend(backend or "reference") if group is None or backend else torch.enable_grad():
+                y = functional.norm_gate(
+                    x[part], *parameters, *running, training=True, activation=activation, excitation=torch.sigmoid,
+                    residual=residual[part], post_activation=post, group=group,
+                )
+            y.backward(random(5, 6, 4, 3, seed=4, dtype=torch.float64)[part])
+            sums = [p.grad for p in parameters]
+            if group is not None:
+                for grad in sums:  # each process's own, as SyncBatchNorm's
+                    dist.all_reduce(grad)
+            y = y if group is not None else y[mine]
+            found.append([y, x.grad[mine], residual.grad[mine], *sums, *running])
+        for ours, expected in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow  # two processes
+def test_statistics_of_two_processes():
+    """Two gloo processes with parts of a batch: outputs, gradients and running statistics of the whole batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", SYNCHRONISED, str(rank), port] for rank in (0, 1)]
+    started = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    errors = [process.communicate(timeout=240)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+
+
+ERRORS = {
+    "x: expected more than one value a channel in training; got shape (1, 4, 1, 1)": lambda: functional.norm_gate(
+        random(1, 4, 1, 1), training=True
+    ),
+    "running_mean: expected running_mean and running_var where it is not training; got None": lambda: (
+        functional.norm_gate(random(2, 4, 3, 3))
+    ),
+    "weight: expected shape (4,); got (3,)": lambda: functional.norm_gate(random(2, 4, 3, 3), random(3), training=True),
+    "residual: expected x's shape, (2, 4, 3, 3); got (2, 4, 3, 1)": lambda: functional.norm_gate(
+        random(2, 4, 3, 3), training=True, residual=random(2, 4, 3, 1)
+    ),
+    "excitation: expected it to return (2, 4); got (2, 3)": lambda: functional.norm_gate(
+        random(2, 4, 3, 3), training=True, excitation=lambda s: s[:, :3]
+    ),
+    "activation: expected one of identity, relu, silu, gelu, gelu_tanh, hard_swish, sigmoid, hard_sigmoid, tanh,"
+    " leaky_relu, relu6; got 'swish'": lambda: functional.norm_gate(
+        random(2, 4, 3, 3), training=True, activation="swish"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message):
+    with pytest.raises(ValueError) as caught:
+        ERRORS[message]()
+    assert str(caught.value) == message
