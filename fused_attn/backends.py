@@ -103,7 +103,7 @@ def _reason(name: str, op: str, device: str) -> str | None:
 
 def _has_kernel(name: str, op: str) -> bool:
     """Whether the native library that was loaded registered a kernel of the backend, "cpu" or "cuda", for the op."""
-    op = op.partition("/")[0]
+    op = "norm_dots" if op == "norm_gate" else op.partition("/")[0]  # norm_gate is torch around three operators
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{op}.{name}", name.upper())
 
 
