@@ -45,6 +45,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str 
         yield name, module, found
         recipe = module.__dict__[PLAN].recipe if host_class(module) is not None else found
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
+        one_op = one_op or (isinstance(recipe, OwnLayers) and recipe.whole)
         if one_op or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
             parts = (f"{name}." if name else "",)
 

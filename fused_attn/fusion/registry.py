@@ -101,6 +101,7 @@ class OwnLayers:
     adds_input: bool = False
     rank: int | None = 4
     bypassed: tuple[str, ...] = ()
+    whole: bool = False
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers
@@ -150,11 +151,13 @@ def adapter_of(cls: type) -> Adapter | None:
 
 
 def recognise(block: nn.Module) -> Recipe | str | None:
-    """What a block is; a string: why it is left alone; None: it is of no known class."""
+    """What a block is; a string: why it is left alone; None: it is of no known class and looks like no known block."""
+    from .structure import recipe_of  # imports this module
+
     cls = type(block)
     known = known_class(cls)
     if known is None:
-        return None
+        return recipe_of(block)
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
     changed = changed_by_subclass(cls, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +79,12 @@ def _options(block: nn.Module) -> tuple[tuple[nn.Module | None, str, Any], ...]:
         for module in block.modules()
         if module is block or not type(module).__module__.startswith("torch.")
         for key, value in module.__dict__.items()
-        if key != "training" and not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple))
+        if key != "training" and not key.startswith("_") and _is_option(value)
     )
+
+
+def _is_option(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, tuple)) or inspect.isroutine(value)
 
 
 def intact(block: nn.Module, plan: Plan) -> bool:
