@@ -38,7 +38,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str 
     our own blocks, and of any block that is one op, are left out: they are served with it."""
     parts: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(parts):
+        if f"{name}.".startswith(parts):
             continue
         done = is_own(module) or host_class(module) is not None
         found = None if done else decide(module)
@@ -47,7 +47,12 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str 
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         one_op = one_op or (isinstance(recipe, OwnLayers) and recipe.whole)
         if one_op or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            parts = (f"{name}." if name else "",)
+            if not name:
+                parts = tuple(f"{part}." for part, _ in module.named_children())
+            else:
+                parts += tuple(f"{name}.{part}." for part, _ in module.named_children())
+        elif isinstance(recipe, OwnLayers):
+            parts += tuple(f"{name}.{part}." if name else f"{part}." for part in recipe.covers)
 
 
 def fuse(model: Model, *, strict: bool = False) -> Model:
@@ -74,7 +79,7 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     refused = [f"{name or '(the model)'}: {why}" for name, _, why in decisions if isinstance(why, str)]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))
-    for _, block, recipe in decisions:
+    for _, block, recipe in reversed(decisions):  # what is inside first: the plan of a block says what is in it
         if recipe is not None and not isinstance(recipe, str):
             swap(block, recipe)
     return model

@@ -102,6 +102,7 @@ class OwnLayers:
     rank: int | None = 4
     bypassed: tuple[str, ...] = ()
     whole: bool = False
+    covers: tuple[str, ...] = ()
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers

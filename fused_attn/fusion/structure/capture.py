@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..swap import as_original
 from .graph import Graph, Unsupported, Value
 from .operators import OPERATORS, opaque
 from .shapes import result
@@ -23,7 +24,9 @@ MAX_OPERATORS = 160
 
 
 class Refused(Exception):
-    """The module does something that a fused block would not; the message says what."""
+    """The module does something that a fused block would not; the message says what. graph: what it computed so far."""
+
+    graph: Graph | None = None
 
 
 class Recorder(TorchDispatchMode):
@@ -330,25 +333,29 @@ def capture(
                 counted.add(_storage(tensors[id(p)]))
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
-        contents = _contents(module)
+        contents, held = _contents(module), [(part, dict(part.__dict__)) for part in module.modules()]
         dead: list[weakref.ref] = []
         try:
             for m, _ in modes:
                 m.training = training
             quiet = _Quiet()
-            with without_hooks(module), standing_in(module, tensors), recorder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):  # type: ignore[type-var]
+            with as_original(), without_hooks(module), standing_in(module, tensors), recorder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):  # type: ignore[type-var]
                 with watching(remarks) if watch else contextlib.nullcontext():
                     y = module(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):
-                raise Refused("branches on data") from error
+                refused = Refused("branches on data")
+                refused.graph = graph
+                raise refused from error
             raise
         finally:
             for m, was in modes:
                 m.training = was
+            if sys.exc_info()[0] is not None:
+                _put_back(module, held, contents)
         if quiet.written and watch:
             remarks.append("prints")
-        if _contents(module) != contents:
+        if _put_back(module, held, contents):
             remarks.append("keeps state")
         if not isinstance(y, Tensor):
             raise Refused("returns no single tensor")
@@ -432,8 +439,12 @@ def _contents(module: nn.Module) -> list:
     return found
 
 
-def try_capture(function: Callable[[], Captured]) -> Captured | Exception:
-    try:
-        return function()
-    except Exception as error:
-        return error
+def _put_back(module: nn.Module, held: list[tuple[nn.Module, dict]], contents: list) -> bool:
+    """Whether a run has changed what the modules hold; attributes are then what they were."""
+    if _contents(module) == contents:
+        return False
+    for part, before in held:
+        for key in set(part.__dict__) - set(before):
+            del part.__dict__[key]
+        part.__dict__.update(before)
+    return True

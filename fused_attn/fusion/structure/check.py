@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import Recipe
-from ..swap import swap
+from ..swap import restore, swap
 from .capture import HOOKS
 
 TOLERANCE = 1e-9
@@ -31,6 +31,7 @@ def _randomised(block: nn.Module, generator: torch.Generator) -> nn.Module:
     for p in found.parameters():
         p.requires_grad_(True)
     for part in found.modules():
+        restore(part)
         for hooks in HOOKS:
             if part.__dict__.get(hooks):
                 part.__dict__[hooks] = type(part.__dict__[hooks])()

@@ -110,6 +110,9 @@ class Graph:
             self._nodes[key] = Node(op, tuple(inputs), attrs, options, tuple(sizes))
         return self._nodes[key]
 
+    def nodes(self) -> list[Node]:
+        return list(self._nodes.values())
+
     def leaf(self, op: str, name: str, shape: Sequence[int]) -> Value:
         """An input of the computation, a parameter or a buffer."""
         self._count += 1

@@ -34,9 +34,14 @@ class Outcome:
 _outcomes: weakref.WeakKeyDictionary[type, dict[Hashable, Outcome]] = weakref.WeakKeyDictionary()
 
 
+def HOST(cls: type) -> type:  # noqa: N802
+    """The class that a fused block had; any other class itself."""
+    return getattr(cls, "_fused_attn_host", cls)
+
+
 def is_candidate(block: nn.Module) -> bool:
     """Whether it may be a block of somebody's: a class of its own, with a forward of its own, of one argument."""
-    cls = type(block)
+    cls = HOST(type(block))
     if cls.__module__.partition(".")[0] == "torch" or "forward" in block.__dict__:
         return False
     forward: Any = cls.forward
@@ -56,7 +61,7 @@ def key_of(block: nn.Module) -> Hashable:
     """Equal for modules that compute the same function of their input and parameters."""
     found: list[Hashable] = []
     for name, part in block.named_modules(remove_duplicate=False):
-        cls = type(part)
+        cls = HOST(type(part))
         found.append((name, cls, cls.forward, id(part) if _repeated(block, part) else 0))
         for key, value in part.__dict__.items():
             if key in ("_parameters", "_buffers"):
@@ -93,7 +98,7 @@ def recognise_structure(block: nn.Module) -> tuple[Found | None, str | None]:
 def outcome_of(block: nn.Module) -> Outcome:
     if not is_candidate(block):
         return Outcome()
-    known = _outcomes.setdefault(type(block), {})
+    known = _outcomes.setdefault(HOST(type(block)), {})
     key = key_of(block)
     if key not in known:
         known[key] = _examine(block)
@@ -101,7 +106,15 @@ def outcome_of(block: nn.Module) -> Outcome:
 
 
 def recipe_of(block: nn.Module) -> Recipe | str | None:
-    """The recipe of a recognised block, why it is left alone, or None."""
+    """The recipe of a recognised block, or of one that is spread over its forward, why it is left alone, or None."""
+    from .parents import composite_of
+
+    found = recipe_of_one(block)
+    return composite_of(block) or found if found is None or isinstance(found, str) else found
+
+
+def recipe_of_one(block: nn.Module) -> Recipe | str | None:
+    """The recipe of a block that is one by itself."""
     outcome = outcome_of(block)
     if outcome.found is None:
         return outcome.reason
@@ -146,8 +159,12 @@ def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured]]:
 
 def _examine(block: nn.Module) -> Outcome:
     first_reason: Outcome | None = None
+    rectangles = False
     for rank, channels, captured in _captures(block):
+        rectangles = True
         if isinstance(captured, Refused):
+            if captured.graph is not None and any(_is_gate(n) for n in captured.graph.nodes() if n.op == "act"):
+                first_reason = first_reason or Outcome(None, str(captured), channels, rank)
             continue
         reason = None
         for found in find(captured, rank):
@@ -157,7 +174,19 @@ def _examine(block: nn.Module) -> Outcome:
         reason = reason or why_not(captured)
         if reason is not None and first_reason is None:
             first_reason = Outcome(None, reason, channels, rank)
-    return first_reason or Outcome()
+    return first_reason or (Outcome() if rectangles else _square_only(block))
+
+
+def _square_only(block: nn.Module) -> Outcome:
+    """Of a module that raises for maps that are not square."""
+    for channels in _channel_guesses(block):
+        try:
+            captured = capture(block, (BATCH, channels, 13, 13), watch=False)
+        except Exception:
+            continue
+        if next(find(captured, 2), None) is not None:
+            return Outcome(None, "takes square maps only", channels)
+    return Outcome()
 
 
 def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: Captured) -> str | None:

@@ -38,7 +38,14 @@ def _broadcast(*args: Any) -> Tensor | None:
             merged[-i] = b if a == 1 else a
         shape = merged
     like = next((t for t in tensors if list(t.shape) == shape), None)
-    return tensors[0].new_empty(shape) if like is None else torch.empty_like(like)
+    return tensors[0].new_empty(shape) if like is None else _empty_like(like)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """With its strides, as results have them; torch.empty_like imports sympy for this."""
+    if 0 in x.stride():
+        return x.new_empty(x.shape)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 _ELEMENTWISE = (
@@ -89,7 +96,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
 def _batch_norm(x: Tensor, *tensors: Any) -> Any:
     if any(isinstance(t, Tensor) and t.shape != (x.shape[1],) for t in tensors):
         return None
-    return torch.empty_like(x), x.new_empty((x.shape[1],)), x.new_empty((x.shape[1],))
+    return _empty_like(x), x.new_empty((x.shape[1],)), x.new_empty((x.shape[1],))
 
 
 RESULTS.update(cat=_cat, stack=_stack, mm=_mm, addmm=_addmm, native_batch_norm=_batch_norm)

@@ -40,6 +40,8 @@ def test_recognised(name):
     with torch.no_grad():
         for p in plain.parameters():
             p.uniform_(-0.5, 0.5)
+    # torch's own backward of hard_sigmoid has its sixths in float32.
+    sixths = {"rtol": 1e-6, "atol": 1e-6} if name in ("HardSE", "LinearOnLastAxis", "ESE", "CoordAttCoordinateAttention") else {"rtol": 1e-8, "atol": 1e-9}
     block = fuse(copy.deepcopy(plain))
     assert host_class(block) is type(plain), [row.reason for row in explain(block)]
     recipe = recipe_of(block)
@@ -57,9 +59,9 @@ def test_recognised(name):
         grad = random(*expected.shape, dtype=torch.float64)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
         actual.backward(grad), expected.backward(grad)
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(a.grad, b.grad, **sixths)
         for p, q in zip(block.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(p.grad, q.grad, **sixths)
     for p, q in zip(block.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(p, q)
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
