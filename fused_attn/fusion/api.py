@@ -63,7 +63,8 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
     both. Fusing again changes nothing; `unfuse(model)` undoes it. Fuse before `fully_shard` and `torch.compile`.
 
     Args:
-        model: any module, or a block itself.
+        model: any module, or a block itself; or a program of torch.export, of which its module is returned, with the
+            blocks in its graph fused.
         strict: raise where a block of a known class was left alone.
 
     Returns:
@@ -73,6 +74,10 @@ def fuse(model: Model, *, strict: bool = False) -> Model:
         TypeError: model is no `nn.Module`.
         FusionError: with strict, naming the blocks left alone and why; nothing is changed then.
     """
+    if type(model).__module__ == "torch.export.exported_program":
+        from .structure.compiled import fuse_exported
+
+        return fuse_exported(model)  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     decisions = list(candidates(model))
