@@ -24,7 +24,10 @@ def differences(model: nn.Module) -> Iterator[str]:
             before = textwrap.dedent(inspect.getsource(host.forward)).splitlines()
             file = inspect.getsourcefile(host) or host.__module__
         except (OSError, TypeError):
-            before, file = [f"def forward(self, x):  # of {host.__qualname__}; its source is not at hand"], host.__module__
+            before, file = (
+                [f"def forward(self, x):  # of {host.__qualname__}; its source is not at hand"],
+                host.__module__,
+            )
         after = ["def forward(self, x):", *textwrap.indent(runs(block.__dict__[PLAN].recipe), "    ").splitlines()]
         text = "\n".join(difflib.unified_diff(before, after, f"{file} {host.__qualname__}", "fused", lineterm="", n=99))
         seen.setdefault(text, []).append(name or "(the model)")
@@ -40,8 +43,15 @@ def runs(recipe: Recipe) -> str:
         options = {"order": recipe.order, "ties": recipe.ties, "gate": recipe.gate}
         return _call("spatial_gate", _convolution(recipe), options, recipe.adds_input)
     if isinstance(recipe, CbamGate):
-        channel = {k.replace("ties", "channel_ties").replace("gate", "channel_gate"): v for k, v in _channel_options(recipe.channel).items()}
-        spatial = {"order": recipe.spatial.order, "spatial_ties": recipe.spatial.ties, "spatial_gate": recipe.spatial.gate}
+        channel = {
+            k.replace("ties", "channel_ties").replace("gate", "channel_gate"): v
+            for k, v in _channel_options(recipe.channel).items()
+        }
+        spatial = {
+            "order": recipe.spatial.order,
+            "spatial_ties": recipe.spatial.ties,
+            "spatial_gate": recipe.spatial.gate,
+        }
         weights = [*(_excitation(recipe.channel) + ["None"] * 4)[:4], *_convolution(recipe.spatial)]
         return _call("cbam", weights, {**channel, **spatial}, recipe.adds_input)
     if isinstance(recipe, OwnLayers):

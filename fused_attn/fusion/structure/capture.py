@@ -173,7 +173,19 @@ def _storage(tensor: Tensor) -> int:
 
 # What else the code does while it runs
 
-_ALLOWED = ("torch", "torchvision", "timm", "monai", "einops", "typing", "functools", "contextlib", "collections", "enum", "abc")
+_ALLOWED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "monai",
+    "einops",
+    "typing",
+    "functools",
+    "contextlib",
+    "collections",
+    "enum",
+    "abc",
+)
 _REMARKS = {
     "print": "prints",
     "open": "opens a file",
@@ -184,7 +196,12 @@ _REMARKS = {
     "set_grad_enabled": "switches gradients",
     "gc": "",
 }
-_STATE_OPS = {"STORE_ATTR": "keeps state", "DELETE_ATTR": "keeps state", "STORE_GLOBAL": "keeps state", "STORE_SUBSCR": "keeps state"}
+_STATE_OPS = {
+    "STORE_ATTR": "keeps state",
+    "DELETE_ATTR": "keeps state",
+    "STORE_GLOBAL": "keeps state",
+    "STORE_SUBSCR": "keeps state",
+}
 _codes: dict[CodeType, str | None] = {}
 
 
@@ -233,7 +250,18 @@ def _watch_builtin(function: Any, frame: FrameType, remarks: list[str]) -> None:
         remarks.append(_REMARKS[name])
     elif module.partition(".")[0] in ("time", "random", "_random", "posix", "_io", "numpy", "_socket", "_thread"):
         remarks.append(f"calls {module}.{name}".replace("._", "."))
-    elif name in ("append", "extend", "insert", "add", "update", "setdefault", "pop", "__setitem__", "setattr", "clear"):
+    elif name in (
+        "append",
+        "extend",
+        "insert",
+        "add",
+        "update",
+        "setdefault",
+        "pop",
+        "__setitem__",
+        "setattr",
+        "clear",
+    ):
         owner = getattr(function, "__self__", None)
         if name == "setattr" or (isinstance(owner, (list, dict, set)) and not _is_local(owner, frame)):
             remarks.append("keeps state")
@@ -255,7 +283,9 @@ def _watch_function(frame: FrameType, remarks: list[str]) -> None:
     name = frame.f_code.co_name
     if module in ("torch.autograd.grad_mode", "torch.amp.autocast_mode") and name in ("__enter__", "__init__"):
         back = frame.f_back
-        while back is not None and _module_of(back).startswith(("torch.autograd.grad_mode", "torch.utils._contextlib", "torch.amp", "torch.cuda.amp", "torch.cpu.amp")):
+        while back is not None and _module_of(back).startswith(
+            ("torch.autograd.grad_mode", "torch.utils._contextlib", "torch.amp", "torch.cuda.amp", "torch.cpu.amp")
+        ):
             back = back.f_back
         if back is not None and not _is_library(_module_of(back)) and not _module_of(back).startswith("fused_attn"):
             remarks.append("switches gradients or autocast")
@@ -275,7 +305,11 @@ def _watch_function(frame: FrameType, remarks: list[str]) -> None:
 
 
 def _called_by_library(frame: FrameType) -> bool:
-    return _is_library(_module_of(frame.f_back)) or _module_of(frame.f_back).startswith("fused_attn") or _module_of(frame.f_back).partition(".")[0] in sys.stdlib_module_names
+    return (
+        _is_library(_module_of(frame.f_back))
+        or _module_of(frame.f_back).startswith("fused_attn")
+        or _module_of(frame.f_back).partition(".")[0] in sys.stdlib_module_names
+    )
 
 
 # Capture
@@ -339,9 +373,16 @@ def capture(
             for m, _ in modes:
                 m.training = training
             quiet = _Quiet()
-            with as_original(), without_hooks(module), standing_in(module, tensors), recorder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):  # type: ignore[type-var]
-                with watching(remarks) if watch else contextlib.nullcontext():
-                    y = module(x)
+            with (
+                as_original(),
+                without_hooks(module),
+                standing_in(module, tensors),
+                recorder,
+                contextlib.redirect_stdout(quiet),
+                contextlib.redirect_stderr(quiet),
+                watching(remarks) if watch else contextlib.nullcontext(),
+            ):  # type: ignore[type-var]
+                y = module(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):
                 refused = Refused("branches on data")
@@ -433,7 +474,11 @@ def _contents(module: nn.Module) -> list:
         for key, value in part.__dict__.items():
             if key in ("training", "_parameters", "_buffers", "_modules") or key.startswith("_fused_attn"):
                 continue
-            inside = tuple(map(id, value.values() if isinstance(value, dict) else value)) if isinstance(value, (list, dict, set, tuple)) else None
+            inside = (
+                tuple(map(id, value.values() if isinstance(value, dict) else value))
+                if isinstance(value, (list, dict, set, tuple))
+                else None
+            )
             found.append((name, key, id(value) if not isinstance(value, (int, float, str)) else value, inside))
         found.append((name, tuple(part._modules), tuple(part._parameters), tuple(part._buffers)))
     return found

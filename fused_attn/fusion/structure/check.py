@@ -102,7 +102,8 @@ def check(
                 for n, (a, b) in enumerate(zip(actual[0], expected[0], strict=True)):
                     if not _same(a, b, tolerance):
                         what = "gradient" if n else "result"
-                        return f"differs from the known block in {mode}: another {what}{' where values are equal' if ties else ''}"
+                        where = " where values are equal" if ties else ""
+                        return f"differs from the known block in {mode}: another {what}{where}"
                 for (name, a), (_, b) in zip(fused.named_buffers(), original.named_buffers(), strict=True):
                     if not _same(a.double(), b.double()):
                         return f"differs from the known block in {mode}: another {name}"

@@ -26,7 +26,7 @@ _RELUS = {torch.relu, torch.relu_, torch.nn.functional.relu, torch.ops.aten.relu
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable:
-    """For `torch.compile(model, backend="fused_attn")`: the blocks in the graph fused, the rest compiled by Inductor."""
+    """For `torch.compile(model, backend="fused_attn")`: blocks in the graph fused, the rest compiled by Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
     rewrite(graph, inputs)
@@ -101,10 +101,8 @@ def _follow(module: fx.GraphModule, inputs: Sequence[Any]) -> _Followed:
 
     class Follower(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            if n.op == "get_attr":
-                result = stand_in(n.name, self.fetch_attr(n.target))  # type: ignore[arg-type]
-            else:
-                result = super().run_node(n)
+            held = n.op == "get_attr"
+            result = stand_in(n.name, self.fetch_attr(str(n.target))) if held else super().run_node(n)
             if isinstance(result, Tensor):
                 try:
                     found.values[n] = recorder.get(result)
@@ -112,7 +110,10 @@ def _follow(module: fx.GraphModule, inputs: Sequence[Any]) -> _Followed:
                     found.values.pop(n, None)
             return result
 
-    args = [stand_in(n.name, v) for n, v in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True)]
+    holders = module.graph.find_nodes(op="placeholder")
+    # The values that dynamo keeps have the symbols of the graph in their sizes.
+    kept = [n.meta.get("example_value", n.meta.get("val", v)) for n, v in zip(holders, inputs, strict=True)]
+    args = [stand_in(n.name, v) for n, v in zip(holders, kept, strict=True)]
     modes = torch.is_grad_enabled()
     with torch.set_grad_enabled(True), recorder:
         Follower(module, garbage_collect_values=False).run(*args, enable_io_processing=False)
@@ -150,7 +151,11 @@ def _matches(graph: Graph, node: Node, rank: int) -> Any:
             continue
         for match in unify(template.output, node, graph, Match()):
             gated = match.nodes.get(_input(template))
-            plain = all(c.options[:2] == ((1,) * rank, 1) and all(k % 2 for k in c.options[2]) for t, c in match.nodes.items() if t.op == "conv")
+            plain = all(
+                c.options[:2] == ((1,) * rank, 1) and all(k % 2 for k in c.options[2])
+                for t, c in match.nodes.items()
+                if t.op == "conv"
+            )
             if gated is None or not plain:
                 continue
             if gated.op == "poly":
@@ -214,12 +219,9 @@ def _erase_dead(graph: fx.Graph, end: fx.Node) -> None:
     while waiting:
         node = waiting.pop()
         if not node.users and node.op in ("call_function", "call_method"):
-            before = list(node.all_input_nodes)
-            try:
-                graph.erase_node(node)
-            except RuntimeError:
-                continue
-            waiting += before
+            before = list(dict.fromkeys(node.all_input_nodes))
+            graph.erase_node(node)
+            waiting += [n for n in before if n not in waiting]
 
 
 def _sum_after(seen: _Followed, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 MAX_TERMS = 24
 
@@ -33,7 +32,7 @@ class Node:
         self.op, self.inputs, self.attrs, self.options, self.sizes = op, inputs, attrs, options, sizes
         self.name = ""
         #: Names and sizes left out: the same for the nodes of two graphs that may match.
-        self.rank_key = hash((op, attrs if op != "leaf" else (), tuple(n.rank_key for n in inputs), len(sizes)))
+        self.rank_key: int = hash((op, attrs if op != "leaf" else (), tuple(n.rank_key for n in inputs), len(sizes)))
 
     def __repr__(self) -> str:
         if self.op in ("leaf", "input"):
@@ -69,9 +68,7 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(
-            e.size if isinstance(e, Spread) else math.prod(self.node.sizes[a] for a in e) for e in self.layout
-        )
+        return tuple(e.size if isinstance(e, Spread) else math.prod(self.node.sizes[a] for a in e) for e in self.layout)
 
 
 Factor = tuple[Node, tuple[int, ...]]
@@ -149,9 +146,7 @@ class Graph:
         attrs = sorted((c, tuple(sorted((number[n], axes) for n, axes in factors))) for c, factors in moved)
         return self.node("poly", atoms, tuple(attrs), [sizes[a] for a in order]), tuple(order)
 
-    def _combine(
-        self, values: Sequence[Value], terms: Callable[[list[list[Term]]], list[Term]]
-    ) -> Value:
+    def _combine(self, values: Sequence[Value], terms: Callable[[list[list[Term]]], list[Term]]) -> Value:
         layout, places, sizes = align(values)
         parts = [_terms(v.node, place) for v, place in zip(values, places, strict=True)]
         node, order = self.poly(terms(parts), sizes)
@@ -397,7 +392,9 @@ class Graph:
         sizes = [*value.node.sizes[:axis], first, n // first, *value.node.sizes[axis + 1 :]]
         node = self.node("unflatten", [value.node], (axis,), sizes)
         layout = tuple(
-            e if isinstance(e, Spread) else tuple(b for a in e for b in ((a, a + 1) if a == axis else (a + (a > axis),)))
+            e
+            if isinstance(e, Spread)
+            else tuple(b for a in e for b in ((a, a + 1) if a == axis else (a + (a > axis),)))
             for e in value.layout
         )
         return Value(node, layout)

@@ -60,9 +60,7 @@ def unify(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Ma
             yield found.with_node(template, node)
 
 
-def _unify_all(
-    templates: tuple[Node, ...], nodes: tuple[Node, ...], graph: Graph, match: Match
-) -> Iterator[Match]:
+def _unify_all(templates: tuple[Node, ...], nodes: tuple[Node, ...], graph: Graph, match: Match) -> Iterator[Match]:
     if not templates:
         yield match
         return

@@ -131,7 +131,9 @@ def _(graph: Graph, shape: Any, a: Value, dim: int, to_float: bool) -> Value:
 
 
 @operator("mean", "sum")
-def _(graph: Graph, shape: Any, a: Value, dims: Any = None, keepdim: bool = False, *, op: str = "mean", dtype: Any = None) -> Value:
+def _(
+    graph: Graph, shape: Any, a: Value, dims: Any = None, keepdim: bool = False, *, op: str = "mean", dtype: Any = None
+) -> Value:
     every = dims is None or len(dims) == 0
     return graph.reduce(op, a, range(len(a.layout)) if every else dims, keepdim and not every)
 
@@ -192,7 +194,14 @@ def _(graph: Graph, shape: Any, a: Value, size: Sequence[int], stride: Any = (),
 
 @operator("max_pool2d_with_indices", "max_pool3d_with_indices")
 def _(
-    graph: Graph, shape: Any, a: Value, size: Sequence[int], stride: Any = (), padding: Any = 0, dilation: Any = 1, *rest: Any
+    graph: Graph,
+    shape: Any,
+    a: Value,
+    size: Sequence[int],
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    *rest: Any,
 ) -> Any:
     if any(d != 1 for d in _many(dilation)):
         raise Unsupported
@@ -301,7 +310,9 @@ def _(graph: Graph, shape: Any, a: Value, dim: int, index: int) -> Value:
 
 
 @operator("slice")
-def _(graph: Graph, shape: Sequence[int], a: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+def _(
+    graph: Graph, shape: Sequence[int], a: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
     if step != 1:
         raise Unsupported
     dim %= len(a.layout)
@@ -343,7 +354,9 @@ def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
 
 
 @operator("addmm")
-def _(graph: Graph, shape: Sequence[int], bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+def _(
+    graph: Graph, shape: Sequence[int], bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1
+) -> Value:
     return graph.add([OPERATORS["mm"](graph, shape, a, b), bias], [_number(alpha), _number(beta)])
 
 
@@ -395,7 +408,9 @@ def _(
     return graph.add([y, Value(bias.node, (*bias.layout, *((),) * rank))], [1.0, 1.0])
 
 
-def _batch_norm(graph: Graph, x: Value, tensors: Sequence[Value | None], training: bool, momentum: float, eps: float) -> Value:
+def _batch_norm(
+    graph: Graph, x: Value, tensors: Sequence[Value | None], training: bool, momentum: float, eps: float
+) -> Value:
     if any(isinstance(e, Spread) for e in x.layout):
         raise Unsupported
     present = tuple(t is not None for t in tensors)
@@ -421,7 +436,9 @@ def _(
 
 
 @operator("_native_batch_norm_legit_no_training")
-def _(graph: Graph, shape: Any, x: Value, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+def _(
+    graph: Graph, shape: Any, x: Value, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> Any:
     return _batch_norm(graph, x, (weight, bias, mean, var), False, momentum, eps), None, None
 
 

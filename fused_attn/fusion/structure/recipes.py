@@ -14,7 +14,7 @@ from ..own import _AS_IN_NN
 from ..registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
 from . import gates, templates
 from .capture import Captured
-from .graph import Node, Spread, Value
+from .graph import Node, Spread, Unsupported, Value
 from .match import Match, reached, unify
 from .templates import Template
 
@@ -71,13 +71,22 @@ def _residual(captured: Captured, node: Node, x: Node) -> Iterator[tuple[Node, b
         identity = (x, tuple(range(len(x.sizes))))
         rest = [(c, tuple(f)) for c, f in node.terms if (c, f) != (1.0, [identity])]
         if rest and len(rest) < len(node.terms):
-            inner, order = captured.graph.poly(rest, node.sizes)
+            try:
+                inner, order = captured.graph.poly(rest, node.sizes)
+            except Unsupported:
+                return
             if order == tuple(range(len(node.sizes))):
                 yield inner, True
 
 
 def _gates(
-    captured: Captured, node: Node, x: Node, leaves: int, rank: int, adds_input: bool, kinds: str = "channel spatial cbam"
+    captured: Captured,
+    node: Node,
+    x: Node,
+    leaves: int,
+    rank: int,
+    adds_input: bool,
+    kinds: str = "channel spatial cbam",
 ) -> Iterator[Found]:
     graph = captured.graph
     if node.op != "poly":
@@ -87,7 +96,9 @@ def _gates(
             if template.leaves == leaves:
                 for match in unify(template.output, node, graph, Match()):
                     if match.nodes.get(_input(template)) is x:
-                        yield Found("channel", _constant(replace(_channel(template, match, rank), adds_input=adds_input)))
+                        yield Found(
+                            "channel", _constant(replace(_channel(template, match, rank), adds_input=adds_input))
+                        )
                         break
     if "spatial" not in kinds:
         return
@@ -137,9 +148,7 @@ def _constant(recipe: Recipe) -> Maker:
 def _channel(template: Template, match: Match, rank: int) -> ChannelGate:
     options = {k: v for k, v in template.options.items() if k != "activation"}
     activation = match.options.get("activation", "identity")
-    return ChannelGate(
-        **match.leaves(), **options, activation=activation, gate=match.options["gate"], rank=rank + 2
-    )
+    return ChannelGate(**match.leaves(), **options, activation=activation, gate=match.options["gate"], rank=rank + 2)
 
 
 def _spatial(template: Template, match: Match, rank: int, adds_input: bool) -> Maker:
@@ -190,7 +199,14 @@ def _every_part(block: nn.Module) -> tuple[str, ...]:
 
 def _channel_mask(gate: ChannelGate, shape: str) -> Maker:
     def make(block: nn.Module) -> Recipe | str:
-        return OwnLayers(gates.ChannelMask(gate, shape), "gate of a channel attention", ("squeeze",), rank=gate.rank, bypassed=_every_part(block), whole=True)
+        return OwnLayers(
+            gates.ChannelMask(gate, shape),
+            "gate of a channel attention",
+            ("squeeze",),
+            rank=gate.rank,
+            bypassed=_every_part(block),
+            whole=True,
+        )
 
     return make
 
@@ -203,7 +219,9 @@ def _spatial_mask(spatial: Maker, shape: str) -> Maker:
         run = tuple(path for path in gate.layers[1:])
         bypassed = tuple(name for name in _every_part(block) if name not in run)
         name = "gate of a spatial attention"
-        return OwnLayers(gates.SpatialMask(gate, shape), name, ("channel_pool",), rank=gate.rank, bypassed=bypassed, whole=True)
+        return OwnLayers(
+            gates.SpatialMask(gate, shape), name, ("channel_pool",), rank=gate.rank, bypassed=bypassed, whole=True
+        )
 
     return make
 

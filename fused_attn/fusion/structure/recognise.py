@@ -34,7 +34,7 @@ class Outcome:
 _outcomes: weakref.WeakKeyDictionary[type, dict[Hashable, Outcome]] = weakref.WeakKeyDictionary()
 
 
-def HOST(cls: type) -> type:  # noqa: N802
+def HOST(cls: type) -> type:
     """The class that a fused block had; any other class itself."""
     return getattr(cls, "_fused_attn_host", cls)
 
@@ -50,7 +50,9 @@ def is_candidate(block: nn.Module) -> bool:
     if isinstance(block, torch.fx.GraphModule):
         return False
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    positional = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
     rest = [p for p in parameters if p.default is p.empty and p not in positional and p.kind is p.KEYWORD_ONLY]
     if len(positional) != 1 or rest:
         return False
@@ -101,7 +103,10 @@ def outcome_of(block: nn.Module) -> Outcome:
     known = _outcomes.setdefault(HOST(type(block)), {})
     key = key_of(block)
     if key not in known:
-        known[key] = _examine(block)
+        try:
+            known[key] = _examine(block)
+        except Exception:  # somebody's module in a way that was not thought of is left alone
+            known[key] = Outcome()
     return known[key]
 
 
@@ -130,7 +135,9 @@ def _channel_guesses(block: nn.Module) -> list[int]:
             if isinstance(value, int):
                 found.append(value)
     for part in block.modules():
-        found += [p.shape[-1] if p.dim() < 3 else p.shape[1] for p in part._parameters.values() if p is not None and p.dim()]
+        found += [
+            p.shape[-1] if p.dim() < 3 else p.shape[1] for p in part._parameters.values() if p is not None and p.dim()
+        ]
     found += [v for v in block.__dict__.values() if isinstance(v, int) and not isinstance(v, bool) and v > 2]
     usual = [n for n in dict.fromkeys(found) if n > 2][:6]
     return [*usual, 12, *([2] if 2 in found else [])]
@@ -199,11 +206,19 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
         return bent
     if captured.remarks:
         return captured.remarks[0]
-    sizes = [(1, *(1, 1, 1)[:rank]), (2, *(7, 7, 7)[:rank]), (4, *(56, 56, 16)[:rank]), (8, *(224, 160, 24)[:rank]), (2, *(5, 64, 9)[:rank])]
+    sizes = [
+        (1, *(1, 1, 1)[:rank]),
+        (2, *(7, 7, 7)[:rank]),
+        (4, *(56, 56, 16)[:rank]),
+        (8, *(224, 160, 24)[:rank]),
+        (2, *(5, 64, 9)[:rank]),
+    ]
     for training in (False, True):
         try:
             watched = capture(block, (BATCH, channels, *SPACE[:rank]), training=training)
-            half = capture(block, (BATCH, channels, *SPACE[:rank]), training=training, dtype=torch.bfloat16, watch=False)
+            half = capture(
+                block, (BATCH, channels, *SPACE[:rank]), training=training, dtype=torch.bfloat16, watch=False
+            )
         except Exception as error:
             return f"raises {type(error).__name__} in {'training' if training else 'evaluation'} mode or half precision"
         if watched.remarks:

@@ -49,7 +49,7 @@ class SEBlock(nn.Module):
 
 
 @expect("ChannelGate", 48, 3, pool="avg")
-class se_block(SEBlock):  # noqa: N801
+class se_block(SEBlock):
     pass
 
 
@@ -192,7 +192,7 @@ class ESE(nn.Module):
 
 
 @expect("ChannelGate", layer="conv")
-class eca_layer(nn.Module):  # noqa: N801
+class eca_layer(nn.Module):
     def __init__(self, k_size=3):
         super().__init__()
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
@@ -243,7 +243,7 @@ class ChannelAttention(nn.Module):
 
 
 @expect("ChannelGate", 32, pool="both", ties="first")
-class Channel_Attention_Module_FC(nn.Module):  # noqa: N801
+class Channel_Attention_Module_FC(nn.Module):
     def __init__(self, channels, ratio=4):
         super().__init__()
         self.avg_pooling = nn.AdaptiveAvgPool2d(1)
@@ -265,7 +265,7 @@ class Channel_Attention_Module_FC(nn.Module):  # noqa: N801
 
 
 @expect("ChannelGate", 64, pool="both", layer="conv")
-class Channel_Attention_Module_Conv(nn.Module):  # noqa: N801
+class Channel_Attention_Module_Conv(nn.Module):
     def __init__(self, channels, gamma=2, b=1):
         super().__init__()
         k = int(abs((math.log(channels, 2) + b) / gamma))
@@ -350,7 +350,7 @@ class SpatialAttention(nn.Module):
 
 
 @expect("SpatialGate", order=("max", "mean"), ties="first")
-class Spatial_Attention_Module(nn.Module):  # noqa: N801
+class Spatial_Attention_Module(nn.Module):
     def __init__(self, k=5):
         super().__init__()
         self.conv = nn.Conv2d(2, 1, kernel_size=(k, k), padding="same", bias=True)
@@ -418,7 +418,7 @@ class CBAM(nn.Module):
 
 
 @expect("CbamGate", 32, adds_input=False)
-class cbam(nn.Module):  # noqa: N801
+class cbam(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.ca, self.sa = ChannelAttention(c), SpatialAttention()
@@ -443,7 +443,11 @@ class SCSE(nn.Module):
     def __init__(self, c, r=8):
         super().__init__()
         self.cSE = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c // r, 1), nn.ReLU(inplace=True), nn.Conv2d(c // r, c, 1), nn.Sigmoid()
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(c, c // r, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c // r, c, 1),
+            nn.Sigmoid(),
         )
         self.sSE = nn.Sequential(nn.Conv2d(c, 1, 1), nn.Sigmoid())
 
@@ -533,7 +537,7 @@ class TripletAttention(nn.Module):
 BLOCKS["TripletWithoutSpatial"] = (lambda: TripletAttention(True), "OwnLayers", {"name": "TripletAttention"})
 
 
-class h_sigmoid(nn.Module):  # noqa: N801
+class h_sigmoid(nn.Module):
     def __init__(self):
         super().__init__()
         self.relu = nn.ReLU6(inplace=True)
@@ -542,7 +546,7 @@ class h_sigmoid(nn.Module):  # noqa: N801
         return self.relu(x + 3) / 6
 
 
-class h_swish(nn.Module):  # noqa: N801
+class h_swish(nn.Module):
     def __init__(self):
         super().__init__()
         self.sigmoid = h_sigmoid()
@@ -573,7 +577,7 @@ class CoordAtt(nn.Module):
 
 
 @expect("OwnLayers", name="SimAM")
-class simam_module(nn.Module):  # noqa: N801
+class simam_module(nn.Module):
     def __init__(self, e_lambda=1e-4):
         super().__init__()
         self.activaton = nn.Sigmoid()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +46,13 @@ def counting(found: list):
 
     def compiler(graph, inputs):
         rewrite(graph, inputs)
-        found.append([n for n in graph.graph.nodes if n.op == "call_function" and getattr(n.target, "__module__", "") == functional.__name__])
+        found.append(
+            [
+                n
+                for n in graph.graph.nodes
+                if n.op == "call_function" and getattr(n.target, "__module__", "") == functional.__name__
+            ]
+        )
         return graph
 
     return compiler
@@ -133,6 +139,5 @@ def test_by_name_and_inductor():
 
 
 def test_the_entry_point():
-    with open("pyproject.toml", "rb") as file:
-        points = tomllib.load(file)["project"]["entry-points"]["torch_dynamo_backends"]
-    assert points == {"fused_attn": f"{backend.__module__}:backend"}
+    text = Path("pyproject.toml").read_text()
+    assert f'[project.entry-points.torch_dynamo_backends]\nfused_attn = "{backend.__module__}:backend"' in text

@@ -33,10 +33,18 @@ class Generated(nn.Module):
             return self.choices[name]
 
         kind = choose("kind", ["channel", "channel", "conv", "spatial", "cbam"], [])
-        choose("pool", ["mean", "amax", "max", "both", "half", "avg_pool"], ["2x2", "std", "sum", "rows", "channels", "min", "lp"])
+        choose(
+            "pool",
+            ["mean", "amax", "max", "both", "half", "avg_pool"],
+            ["2x2", "std", "sum", "rows", "channels", "min", "lp"],
+        )
         choose("activation", ["relu", "silu", "tanh", "hard"], ["leaky 0.2", "none", "softplus", "square", "dropout"])
         choose("gate", ["sigmoid", "hard", "tanh"], ["softmax", "2 sigmoid", "sigmoid + 0.1", "exp", "swapped"])
-        choose("join", ["x * g", "g * x", "expand", "residual", "1 + g"], ["x + g", "x * g * g", "x - g", "x * x * g", "detached g", "2 x", "x.detach", "relu", "mean x"])
+        choose(
+            "join",
+            ["x * g", "g * x", "expand", "residual", "1 + g"],
+            ["x + g", "x * g * g", "x - g", "x * x * g", "detached g", "2 x", "x.detach", "relu", "mean x"],
+        )
         choose("weights", ["two", "two", "one"], ["shared", "transposed", "norm", "three"])
         choose("order", ["max mean", "mean max"], ["mean mean", "max", "three", "min mean"])
         choose("kernel", ["3", "7"], ["dilated", "valid", "reflect", "swapped axes", "asymmetric"])
@@ -215,10 +223,10 @@ NEVER = {
 }
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 40))])
 def test_near_misses_are_never_fused_wrongly(part):
     found = Counter()
-    for seed in range(400 * part, 400 * (part + 1)):
+    for seed in range(60 * part, 60 * (part + 1)):
         torch.manual_seed(seed)
         block = Generated(seed).eval()
         for match in matches(block):
@@ -230,4 +238,4 @@ def test_near_misses_are_never_fused_wrongly(part):
             applies = ("gate", "join", "source") if block.kind == "spatial" else ("gate", "join", "source", "pool")
             for choice in applies:
                 assert block.choices[choice] not in NEVER[choice], (seed, block.choices)
-    assert found["matched"] > 60, found  # the grammar also makes what is known
+    assert found["matched"] > 8, found  # the grammar also makes what is known

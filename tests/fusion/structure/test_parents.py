@@ -170,7 +170,19 @@ class WithoutGradient(Block):
         return x + y
 
 
-@pytest.mark.parametrize("name", ["SecondUse", "InPlaceSeenElsewhere", "InPlaceOnAnAlias", "Another", "Prints", "Keeps", "ByMode", "WithoutGradient"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SecondUse",
+        "InPlaceSeenElsewhere",
+        "InPlaceOnAnAlias",
+        "Another",
+        "Prints",
+        "Keeps",
+        "ByMode",
+        "WithoutGradient",
+    ],
+)
 def test_what_is_not_that_keeps_its_forward(name, capsys):
     plain = globals()[name]().double()
     net = fuse(copy.deepcopy(plain))

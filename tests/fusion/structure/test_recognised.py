@@ -41,7 +41,11 @@ def test_recognised(name):
         for p in plain.parameters():
             p.uniform_(-0.5, 0.5)
     # torch's own backward of hard_sigmoid has its sixths in float32.
-    sixths = {"rtol": 1e-6, "atol": 1e-6} if name in ("HardSE", "LinearOnLastAxis", "ESE", "CoordAttCoordinateAttention") else {"rtol": 1e-8, "atol": 1e-9}
+    sixths = (
+        {"rtol": 1e-6, "atol": 1e-6}
+        if name in ("HardSE", "LinearOnLastAxis", "ESE", "CoordAttCoordinateAttention")
+        else {"rtol": 1e-8, "atol": 1e-9}
+    )
     block = fuse(copy.deepcopy(plain))
     assert host_class(block) is type(plain), [row.reason for row in explain(block)]
     recipe = recipe_of(block)

@@ -175,14 +175,10 @@ class UpCasts(Base):
         return x.float() * self.gate(x)
 
 
-@because("prints", 32)
 class PrintingCBAM(CBAM):
     def forward(self, x):
         print("gates")
         return super().forward(x)
-
-
-PrintingCBAM = CASES.pop("PrintingCBAM")
 
 
 def reason_of(block) -> str:
@@ -204,7 +200,9 @@ def test_left_alone_with_the_reason(name, capsys):
     assert fuse(block) is block
     assert PLAN not in block.__dict__ and type(block).__name__ == name
     assert capsys.readouterr().out == "" and not [t for t in SEEN if not t.is_meta]
-    assert {k: v for k, v in block.__dict__.items() if k != "calls"} == {k: v for k, v in before.items() if k != "calls"}
+    assert {k: v for k, v in block.__dict__.items() if k != "calls"} == {
+        k: v for k, v in before.items() if k != "calls"
+    }
     assert reason in reason_of(block), reason_of(block)
     with pytest.raises(FusionError, match="blocks left alone"):
         fuse(block, strict=True)
@@ -239,8 +237,7 @@ def test_no_attention_is_not_mentioned():
 
 
 def test_parts_are_fused_where_the_whole_cannot_be():
-    build, _ = PrintingCBAM
-    block = fuse(build())
+    block = fuse(PrintingCBAM(32))
     assert reason_of(block) == "prints"
     assert sum(row.fused for row in explain(block)) == 2
 
