@@ -40,7 +40,7 @@ def runs(recipe: Recipe) -> str:
     if isinstance(recipe, ChannelGate):
         return _call("channel_gate", _excitation(recipe), _channel_options(recipe), recipe.adds_input)
     if isinstance(recipe, SpatialGate):
-        options = {"order": recipe.order, "ties": recipe.ties, "gate": recipe.gate}
+        options: dict[str, object] = {"order": recipe.order, "ties": recipe.ties, "gate": recipe.gate}
         return _call("spatial_gate", _convolution(recipe), options, recipe.adds_input)
     if isinstance(recipe, CbamGate):
         channel = {

@@ -381,7 +381,7 @@ def capture(
                 contextlib.redirect_stdout(quiet),
                 contextlib.redirect_stderr(quiet),
                 watching(remarks) if watch else contextlib.nullcontext(),
-            ):  # type: ignore[type-var]
+            ):
                 y = module(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):

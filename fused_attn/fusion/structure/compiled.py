@@ -30,7 +30,8 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Cal
     from torch._inductor.compile_fx import compile_fx
 
     rewrite(graph, inputs)
-    return compile_fx(graph, list(inputs), **options)
+    compiled: Any = compile_fx(graph, list(inputs), **options)
+    return compiled
 
 
 def fuse_exported(program: Any) -> fx.GraphModule:

@@ -148,7 +148,8 @@ def _constant(recipe: Recipe) -> Maker:
 def _channel(template: Template, match: Match, rank: int) -> ChannelGate:
     options = {k: v for k, v in template.options.items() if k != "activation"}
     activation = match.options.get("activation", "identity")
-    return ChannelGate(**match.leaves(), **options, activation=activation, gate=match.options["gate"], rank=rank + 2)
+    paths: dict[str, Any] = dict(match.leaves())
+    return ChannelGate(**paths, **options, activation=activation, gate=match.options["gate"], rank=rank + 2)
 
 
 def _spatial(template: Template, match: Match, rank: int, adds_input: bool) -> Maker:
@@ -215,7 +216,7 @@ def _spatial_mask(spatial: Maker, shape: str) -> Maker:
     def make(block: nn.Module) -> Recipe | str:
         gate = spatial(block)
         if not isinstance(gate, SpatialGate):
-            return gate  # type: ignore[return-value]
+            return gate
         run = tuple(path for path in gate.layers[1:])
         bypassed = tuple(name for name in _every_part(block) if name not in run)
         name = "gate of a spatial attention"

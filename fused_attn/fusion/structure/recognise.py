@@ -34,7 +34,7 @@ class Outcome:
 _outcomes: weakref.WeakKeyDictionary[type, dict[Hashable, Outcome]] = weakref.WeakKeyDictionary()
 
 
-def HOST(cls: type) -> type:
+def HOST(cls: type) -> Any:
     """The class that a fused block had; any other class itself."""
     return getattr(cls, "_fused_attn_host", cls)
 
@@ -150,7 +150,7 @@ def _ranks(block: nn.Module) -> list[int]:
     return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1]
 
 
-def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured]]:
+def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
     """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
     for rank in _ranks(block):
         for channels in _channel_guesses(block):
@@ -158,7 +158,7 @@ def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured]]:
                 yield rank, channels, capture(block, (BATCH, channels, *SPACE[:rank]), watch=False)
                 break
             except Refused as refusal:
-                yield rank, channels, refusal  # type: ignore[misc]
+                yield rank, channels, refusal
                 break
             except Exception:
                 continue

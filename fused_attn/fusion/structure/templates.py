@@ -62,7 +62,7 @@ class _ChannelGate(nn.Module):
             self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, device="meta")))
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.weight1, self.bias1, self.weight2, self.bias2
+        weights: Any = (self.weight1, self.bias1, self.weight2, self.bias2)
         return reference.channel_gate(x, *weights, gate=GATE, **self.options)
 
 
