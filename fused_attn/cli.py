@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +24,8 @@ import torch
 from . import __version__, demo, info, verify, viz
 from .bench import blocks, models
 from .bench.measure import Figure, copy_bandwidth, environment, geometric_means, keep_freed_memory
-from .fusion import fuse
+from .fusion import explain, fuse
+from .fusion.difference import differences
 from .hosts import UnknownModel, build_model, import_host
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -395,6 +396,31 @@ def plot_ratios(figures: list[Figure], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+@main.command("fuse")
+@click.argument("name", metavar="MODEL")
+@click.option("--diff", is_flag=True, help="Show what runs in place of each forward.")
+def fuse_command(name: str, diff: bool) -> None:
+    """Fuse the blocks of a model of yours, path/to/model.py:factory, and list them; exit code 0 if any was fused.
+
+    Nothing is written. Also package.module:factory, timm:NAME and torchvision:NAME.
+    """
+    try:
+        with torch.device("meta") if name.startswith(("timm:", "torchvision:")) else nullcontext():
+            model = build_model(name)
+    except (UnknownModel, ValueError) as error:
+        raise UserError(str(error)) from None
+    report = explain(fuse(model))
+    rows = [[r.name, r.block or "-", r.host.rpartition(".")[2], r.served_by, r.reason] for r in report]
+    table(f"attention blocks of {name}", ["name", "block", "class", "served by", "why"], rows)
+    if diff:
+        for text in differences(model):
+            click.echo(f"\n{text}")
+    fused = sum(r.fused for r in report)
+    console.print(f"{fused} of {len(report)} blocks run fused" if report else "no attention block was found")
+    if not fused:
+        sys.exit(1)
 
 
 @main.command("attention")

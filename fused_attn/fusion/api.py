@@ -21,8 +21,8 @@ class FusionError(ValueError):
 def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
     """The recipe to fuse a block by; a string: why it is left alone; None: not a block we know."""
     recipe = recognise(block)
-    if recipe is None and tails:
-        recipe = recognise(block, TAILS)
+    if tails and (recipe is None or isinstance(recipe, str)):
+        recipe = recognise(block, TAILS) or recipe
     if recipe is not None and not isinstance(recipe, str):
         hooked = bypassed_hooks(block, recipe)
         if hooked is not None:
@@ -47,11 +47,14 @@ def candidates(model: nn.Module, tails: bool = False) -> Iterator[tuple[str, nn.
         yield name, module, found
         recipe = module.__dict__[PLAN].recipe if host_class(module) is not None else found
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
-        one_op |= isinstance(recipe, OwnLayers) and recipe.whole
+        one_op = one_op or (isinstance(recipe, OwnLayers) and recipe.whole)
         if one_op or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            parts += (f"{name}." if name else "",)
+            if not name:
+                parts = tuple(f"{part}." for part, _ in module.named_children())
+            else:
+                parts += tuple(f"{name}.{part}." for part, _ in module.named_children())
         elif isinstance(recipe, OwnLayers):
-            parts += tuple(f"{name}.{part}." if name else f"{part}." for part in recipe.parts)
+            parts += tuple(f"{name}.{part}." if name else f"{part}." for part in recipe.covers)
 
 
 def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
@@ -62,7 +65,8 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
     both. Fusing again changes nothing; `unfuse(model)` undoes it. Fuse before `fully_shard` and `torch.compile`.
 
     Args:
-        model: any module, or a block itself.
+        model: any module, or a block itself; or a program of torch.export, of which its module is returned, with the
+            blocks in its graph fused.
         tails: also fuse what stands around the attention blocks of known networks: BatchNorm, activation, gate, sum
             and activation as one op (`fused_attn.functional.norm_gate`), in training too. Networks: timm's ResNets,
             EfficientNets, MobileNetV3s and RegNets, torchvision's, and MONAI's SE-ResNets.
@@ -75,13 +79,17 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
         TypeError: model is no `nn.Module`.
         FusionError: with strict, naming the blocks left alone and why; nothing is changed then.
     """
+    if type(model).__module__ == "torch.export.exported_program":
+        from .structure.compiled import fuse_exported
+
+        return fuse_exported(model)  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     decisions = list(candidates(model, tails))
     refused = [f"{name or '(the model)'}: {why}" for name, _, why in decisions if isinstance(why, str)]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))
-    for _, block, recipe in decisions:
+    for _, block, recipe in reversed(decisions):  # what is inside first: the plan of a block says what is in it
         if recipe is not None and not isinstance(recipe, str):
             swap(block, recipe)
     return model

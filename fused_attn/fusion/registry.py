@@ -93,7 +93,7 @@ class OwnLayers:
 
     forward(block, x): what it runs; `functions` are the fused functions in it, as `fused_attn.backends.OPS` has them,
     the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it. whole: its parts are
-    no blocks by themselves. parts: paths of blocks in it that it serves, so that they are not fused by themselves.
+    no blocks by themselves. covers: paths of blocks in it that it serves, so that they are not fused by themselves.
     """
 
     forward: Callable[[Any, Tensor], Tensor]
@@ -103,7 +103,7 @@ class OwnLayers:
     rank: int | None = 4
     bypassed: tuple[str, ...] = ()
     whole: bool = False
-    parts: tuple[str, ...] = ()
+    covers: tuple[str, ...] = ()
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers
@@ -156,11 +156,14 @@ def adapter_of(cls: type, adapters: dict[type | str, Adapter] = ADAPTERS) -> Ada
 
 
 def recognise(block: nn.Module, adapters: dict[type | str, Adapter] = ADAPTERS) -> Recipe | str | None:
-    """What a block is; a string: why it is left alone; None: it is of no known class."""
+    """What a block is; a string: why it is left alone; None: it is of no known class, and (of `ADAPTERS`) looks like no
+    known block."""
+    from .structure import recipe_of  # imports this module
+
     cls = type(block)
     known = known_class(cls, adapters)
     if known is None:
-        return None
+        return recipe_of(block) if adapters is ADAPTERS else None
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
     changed = changed_by_subclass(cls, known)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +81,12 @@ def _options(block: nn.Module) -> tuple[tuple[nn.Module | None, str, Any], ...]:
         for module in block.modules()
         if module is block or not type(module).__module__.startswith("torch.")
         for key, value in module.__dict__.items()
-        if key != "training" and not key.startswith("_") and isinstance(value, (bool, int, float, str, tuple))
+        if key != "training" and not key.startswith("_") and _is_option(value)
     )
+
+
+def _is_option(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, tuple)) or inspect.isroutine(value)
 
 
 def intact(block: nn.Module, plan: Plan) -> bool:
@@ -192,6 +199,20 @@ def _run_cbam(block: nn.Module, plan: Plan, recipe: CbamGate, x: Tensor, residua
     return run_normalised(norm, x, run)
 
 
+_as_original = False
+
+
+@contextlib.contextmanager
+def as_original() -> Iterator[None]:
+    """Fused blocks run what they ran before, which is what is looked at when one of them is part of another."""
+    global _as_original
+    before, _as_original = _as_original, True
+    try:
+        yield
+    finally:
+        _as_original = before
+
+
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -207,7 +228,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         plan: Plan = self.__dict__[PLAN]
-        if len(args) != 1 or kwargs:  # by keyword: hosts name it differently
+        if _as_original or len(args) != 1 or kwargs:  # by keyword: hosts name it differently
             return host.forward(self, *args, **kwargs)
         (x,) = args
         # What is no tensor is torch.fx's proxy, or an error that is the host's to raise.

@@ -174,7 +174,7 @@ def _recipe(forward: Callable[[Any, Tensor], Tensor], *tails: Tail | None, bypas
         "; ".join(tail.describe() for tail in present),
         ("norm_gate", "squeeze", "scale"),
         bypassed=bypassed + tuple(path for tail in present for path in tail.bypassed),
-        parts=tuple(tail.gate for tail in present if tail.gate is not None),
+        covers=tuple(tail.gate for tail in present if tail.gate is not None),
         rank=None,
     )
 

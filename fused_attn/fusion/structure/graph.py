@@ -1,0 +1,521 @@
+"""The canonical form of a computation: what is left when every way of writing it down is taken away.
+
+A `Node` is a value without axes of size one and without views; equal nodes of one `Graph` are the same object.
+A `Value` is a tensor as the code has it: a node, and for each dimension of the tensor the axes of the node that lie
+in it (none: size one; several: flattened together; `Spread`: expanded).
+
+- Sums, products and constants are one node, `poly`: a sum of products of other nodes, each with the places of its
+  axes among the result's. So the order of operands, broadcasting, `x * (1 + g)` and `x + x * g` make no difference.
+- Linear layers and 1x1 convolutions are `dense`; their biases are terms of a `poly`.
+- All means over the whole of some axes are `mean`, all maxima `max` with their rule for ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+MAX_TERMS = 24
+
+
+class Unsupported(Exception):
+    """This operation has no canonical form here; it becomes a node that equals nothing else."""
+
+
+class Node:
+    """One value. attrs are compared, options are not: they are what a match reads off."""
+
+    __slots__ = ("attrs", "inputs", "name", "op", "options", "rank_key", "sizes")
+
+    def __init__(self, op: str, inputs: tuple[Node, ...], attrs: tuple, options: tuple, sizes: tuple[int, ...]) -> None:
+        self.op, self.inputs, self.attrs, self.options, self.sizes = op, inputs, attrs, options, sizes
+        self.name = ""
+        #: Names and sizes left out: the same for the nodes of two graphs that may match.
+        self.rank_key: int = hash((op, attrs if op != "leaf" else (), tuple(n.rank_key for n in inputs), len(sizes)))
+
+    def __repr__(self) -> str:
+        if self.op in ("leaf", "input"):
+            return f"{self.name or self.op}{list(self.sizes)}"
+        if self.op == "poly":
+            terms = (
+                " * ".join([f"{coefficient:.4g}", *(f"{node!r}@{list(axes)}" for node, axes in factors)])
+                for coefficient, factors in self.terms
+            )
+            return f"({' + '.join(terms)})"
+        return f"{self.op}{list(self.attrs)}({', '.join(map(repr, self.inputs))})"
+
+    @property
+    def terms(self) -> list[tuple[float, list[tuple[Node, tuple[int, ...]]]]]:
+        """Of a `poly`: (coefficient, [(factor, its axes among this node's)])."""
+        return [(c, [(self.inputs[i], axes) for i, axes in factors]) for c, factors in self.attrs]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A dimension of this size that holds no axis: the same value all along."""
+
+    size: int
+
+
+Entry = tuple[int, ...] | Spread
+
+
+@dataclass(frozen=True)
+class Value:
+    node: Node
+    layout: tuple[Entry, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(e.size if isinstance(e, Spread) else math.prod(self.node.sizes[a] for a in e) for e in self.layout)
+
+
+Factor = tuple[Node, tuple[int, ...]]
+Term = tuple[float, tuple[Factor, ...]]
+
+
+def plain(node: Node) -> Value:
+    return Value(node, tuple((i,) for i in range(len(node.sizes))))
+
+
+def axis_of(entry: Entry) -> int:
+    """The one axis of a dimension that has exactly one."""
+    if isinstance(entry, Spread) or len(entry) != 1:
+        raise Unsupported
+    return entry[0]
+
+
+def axis_or_none(entry: Entry) -> int | None:
+    return None if entry == () else axis_of(entry)
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.9g}")
+
+
+class Graph:
+    def __init__(self) -> None:
+        self._nodes: dict[tuple, Node] = {}
+        self._count = 0
+
+    def node(
+        self, op: str, inputs: Sequence[Node] = (), attrs: tuple = (), sizes: Sequence[int] = (), options: tuple = ()
+    ) -> Node:
+        key = (op, tuple(id(n) for n in inputs), attrs, options, tuple(sizes))
+        if key not in self._nodes:
+            self._nodes[key] = Node(op, tuple(inputs), attrs, options, tuple(sizes))
+        return self._nodes[key]
+
+    def nodes(self) -> list[Node]:
+        return list(self._nodes.values())
+
+    def leaf(self, op: str, name: str, shape: Sequence[int]) -> Value:
+        """An input of the computation, a parameter or a buffer."""
+        self._count += 1
+        sizes = tuple(n for n in shape if n != 1)
+        node = self.node(op, attrs=(name,), sizes=sizes)
+        node.name = name
+        return of_shape(node, shape)
+
+    # Sums of products
+
+    def poly(self, terms: Iterable[Term], sizes: Sequence[int]) -> tuple[Node, tuple[int, ...]]:
+        """A sum of products over axes of these sizes, as a node, and for each of its axes which one it is."""
+        sums: dict[tuple, tuple[float, tuple[Factor, ...]]] = {}
+        for coefficient, factors in _expanded(terms):
+            ordered = tuple(sorted(factors, key=lambda f: (f[0].rank_key, f[1], id(f[0]))))
+            key = tuple((id(node), axes) for node, axes in ordered)
+            sums[key] = (sums[key][0] + coefficient if key in sums else coefficient, ordered)
+        kept = [(_rounded(c), factors) for c, factors in sums.values() if abs(c) > 1e-12]
+        if len(kept) > MAX_TERMS:
+            raise Unsupported
+        every = [f for _, factors in kept for f in factors]
+        if {a for _, axes in every for a in axes} != set(range(len(sizes))):
+            raise Unsupported  # an axis along which nothing varies any more
+        order: list[int] = []
+        if every:
+            widest = max(every, key=lambda f: (len(f[1]), f[0].op == "input", f[0].rank_key))
+            order = [*widest[1], *(a for a in range(len(sizes)) if a not in widest[1])]
+        if len(kept) == 1 and kept[0][0] == 1 and len(kept[0][1]) == 1 and len(order) == len(kept[0][1][0][1]):
+            return kept[0][1][0][0], tuple(order)
+        place = {axis: i for i, axis in enumerate(order)}
+        moved = [(c, tuple((n, tuple(place[a] for a in axes)) for n, axes in factors)) for c, factors in kept]
+        atoms = sorted({n for _, factors in moved for n, _ in factors}, key=lambda n: (n.rank_key, id(n)))
+        number = {n: i for i, n in enumerate(atoms)}
+        attrs = sorted((c, tuple(sorted((number[n], axes) for n, axes in factors))) for c, factors in moved)
+        return self.node("poly", atoms, tuple(attrs), [sizes[a] for a in order]), tuple(order)
+
+    def _combine(self, values: Sequence[Value], terms: Callable[[list[list[Term]]], list[Term]]) -> Value:
+        layout, places, sizes = align(values)
+        parts = [_terms(v.node, place) for v, place in zip(values, places, strict=True)]
+        node, order = self.poly(terms(parts), sizes)
+        back = {axis: i for i, axis in enumerate(order)}
+        return Value(node, tuple(e if isinstance(e, Spread) else tuple(back[a] for a in e) for e in layout))
+
+    def add(self, values: Sequence[Value], factors: Sequence[float]) -> Value:
+        return self._combine(
+            values, lambda parts: [(f * c, t) for f, part in zip(factors, parts, strict=True) for c, t in part]
+        )
+
+    def affine(self, value: Value, factor: float, constant: float = 0.0) -> Value:
+        return self._combine([value], lambda parts: [*((factor * c, t) for c, t in parts[0]), (constant, ())])
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        for x, gate in ((a, b), (b, a)):
+            found = self._self_gated(x, gate)
+            if found is not None:
+                return found
+        return self._combine([a, b], _product)
+
+    def _self_gated(self, x: Value, gate: Value) -> Value | None:
+        """x * sigmoid(x) and x * hard_sigmoid(x) have names of their own."""
+        node, factor = gate.node, 1.0
+        if node.op == "poly" and len(node.attrs) == 1 and len(node.attrs[0][1]) == 1 and len(node.inputs) == 1:
+            ((factor, ((_, axes),)),) = node.attrs
+            if axes != tuple(range(len(axes))):
+                return None
+            node = node.inputs[0]
+        names = {"sigmoid": "silu", "hard_sigmoid": "hard_swish"}
+        if node.op != "act" or node.inputs[0] is not x.node or node.attrs[0] not in names or gate.layout != x.layout:
+            return None
+        return self.affine(Value(self.node("act", [x.node], (names[node.attrs[0]],), x.node.sizes), x.layout), factor)
+
+    def act(self, name: str, value: Value) -> Value:
+        node = value.node
+        if name == "relu6" and node.op == "poly":
+            rest = [(c, f) for c, f in node.terms if f]
+            if [c for c, f in node.terms if not f] == [3.0] and rest:
+                inner, order = self.poly([(c, tuple(f)) for c, f in rest], node.sizes)
+                back = {axis: i for i, axis in enumerate(order)}
+                layout = tuple(e if isinstance(e, Spread) else tuple(back[a] for a in e) for e in value.layout)
+                return self.affine(Value(self.node("act", [inner], ("hard_sigmoid",), inner.sizes), layout), 6.0)
+        return Value(self.node("act", [node], (name,), node.sizes), value.layout)
+
+    # Reductions
+
+    def reduce(self, op: str, value: Value, dims: Sequence[int], keepdim: bool, ties: str = "") -> Value:
+        """op "mean", "sum" or "max" over whole dimensions of the tensor."""
+        dims = sorted(d % len(value.layout) for d in dims) if len(value.layout) else []
+        axes: list[int] = []
+        factor = 1.0
+        for d in dims:
+            entry = value.layout[d]
+            if isinstance(entry, Spread):
+                factor *= entry.size if op == "sum" else 1
+            else:
+                axes += entry
+        kept = tuple(() if i in dims else e for i, e in enumerate(value.layout) if keepdim or i not in dims)
+        node = value.node
+        if op == "sum":
+            spelled = self._sum_of_stack(node, axes)
+            if spelled is not None:
+                return self.affine(_without(spelled, kept, axes), factor)
+            factor *= math.prod(node.sizes[a] for a in axes)
+            op = "mean"
+        if not axes:
+            return self.affine(Value(node, kept), factor)
+        if op == "mean":
+            spelled = self._sum_of_stack(node, axes)
+            if spelled is not None:
+                return self.affine(_without(spelled, kept, axes), factor / node.sizes[axes[0]])
+            if node.op == "poly" and len(node.attrs) == 1 and node.attrs[0][0] != 1:
+                factor *= node.attrs[0][0]
+                inner, order = self.poly([(1.0, f) for _, f in _terms(node, range(len(node.sizes)))], node.sizes)
+                node, axes = inner, [order.index(a) for a in axes]
+                kept = tuple(e if isinstance(e, Spread) else tuple(order.index(a) for a in e) for e in kept)
+        result = self._reduce_axes(op, node, tuple(axes), ties)
+        left = [a for a in range(len(node.sizes)) if a not in axes]
+        layout = tuple(e if isinstance(e, Spread) else tuple(left.index(a) for a in e) for e in kept)
+        return self.affine(Value(result, layout), factor)
+
+    def _reduce_axes(self, op: str, node: Node, axes: tuple[int, ...], ties: str) -> Node:
+        before: tuple[int, ...] = ()
+        if node.op == op and op in ("mean", "max"):
+            gone = node.attrs[0]
+            source = node.inputs[0]
+            left = [a for a in range(len(source.sizes)) if a not in gone]
+            outer = tuple(left[a] for a in axes)
+            # Among equal maxima the first along `outer`, then the first along the rest: that of a scan in this order.
+            if op == "mean" or (ties == node.attrs[1] == "first"):
+                node, before, axes = source, gone, outer
+        all_axes = axes + before
+        if op == "mean":
+            all_axes = tuple(sorted(all_axes))
+        sizes = [n for a, n in enumerate(node.sizes) if a not in all_axes]
+        if ties == "even":
+            all_axes = tuple(sorted(all_axes))
+        return self.node(op, [node], (all_axes, ties) if op == "max" else (all_axes,), sizes)
+
+    def _sum_of_stack(self, node: Node, axes: list[int]) -> Value | None:
+        """The sum over a stack, or over its product with other values, spelled out; with the axes of the node that
+        are left, in their order."""
+        if len(axes) != 1:
+            return None
+        (axis,) = axes
+        terms = _terms(node, range(len(node.sizes)))
+        stacks = [n for _, f in terms for n, places in f if n.op == "stack" and places[-1] == axis]
+        if not stacks:
+            return None
+        left = [a for a in range(len(node.sizes)) if a != axis]
+        spelled: list[Term] = []
+        for c, factors in terms:
+            if not any(axis in places for _, places in factors):
+                return None
+            for i in range(node.sizes[axis]):
+                chosen = []
+                for n, places in factors:
+                    if axis not in places:
+                        chosen.append((n, tuple(left.index(a) for a in places)))
+                        continue
+                    at = places.index(axis)
+                    rest = [a for a in places if a != axis]
+                    piece = self.select(plain(n), at, i)
+                    # The layout of the piece: its axes, by the dimensions that `rest` names.
+                    place = {entry[0]: left.index(a) for entry, a in zip(piece.layout, rest, strict=True) if entry}  # type: ignore[index]
+                    chosen.append((piece.node, tuple(place[k] for k in range(len(piece.node.sizes)))))
+                spelled.append((c, tuple(chosen)))
+        result, order = self.poly(spelled, [node.sizes[a] for a in left])
+        return Value(result, tuple((order.index(i),) for i in range(len(left))))
+
+    # Pieces
+
+    def stack(self, values: Sequence[Value], dim: int) -> Value:
+        """Values whose dimension `dim` has size one, one behind the other along it."""
+        layout, places, sizes = align([Value(v.node, (*v.layout[:dim], (), *v.layout[dim + 1 :])) for v in values])
+        if any(isinstance(e, Spread) for e in layout) or any(len(p) != len(sizes) for p in places):
+            raise Unsupported
+        if len(values) == 1:
+            return values[0]
+        order = places[0]
+        maps = tuple(tuple(order.index(a) for a in p) for p in places)
+        node = self.node("stack", [v.node for v in values], maps, [*(sizes[a] for a in order), len(values)])
+        inside = tuple(tuple(order.index(a) for a in e) for e in layout)  # type: ignore[union-attr]
+        return Value(node, (*inside[:dim], (len(sizes),), *inside[dim + 1 :]))
+
+    def concatenate(self, values: Sequence[Value], dim: int) -> Value:
+        axes = [axis_of(v.layout[dim]) for v in values]
+        layout, places, sizes = align([Value(v.node, (*v.layout[:dim], (), *v.layout[dim + 1 :])) for v in values])
+        if any(isinstance(e, Spread) for e in layout):
+            raise Unsupported
+        new = len(sizes)
+        places = [tuple(new if i == axis else a for i, a in enumerate(p)) for p, axis in zip(places, axes, strict=True)]
+        if any(len(set(p)) != new + 1 for p in places):
+            raise Unsupported
+        order = places[0]
+        maps = tuple(tuple(order.index(a) for a in p) for p in places)
+        total = sum(v.node.sizes[axis] for v, axis in zip(values, axes, strict=True))
+        node = self.node(
+            "concat", [v.node for v in values], (axes[0], *maps), [total if a == new else sizes[a] for a in order]
+        )
+        inside = tuple(tuple(order.index(a) for a in e) for e in layout)  # type: ignore[union-attr]
+        return Value(node, (*inside[:dim], (axes[0],), *inside[dim + 1 :]))
+
+    def select(self, value: Value, dim: int, index: int) -> Value:
+        entry, rest = value.layout[dim], (*value.layout[:dim], *value.layout[dim + 1 :])
+        if isinstance(entry, Spread) or entry == ():
+            return Value(value.node, rest)
+        axis, node = axis_of(entry), value.node
+        index %= node.sizes[axis]
+        if node.op == "stack" and axis == len(node.sizes) - 1:
+            order = node.attrs[index]
+            return Value(node.inputs[index], _mapped(rest, lambda a: order.index(a)))
+        sizes = [n for a, n in enumerate(node.sizes) if a != axis]
+        chosen = self.node("select", [node], (axis, index), sizes)
+        return Value(chosen, _mapped(rest, lambda a: a - (a > axis)))
+
+    def slice(self, value: Value, dim: int, start: int, length: int) -> Value:
+        if length == value.shape[dim]:
+            return value
+        entry, node = value.layout[dim], value.node
+        if isinstance(entry, Spread):
+            new: Entry = Spread(length) if length != 1 else ()
+            return Value(node, (*value.layout[:dim], new, *value.layout[dim + 1 :]))
+        if length == 1:
+            chosen = self.select(value, dim, start)
+            return Value(chosen.node, (*chosen.layout[:dim], (), *chosen.layout[dim:]))
+        axis = axis_of(entry)
+        if node.op == "stack" and axis == len(node.sizes) - 1:
+            return self.stack([self.slice(value, dim, start + i, 1) for i in range(length)], dim)
+        if node.op == "concat" and axis == node.attrs[0]:
+            at = 0
+            for i, piece in enumerate(node.inputs):
+                order = node.attrs[1 + i]
+                size = piece.sizes[order.index(axis)]
+                if (at, size) == (start, length):
+                    return Value(piece, _mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
+                at += size
+        whole = node.sizes[axis]
+        sizes = [length if a == axis else n for a, n in enumerate(node.sizes)]
+        # Which of equal parts, or which of several: the sizes themselves are the map's.
+        part = (start // length, whole // length) if whole % length == start % length == 0 else (start, length, whole)
+        return Value(self.node("slice", [node], (axis, *part), sizes), value.layout)
+
+    # Views
+
+    def reshape(self, value: Value, shape: Sequence[int]) -> Value:
+        items: list[tuple[int, Entry]] = []
+        for entry in value.layout:
+            if isinstance(entry, Spread):
+                items.append((entry.size, entry))
+            else:
+                items += [(value.node.sizes[a], (a,)) for a in entry]
+        layout: list[Entry] = []
+        at = 0
+        for size in shape:
+            group: list[Entry] = []
+            product = 1
+            while product < size:
+                if at == len(items):
+                    raise Unsupported
+                n, item = items[at]
+                if product * n > size:
+                    return self.reshape(self._split(value, item, size, product, n), shape)
+                product, at = product * n, at + 1
+                group.append(item)
+            if product != size:
+                raise Unsupported
+            if any(isinstance(e, Spread) for e in group):
+                if len(group) != 1:
+                    raise Unsupported
+                layout.append(group[0])
+            else:
+                layout.append(tuple(a for e in group for a in e))  # type: ignore[union-attr]
+        return self._rejoined(Value(value.node, tuple(layout)))
+
+    def _split(self, value: Value, item: Entry, size: int, product: int, n: int) -> Value:
+        """The axis of the item as two, so that the first fills what is left of a dimension of this size."""
+        if isinstance(item, Spread) or size % product or n % (size // product):
+            raise Unsupported
+        (axis,) = item
+        first = size // product
+        sizes = [*value.node.sizes[:axis], first, n // first, *value.node.sizes[axis + 1 :]]
+        node = self.node("unflatten", [value.node], (axis,), sizes)
+        layout = tuple(
+            e
+            if isinstance(e, Spread)
+            else tuple(b for a in e for b in ((a, a + 1) if a == axis else (a + (a > axis),)))
+            for e in value.layout
+        )
+        return Value(node, layout)
+
+    def _rejoined(self, value: Value) -> Value:
+        """An axis that was split and lies flattened again is the axis it was."""
+        if value.node.op != "unflatten":
+            return value
+        (axis,) = value.node.attrs
+        joined: list[Entry] = []
+        for entry in value.layout:
+            if isinstance(entry, Spread) or axis not in entry:
+                joined.append(entry)
+                continue
+            at = entry.index(axis)
+            if entry[at + 1 : at + 2] != (axis + 1,):
+                return value
+            joined.append((*entry[: at + 1], *entry[at + 2 :]))
+        return Value(value.node.inputs[0], _mapped(joined, lambda a: a - (a > axis)))
+
+    def expand(self, value: Value, shape: Sequence[int]) -> Value:
+        layout: list[Entry] = list(value.layout)
+        layout = [()] * (len(shape) - len(layout)) + layout
+        for i, size in enumerate(shape):
+            if layout[i] == () and size not in (1, -1):
+                layout[i] = Spread(size)
+        return Value(value.node, tuple(layout))
+
+    # Layers
+
+    def channels(
+        self, op: str, inputs: Sequence[Node], attrs: tuple, options: tuple, value: Value, dim: int, out: int
+    ) -> Value:
+        """A layer that puts `out` channels in place of those in dimension `dim`."""
+        axis = axis_or_none(value.layout[dim])
+        sizes = list(value.node.sizes)
+        layout: list[Entry] = list(value.layout)
+        if axis is None:
+            if out != 1:
+                sizes.append(out)
+                layout[dim] = (len(sizes) - 1,)
+        elif out != 1:
+            sizes[axis] = out
+        else:
+            del sizes[axis]
+            layout[dim] = ()
+            layout = list(_mapped(layout, lambda a: a - (a > axis)))
+        return Value(self.node(op, inputs, attrs, sizes, options), tuple(layout))
+
+    def dense(self, value: Value, dim: int, weight: Node, out: int, order: str) -> Value:
+        axis = axis_or_none(value.layout[dim])
+        if any(isinstance(e, Spread) for e in value.layout):
+            raise Unsupported
+        return self.channels("dense", [value.node, weight], (axis, out != 1, order), (), value, dim, out)
+
+
+def _mapped(layout: Iterable[Entry], function: Callable[[int], int]) -> tuple[Entry, ...]:
+    return tuple(e if isinstance(e, Spread) else tuple(function(a) for a in e) for e in layout)
+
+
+def _without(value: Value, kept: tuple[Entry, ...], axes: list[int]) -> Value:
+    """A value whose dimensions are the axes that `axes` leaves, in the layout that `kept` gives these."""
+    gone = axes[0]
+    inner = [axis_of(e) for e in value.layout]
+    return Value(value.node, _mapped(kept, lambda a: inner[a - (a > gone)]))
+
+
+def of_shape(node: Node, shape: Sequence[int]) -> Value:
+    """A value of this shape, whose dimensions above one are the node's axes in order."""
+    axes = iter(range(len(node.sizes)))
+    return Value(node, tuple(() if n == 1 else (next(axes),) for n in shape))
+
+
+def align(values: Sequence[Value]) -> tuple[tuple[Entry, ...], list[tuple[int, ...]], list[int]]:
+    """Dimensions side by side from the right, as broadcasting does: the layout of the result in new axes, for each
+    value the new axis of each of its own, and their sizes."""
+    rank = max(len(v.layout) for v in values)
+    places: list[dict[int, int]] = [{} for _ in values]
+    sizes: list[int] = []
+    layout: list[Entry] = []
+    for d in range(rank):
+        entries = [
+            (i, v.layout[d - rank + len(v.layout)]) for i, v in enumerate(values) if d - rank + len(v.layout) >= 0
+        ]
+        real = [(i, e) for i, e in entries if not isinstance(e, Spread) and e]
+        if not real:
+            layout.append(next((e for _, e in entries if isinstance(e, Spread)), ()))
+            continue
+        found = [values[real[0][0]].node.sizes[a] for a in real[0][1]]
+        new = tuple(range(len(sizes), len(sizes) + len(found)))
+        sizes += found
+        for i, entry in real:
+            if [values[i].node.sizes[a] for a in entry] != found:
+                raise Unsupported
+            places[i].update(zip(entry, new, strict=True))
+        layout.append(new)
+    # -1: an axis that no dimension holds, which only `concatenate` leaves out.
+    axes = [tuple(p.get(a, -1) for a in range(len(v.node.sizes))) for v, p in zip(values, places, strict=True)]
+    return tuple(layout), axes, sizes
+
+
+def _terms(node: Node, places: Sequence[int]) -> list[Term]:
+    """A node as a sum of products over axes of which `places` names each of its own."""
+    if node.op != "poly":
+        return [(1.0, ((node, tuple(places)),))]
+    return [(c, tuple((n, tuple(places[a] for a in axes)) for n, axes in factors)) for c, factors in node.terms]
+
+
+def _expanded(terms: Iterable[Term]) -> list[Term]:
+    """Without sums among the factors."""
+    result: list[Term] = []
+    for coefficient, factors in terms:
+        parts: list[Term] = [(coefficient, ())]
+        for node, places in factors:
+            parts = _product([parts, _terms(node, places)])
+        result += parts
+    return result
+
+
+def _product(parts: list[list[Term]]) -> list[Term]:
+    a, b = parts
+    if len(a) * len(b) > 4 * MAX_TERMS:
+        raise Unsupported
+    return [(c * d, (*f, *g)) for c, f in a for d, g in b]

@@ -1,0 +1,311 @@
+"""Recognising a module by its computation: capture, match, watch, check; shared between equal modules."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..registry import Recipe, swapped_layer
+from .capture import BATCH, SPACE, Captured, Refused, capture
+from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, check
+from .graph import Node
+from .match import reached
+from .recipes import Found, find
+
+MAX_PARTS = 60
+
+
+@dataclass
+class Outcome:
+    """What is known of all modules that are equal to one: found; or why not; or neither, no block at all."""
+
+    found: Found | None = None
+    reason: str | None = None
+    channels: int = 0
+    rank: int = 2
+
+
+_outcomes: weakref.WeakKeyDictionary[type, dict[Hashable, Outcome]] = weakref.WeakKeyDictionary()
+
+
+def HOST(cls: type) -> Any:
+    """The class that a fused block had; any other class itself."""
+    return getattr(cls, "_fused_attn_host", cls)
+
+
+def is_candidate(block: nn.Module) -> bool:
+    """Whether it may be a block of somebody's: a class of its own, with a forward of its own, of one argument."""
+    cls = HOST(type(block))
+    if cls.__module__.partition(".")[0] == "torch" or "forward" in block.__dict__:
+        return False
+    forward: Any = cls.forward
+    if forward is nn.Module.forward or not inspect.isfunction(forward) or forward.__module__.startswith("torch."):
+        return False
+    if isinstance(block, torch.fx.GraphModule):
+        return False
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    positional = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    rest = [p for p in parameters if p.default is p.empty and p not in positional and p.kind is p.KEYWORD_ONLY]
+    if len(positional) != 1 or rest:
+        return False
+    return sum(1 for _ in block.modules()) <= MAX_PARTS
+
+
+def key_of(block: nn.Module) -> Hashable:
+    """Equal for modules that compute the same function of their input and parameters."""
+    found: list[Hashable] = []
+    for name, part in block.named_modules(remove_duplicate=False):
+        cls = HOST(type(part))
+        found.append((name, cls, cls.forward, id(part) if _repeated(block, part) else 0))
+        for key, value in part.__dict__.items():
+            if key in ("_parameters", "_buffers"):
+                found += [(key, n, None if p is None else (tuple(p.shape), p.dtype)) for n, p in value.items()]
+            elif key.startswith("_fused_attn"):
+                continue
+            elif key.startswith("_") and key in _BASE:
+                if "hooks" in key and value:
+                    found.append((key, id(part)))
+            elif key != "training":
+                found.append((key, value if _plain(value) else id(value)))
+    return tuple(found)
+
+
+_BASE = set(nn.Module().__dict__)
+
+
+def _repeated(block: nn.Module, part: nn.Module) -> bool:
+    return sum(p is part for _, p in block.named_modules(remove_duplicate=False)) > 1
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_plain(v) for v in value)
+    return isinstance(value, (bool, int, float, str, type(None), torch.dtype, type))
+
+
+def recognise_structure(block: nn.Module) -> tuple[Found | None, str | None]:
+    """What a block is by its computation; or why something that looks like a known block is left alone."""
+    outcome = outcome_of(block)
+    return outcome.found, outcome.reason
+
+
+def outcome_of(block: nn.Module) -> Outcome:
+    if not is_candidate(block):
+        return Outcome()
+    known = _outcomes.setdefault(HOST(type(block)), {})
+    key = key_of(block)
+    if key not in known:
+        try:
+            known[key] = _examine(block)
+        except Exception:  # somebody's module in a way that was not thought of is left alone
+            known[key] = Outcome()
+    return known[key]
+
+
+def recipe_of(block: nn.Module) -> Recipe | str | None:
+    """The recipe of a recognised block, or of one that is spread over its forward, why it is left alone, or None."""
+    from .parents import composite_of
+
+    found = recipe_of_one(block)
+    return composite_of(block) or found if found is None or isinstance(found, str) else found
+
+
+def recipe_of_one(block: nn.Module) -> Recipe | str | None:
+    """The recipe of a block that is one by itself."""
+    outcome = outcome_of(block)
+    if outcome.found is None:
+        return outcome.reason
+    recipe = outcome.found.recipe(block)
+    return recipe if isinstance(recipe, str) else swapped_layer(block, recipe) or recipe
+
+
+def _channel_guesses(block: nn.Module) -> list[int]:
+    found: list[int] = []
+    for part in block.modules():
+        for name in ("in_channels", "in_features", "num_features", "num_channels", "normalized_shape"):
+            value = getattr(part, name, None)
+            if isinstance(value, int):
+                found.append(value)
+    for part in block.modules():
+        found += [
+            p.shape[-1] if p.dim() < 3 else p.shape[1] for p in part._parameters.values() if p is not None and p.dim()
+        ]
+    found += [v for v in block.__dict__.values() if isinstance(v, int) and not isinstance(v, bool) and v > 2]
+    usual = [n for n in dict.fromkeys(found) if n > 2][:6]
+    return [*usual, 12, *([2] if 2 in found else [])]
+
+
+def _ranks(block: nn.Module) -> list[int]:
+    names = {type(part).__name__[-2:] for part in block.modules()}
+    if "3d" in names:
+        return [3]
+    return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1]
+
+
+def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
+    """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
+    for rank in _ranks(block):
+        for channels in _channel_guesses(block):
+            try:
+                yield rank, channels, capture(block, (BATCH, channels, *SPACE[:rank]), watch=False)
+                break
+            except Refused as refusal:
+                yield rank, channels, refusal
+                break
+            except Exception:
+                continue
+
+
+def _examine(block: nn.Module) -> Outcome:
+    first_reason: Outcome | None = None
+    rectangles = False
+    for rank, channels, captured in _captures(block):
+        rectangles = True
+        if isinstance(captured, Refused):
+            if captured.graph is not None and any(_is_gate(n) for n in captured.graph.nodes() if n.op == "act"):
+                first_reason = first_reason or Outcome(None, str(captured), channels, rank)
+            continue
+        reason = None
+        for found in find(captured, rank):
+            reason = _unsafe(block, found, channels, rank, captured)
+            if reason is None:
+                return Outcome(found, None, channels, rank)
+        reason = reason or why_not(captured)
+        if reason is not None and first_reason is None:
+            first_reason = Outcome(None, reason, channels, rank)
+    return first_reason or (Outcome() if rectangles else _square_only(block))
+
+
+def _square_only(block: nn.Module) -> Outcome:
+    """Of a module that raises for maps that are not square."""
+    for channels in _channel_guesses(block):
+        try:
+            captured = capture(block, (BATCH, channels, 13, 13), watch=False)
+        except Exception:
+            continue
+        if next(find(captured, 2), None) is not None:
+            return Outcome(None, "takes square maps only", channels)
+    return Outcome()
+
+
+def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: Captured) -> str | None:
+    """Why a match may not be used; None where it may."""
+    recipe = found.recipe(block)
+    if isinstance(recipe, str):
+        return recipe
+    bent = swapped_layer(block, recipe)
+    if bent:
+        return bent
+    if captured.remarks:
+        return captured.remarks[0]
+    sizes = [
+        (1, *(1, 1, 1)[:rank]),
+        (2, *(7, 7, 7)[:rank]),
+        (4, *(56, 56, 16)[:rank]),
+        (8, *(224, 160, 24)[:rank]),
+        (2, *(5, 64, 9)[:rank]),
+    ]
+    for training in (False, True):
+        try:
+            watched = capture(block, (BATCH, channels, *SPACE[:rank]), training=training)
+            half = capture(
+                block, (BATCH, channels, *SPACE[:rank]), training=training, dtype=torch.bfloat16, watch=False
+            )
+        except Exception as error:
+            return f"raises {type(error).__name__} in {'training' if training else 'evaluation'} mode or half precision"
+        if watched.remarks:
+            return watched.remarks[0]
+        if half.dtype != torch.bfloat16:
+            return "returns another dtype than it gets"
+        if _skeleton(half.output.node) != _skeleton(watched.output.node):
+            return "branches on the dtype"
+        if training and _skeleton(watched.output.node) != _skeleton(captured.output.node):
+            return "computes something else in training"
+        for batch, *space in sizes:
+            try:
+                other = capture(block, (batch, channels, *space), training=training, watch=False)
+            except Exception:
+                if batch > 1 and space[0] > 1:
+                    return f"raises on maps of {'×'.join(map(str, space))}"
+                continue
+            if batch > 1 and space[0] > 1 and _skeleton(other.output.node) != _skeleton(watched.output.node):
+                return "branches on the size of the map"
+    sixths = any(n.op == "act" and n.attrs[0] in ("hard_sigmoid", "hard_swish") for n in reached(captured.output.node))
+    return check(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE)
+
+
+def _skeleton(node: Node) -> Any:
+    """A computation without what may depend on the sizes of the map, and without the mode of a BatchNorm."""
+    memo: dict[int, Any] = {}
+
+    def walk(n: Node) -> Any:
+        if id(n) not in memo:
+            attrs: Any = n.attrs
+            if n.op == "poly":
+                attrs = tuple(factors for _, factors in n.attrs)
+            elif n.op == "batch_norm":
+                attrs = (n.attrs[0], n.attrs[2])
+            elif n.op in ("slice", "opaque", "unflatten"):
+                attrs = n.attrs[:1]
+            children = tuple(walk(i) for i in n.inputs)
+            if n.op == "poly":
+                attrs, children = len(n.attrs), tuple(sorted(children, key=repr))
+            memo[id(n)] = hash((n.op, attrs, children))
+        return memo[id(n)]
+
+    return walk(node)
+
+
+_GATES = {"sigmoid", "hard_sigmoid", "tanh", "relu6"}
+
+
+def why_not(captured: Captured) -> str | None:
+    """Where the output is a map times something computed from it by pooling: what keeps it from being a known block.
+    None: it looks like none."""
+    output = captured.output
+    if output.node.op == "poly":
+        gates = [
+            [n for n, _ in factors if n.op != "input"]
+            for _, factors in output.node.terms
+            if any(n.op == "input" for n, _ in factors)
+        ]
+        found = [n for factors in gates for n in factors if _is_gate(n)]
+        if not found:
+            return None
+        for factors in gates:
+            if len(set(factors)) < len(factors):
+                return "second use of the gate"
+    elif output.node.op == "act" and output.node.attrs[0] in _GATES and len(output.node.sizes) < 4:
+        found = [output.node]
+        if not _is_gate(output.node):
+            return None
+    else:
+        return None
+    if captured.remarks:
+        return captured.remarks[0]
+    if captured.strange:
+        return captured.strange[0]
+    inside = reached(found[0])
+    if any(n.op == "act" and n.attrs[0] == "detach" for n in inside):
+        return "detaches a branch"
+    if any(n.op == "batch_norm" for n in inside) and not any(n.op == "conv" for n in inside):
+        return "a BatchNorm inside its excitation"
+    if not any(n.op in ("mean", "max") for n in inside):
+        return "its pool is not global"
+    return "its gate is none that we know"
+
+
+def _is_gate(node: Node) -> bool:
+    """Something that goes through a gate's function and is pooled from the input."""
+    inside = reached(node)
+    pooled = any(n.op in ("mean", "max") or (n.op == "opaque" and "pool" in str(n.attrs[0])) for n in inside)
+    through = any((n.op == "act" and n.attrs[0] in _GATES) or n.op == "softmax" for n in inside)
+    return pooled and through and any(n.op == "input" for n in inside)
