@@ -102,6 +102,8 @@ def _follow(module: fx.GraphModule, inputs: Sequence[Any]) -> _Followed:
 
     class Follower(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
+            if n.op == "call_method" and n.target == "item":  # an option of a layer that dynamo keeps open
+                return n.meta["example_value"].node.hint
             held = n.op == "get_attr"
             result = stand_in(n.name, self.fetch_attr(str(n.target))) if held else super().run_node(n)
             if isinstance(result, Tensor):
