@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,16 @@ MAX_PARTS = 60
 
 @dataclass
 class Outcome:
-    """What is known of all modules that are equal to one: found; or why not; or neither, no block at all."""
+    """What is known of all modules that are equal to one: found; or why not; or neither, no block at all.
+
+    held: what their key knows by identity. It is kept as long as the key, so that nothing else gets its identity.
+    """
 
     found: Found | None = None
     reason: str | None = None
     channels: int = 0
     rank: int = 2
+    held: tuple[Any, ...] = ()
 
 
 _outcomes: weakref.WeakKeyDictionary[type, dict[Hashable, Outcome]] = weakref.WeakKeyDictionary()
@@ -59,12 +63,14 @@ def is_candidate(block: nn.Module) -> bool:
     return sum(1 for _ in block.modules()) <= MAX_PARTS
 
 
-def key_of(block: nn.Module) -> Hashable:
-    """Equal for modules that compute the same function of their input and parameters."""
+def key_of(block: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
+    """Equal for modules that compute the same function of their input and parameters; and what it knows by identity."""
     found: list[Hashable] = []
+    held: list[Any] = []
+    firsts: dict[int, str] = {}
     for name, part in block.named_modules(remove_duplicate=False):
         cls = HOST(type(part))
-        found.append((name, cls, cls.forward, id(part) if _repeated(block, part) else 0))
+        found.append((name, cls, cls.forward, firsts.setdefault(id(part), name)))
         for key, value in part.__dict__.items():
             if key in ("_parameters", "_buffers"):
                 found += [(key, n, None if p is None else (tuple(p.shape), p.dtype)) for n, p in value.items()]
@@ -72,17 +78,16 @@ def key_of(block: nn.Module) -> Hashable:
                 continue
             elif key.startswith("_") and key in _BASE:
                 if "hooks" in key and value:
-                    found.append((key, id(part)))
+                    found.append((key, name))
+            elif key != "training" and _plain(value):
+                found.append((key, value))
             elif key != "training":
-                found.append((key, value if _plain(value) else id(value)))
-    return tuple(found)
+                found.append((key, id(value)))
+                held.append(value)
+    return tuple(found), tuple(held)
 
 
 _BASE = set(nn.Module().__dict__)
-
-
-def _repeated(block: nn.Module, part: nn.Module) -> bool:
-    return sum(p is part for _, p in block.named_modules(remove_duplicate=False)) > 1
 
 
 def _plain(value: Any) -> bool:
@@ -101,12 +106,13 @@ def outcome_of(block: nn.Module) -> Outcome:
     if not is_candidate(block):
         return Outcome()
     known = _outcomes.setdefault(HOST(type(block)), {})
-    key = key_of(block)
+    key, held = key_of(block)
     if key not in known:
         try:
-            known[key] = _examine(block)
+            outcome = _examine(block)
         except Exception:  # somebody's module in a way that was not thought of is left alone
-            known[key] = Outcome()
+            outcome = Outcome()
+        known[key] = replace(outcome, held=held)
     return known[key]
 
 
