@@ -233,7 +233,8 @@ def test_near_misses_are_never_fused_wrongly(part):
             wrong = check(block, match.recipe, C, 2, 1e-6)
             found["matched" if wrong is None else "stopped by the check"] += 1
             if wrong is not None:
-                assert block.choices["activation"] == "dropout", f"seed {seed}: {wrong}: {block.choices}"
+                expected = block.choices["activation"] == "dropout" or block.choices["kernel"] == "dilated"
+                assert expected, f"seed {seed}: {wrong}: {block.choices}"
                 continue
             applies = ("gate", "join", "source") if block.kind == "spatial" else ("gate", "join", "source", "pool")
             for choice in applies:
