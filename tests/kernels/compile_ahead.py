@@ -109,26 +109,16 @@ class Selection(NamedTuple):
 
 BRANCHES = ((32, 64, 56, 56), (32, 512, 7, 7), (1, 128, 28, 28))
 SELECTIONS_OF = [
-    *(Selection(s, d, cl) for s in BRANCHES for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
-    *(
-        Selection(BRANCHES[0], d, cl, pre="relu", affine=True)
-        for d in (torch.bfloat16, torch.float32)
-        for cl in (False, True)
-    ),
-    *(Selection(BRANCHES[0], channels_last=cl, stacked="planes", pre="relu", affine=True) for cl in (False, True)),
+    *(Selection(BRANCHES[0], d, cl) for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
+    *(Selection(s, channels_last=cl) for s in BRANCHES[1:] for cl in (False, True)),
+    *(Selection(BRANCHES[0], channels_last=cl, pre="relu", affine=True) for cl in (False, True)),
+    Selection(BRANCHES[0], torch.float32, stacked="planes", pre="relu", affine=True),
     Selection(BRANCHES[0], channels_last=True, stacked="pixels", groups=2),
     Selection(BRANCHES[1], torch.float32, True, stacked="pixels", pre="relu", affine=True),
-    *(  # of many branches a thread loads 8 bytes each
-        Selection((32, 64, 28, 28), d, cl, paths, pre="silu", affine=True, gate="sigmoid")
-        for d, cl, paths in (
-            (torch.bfloat16, False, 4),
-            (torch.float32, True, 4),
-            (torch.bfloat16, False, 8),
-            (torch.bfloat16, True, 8),
-            (torch.float32, False, 8),
-        )
-    ),
-    *(Selection((2, 40, 13, 17), torch.float64, cl, 3, 2, pre="silu", affine=True) for cl in (False, True)),
+    # Of many branches a thread loads 8 bytes each.
+    Selection((32, 64, 28, 28), torch.float32, True, 4, pre="silu", affine=True, gate="sigmoid"),
+    Selection((32, 64, 28, 28), paths=8, pre="silu", affine=True, gate="sigmoid"),
+    Selection((2, 40, 13, 17), torch.float64, paths=3, groups=2, pre="silu", affine=True),
     Selection((2, 36, 13, 17), torch.float16, True, 8, 2, pre="hard_swish", affine=True, strided_grad=True),
 ]
 
