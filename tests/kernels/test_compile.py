@@ -27,7 +27,7 @@ SMALL_KERNELS = {
 }
 
 
-@pytest.mark.slow  # one to four minutes an architecture: some 750 kernels each
+@pytest.mark.slow  # up to five minutes an architecture: some 850 kernels each
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel(capability):
@@ -40,8 +40,8 @@ def test_every_kernel(capability):
     found = json.loads(done.stdout)
     assert {f["kernel"] for f in found} == MAP_KERNELS | SMALL_KERNELS
     for f in found:
-        # ptxas may give up two 8-byte values for one more program on a multiprocessor; more is a spill.
-        assert f["STACK"] <= 16 and f["LOCAL"] == 0, f
+        # ptxas may give up three 8-byte values for one more program on a multiprocessor; more is a spill.
+        assert f["STACK"] <= 24 and f["LOCAL"] == 0, f
         assert 2 * 32 * f["warps"] * f["REG"] <= REGISTERS, f
         assert f["shared"] <= SHARED or "float64" in f["dtype"], f
         print(f"sm_{capability} {f['kernel']} {f['case']}: {f['REG']} registers, {f['shared']} bytes shared")
