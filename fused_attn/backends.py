@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import ops as ops  # defines the operators, before the library registers kernels for them
+from .ops.common import OPERATORS
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
@@ -103,8 +104,10 @@ def _reason(name: str, op: str, device: str) -> str | None:
 
 def _has_kernel(name: str, op: str) -> bool:
     """Whether the native library that was loaded registered a kernel of the backend, "cpu" or "cuda", for the op."""
-    op = "norm_dots" if op == "norm_gate" else op.partition("/")[0]  # norm_gate is torch around three operators
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{op}.{name}", name.upper())
+    return any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{operator}.{name}", name.upper())
+        for operator in OPERATORS[op.partition("/")[0]]
+    )
 
 
 #: Why there is no native library here, or None.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from .channel_gate import LAYER_NAMES, empty_state
-from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
 from .spatial_gate import ORDER_NAMES
 from .spatial_gate import empty_state as empty_spatial_state
@@ -118,7 +118,7 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
 
 def cbam(backend, *arguments) -> tuple[Tensor, Tensor]:
     """(y, statistics): the gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:12]):
+    if needs_grad(*arguments[:12]):
         return _Cbam.apply(backend, *arguments)
     y, *_, statistics = FORWARD[backend](*arguments)
     return y, statistics

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import LAYERS, TIES
-from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
 from .squeeze import AVG, BOTH, POOL_NAMES, TIE_NAMES
 
@@ -160,6 +160,6 @@ def _differentiable(ctx, grad):
 
 def channel_gate(backend, *arguments) -> Tensor:
     """The gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:8]):
+    if needs_grad(*arguments[:8]):
         return _ChannelGate.apply(backend, *arguments)
     return FORWARD[backend](*arguments)[0]

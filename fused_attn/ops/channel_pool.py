@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
 from .scale import ACTIVATION_NAMES
 from .spatial_gate import ORDER_NAMES
 from .squeeze import TIE_NAMES
@@ -69,6 +69,6 @@ def _differentiable(ctx, x, affine_weight, affine_bias, grad):
 
 def channel_pool(backend, *arguments) -> Tensor:
     """(B, 2, *spatial) in x's dtype, contiguous; `arguments` as in the operator's schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3]):
+    if needs_grad(*arguments[:3]):
         return _ChannelPool.apply(backend, *arguments)
     return FORWARD[backend](*arguments)[0]

@@ -16,17 +16,21 @@ from torch import Tensor
 LIBRARY = torch.library.Library("fused_attn", "DEF")
 BACKENDS = ("cpu", "triton", "cuda")
 
+#: What `fused_attn.backends.OPS` calls an op -> the operators that it is made of.
+OPERATORS: dict[str, list[str]] = {}
+
 
 def define(name: str, schema: str, fake: Callable, module: str | None = None) -> dict[str, torch._ops.OpOverload]:
     """Define `fused_attn::name` with one overload a backend, all with this schema and fake kernel.
 
     The Triton kernel is the function of that name in `fused_attn.kernels.<module>`, by default the operator's own.
     """
+    module = module or name.removesuffix("_backward")
+    OPERATORS.setdefault(module, []).append(name)
 
     def triton_kernel(*args):
         return getattr(importlib.import_module(f"fused_attn.kernels.{module}"), name)(*args)
 
-    module = module or name.removesuffix("_backward")
     for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fused_attn::{name}.{backend}", fake, lib=LIBRARY)
@@ -79,6 +83,11 @@ def differentiable_backward(
     return tuple(
         next(remaining) if needed and t is not None else None for t, needed in zip(inputs, needs_grad, strict=True)
     )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see a call of these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def wants_graph() -> bool:

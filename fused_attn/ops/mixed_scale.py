@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import COMBINES
-from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
 
 COMBINE_NAMES = tuple(COMBINES)
 
@@ -66,6 +66,6 @@ def _reference(combine: int):
 def mixed_scale(backend, x, channel, spatial, rows, columns, combine) -> Tensor:
     """The scaled map, in x's dtype and layout; channel is (B, C)."""
     arguments = (x, channel, spatial, rows, columns, combine)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+    if needs_grad(*arguments[:5]):
         return _MixedScale.apply(backend, *arguments)
     return FORWARD[backend](*arguments)

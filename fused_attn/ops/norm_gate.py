@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .common import accumulator, define, empty_map, is_channels_last, wants_graph
+from .common import accumulator, define, empty_map, is_channels_last, needs_grad, wants_graph
 from .scale import FORWARD as SCALE
 from .scale import IDENTITY, saved_for_epilogue
 from .squeeze import AVG
@@ -200,10 +200,6 @@ class _Gate(torch.autograd.Function):
         )
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def norm_gate(
     backend,
     x: Tensor,
@@ -223,13 +219,13 @@ def norm_gate(
         x = x.contiguous()  # once, and not in every pass
     arguments = (backend, x, weight, bias, statistics, eps, activation, excitation is not None, group)
     carriers: tuple[Tensor | None, Tensor | None]
-    if _needs_grad(x, weight, bias):
+    if needs_grad(x, weight, bias):
         s, *carriers, norm, mean, unbiased = _Normalise.apply(*arguments)
     else:
         norm, mean, unbiased, s, _ = _normalise(*arguments)
         carriers = None, None
     gate = norm.new_ones(x.shape[:2]) if excitation is None else excitation(s)
-    if _needs_grad(gate, residual, carriers[0]):
+    if needs_grad(gate, residual, carriers[0]):
         y = _Gate.apply(backend, x, norm, gate, *carriers, residual, activation, post_activation)
     else:
         y = SCALE[backend](x, gate, norm[0], norm[1], residual, activation, post_activation)

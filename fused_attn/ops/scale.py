@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import ACTIVATIONS
-from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
 
 IDENTITY, RELU = ACTIVATIONS["identity"], ACTIVATIONS["relu"]
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
@@ -114,6 +114,6 @@ def _differentiable(ctx, grad):
 def scale(backend, x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation) -> Tensor:
     """The scaled map, in x's dtype and layout."""
     arguments = (x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+    if needs_grad(*arguments[:5]):
         return _Scale.apply(backend, *arguments)
     return FORWARD[backend](*arguments)

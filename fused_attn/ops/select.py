@@ -23,7 +23,7 @@ from .. import reference
 from ..codes import SELECTIONS
 from ..reference.select import branch_prologue
 from ..reference.squeeze import per_channel, space
-from .common import accumulator, define, differentiable_backward, like_or_none, wants_graph
+from .common import accumulator, define, differentiable_backward, like_or_none, needs_grad, wants_graph
 from .scale import ACTIVATION_NAMES
 
 SELECTION_NAMES = tuple(SELECTIONS)
@@ -211,14 +211,10 @@ def _reference(codes):
     return function
 
 
-def _need_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def select(backend, branches, weight1, bias1, weight2, bias2, affine_weight, affine_bias, *codes) -> Tensor:
     """y; `branches` and the rest as in the operator's schema."""
     parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
-    if _need_grad(*parameters, *branches):
+    if needs_grad(*parameters, *branches):
         return _Select.apply(backend, codes, *parameters, *branches)
     return FORWARD[backend](branches, *parameters, *codes)[0]
 
@@ -308,10 +304,10 @@ def select_with(
 ) -> Tensor:
     """y; `excitation` takes descriptors (B, C) to branch weights (B, M, C)."""
     inputs = affine_weight, affine_bias, *branches
-    if not _need_grad(*inputs):
+    if not needs_grad(*inputs):
         s = SQUEEZE[backend](branches, paths, affine_weight, affine_bias, pre_activation)
         weights = excitation(s).contiguous()
-        if not _need_grad(weights):
+        if not needs_grad(weights):
             return SUM[backend](branches, weights, paths, affine_weight, affine_bias, pre_activation)
         nothing = s.new_zeros(())
         return _Sum.apply(backend, paths, pre_activation, weights, nothing, nothing, *inputs)

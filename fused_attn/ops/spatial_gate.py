@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import ORDERS
-from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
 from .squeeze import TIE_NAMES
 
@@ -120,7 +120,7 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
 
 def spatial_gate(backend, *arguments) -> tuple[Tensor, Tensor]:
     """(y, statistics): the gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:8]):
+    if needs_grad(*arguments[:8]):
         return _SpatialGate.apply(backend, *arguments)
     y, _, _, statistics = FORWARD[backend](*arguments)
     return y, statistics

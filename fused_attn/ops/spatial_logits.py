@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .common import define, differentiable_backward, like_or_none, wants_graph
+from .common import define, differentiable_backward, like_or_none, needs_grad, wants_graph
 
 
 def _fake(pooled, weight, bias):
@@ -50,6 +50,6 @@ class _SpatialLogits(torch.autograd.Function):
 
 def spatial_logits(backend, pooled, weight, bias) -> Tensor:
     """(B, 1, *spatial), contiguous, in pooled's dtype."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pooled, weight, bias)):
+    if needs_grad(pooled, weight, bias):
         return _SpatialLogits.apply(backend, pooled, weight, bias)
     return FORWARD[backend](pooled, weight, bias)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import ACTIVATIONS, POOLS, TIES
-from .common import define, differentiable_backward, empty_map, like_or_none, wants_graph
+from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
 
 AVG, MAX, BOTH = POOLS["avg"], POOLS["max"], POOLS["both"]
 POOL_NAMES, TIE_NAMES, ACTIVATION_NAMES = (tuple(table) for table in (POOLS, TIES, ACTIVATIONS))
@@ -92,6 +92,6 @@ def _differentiable(ctx, x, affine_weight, affine_bias, grad_avg, grad_max):
 
 def squeeze(backend, x, affine_weight, affine_bias, pre_activation, pool, ties) -> tuple[Tensor, Tensor]:
     """(avg, max), each (B, C) in x's dtype; the one that `pool` does not ask for has size (0,)."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, affine_weight, affine_bias)):
+    if needs_grad(x, affine_weight, affine_bias):
         return _Squeeze.apply(backend, x, affine_weight, affine_bias, pre_activation, pool, ties)
     return FORWARD[backend](x, affine_weight, affine_bias, pre_activation, pool, ties)[:2]

@@ -118,8 +118,8 @@ def test_logits_loss_and_gradients(name, tails, training):
 STEPS = {"timm:regnety_016": (1e-5, 8), "monai:SEResNet50, 3-D": (1e-6, 4)}
 
 
-#: The excitations of these last two have a BatchNorm over as many values as there are images: with few, eager itself parts
-#: from eager within the steps.
+#: The excitations of the last two have a BatchNorm over as many values as there are images: with few, eager itself
+#: parts from eager within the steps.
 NO_STEPS = ("timm:resnet26+lcbam", "timm:resnest50d", "timm:skresnext50_32x4d")
 
 
