@@ -293,9 +293,12 @@ def _(graph: Graph, shape: Any, a: Value, **_: Any) -> Value:
 @operator("cat")
 def _(graph: Graph, shape: Any, values: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(shape)
-    if all(v.layout[dim] == () for v in values):
-        return graph.stack(values, dim)
-    return graph.concatenate(values, dim)
+    if len(values) == 1:
+        return values[0]
+    pieces = [p for v in values for p in graph.pieces(v, dim)]
+    if all(v.layout[dim] == () for v in pieces):
+        return graph.stack(pieces, dim)
+    return graph.concatenate(pieces, dim)
 
 
 @operator("stack")

@@ -16,6 +16,7 @@ from . import gates, templates
 from .capture import Captured
 from .graph import Node, Spread, Unsupported, Value
 from .match import Match, reached, unify
+from .selections import find_selections
 from .templates import Template
 
 Maker = Callable[[nn.Module], "Recipe | str"]
@@ -25,7 +26,7 @@ Maker = Callable[[nn.Module], "Recipe | str"]
 class Found:
     """A recognised computation. mask: it is a gate alone, in this layout of its axes."""
 
-    kind: str  # "channel", "spatial", "cbam" or the class's name
+    kind: str  # "channel", "spatial", "cbam", "selection" or the class's name
     recipe: Maker
     mask: bool = False
 
@@ -43,6 +44,8 @@ def find(captured: Captured, rank: int) -> Iterator[Found]:
     if len(inputs) != 1:
         return
     (x,) = inputs
+    for maker in find_selections(captured, x, rank):
+        yield Found("selection", maker)
     leaves = sum(n.op == "leaf" for n in every)
     if not _plain_output(output, x):
         yield from _masks(captured, x, leaves, rank)

@@ -17,6 +17,7 @@ from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, check
 from .graph import Node
 from .match import reached
 from .recipes import Found, find
+from .selections import why_no_selection
 
 MAX_PARTS = 60
 
@@ -277,6 +278,9 @@ def why_not(captured: Captured) -> str | None:
     """Where the output is a map times something computed from it by pooling: what keeps it from being a known block.
     None: it looks like none."""
     output = captured.output
+    selected = why_no_selection(captured)
+    if selected is not None:
+        return [*captured.remarks, *captured.strange, selected][0]
     if output.node.op == "poly":
         gates = [
             [n for n, _ in factors if n.op != "input"]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import reference
+from ...reference.select import branch_weights
 from .capture import BATCH, SPACE, Captured, capture
 from .graph import Graph, Node
-from .match import MARKERS
+from .match import ANY, MARKERS
 
 ACTIVATION, GATE = MARKERS
 CHANNELS, HIDDEN = 24, 6
@@ -22,7 +23,8 @@ CHANNELS, HIDDEN = 24, 6
 
 @dataclass(frozen=True)
 class Template:
-    """A block with its options. leaves: how many parameters and buffers it computes with."""
+    """A block with its options. leaves: how many parameters and buffers it computes with. maps: names of those that
+    stand for maps."""
 
     kind: str
     name: str
@@ -30,6 +32,7 @@ class Template:
     options: dict[str, Any]
     rank: int
     leaves: int
+    maps: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return id(self)
@@ -37,7 +40,7 @@ class Template:
     @functools.cached_property
     def captured(self) -> Captured:
         shape = (BATCH, CHANNELS, *SPACE[: self.rank])
-        return capture(self.build(), shape, watch=False)
+        return capture(self.build(), shape, watch=False, maps=self.maps)
 
     @property
     def output(self) -> Node:
@@ -164,3 +167,46 @@ def modules(rank: int) -> tuple[Template, ...]:
             options["bare"] = layers
             found.append(Template("module", name, build, options, rank, leaves))
     return tuple(found)
+
+
+class _Selection(nn.Module):
+    """A selection between maps that any modules make, with any excitation but for the softmax: one layer that gives the
+    logits of all branches, or one a branch."""
+
+    def __init__(self, paths: int, groups: int, joined: bool, rank: int) -> None:
+        super().__init__()
+        self.groups = groups
+        width = paths * CHANNELS if joined else CHANNELS
+        for i in range(paths):
+            shape = (BATCH, CHANNELS, *SPACE[:rank])
+            self.register_parameter(f"branch{i}", nn.Parameter(torch.empty(shape, device="meta")))
+        for i in range(1 if joined else paths):
+            self.register_parameter(f"{ANY}{i}", nn.Parameter(torch.empty((width, CHANNELS), device="meta")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps, layers = ([p for n, p in self.named_parameters() if n.startswith(kind)] for kind in ("branch", ANY))
+
+        def excitation(descriptor: Tensor) -> Tensor:
+            logits = torch.cat([nn.functional.linear(descriptor, layer) for layer in layers], 1)
+            return branch_weights(logits, len(maps), self.groups, "softmax")
+
+        return reference.select_with(maps, excitation)
+
+
+@functools.cache
+def selections(paths: int, rank: int) -> tuple[Template, ...]:
+    """Of this many branches: their weights from one layer, in one group or in several, and from one layer a branch."""
+    maps = tuple(f"branch{i}" for i in range(paths))
+    kinds = ((1, True), (2, True), (1, False))
+    return tuple(
+        Template(
+            "selection",
+            "select",
+            functools.partial(_Selection, paths, groups, joined, rank),
+            {"groups": groups, "joined": joined},
+            rank,
+            0,
+            maps,
+        )
+        for groups, joined in kinds
+    )
