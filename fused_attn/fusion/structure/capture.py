@@ -200,21 +200,22 @@ _REMARKS = {
     "set_grad_enabled": "switches gradients",
     "gc": "",
 }
-_STATE_OPS = {
-    "STORE_ATTR": "keeps state",
-    "DELETE_ATTR": "keeps state",
-    "STORE_GLOBAL": "keeps state",
-    "STORE_SUBSCR": "keeps state",
-}
+#: Instructions by which Python code keeps state.
+STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
 _codes: dict[CodeType, str | None] = {}
+
+
+def stores(code: CodeType) -> bool:
+    """Whether a function keeps state."""
+    import dis
+
+    return any(i.opname in STORES for i in dis.get_instructions(code))
 
 
 def _remark_of_code(code: CodeType) -> str | None:
     """What a function of the user's does that is no computation."""
-    import dis
-
     if code not in _codes:
-        _codes[code] = next((_STATE_OPS[i.opname] for i in dis.get_instructions(code) if i.opname in _STATE_OPS), None)
+        _codes[code] = "keeps state" if stores(code) else None
     return _codes[code]
 
 

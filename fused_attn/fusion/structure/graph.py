@@ -174,7 +174,7 @@ class Graph:
         at = first - sum(a < first for a in rest)
         sizes[at] = value.shape[dim]
         node = self.node("flatten", [value.node], (first, *rest), sizes)
-        layout = list(_mapped(value.layout, lambda a: a - sum(b < a for b in rest)))
+        layout = list(mapped(value.layout, lambda a: a - sum(b < a for b in rest)))
         layout[dim] = (at,)
         return Value(node, tuple(layout))
 
@@ -315,7 +315,7 @@ class Graph:
             return [value]
         orders = node.attrs[1:]
         return [
-            Value(piece, _mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
+            Value(piece, mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
             for piece, order in zip(node.inputs, orders, strict=True)
         ]
 
@@ -358,18 +358,18 @@ class Graph:
         index %= node.sizes[axis]
         if node.op == "stack" and axis == len(node.sizes) - 1:
             order = node.attrs[index]
-            return Value(node.inputs[index], _mapped(rest, lambda a: order.index(a)))
+            return Value(node.inputs[index], mapped(rest, lambda a: order.index(a)))
         if node.op == "unflatten" and axis == node.attrs[0]:  # one of equal parts of the axis that was split
             length = node.sizes[axis + 1]
             part = self.slice(plain(node.inputs[0]), axis, index * length, length)
-            return Value(part.node, _mapped(rest, lambda a: axis_of(part.layout[a - (a > axis)])))
+            return Value(part.node, mapped(rest, lambda a: axis_of(part.layout[a - (a > axis)])))
         if node.op == "flatten":
             inner = [a for a in range(len(node.inputs[0].sizes)) if a not in node.attrs[1:]]
             if inner[axis] != node.attrs[0]:
                 return self._select_inside(node, rest, inner, axis, index)
         sizes = [n for a, n in enumerate(node.sizes) if a != axis]
         chosen = self.node("select", [node], (axis, index), sizes)
-        return Value(chosen, _mapped(rest, lambda a: a - (a > axis)))
+        return Value(chosen, mapped(rest, lambda a: a - (a > axis)))
 
     def _select_inside(self, node: Node, rest: tuple[Entry, ...], inner: list[int], axis: int, index: int) -> Value:
         """Of flattened axes, what was chosen before they were flattened. inner: the axes as they were before."""
@@ -410,7 +410,7 @@ class Graph:
                 order = node.attrs[1 + i]
                 size = piece.sizes[order.index(axis)]
                 if (at, size) == (start, length):
-                    return Value(piece, _mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
+                    return Value(piece, mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
                 at += size
         whole = node.sizes[axis]
         sizes = [length if a == axis else n for a, n in enumerate(node.sizes)]
@@ -497,7 +497,7 @@ class Graph:
             if entry[at + 1 : at + 2] != (axis + 1,):
                 return value
             joined.append((*entry[: at + 1], *entry[at + 2 :]))
-        return Value(value.node.inputs[0], _mapped(joined, lambda a: a - (a > axis)))
+        return Value(value.node.inputs[0], mapped(joined, lambda a: a - (a > axis)))
 
     def expand(self, value: Value, shape: Sequence[int]) -> Value:
         layout: list[Entry] = list(value.layout)
@@ -525,7 +525,7 @@ class Graph:
         else:
             del sizes[axis]
             layout[dim] = ()
-            layout = list(_mapped(layout, lambda a: a - (a > axis)))
+            layout = list(mapped(layout, lambda a: a - (a > axis)))
         return Value(self.node(op, inputs, attrs, sizes, options), tuple(layout))
 
     def dense(self, value: Value, dim: int, weight: Node, out: int, order: str) -> Value:
@@ -542,7 +542,7 @@ def _is_branching(node: Node, axis: int) -> bool:
     )
 
 
-def _mapped(layout: Iterable[Entry], function: Callable[[int], int]) -> tuple[Entry, ...]:
+def mapped(layout: Iterable[Entry], function: Callable[[int], int]) -> tuple[Entry, ...]:
     return tuple(e if isinstance(e, Spread) else tuple(function(a) for a in e) for e in layout)
 
 
@@ -550,7 +550,7 @@ def _without(value: Value, kept: tuple[Entry, ...], axes: list[int]) -> Value:
     """A value whose dimensions are the axes that `axes` leaves, in the layout that `kept` gives these."""
     gone = axes[0]
     inner = [axis_of(e) for e in value.layout]
-    return Value(value.node, _mapped(kept, lambda a: inner[a - (a > gone)]))
+    return Value(value.node, mapped(kept, lambda a: inner[a - (a > gone)]))
 
 
 def of_shape(node: Node, shape: Sequence[int]) -> Value:

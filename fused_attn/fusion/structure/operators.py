@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .graph import Entry, Graph, Spread, Unsupported, Value, _mapped, axis_of, axis_or_none, of_shape
+from .graph import Entry, Graph, Spread, Unsupported, Value, axis_of, axis_or_none, of_shape
 
 #: Operator -> function(graph, shape of the first output, *args, **kwargs) -> Value or several.
 OPERATORS: dict[str, Callable[..., Any]] = {}
@@ -459,6 +459,3 @@ def opaque(graph: Graph, name: str, args: Sequence[Any], shape: Sequence[int]) -
 
     attrs = (name, *(seen(x) for x in args))
     return of_shape(graph.node("opaque", inputs, attrs, [n for n in shape if n != 1]), shape)
-
-
-__all__ = ["OPERATORS", "opaque", "_mapped"]

@@ -15,13 +15,13 @@ from ... import reference
 from ...reference.select import branch_weights
 from .capture import BATCH, SPACE, Captured, capture
 from .graph import Graph, Node
-from .match import ANY, MARKERS
+from .match import ANY, MARKERS, reached
 
 ACTIVATION, GATE = MARKERS
 CHANNELS, HIDDEN = 24, 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Template:
     """A block with its options. leaves: how many parameters and buffers it computes with. maps: names of those that
     stand for maps."""
@@ -34,9 +34,6 @@ class Template:
     leaves: int
     maps: tuple[str, ...] = ()
 
-    def __hash__(self) -> int:
-        return id(self)
-
     @functools.cached_property
     def captured(self) -> Captured:
         shape = (BATCH, CHANNELS, *SPACE[: self.rank])
@@ -45,6 +42,12 @@ class Template:
     @property
     def output(self) -> Node:
         return self.captured.output.node
+
+    @functools.cached_property
+    def input(self) -> Node:
+        """The map it is a function of; not of a selection, which has several."""
+        (node,) = (n for n in reached(self.output) if n.op == "input")
+        return node
 
     @property
     def mask(self) -> Node:
@@ -100,8 +103,7 @@ def _channel_gates(rank: int) -> Iterator[Template]:
     for pools in _POOLS:
         yield template(pools)
         for bias in biases:
-            for layer in ("conv",):
-                yield template({**pools, "layer": layer}, weight1=(1, 1, 3), bias1=(1,) if bias else None)
+            yield template({**pools, "layer": "conv"}, weight1=(1, 1, 3), bias1=(1,) if bias else None)
             yield template(pools, weight1=(CHANNELS, CHANNELS), bias1=(CHANNELS,) if bias else None)
         for hidden, (bias1, bias2) in itertools.product((HIDDEN, 1), itertools.product(biases, biases)):
             for activation in (ACTIVATION, "identity"):
@@ -126,12 +128,15 @@ def spatial_gates(rank: int) -> tuple[Template, ...]:
     return tuple(found)
 
 
-def _without_bias(cls: Callable[..., nn.Module], layers: tuple[str, ...], **options: Any) -> nn.Module:
+def without_bias(cls: Callable[..., nn.Module], layers: tuple[str, ...], **options: Any) -> nn.Module:
     block = cls(**options)
     for path, layer in block.named_modules():
         if any(part in path for part in layers) and isinstance(getattr(layer, "bias", None), nn.Parameter):
             layer.bias = None
     return block
+
+
+_without_bias = without_bias  # the name that compiled.py has for it
 
 
 #: Modules of `fused_attn.reference` by name, with the options in which they differ, and the groups of layers that
@@ -159,7 +164,7 @@ def modules(rank: int) -> tuple[Template, ...]:
                 options["rank"] = rank
             elif rank != 2 and name in ("TripletAttention", "CoordinateAttention"):
                 continue
-            build = functools.partial(_without_bias, getattr(reference, name), layers, channels=CHANNELS, **options)
+            build = functools.partial(without_bias, getattr(reference, name), layers, channels=CHANNELS, **options)
             with torch.device("meta"):
                 block = build()
             tensors = (*block.named_parameters(), *block.named_buffers())
