@@ -127,8 +127,8 @@ def test_two_phases(layout):
 
 
 @pytest.mark.parametrize("two_phases", [False, True])
-def test_gradcheck_and_double_backward(two_phases):
-    of_select.test_gradcheck_and_double_backward(two_phases, "separate", "nchw")
+def test_gradcheck(two_phases):
+    of_select.test_gradcheck(False, two_phases, "separate", "nchw", fast=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
