@@ -125,6 +125,24 @@ inline Mask<A> counting_from(int64_t first) {
     return iota + static_cast<Lane>(first);
 }
 
+// One bit a lane, the first lane's lowest, and back.
+template <class A>
+inline unsigned bits_of(Mask<A> mask) {
+#if VECTOR_BYTES == 32
+    if constexpr (sizeof(A) == 4) return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#endif
+    unsigned bits = 0;
+    for (int64_t i = 0; i < kLanes<A>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
+    return bits;
+}
+template <class A>
+inline Mask<A> mask_of(unsigned bits) {
+    Mask<A> powers;
+    using Lane = std::remove_reference_t<decltype(powers[0])>;
+    for (int64_t i = 0; i < kLanes<A>; ++i) powers[i] = Lane(1) << i;
+    return ((Mask<A>{} + static_cast<Lane>(bits)) & powers) != 0;
+}
+
 // Lanes of a and b by number, b's after a's; from(i) is what lane i takes.
 template <class V, class From>
 inline V shuffled(V a, V b, From from) {
