@@ -89,11 +89,7 @@ Tensor moments(const Tensor& x_in) {
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), elements);
         PieceValues<double> mean(x, pieces, 0.0), squares(x, pieces, 0.0);
         parallel_ranges(x.batch, elements, [&](int64_t begin, int64_t end) {
-            const int64_t stride = x.channels_last ? 1 : x.positions;
-            for (int64_t b = begin; b < end; ++b)
-                for (int64_t c = 0; c < x.channels; ++c)
-                    numbers[3 * b * x.channels + c] =
-                        x.positions > 0 ? static_cast<A>(x.data[b * x.sample_size() + c * stride]) : A(0);
+            for (int64_t b = begin; b < end; ++b) set_pivots(x, b, 0, x.channels, numbers + 3 * b * x.channels);
         });
         parallel(x.batch * pieces, elements, [&](int64_t unit) {
             const int64_t b = unit / pieces, piece = unit % pieces, c = x.first_channel(piece, pieces);
@@ -102,11 +98,7 @@ Tensor moments(const Tensor& x_in) {
                                        squares.piece(b, piece, c));
         });
         for (int64_t b = 0; b < x.batch; ++b) {
-            for (int64_t piece = 1; piece < mean.rows(); ++piece)
-                for (int64_t c = 0; c < x.channels; ++c)
-                    join_moments(mean.sample(b)[c], squares.sample(b)[c], x.begin(piece, pieces),
-                                 *mean.piece(b, piece, c), *squares.piece(b, piece, c),
-                                 x.panel(piece, pieces).positions);
+            join_pieces(x, b, pieces, 0, x.channels, mean, squares);
             A* rest = numbers + (3 * b + 1) * x.channels;
             for (int64_t c = 0; c < x.channels; ++c) {
                 rest[c] = static_cast<A>(mean.sample(b)[c]);
