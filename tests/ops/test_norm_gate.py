@@ -386,7 +386,7 @@ def test_saved_bytes(layout, dtype):
 
 def packed(keep: Tensor) -> Tensor:
     """Bits as `norm_scale` writes them, of a map of truths."""
-    by_position = keep[0, 0].numel() == 1 or not keep.is_contiguous()
+    by_position = keep.shape[2:].numel() == 1 or not keep.is_contiguous()
     rows = keep.flatten(2).mT if by_position else keep.flatten(2)
     rows = F.pad(rows.to(torch.uint8), (0, -rows.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (rows << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
@@ -478,8 +478,9 @@ def test_write_over_x(shape, dtype, layout):
     for training in (True, False):
         for residual in (None, random(*shape, seed=1, dtype=dtype)):
             x = in_layout(random(*shape, dtype=dtype), layout)
-            running = torch.zeros(channels), torch.ones(channels)
-            arguments = (random(channels), random(channels, seed=3), *running)
+            numbers = accumulator(dtype)
+            running = torch.zeros(channels, dtype=numbers), torch.ones(channels, dtype=numbers)
+            arguments = (random(channels, dtype=numbers), random(channels, seed=3, dtype=numbers), *running)
             options = {"training": training, "activation": "silu", "residual": residual, "post_activation": "silu"}
             with torch.no_grad():
                 expected = functional.norm_gate(x, *arguments, **options)
