@@ -22,6 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("simam.cpu", TORCH_BOX(&fused_attn::cpu::simam));
     m.impl("simam_backward.cpu", TORCH_BOX(&fused_attn::cpu::simam_backward));
     m.impl("moments.cpu", TORCH_BOX(&fused_attn::cpu::moments));
+    m.impl("norm_scale.cpu", TORCH_BOX(&fused_attn::cpu::norm_scale));
+    m.impl("norm_scale_into.cpu", TORCH_BOX(&fused_attn::cpu::norm_scale_into));
     m.impl("norm_dots.cpu", TORCH_BOX(&fused_attn::cpu::norm_dots));
     m.impl("norm_gradients.cpu", TORCH_BOX(&fused_attn::cpu::norm_gradients));
     m.impl("axis_pool.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool));

@@ -29,6 +29,7 @@ from torch import Tensor
 from . import ops, reference
 from .backends import choose
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
+from .ops.common import is_channels_last
 
 Affine = tuple[Tensor, Tensor]
 Excitation = Callable[[Tensor], Tensor]
@@ -292,12 +293,13 @@ def norm_gate(
     residual: Tensor | None = None,
     post_activation: str = "identity",
     group: Any = None,
+    inplace: bool = False,
 ) -> Tensor:
     """BatchNorm with what follows it in a residual network: activation, channel gate, sum, activation.
 
     With u = activation(batch_norm(x)) returns post_activation(u * excitation(mean of u over space) + residual). In
-    training 4 passes forward (3 without a gate or residual) and 6 backward (5 without a post_activation; where it is a
-    ReLU, one more reads y), of which nothing is kept but x and y; the activations between are computed again.
+    training 4 passes forward (3 without a gate or residual) and 6 backward (5 without a post_activation), of which
+    nothing is kept but x and, where a ReLU follows, one bit an element; the activations between are computed again.
 
     Args:
         x: (B, C, *spatial), a convolution's output.
@@ -309,13 +311,20 @@ def norm_gate(
         residual: a map of x's shape and dtype, any strides.
         group: a `torch.distributed` process group; in training the statistics are those of all its processes' batches,
             as SyncBatchNorm's.
+        inplace: write the result over one of the maps and return that: over x where gradients are disabled (in
+            `torch.no_grad()`), else over the residual, which backward does not need after a ReLU or nothing (it does
+            need x). As with torch's own operators in place, an autograd node that has kept the overwritten map raises
+            in its backward, and code that autograd does not see (a checkpointed region that is run again) does not.
+            `torch.compile` places results itself: there this does nothing.
 
     Returns:
         A map of x's shape, dtype and layout. Its gradient cannot be differentiated again.
 
     Raises:
-        ValueError: also where the batch has but one value a channel in training, and without running statistics where
-            it is not training.
+        ValueError: also where the batch has but one value a channel in training, without running statistics where it is
+            not training, and where `inplace` has no map to write over: no residual or another post_activation with
+            gradients enabled; a residual that is a leaf that requires a gradient, a view, or not in x's layout; x and
+            residual in one storage; an x that is neither NCHW nor channels_last; a tensor of `inference_mode` outside.
     """
     codes = code(ACTIVATIONS, "activation", activation), code(ACTIVATIONS, "post_activation", post_activation)
     autocast = _check_map(x)
@@ -331,6 +340,10 @@ def norm_gate(
         raise ValueError(f"x: expected values on every process of the group; got shape {tuple(x.shape)}")
     if training and group is None and x.shape[0] * x.shape[2:].numel() == 1:
         raise ValueError(f"x: expected more than one value a channel in training; got shape {tuple(x.shape)}")
+
+    over = None
+    if inplace and not torch.compiler.is_compiling():
+        over = _written_over(x, residual, post_activation)
 
     def checked_excitation(descriptor: Tensor) -> Tensor:
         assert excitation is not None
@@ -357,9 +370,12 @@ def norm_gate(
             residual=residual,
             post_activation=post_activation,
             group=group,
+            inplace=over is not None,
         )
     statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
-    y, mean, var = ops.norm_gate(backend, x, weight, bias, statistics, excite, residual, float(eps), *codes, group)
+    y, mean, var = ops.norm_gate(
+        backend, x, weight, bias, statistics, excite, residual, float(eps), *codes, group, over
+    )
     if training:
         for running, new in ((running_mean, mean), (running_var, var)):
             if running is not None:
@@ -898,6 +914,33 @@ def _check_residual(x: Tensor, residual: Tensor | None) -> None:
         raise ValueError(f"residual: expected x's shape, {tuple(x.shape)}; got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
         raise TypeError(f"residual: expected x's dtype, {x.dtype}; got {residual.dtype}")
+
+
+def _written_over(x: Tensor, residual: Tensor | None, post_activation: str) -> Tensor:
+    """The map that `norm_gate` may write its result over."""
+    over, expected = x, "inplace: expected "
+    if torch.is_grad_enabled():
+        if residual is None:
+            raise ValueError(expected + "a residual to write over while gradients are enabled; got None")
+        if post_activation not in ("identity", "relu"):
+            raise ValueError(
+                f"{expected}post_activation identity or relu while gradients are enabled; got {post_activation!r}"
+            )
+        if residual.requires_grad and residual.is_leaf:
+            raise ValueError(expected + "a residual that is not a leaf that requires a gradient")
+        if residual._is_view():
+            raise ValueError(expected + "a residual that is not a view")
+        over = residual
+    if not (x.is_contiguous() or is_channels_last(x)):
+        raise ValueError(f"{expected}x NCHW or channels_last; got strides {x.stride()}")
+    layouts = [[n for size, n in zip(x.shape, t.stride(), strict=True) if size > 1] for t in (x, over)]
+    if layouts[0] != layouts[1]:
+        raise ValueError(f"{expected}a residual of x's strides, {x.stride()}; got {over.stride()}")
+    if residual is not None and residual.untyped_storage()._cdata == x.untyped_storage()._cdata:
+        raise ValueError(expected + "x and residual in storages of their own")
+    if over.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(expected + "no tensor of inference_mode outside it")
+    return over
 
 
 def _check_gate(argument: str, gate: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

@@ -55,11 +55,11 @@ def test_cpu_kernels(tmp_path):
     }
     selection = (
         "(prologue or epilogue or ties or strides or empty or convolution or mixed or kernels or threads or pools"
-        " or parts or groups or branches)"
+        " or parts or groups or branches or bits or write_over)"
         " and not (any_shape or gradcheck or opcheck or compiles)"
     )
     arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tmp_path, "-k", selection]
-    ops = ("channel_gate", "spatial_gate", "cbam", "mixed_scale", "select")
+    ops = ("channel_gate", "spatial_gate", "cbam", "mixed_scale", "select", "norm_gate")
     files = [tmp_path / "tests" / "ops" / f"test_{op}.py" for op in ops]
     for isa in ("avx2", "baseline"):
         done = subprocess.run(

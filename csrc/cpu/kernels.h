@@ -221,11 +221,18 @@ template <class A>
 struct NormFactors {
     const A *gate, *pooled, *shift, *slope;
 };
+// Where a ReLU's gradient passes: one bit an element, in rows as memory has them (a channel's positions, or in a
+// channels_last panel a position's channels), each of whole bytes, the first element in the lowest bit of the first.
+constexpr int64_t row_bytes(int64_t length) { return (length + 7) / 8; }
 template <class T>
 struct NormKernels {
     using A = Accumulator<T>;
-    // h = grad * post_activation'(..), from y (ReLU) or recomputed; written to grad_residual unless it is the identity
-    void (*dots)(const T* grad, const T* x, const T* y, const T* residual, Panel, Norm<A>, const A* gate,
+    // y = post_activation(u * gate[c] + residual), and the bits of a ReLU (null: not wanted); y may be x or residual
+    void (*scale)(const T* x, const T* residual, Panel, Norm<A>, const A* gate, int activation, int post_activation,
+                  T* y, uint8_t* bits);
+    // h = grad * post_activation'(..), by the bits (ReLU) or recomputed; written to grad_residual unless it is the
+    // identity
+    void (*dots)(const T* grad, const T* x, const uint8_t* bits, const T* residual, Panel, Norm<A>, const A* gate,
                  int activation, int post_activation, T* grad_residual, NormSums);
     // grad_x = (grad * gate[c] + pooled[c]) * u' + shift[c] + slope[c] * (x - mean[c])
     void (*spread)(const T* grad, const T* x, Panel, Norm<A>, NormFactors<A>, int activation, T* grad_x);

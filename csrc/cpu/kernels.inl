@@ -53,6 +53,20 @@ struct Count {
     static constexpr int value = kNumber;
 };
 
+// Calls body(Count<activation>) for those compiled by themselves, else with -1: beside calls of the C library nothing
+// stays in registers.
+template <class Body>
+inline void by_activation(int activation, Body body) {
+    if (activation == kIdentity)
+        body(Count<kIdentity>{});
+    else if (activation == kRelu)
+        body(Count<kRelu>{});
+    else if (activation == kSilu)
+        body(Count<kSilu>{});
+    else
+        body(Count<-1>{});
+}
+
 // The lanes of a vector that count: the last vector of a row ends with it and overlaps the one before.
 template <class A>
 struct AllLanes {
@@ -312,15 +326,24 @@ void pool_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& pro
              Accumulator<T>* peak, int32_t* index) {
     using A = Accumulator<T>;
     using Lane = std::remove_reference_t<decltype(Mask<A>{}[0])>;
-    auto add = [&](const Panel& part, const T* from, const Prologue<A>& part_prologue, double* part_sum) {
+    auto add_as = [&](auto kind, const Panel& part, const T* from, double* part_sum) {
+        const int activation = decltype(kind)::value < 0 ? prologue.activation : decltype(kind)::value;
         accumulate<kChannelsLast, A>(
             part,
-            [&](int64_t c, int64_t n) {
-                return PrologueVector<A, kPlain>::template at<kChannelsLast>(part_prologue, c, n);
+            [&](int64_t c, int64_t n) { return PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n); },
+            [&](const auto& u, int64_t at, int64_t n) {
+                const Vec<A> v = load_n(from + at, n);
+                return kPlain ? v : activate<A>(u.before(v), activation);
             },
-            [&](const auto& u, int64_t at, int64_t n) { return u(load_n(from + at, n)); }, part_sum);
+            part_sum);
     };
-    if (!peak) return add(panel, x, prologue, sum);
+    auto add = [&](const Panel& part, const T* from, double* part_sum) {
+        if constexpr (kPlain)
+            add_as(Count<kIdentity>{}, part, from, part_sum);
+        else
+            by_activation(prologue.activation, [&](auto kind) { add_as(kind, part, from, part_sum); });
+    };
+    if (!peak) return add(panel, x, sum);
     Panel part = panel;
     if constexpr (!kChannelsLast) {
         pool_max_nchw<T, kPlain>(x, panel, prologue, even, sum, peak, index);
@@ -335,7 +358,7 @@ void pool_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& pro
             part.positions = lesser(step, panel.positions - p);
             part.first_position = panel.first_position + p;
             const T* from = x + p * panel.channels;
-            if (sum) add(part, from, prologue, sum);
+            if (sum) add(part, from, sum);
             pool_max_nhwc<T, kPlain>(from, part, prologue, even, &value[0], &tag[0]);
         }
         for (int64_t c = 0; c < panel.channels; ++c) {

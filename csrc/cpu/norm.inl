@@ -1,5 +1,5 @@
-// The backward passes of a norm gate: u = activation(v), v = x * weight[c] + bias[c], times a gate. Included by
-// kernels.inl.
+// The passes of a norm gate over its map but for the statistics: u = activation(v), v = x * weight[c] + bias[c], times
+// a gate. Included by kernels.inl.
 
 template <class A>
 struct NormVector {
@@ -26,6 +26,80 @@ inline void activate_both(Vec<A> v, int activation, Vec<A>& u, Vec<A>& slope) {
     }
 }
 
+// The bits of n lanes from element i of a row on; what follows them may be anything.
+inline unsigned load_bits(const uint8_t* row, int64_t i, int64_t n) {
+    const int64_t byte = i >> 3, shift = i & 7;
+    unsigned bits = row[byte] >> shift;
+    if (shift + n > 8) bits |= static_cast<unsigned>(row[byte + 1]) << (8 - shift);
+    return bits;
+}
+// Sets them; the row's bytes were zero, or vectors of eight lanes write whole bytes. Repeating some sets the same.
+template <int64_t kWidth>
+inline void store_bits(unsigned bits, uint8_t* row, int64_t i, int64_t n) {
+    const int64_t byte = i >> 3, shift = i & 7;
+    bits &= (1u << n) - 1;
+    if (kWidth == 8 && shift == 0) {
+        row[byte] = static_cast<uint8_t>(bits);
+        return;
+    }
+    if (kWidth < 8) row[byte] |= static_cast<uint8_t>(bits << shift);
+    if (shift + n > 8) row[byte + 1] |= static_cast<uint8_t>(bits >> (8 - shift));
+}
+// The largest number that T rounds to 0: bits are those of the y that is stored.
+template <class T>
+constexpr Accumulator<T> kRoundsToZero = 0;
+template <>
+inline constexpr float kRoundsToZero<Half> = 0x1p-25f;
+template <>
+inline constexpr float kRoundsToZero<BFloat16> = 0x1p-134f;
+
+template <class T, bool kChannelsLast, int kActivation>
+void norm_scale_in(const T* x, const T* residual, const Panel& panel, const Norm<Accumulator<T>>& norm,
+                   const Accumulator<T>* gate, int activation, int post_activation, T* y, uint8_t* bits) {
+    using A = Accumulator<T>;
+    constexpr int64_t lanes = kLanes<A>;
+    const int64_t rows = kChannelsLast ? panel.positions : panel.channels;
+    const int64_t length = kChannelsLast ? panel.channels : panel.positions;
+    const int kind = kActivation < 0 ? activation : kActivation;
+    struct Parameters {
+        Vec<A> weight, bias, gate;
+    };
+    auto make = [=](int64_t c, int64_t n) {
+        return Parameters{channel_vector<kChannelsLast>(norm.weight, c, n),
+                          channel_vector<kChannelsLast>(norm.bias, c, n), channel_vector<kChannelsLast>(gate, c, n)};
+    };
+    for (int64_t row = 0; row < rows; ++row) {
+        const Parameters of_row = make(kChannelsLast ? 0 : row, lesser(lanes, length));
+        const int64_t start = row * length;
+        uint8_t* row_bits = bits ? bits + row * row_bytes(length) : nullptr;
+        auto sum = [&](int64_t i, int64_t n) {
+            const Parameters p = kChannelsLast ? make(i, n) : of_row;
+            const Vec<A> v = load_n(x + start + i, n) * p.weight + p.bias;
+            const Vec<A> out = activate<A>(v, kind) * p.gate;
+            return residual ? out + load_n(residual + start + i, n) : out;
+        };
+        auto put = [&](Vec<A> out, int64_t i, int64_t n) {
+            if (row_bits) store_bits<lanes>(bits_of<A>(~(out <= splat<A>(kRoundsToZero<T>))), row_bits, i, n);
+            if (post_activation == kRelu)
+                out = activate<A>(out, kRelu);
+            else if (post_activation != kIdentity)
+                out = activate<A>(out, post_activation);
+            store_n(out, y + start + i, n);
+        };
+        if (row_bits && lanes < 8)
+            for (int64_t byte = 0; byte < row_bytes(length); ++byte) row_bits[byte] = 0;
+        if (length < lanes) {
+            put(sum(0, length), 0, length);
+            continue;
+        }
+        // The last vector ends with the row and overlaps the one before: taken first, because y may be x or residual.
+        const int64_t whole = length / lanes * lanes;
+        const Vec<A> last = whole < length ? sum(length - lanes, lanes) : Vec<A>{};
+        for (int64_t i = 0; i < whole; i += lanes) put(sum(i, lanes), i, lanes);
+        if (whole < length) put(last, length - lanes, lanes);
+    }
+}
+
 // The five sums that norm_dots takes at one vector, in their order.
 template <class A>
 struct NormTerms {
@@ -37,7 +111,7 @@ struct NormTerms {
 };
 
 template <class T, bool kChannelsLast, int kActivation>
-void norm_dots_in(const T* grad, const T* x, const T* y, const T* residual, const Panel& panel,
+void norm_dots_in(const T* grad, const T* x, const uint8_t* bits, const T* residual, const Panel& panel,
                   const Norm<Accumulator<T>>& norm, const Accumulator<T>* gate, int activation, int post_activation,
                   T* grad_residual, const NormSums& sums) {
     using A = Accumulator<T>;
@@ -49,15 +123,17 @@ void norm_dots_in(const T* grad, const T* x, const T* y, const T* residual, cons
     };
     auto make = [=](int64_t c, int64_t n) {
         return Parameters{NormVector<A>::template at<kChannelsLast>(norm, c, n),
-                          y ? Vec<A>{} : channel_vector<kChannelsLast>(gate, c, n)};
+                          bits ? Vec<A>{} : channel_vector<kChannelsLast>(gate, c, n)};
     };
-    auto terms = [=](const Parameters& p, int64_t at, int64_t n) {
+    const int64_t length = kChannelsLast ? channels : positions;
+    auto terms = [=](const Parameters& p, int64_t row, int64_t i, int64_t n) {
+        const int64_t at = row * length + i;
         const Vec<A> here = load_n(x + at, n), c = here - p.norm.mean;
         Vec<A> u, slope, h = load_n(grad + at, n);
         activate_both<A, kActivation>(here * p.norm.weight + p.norm.bias, activation, u, slope);
         if (post_activation != kIdentity) {
-            if (y) {
-                h *= activate_grad<A>(load_n(y + at, n), kRelu);
+            if (bits) {
+                h = mask_of<A>(load_bits(bits + row * row_bytes(length), i, n)) ? h : Vec<A>{};
             } else {
                 Vec<A> out = u * p.gate;
                 if (residual) out += load_n(residual + at, n);
@@ -76,9 +152,8 @@ void norm_dots_in(const T* grad, const T* x, const T* y, const T* residual, cons
             for (int64_t first = 0, last; first < positions; first = last) {
                 last = positions - first < (kBlock + 1) * lanes ? positions : first + kBlock * lanes;
                 NormTerms<A> total;
-                vectors<A>(first, last, [&](int64_t i, int64_t n, auto counted) {
-                    total.add(terms(parameters, c * positions + i, n), counted);
-                });
+                vectors<A>(first, last,
+                           [&](int64_t i, int64_t n, auto counted) { total.add(terms(parameters, c, i, n), counted); });
                 for (int k = 0; k < kNormSums; ++k) sums.of[k][c] += sum_of<A>(total.terms[k]);
             }
         }
@@ -93,7 +168,7 @@ void norm_dots_in(const T* grad, const T* x, const T* y, const T* residual, cons
                     const auto parameters = make(c, n);
                     NormTerms<A> total;
                     for (int row = 0; row < decltype(count)::value; ++row)
-                        total.add(terms(parameters, (p + row) * channels + c, n), AllLanes<A>{});
+                        total.add(terms(parameters, p + row, c, n), AllLanes<A>{});
                     for (int k = 0; k < kNormSums; ++k) {
                         A* to = &buffer[k * padded + c];
                         store(load(to) + total.terms[k], to);
@@ -139,24 +214,24 @@ void norm_spread_in(const T* grad, const T* x, const Panel& panel, const Norm<Ac
         });
 }
 
-// Calls body(Count<activation>) for those compiled by themselves, else with -1.
-template <class Body>
-inline void by_activation(int activation, Body body) {
-    if (activation == kIdentity)
-        body(Count<kIdentity>{});
-    else if (activation == kRelu)
-        body(Count<kRelu>{});
-    else
-        body(Count<-1>{});
-}
-
 template <class T>
-void norm_dots(const T* grad, const T* x, const T* y, const T* residual, Panel panel, Norm<Accumulator<T>> norm,
-               const Accumulator<T>* gate, int activation, int post_activation, T* grad_residual, NormSums sums) {
+void norm_scale(const T* x, const T* residual, Panel panel, Norm<Accumulator<T>> norm, const Accumulator<T>* gate,
+                int activation, int post_activation, T* y, uint8_t* bits) {
+    by_activation(activation, [&](auto kind) {
+        constexpr int kKind = decltype(kind)::value;
+        (panel.channels_last
+             ? norm_scale_in<T, true, kKind>
+             : norm_scale_in<T, false, kKind>)(x, residual, panel, norm, gate, activation, post_activation, y, bits);
+    });
+}
+template <class T>
+void norm_dots(const T* grad, const T* x, const uint8_t* bits, const T* residual, Panel panel,
+               Norm<Accumulator<T>> norm, const Accumulator<T>* gate, int activation, int post_activation,
+               T* grad_residual, NormSums sums) {
     by_activation(activation, [&](auto kind) {
         constexpr int kKind = decltype(kind)::value;
         (panel.channels_last ? norm_dots_in<T, true, kKind>
-                             : norm_dots_in<T, false, kKind>)(grad, x, y, residual, panel, norm, gate, activation,
+                             : norm_dots_in<T, false, kKind>)(grad, x, bits, residual, panel, norm, gate, activation,
                                                               post_activation, grad_residual, sums);
     });
 }
@@ -171,4 +246,4 @@ void norm_spread(const T* grad, const T* x, Panel panel, Norm<Accumulator<T>> no
 }
 
 template <class T>
-constexpr NormKernels<T> kNormKernels{norm_dots<T>, norm_spread<T>};
+constexpr NormKernels<T> kNormKernels{norm_scale<T>, norm_dots<T>, norm_spread<T>};

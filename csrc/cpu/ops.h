@@ -97,7 +97,14 @@ std::tuple<Tensor, Tensor> simam(const Tensor& x, double e_lambda);
 
 Tensor moments(const Tensor& x);
 
-std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x, const OptionalTensor& y,
+std::tuple<Tensor, Tensor> norm_scale(const Tensor& x, const Tensor& gate, const Tensor& norm,
+                                      const OptionalTensor& residual, int64_t activation, int64_t post_activation,
+                                      bool keep_bits);
+
+Tensor norm_scale_into(const Tensor& x, const Tensor& gate, const Tensor& norm, const OptionalTensor& residual,
+                       const Tensor& y, int64_t activation, int64_t post_activation, bool keep_bits);
+
+std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x, const OptionalTensor& bits,
                                      const OptionalTensor& residual, const Tensor& norm, const Tensor& gate,
                                      int64_t activation, int64_t post_activation);
 

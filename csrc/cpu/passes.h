@@ -70,6 +70,24 @@ T* from(T* map, int64_t at) {
     return map ? map + at : nullptr;
 }
 
+// The numbers that a sample's moments are taken about: the first element of each channel.
+template <class T, class A>
+void set_pivots(const MapView<T>& x, int64_t sample, int64_t first, int64_t last, A* pivots) {
+    const int64_t stride = x.channels_last ? 1 : x.positions;
+    for (int64_t c = first; c < last; ++c)
+        pivots[c] = x.positions > 0 ? static_cast<A>(x.data[sample * x.sample_size() + c * stride]) : A(0);
+}
+// Moments of a sample's pieces into those of its first, in order.
+template <class T>
+void join_pieces(const MapView<T>& x, int64_t sample, int64_t pieces, int64_t first, int64_t last,
+                 PieceValues<double>& mean, PieceValues<double>& squares) {
+    for (int64_t piece = 1; piece < mean.rows(); ++piece)
+        for (int64_t c = first; c < last; ++c)
+            join_moments(mean.sample(sample)[c], squares.sample(sample)[c], x.begin(piece, pieces),
+                         *mean.piece(sample, piece, c), *squares.piece(sample, piece, c),
+                         x.panel(piece, pieces).positions);
+}
+
 // Sums and maxima of every sample, one read of the map.
 template <class T>
 class Pooling {

@@ -61,27 +61,18 @@ std::tuple<Tensor, Tensor> simam(const Tensor& x_in, double e_lambda) {
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), x.batch * x.sample_size());
         PieceValues<double> mean(x, pieces, 0.0), squares(x, pieces, 0.0);
         // Written where the channel is next read (NCHW), or from each sample's first row before any of its pieces is.
-        auto set_pivots = [&](int64_t b, int64_t first, int64_t last) {
-            const int64_t stride = x.channels_last ? 1 : x.positions;
-            for (int64_t c = first; c < last; ++c)
-                numbers[3 * b * x.channels + c] =
-                    x.positions > 0 ? static_cast<A>(x.data[b * x.sample_size() + c * stride]) : A(0);
-        };
+        auto pivots = [&](int64_t b) { return numbers + 3 * b * x.channels; };
         if (x.channels_last)
-            for (int64_t b = 0; b < x.batch; ++b) set_pivots(b, 0, x.channels);
+            for (int64_t b = 0; b < x.batch; ++b) set_pivots(x, b, 0, x.channels, pivots(b));
         by_channel(
             x, pieces,
             [&](int64_t b, Panel panel, int64_t c, int64_t at, int64_t piece) {
-                if (!x.channels_last) set_pivots(b, c, c + panel.channels);
-                simam_kernels<T>().moments(x.data + at, panel, numbers + 3 * b * x.channels + c,
-                                           mean.piece(b, piece, c), squares.piece(b, piece, c));
+                if (!x.channels_last) set_pivots(x, b, c, c + panel.channels, pivots(b));
+                simam_kernels<T>().moments(x.data + at, panel, pivots(b) + c, mean.piece(b, piece, c),
+                                           squares.piece(b, piece, c));
             },
             [&](int64_t b, int64_t first, int64_t last) {
-                for (int64_t piece = 1; piece < mean.rows(); ++piece)
-                    for (int64_t c = first; c < last; ++c)
-                        join_moments(mean.sample(b)[c], squares.sample(b)[c], x.begin(piece, pieces),
-                                     *mean.piece(b, piece, c), *squares.piece(b, piece, c),
-                                     x.panel(piece, pieces).positions);
+                join_pieces(x, b, pieces, first, last, mean, squares);
                 const double others = static_cast<double>(x.positions - 1);
                 A *rest = numbers + (3 * b + 1) * x.channels, *q = rest + x.channels;
                 for (int64_t c = first; c < last; ++c) {

@@ -125,6 +125,24 @@ inline Mask<A> counting_from(int64_t first) {
     return iota + static_cast<Lane>(first);
 }
 
+// One bit a lane, the first lane's lowest, and back.
+template <class A>
+inline unsigned bits_of(Mask<A> mask) {
+#if VECTOR_BYTES == 32
+    if constexpr (sizeof(A) == 4) return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#endif
+    unsigned bits = 0;
+    for (int64_t i = 0; i < kLanes<A>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
+    return bits;
+}
+template <class A>
+inline Mask<A> mask_of(unsigned bits) {
+    Mask<A> powers;
+    using Lane = std::remove_reference_t<decltype(powers[0])>;
+    for (int64_t i = 0; i < kLanes<A>; ++i) powers[i] = Lane(1) << i;
+    return ((Mask<A>{} + static_cast<Lane>(bits)) & powers) != 0;
+}
+
 // Lanes of a and b by number, b's after a's; from(i) is what lane i takes.
 template <class V, class From>
 inline V shuffled(V a, V b, From from) {
@@ -172,14 +190,21 @@ inline Vec<A> each(Vec<A> v, F f) {
 inline Vec<double> exp(Vec<double> x) {
     return each<double>(x, [](double t) { return std::exp(t); });
 }
-// e^x = 2^n e^r with |r| <= ln2 / 2 and a degree-6 polynomial, within 2 ulp; 0 below -87 and infinite above 88.
-inline Vec<float> exp(Vec<float> x) {
+// NaN stays NaN.
+inline Vec<float> between(Vec<float> x, Vec<float> low, Vec<float> high) {
+#if VECTOR_BYTES == 32
+    return (Vec<float>)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)x));
+#else
+    x = x < low ? low : x;
+    return x > high ? high : x;
+#endif
+}
+// e^x = 2^n e^r with |r| <= ln2 / 2 and a degree-6 polynomial, within 2 ulp; x from -87 to 88. Of the sum with 1.5 *
+// 2^23, which rounds, the low bits are n.
+inline Vec<float> exp_within(Vec<float> x) {
     using V = VectorOf<float>;
-    const auto low = splat(-87.f), high = splat(88.f), magic = splat(12582912.f);  // 1.5 * 2^23: rounds
-    const auto under = x<low, over = x> high;
-    x = under ? low : x;
-    x = over ? high : x;
-    const Vec<float> n = (x * 1.44269504f + magic) - magic;
+    const auto magic = splat(12582912.f);
+    const Vec<float> rounded = x * 1.44269504f + magic, n = rounded - magic;
     const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec<float> p = splat(1.9875691e-4f);
     p = p * r + 1.3981999e-3f;
@@ -188,9 +213,13 @@ inline Vec<float> exp(Vec<float> x) {
     p = p * r + 1.6666665e-1f;
     p = p * r + 0.5f;
     p = p * (r * r) + (r + 1.f);
-    const auto exponent = (__builtin_convertvector(n == n ? n : V::type{}, V::mask) + 127) << 23;
-    const Vec<float> power = under ? V::type{} : p * (V::type)exponent;
-    return over ? splat(kInfinity<float>) : power;
+    return p * (V::type)(((V::bits)rounded << 23) + 0x3f800000);
+}
+// 0 below -87 and infinite above 88.
+inline Vec<float> exp(Vec<float> x) {
+    const auto low = splat(-87.f), high = splat(88.f);
+    const Vec<float> power = exp_within(between(x, low, high));
+    return x > high ? splat(kInfinity<float>) : (x < low ? Vec<float>{} : power);
 }
 
 template <class V>
@@ -200,7 +229,13 @@ inline V clamp(V x, V low, V high) {  // NaN stays NaN
 }
 template <class A>
 inline Vec<A> sigmoid(Vec<A> x) {
-    return splat<A>(1) / (splat<A>(1) + exp(-x));
+    if constexpr (sizeof(A) == 4) {  // what e^-x is below e^-87 does not show beside 1
+        const Vec<A> low = splat<A>(-88),
+                     s = splat<A>(1) / (splat<A>(1) + exp_within(between(-x, splat<A>(-87), -low)));
+        return x < low ? Vec<A>{} : s;
+    } else {
+        return splat<A>(1) / (splat<A>(1) + exp(-x));
+    }
 }
 constexpr double kInvSqrt2 = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
 constexpr double kSqrt2OverPi = 0.79788456080286535588, kGeluCubic = 0.044715;

@@ -1,7 +1,7 @@
-"""The passes of `norm_gate` that other ops have not: `moments` reads x; `norm_dots` reads grad and x (and y where a
-ReLU follows) and writes the residual's gradient where an activation follows; `norm_gradients` reads grad and x and
-writes grad_x. Kept on chip: a tile, and in `norm_dots` five sums an element of it. Left in memory: two (`moments`) or
-five numbers a channel and split of space.
+"""The passes of `norm_gate`: `moments` reads x; `norm_scale` reads x and the residual and writes y (and, for the
+backward of a ReLU, one bit an element); `norm_dots` reads grad and x (and those bits) and writes the residual's
+gradient where an activation follows; `norm_gradients` reads grad and x and writes grad_x. Kept on chip: a tile, and in
+`norm_dots` five sums an element of it. Left in memory: two (`moments`) or five numbers a channel and split of space.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..codes import ACTIVATIONS
 from . import maps
-from .language import IDENTITY, activate, activate_grad, before_activation
-from .maps import SIZES, locate, strided_tile_at, tile_at
+from .language import IDENTITY, RELU, activate, activate_grad, before_activation
+from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at, tile_at
 from .passes import before_epilogue, inside
 from .simam import BLOCK_ROWS, _first_of, _joined, _moments
 
@@ -50,14 +50,104 @@ def _load_map(values, at, mask, ACC: tl.constexpr):
     return tl.load(values + at, mask=mask, other=0.0).to(ACC)
 
 
+@triton.jit
+def _bits_at(
+    b, c0, s0, C, S, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """tile_at for the bytes of a tile's bits, and which of them there are. Tiles begin with a byte."""
+    if LAYOUT == CHANNELS_LAST:
+        width = (C + 7) // 8
+        TILE: tl.constexpr = (BLOCK_C + 7) // 8
+        at, offsets, step = tile_at(b, c0 // 8, s0, width, S, LAYOUT, TILE, BLOCK_S)
+        return at, offsets, step, (c0 // 8 + tl.arange(0, TILE) < width)[:, None]
+    else:
+        TILE: tl.constexpr = (BLOCK_S + 7) // 8
+        at, offsets, step = tile_at(b, c0, s0 // 8, C, (S + 7) // 8, LAYOUT, BLOCK_C, TILE)
+        return at, offsets, step, (c0 + tl.arange(0, BLOCK_C) < C)[:, None]
+
+
+@triton.jit
+def _bytes_inside(rows, first, S, LAYOUT: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Which bytes of a tile there are, `rows` being those of its channels."""
+    if LAYOUT == CHANNELS_LAST:
+        return rows & inside(first, S, BLOCK_S)[None, :]
+    else:
+        return rows & inside(first // 8, (S + 7) // 8, (BLOCK_S + 7) // 8)[None, :]
+
+
+@triton.jit
+def _packed(keep, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """A tile of truths as bytes, eight a byte along the axis that is contiguous in memory."""
+    bits = keep.to(tl.int32)
+    if LAYOUT == CHANNELS_LAST:
+        WIDTH: tl.constexpr = 8 if BLOCK_C > 8 else BLOCK_C
+        bits = tl.reshape(bits, (BLOCK_C // WIDTH, WIDTH, BLOCK_S)) << tl.arange(0, WIDTH)[None, :, None]
+        return tl.sum(bits, axis=1).to(tl.uint8)
+    else:
+        WIDTH: tl.constexpr = 8 if BLOCK_S > 8 else BLOCK_S
+        bits = tl.reshape(bits, (BLOCK_C, BLOCK_S // WIDTH, WIDTH)) << tl.arange(0, WIDTH)[None, None, :]
+        return tl.sum(bits, axis=2).to(tl.uint8)
+
+
+@triton.jit
+def _unpacked(packed, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The tile of truths."""
+    if LAYOUT == CHANNELS_LAST:
+        WIDTH: tl.constexpr = 8 if BLOCK_C > 8 else BLOCK_C
+        bits = packed.to(tl.int32)[:, None, :] >> tl.arange(0, WIDTH)[None, :, None]
+    else:
+        WIDTH: tl.constexpr = 8 if BLOCK_S > 8 else BLOCK_S
+        bits = packed.to(tl.int32)[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]
+    return tl.reshape(bits & 1, (BLOCK_C, BLOCK_S)) != 0
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _norm_scale(
+    x, residual, y, bits, norm, gate,
+    c_q, s_q, n_cblk, n_split, blocks,
+    PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads x and the residual once, writes y and the bits. y may be either of them."""
+    C, S = c_q * CV, s_q * SV
+    b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    s0 = (split * blocks).to(tl.int64) * BLOCK_S
+    for j in range(BLOCK_K // BLOCK_C):
+        c0 = cblk * BLOCK_K + j * BLOCK_C
+        c = c0 + tl.arange(0, BLOCK_C)
+        in_c = c < C
+        weight = tl.load(norm + c, mask=in_c, other=0.0)
+        bias = tl.load(norm + C + c, mask=in_c, other=0.0)
+        g = _load_row(gate + b * C, c, in_c).to(ACC)
+        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        if bits is not None:
+            bits_at, bits_offsets, bits_step, rows = _bits_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        first = s0  # position of the tile
+        for _ in range(blocks):
+            in_s = inside(first, S, BLOCK_S)
+            mask = in_c[:, None] & in_s[None, :]
+            result = activate(before_activation(_load_map(x, at + offsets, mask, ACC), weight, bias, True), PRE) * g
+            if residual is not None:
+                result += _load_map(residual, at + offsets, mask, ACC)
+            result = activate(result, POST).to(y.dtype.element_ty)
+            tl.store(y + at + offsets, result, mask=mask)
+            if bits is not None:
+                keep = mask & ((result > 0) | (result != result))
+                to_store = _bytes_inside(rows, first, S, LAYOUT, BLOCK_S)
+                tl.store(bits + bits_at + bits_offsets, _packed(keep, LAYOUT, BLOCK_C, BLOCK_S), mask=to_store)
+                bits_at += bits_step
+            at += step
+            first += BLOCK_S
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _norm_dots(
-    grad, x, y, residual, norm, gate, grad_residual, sums,
+    grad, x, bits, residual, norm, gate, grad_residual, sums,
     c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads grad, x and y or the residual once, writes grad_residual; leaves (B, n_split, 5, C) partial sums."""
+    """Reads grad, x and bits or residual once, writes grad_residual; leaves (B, n_split, 5, C) partial sums."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -74,6 +164,8 @@ def _norm_dots(
             grad_at, grad_offsets, grad_step = strided_tile_at(
                 b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
             )
+        if bits is not None:
+            bits_at, bits_offsets, bits_step, rows = _bits_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
         first = s0  # position of the tile
         dot = tl.zeros((BLOCK_C, BLOCK_S), ACC)
         dv = tl.zeros((BLOCK_C, BLOCK_S), ACC)
@@ -86,9 +178,15 @@ def _norm_dots(
             h = _load_map(grad, grad_at + grad_offsets, mask, ACC)
             v = before_activation(value, weight, bias, True)
             u = activate(v, PRE)
-            if POST != IDENTITY:
+            if POST == RELU:
+                there = _bytes_inside(rows, first, S, LAYOUT, BLOCK_S)
+                packed = tl.load(bits + bits_at + bits_offsets, mask=there, other=0)
+                h = tl.where(_unpacked(packed, LAYOUT, BLOCK_C, BLOCK_S), h, 0.0)
+                bits_at += bits_step
+            elif POST != IDENTITY:
                 g = _load_row(gate + b * C, c, in_c)
-                h = before_epilogue(h, u * g, y, residual, at + offsets, mask, POST)
+                h = before_epilogue(h, u * g, None, residual, at + offsets, mask, POST)
+            if POST != IDENTITY:
                 tl.store(grad_residual + at + offsets, h, mask=mask)
             h = tl.where(mask, h, 0.0)
             centred = tl.where(mask, value - mean, 0.0)
@@ -184,10 +282,72 @@ def moments(x: Tensor) -> Tensor:
     return out
 
 
+def _whole_bytes(plan: maps.Plan) -> maps.Plan:
+    """Tiles of whole bytes of bits: at least eight channels of a float64 channels_last map."""
+    if plan.layout != CHANNELS_LAST.value or plan.block_c >= min(8, plan.channels):
+        return plan
+    block_k = max(plan.block_k, 8)
+    return plan._replace(block_c=8, block_k=block_k, n_cblk=triton.cdiv(plan.channels, block_k))
+
+
+def _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, keep_bits) -> Tensor:
+    """Writes y, in x's layout, and returns the bits, of size (0,) where they are not kept."""
+    bits = x.new_empty(0, dtype=torch.uint8)
+    if keep_bits:
+        plan = _whole_bytes(plan)
+        rows, length = plan.channels, plan.space
+        if plan.layout == CHANNELS_LAST.value:
+            rows, length = length, rows
+        bits = x.new_empty((plan.batch, rows, triton.cdiv(length, 8)), dtype=torch.uint8)
+    maps.launch(
+        _norm_scale,
+        x,
+        plan.programs,
+        x=x,
+        residual=maps.as_map(residual, x),
+        y=y,
+        bits=bits if keep_bits else None,
+        norm=norm.contiguous(),
+        gate=gate.contiguous(),
+        PRE=activation,
+        POST=post_activation,
+        **plan.arguments(x.dtype),
+    )
+    return bits
+
+
+def norm_scale(
+    x: Tensor,
+    gate: Tensor,
+    norm: Tensor,
+    residual: Tensor | None,
+    activation: int,
+    post_activation: int,
+    keep_bits: bool,
+) -> tuple[Tensor, Tensor]:
+    x, plan = maps.dense(x)
+    y = torch.empty_like(x)
+    return y, _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, keep_bits)
+
+
+def norm_scale_into(
+    x: Tensor,
+    gate: Tensor,
+    norm: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    activation: int,
+    post_activation: int,
+    keep_bits: bool,
+) -> Tensor:
+    x, plan = maps.dense(x)
+    return _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, keep_bits)
+
+
 def norm_dots(
     grad: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    bits: Tensor | None,
     residual: Tensor | None,
     norm: Tensor,
     gate: Tensor,
@@ -195,6 +355,7 @@ def norm_dots(
     post_activation: int,
 ) -> tuple[Tensor, Tensor]:
     x, plan = maps.dense(x)
+    plan = plan if bits is None else _whole_bytes(plan)
     grad_residual = x.new_empty(0) if post_activation == _IDENTITY else torch.empty_like(x)
     grad, strides = maps.gradient(grad, x)
     shape = plan.batch, plan.n_split, 5, plan.channels
@@ -205,7 +366,7 @@ def norm_dots(
         plan.programs,
         grad=grad,
         x=x,
-        y=maps.as_map(y, x),
+        bits=bits,
         residual=maps.as_map(residual, x),
         norm=norm.contiguous(),
         gate=gate.contiguous(),

@@ -1,11 +1,12 @@
-"""Ops of `norm_gate`: post_activation(activation(BatchNorm(x)) * gate + residual) without a map kept but x and y.
+"""Ops of `norm_gate`: post_activation(activation(BatchNorm(x)) * gate + residual) without a map kept but x.
 
 The passes are operators; what lies between them are numbers a channel, in plain PyTorch. With n = numel / C,
 xhat = (x - mean) * rstd, a = weight * rstd, v = a x + b, u = act(v), s = mean of u over space, g = excitation(s):
 
-forward     moments (read x); squeeze (read x; act identity: none, s = a mean + b); scale (read x, residual, write y)
-backward    norm_dots (read grad, x, and y where a ReLU follows; write h = grad post'(..) where something does): five
-            sums a channel of each sample; norm_gradients (read h, x, write grad_x)
+forward     moments (read x); squeeze (read x; act identity: none, s = a mean + b); norm_scale (read x, residual, write
+            y and, where a ReLU follows, one bit an element: whether its gradient passes)
+backward    norm_dots (read grad, x and the bits; write h = grad post'(..) where an activation follows): five sums a
+            channel of each sample; norm_gradients (read h, x, write grad_x)
 
 From the sums come the gradient of g, through the excitation that of s, and with dv = (h g + grad_s / HW) act'(v)
 
@@ -21,6 +22,7 @@ distances, count) forward, one all_reduce of the two sums backward; the paramete
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .common import accumulator, define, empty_map, is_channels_last, needs_grad, wants_graph
-from .scale import FORWARD as SCALE
-from .scale import IDENTITY, saved_for_epilogue
+from .scale import IDENTITY, RELU
 from .squeeze import AVG
 from .squeeze import FORWARD as SQUEEZE
 
@@ -42,7 +43,25 @@ def _fake_moments(x):
     return x.new_empty((x.shape[0], 3, x.shape[1]), dtype=accumulator(x.dtype))
 
 
-def _fake_dots(grad, x, y, residual, norm, gate, activation, post_activation):
+def _fake_bits(x, keep_bits):
+    if not keep_bits:
+        return x.new_empty(0, dtype=torch.uint8)
+    (batch, channels), positions = x.shape[:2], math.prod(x.shape[2:])
+    rows, length = channels, positions
+    if positions == 1 or (is_channels_last(x) and not x.is_contiguous()):
+        rows, length = positions, channels
+    return x.new_empty((batch, rows, (length + 7) // 8), dtype=torch.uint8)
+
+
+def _fake_scale(x, gate, norm, residual, activation, post_activation, keep_bits):
+    return empty_map(x), _fake_bits(x, keep_bits)
+
+
+def _fake_scale_into(x, gate, norm, residual, y, activation, post_activation, keep_bits):
+    return _fake_bits(x, keep_bits)
+
+
+def _fake_dots(grad, x, bits, residual, norm, gate, activation, post_activation):
     return (
         x.new_empty((x.shape[0], SUMS, x.shape[1]), dtype=accumulator(x.dtype)),
         x.new_empty(0) if post_activation == IDENTITY else empty_map(x),
@@ -56,11 +75,29 @@ def _fake_gradients(grad, x, norm, factors, constants, activation):
 # (B, 3, C), rows [pivot, rest, squares]: the mean of each channel in two parts (pivot is its first element, so that
 # the mean has all its digits however large it is), and the sum of the squared distances from it.
 MOMENTS = define("moments", "(Tensor x) -> Tensor", _fake_moments, "norm_gate")
-# norm: (3, C), rows [a, b, mean]; gate: (B, C), of the accumulator's dtype as all that is not a map. y, residual: as
-# `scale_backward` takes them. grad_residual is h, of size (0,) without a post_activation.
+# norm: (3, C), rows [a, b, mean]; gate: (B, C), of any float dtype. bits: of size (0,) unless they are asked for. They
+# lie as x does, in rows of whole bytes, eight elements a byte and the first in its lowest bit: (B, C, bytes) where x is
+# NCHW, (B, positions, bytes) where it is channels_last or of one position. Set unless y <= 0, so where y is NaN, too.
+SCALE = define(
+    "norm_scale",
+    "(Tensor x, Tensor gate, Tensor norm, Tensor? residual, int activation, int post_activation, bool keep_bits)"
+    " -> (Tensor y, Tensor bits)",
+    _fake_scale,
+    "norm_gate",
+)
+# The same into a given map: x, the residual, or another of x's layout. Whoever calls it tells autograd.
+SCALE_INTO = define(
+    "norm_scale_into",
+    "(Tensor x, Tensor gate, Tensor norm, Tensor? residual, Tensor(a!) y, int activation, int post_activation,"
+    " bool keep_bits) -> Tensor bits",
+    _fake_scale_into,
+    "norm_gate",
+)
+# gate: of the accumulator's dtype. bits: those of a ReLU; residual: what another post_activation's derivative is
+# computed from again. grad_residual is h, of size (0,) without a post_activation.
 DOTS = define(
     "norm_dots",
-    "(Tensor grad, Tensor x, Tensor? y, Tensor? residual, Tensor norm, Tensor gate, int activation,"
+    "(Tensor grad, Tensor x, Tensor? bits, Tensor? residual, Tensor norm, Tensor gate, int activation,"
     " int post_activation) -> (Tensor sums, Tensor grad_residual)",
     _fake_dots,
     "norm_gate",
@@ -173,20 +210,35 @@ class _Normalise(torch.autograd.Function):
         return None, grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
+def _scale(backend, x, gate, norm, residual, over, activation, post_activation, keep_bits) -> tuple[Tensor, Tensor]:
+    """(y, bits); over: the map that y is written over, None: a new one."""
+    if over is None:
+        return SCALE[backend](x, gate, norm[:3], residual, activation, post_activation, keep_bits)
+    bits = SCALE_INTO[backend](x, gate, norm[:3], residual, over, activation, post_activation, keep_bits)
+    if not over.is_inference():
+        torch.autograd.graph.increment_version(over)  # whoever kept it for a backward is told so there
+    return over, bits
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, norm, gate, carrier, carrier_of_sums, residual, activation, post_activation):
-        y = SCALE[backend](x, gate, norm[0], norm[1], residual, activation, post_activation)
-        ctx.save_for_backward(x, norm, gate, *saved_for_epilogue(y, residual, post_activation))
+    def forward(ctx, backend, x, norm, gate, carrier, carrier_of_sums, residual, activation, post_activation, inplace):
+        relu = post_activation == RELU
+        over = residual if inplace else None
+        y, bits = _scale(backend, x, gate, norm, residual, over, activation, post_activation, relu)
+        if inplace:
+            ctx.mark_dirty(y)
+        kept = None if relu or post_activation == IDENTITY else residual
+        ctx.save_for_backward(x, norm, gate, bits if relu else None, kept)
         ctx.backend, ctx.codes = backend, (activation, post_activation)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        x, norm, gate, y, residual = ctx.saved_tensors
+        x, norm, gate, bits, residual = ctx.saved_tensors
         factor = gate.to(norm.dtype)
-        sums, h = DOTS[ctx.backend](grad, x, y, residual, norm[:3], factor, *ctx.codes)
+        sums, h = DOTS[ctx.backend](grad, x, bits, residual, norm[:3], factor, *ctx.codes)
         if ctx.codes[1] == IDENTITY:
             h = grad
         needs = ctx.needs_input_grad
@@ -196,7 +248,7 @@ class _Gate(torch.autograd.Function):
             h if needs[4] else None,
             torch.cat([sums, factor[:, None]], 1) if needs[5] else None,
             h if needs[6] else None,
-            *(None, None),
+            *(None, None, None),
         )
 
 
@@ -212,9 +264,11 @@ def norm_gate(
     activation: int,
     post_activation: int,
     group: Any = None,
+    over: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, unbiased variance). statistics: (mean, variance) to normalise with, None: those of the batch, which are
-    returned. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C)."""
+    returned. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C). over: what y is written over, the
+    residual, or x with gradients disabled."""
     if not (x.is_contiguous() or is_channels_last(x)):
         x = x.contiguous()  # once, and not in every pass
     arguments = (backend, x, weight, bias, statistics, eps, activation, excitation is not None, group)
@@ -226,7 +280,7 @@ def norm_gate(
         carriers = None, None
     gate = norm.new_ones(x.shape[:2]) if excitation is None else excitation(s)
     if needs_grad(gate, residual, carriers[0]):
-        y = _Gate.apply(backend, x, norm, gate, *carriers, residual, activation, post_activation)
+        y = _Gate.apply(backend, x, norm, gate, *carriers, residual, activation, post_activation, over is not None)
     else:
-        y = SCALE[backend](x, gate, norm[0], norm[1], residual, activation, post_activation)
+        y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
     return y, mean, unbiased

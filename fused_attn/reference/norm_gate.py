@@ -59,6 +59,7 @@ def norm_gate(
     residual: Tensor | None = None,
     post_activation: str = "identity",
     group: Any = None,
+    inplace: bool = False,
 ) -> Tensor:
     """See `fused_attn.functional.norm_gate`."""
     if group is not None and training:
@@ -68,5 +69,11 @@ def norm_gate(
     u = FUNCTIONS[activation](u)
     if excitation is not None:
         gate = excitation(u.mean(space(u)))
-        return scale(u, gate.flatten(1), residual=residual, post_activation=post_activation)
-    return FUNCTIONS[post_activation](u if residual is None else u + residual)
+        y = scale(u, gate.flatten(1), residual=residual, post_activation=post_activation)
+    else:
+        y = FUNCTIONS[post_activation](u if residual is None else u + residual)
+    if not inplace:
+        return y
+    over = residual if torch.is_grad_enabled() else x
+    assert over is not None
+    return over.copy_(y)

@@ -95,15 +95,3 @@ def test_simam_against_the_reference(shape, dtype, layout):
 
     x, grad = (in_layout(random(*shape, seed=i).to("cuda", dtype), layout) for i in (0, 1))
     assert_equivalent(functional.simam, reference.simam, {"x": x}, [grad])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] * s[2] > 1], ids=str)
-def test_norm_gate_against_the_reference(shape, dtype, layout):
-    from tests.ops.test_norm_gate import check, inputs_of
-
-    x, grad = (in_layout(random(*shape, seed=i).to("cuda", dtype), layout) for i in (0, 1))
-    for residual, options in ((True, {"post_activation": "relu"}), (False, {"activation": "silu"})):
-        inputs = {k: None if t is None else t.to("cuda") for k, t in inputs_of(x, residual=residual).items()}
-        check(inputs, grad, **options)

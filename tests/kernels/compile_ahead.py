@@ -45,6 +45,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 IDENTITY = ACTIVATIONS["identity"]
 OPTIONS = ("num_warps", "enable_fp_fusion")
@@ -171,7 +172,8 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         rows = x.new_empty((4, case.shape[0], channels), dtype=maps.accumulator(x.dtype))
         norm = rows[0].new_empty((3, channels))
         for norm_pre in {pre, IDENTITY, ACTIVATIONS["silu"]}:
-            norm_gate.norm_dots(grad, x, *kept, norm, rows[0], norm_pre, post)
+            _, bits = norm_gate.norm_scale(x, rows[0], norm, residual, norm_pre, post, keeps_y)
+            norm_gate.norm_dots(grad, x, bits if keeps_y else None, kept[1], norm, rows[0], norm_pre, post)
             norm_gate.norm_gradients(grad, x, norm, rows[:2].transpose(0, 1), norm[:2], norm_pre)
         for gate in (make(*case.shape[:2]), make(case.shape[0], 1, *case.shape[2:])):
             scale.scale(x, gate, *affine, residual, pre, post)

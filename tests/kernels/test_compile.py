@@ -15,7 +15,7 @@ SHARED = 48 << 10  # what a program gets without asking for more
 MAP_KERNELS = {
     *("_squeeze", "_squeeze_backward", "_scale", "_scale_backward", "_pool", "_gate", "_dot", "_spread"),
     *("_channel_pool", "_scale_space", "_dot_channels", "_spread_space", "_mixed_scale", "_mixed_scale_backward"),
-    *("_norm_dots", "_norm_gradients"),
+    *("_norm_scale", "_norm_dots", "_norm_gradients"),
     *("_moments", "_simam", "_simam_dots", "_simam_spread"),
     *("_axis_pool", "_axis_spread"),
     *("_pool_branches", "_sum_branches", "_select", "_dot_branches", "_spread_branches", "_select_spread"),

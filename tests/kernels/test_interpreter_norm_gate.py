@@ -75,6 +75,19 @@ def test_nan(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", of_norm_gate.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 7, 7), (3, 12, 1, 1), (2, 1, 5, 3), (1, 37, 5, 9)], ids=str)
+def test_bits(shape, dtype, layout):
+    of_norm_gate.check_bits("triton", shape, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_write_over(layout):
+    of_norm_gate.test_write_over_the_residual((2, 9, 7, 7), torch.float32, layout, "triton")
+    of_norm_gate.test_write_over_x((2, 9, 7, 7), torch.float32, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(layout):
     x = in_layout(random(2, 2, 1, 3, dtype=torch.float64), layout).requires_grad_()
     function = functools.partial(functional.norm_gate, training=True, activation="silu", excitation=torch.sigmoid)

@@ -22,28 +22,28 @@ SHAPE = (2, 6, 20, 21)
 
 
 class Traffic:
-    """Launches with their elements read and written, for the arguments that are as large as the map."""
+    """Launches with what they read and write of the arguments that are as large as the map, and of bits an element."""
 
     def __init__(self, elements: int) -> None:
         self.elements = elements
         self.launches: list[tuple[str, Counter]] = []
-        self.ranges: list[tuple[str, int, int]] = []
+        self.ranges: list[tuple[str, int, int, float]] = []
 
     def start(self, kernel: str, arguments: dict) -> None:
         ranges = set()
         for name, given in arguments.items():  # parts of one tensor have one storage
             for v in given if isinstance(given, tuple) else (given,):
-                if isinstance(v, torch.Tensor) and v.numel() == self.elements:
-                    storage = v.untyped_storage()
-                    ranges.add((name, storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+                if isinstance(v, torch.Tensor) and (v.numel() == self.elements or v.dtype == torch.uint8):
+                    storage, of_a_map = v.untyped_storage(), 1 / 4 if v.dtype == torch.uint8 else 1  # maps are float32
+                    ranges.add((name, storage.data_ptr(), storage.data_ptr() + storage.nbytes(), of_a_map))
         self.ranges = sorted(ranges)
         self.launches.append((kernel, Counter()))
 
     def count(self, what: str, addresses, mask) -> None:
-        for name, begin, end in self.ranges:
+        for name, begin, end, of_a_map in self.ranges:
             inside = (addresses >= begin) & (addresses < end) & mask
             if inside.any():
-                self.launches[-1][1][f"{what} {name}"] += int(inside.sum())
+                self.launches[-1][1][f"{what} {name}"] += int(inside.sum()) * of_a_map
 
     def passes(self) -> list[tuple[str, dict[str, float]]]:
         return [(kernel, {k: n / self.elements for k, n in c.items()}) for kernel, c in self.launches]
@@ -106,21 +106,26 @@ def test_channel_gate(traffic, pool, kind, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norm_gate_with_residual_and_relu(traffic, layout):
-    """The tail of an SE-ResNet: 4 passes forward; 6 backward, and one that reads y."""
+    """The tail of an SE-ResNet: 4 passes forward and 6 backward, each with one bit an element."""
     x, residual = (in_layout(random(*SHAPE, seed=i), layout).requires_grad_() for i in range(2))
     options = {"excitation": torch.sigmoid, "residual": residual, "post_activation": "relu"}
     y = functional.norm_gate(x, training=True, **options)
     forward = [kernel for kernel, _ in traffic.passes()]
-    assert forward == ["_moments", "_finish_moments", "_scale"]
-    assert traffic.passes()[2][1] == {"read x": 1, "read residual": 1, "write y": 1}
-    assert 4 <= traffic.total() < 4.02  # each channel's first element is read by itself, too
+    assert forward == ["_moments", "_finish_moments", "_norm_scale"]
+    bits = 53 / 420 / 4 if layout == "nchw" else 1 / 6 / 4  # 420 positions, or 6 channels, in whole bytes
+    scale = {"read x": 1, "read residual": 1, "write y": 1, "write bits": bits}
+    assert traffic.passes()[2][1] == pytest.approx(scale)
+    assert 4 <= traffic.total() - bits < 4.02  # each channel's first element is read by itself, too
     traffic.launches.clear()
     y.backward(in_layout(random(*SHAPE, seed=2), layout))
-    dots = {"read grad": 1, "read x": 1, "read y": 1, "write grad_residual": 1}
-    assert traffic.passes() == [
-        ("_norm_dots", dots),
-        ("_norm_gradients", {"read grad": 1, "read x": 1, "write grad_x": 1}),
-    ]
+    (dots, counted), gradients = traffic.passes()
+    assert dots == "_norm_dots"
+    assert counted == pytest.approx({"read grad": 1, "read x": 1, "read bits": bits, "write grad_residual": 1})
+    assert gradients == ("_norm_gradients", {"read grad": 1, "read x": 1, "write grad_x": 1})
+    traffic.launches.clear()
+    with torch.no_grad():
+        functional.norm_gate(x, training=True, **options)
+    assert traffic.passes()[2] == ("_norm_scale", {"read x": 1, "read residual": 1, "write y": 1})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

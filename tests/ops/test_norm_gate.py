@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -21,7 +22,9 @@ from torch.utils.checkpoint import checkpoint
 import fused_attn
 from fused_attn import functional, reference
 from fused_attn.backends import choose
-from fused_attn.ops.norm_gate import DOTS, GRADIENTS, MOMENTS
+from fused_attn.codes import ACTIVATIONS
+from fused_attn.ops.common import accumulator
+from fused_attn.ops.norm_gate import DOTS, GRADIENTS, MOMENTS, SCALE, SCALE_INTO
 from tests.checks import LAYOUTS, Inputs, assert_equivalent, in_layout, random, run
 from tests.ops.test_channel_gate import strided
 
@@ -360,19 +363,199 @@ def saved_bytes(function, *inputs: Tensor) -> int:
     return sum(saved.values())
 
 
-@needs_operators
-@pytest.mark.parametrize("post_activation", ["identity", "relu"])
-def test_saved_bytes(post_activation):
-    """Backward keeps x, y where a ReLU follows (the next layer keeps it anyway), and numbers a channel."""
-    x = random(2, 128, 28, 28).requires_grad_()
-    maps = 1 if post_activation == "identity" else 2
-    kept = saved_bytes(
-        lambda x: functional.norm_gate(
-            x, training=True, activation="silu", excitation=torch.sigmoid, post_activation=post_activation
-        ),
-        x,
+def tail(module, x: Tensor, residual: Tensor | None, post_activation: str = "relu", **options) -> Tensor:
+    return module.norm_gate(
+        x, training=True, excitation=torch.sigmoid, residual=residual, post_activation=post_activation, **options
     )
-    assert maps * x.nbytes <= kept <= maps * x.nbytes + 4 * 128 * 20
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_bytes(layout, dtype):
+    """Backward keeps x, where a ReLU follows one bit an element, and numbers a channel; eager keeps three maps."""
+    x, residual = (in_layout(random(2, 128, 28, 28, seed=s, dtype=dtype), layout).requires_grad_() for s in (0, 1))
+    numbers = 4 * 128 * 20
+    bit = x.numel() // 8
+    kept = saved_bytes(lambda x: tail(functional, x, residual), x)
+    assert x.nbytes + bit <= kept <= x.nbytes + bit + numbers
+    assert kept <= 1.15 * x.nbytes
+    assert x.nbytes <= saved_bytes(lambda x: tail(functional, x, residual, "identity"), x) <= x.nbytes + numbers
+    assert saved_bytes(lambda x: tail(reference, x, residual), x) >= 3 * x.nbytes
+
+
+def packed(keep: Tensor) -> Tensor:
+    """Bits as `norm_scale` writes them, of a map of truths."""
+    by_position = keep.shape[2:].numel() == 1 or not keep.is_contiguous()
+    rows = keep.flatten(2).mT if by_position else keep.flatten(2)
+    rows = F.pad(rows.to(torch.uint8), (0, -rows.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (rows << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(-1, dtype=torch.uint8)
+
+
+BIT_SHAPES = (
+    *((2, 9, 7, 7), (3, 12, 1, 1), (1, 3, 13, 17), (2, 1, 5, 3), (2, 37, 2, 3), (1, 5, 8), (2, 3, 2, 2, 5)),
+    *((0, 4, 3, 3), (3, 70, 30, 40)),
+)
+
+
+def check_bits(backend: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
+    """The bits are where y > 0 or NaN, in the order they are documented in; and torch's ReLU passes gradients there."""
+    x, residual, grad = (in_layout(random(*shape, seed=s, dtype=dtype).to(device), layout) for s in range(3))
+    of_numbers = {"dtype": accumulator(dtype), "device": device}
+    norm, gate = random(3, shape[1], seed=4).to(**of_numbers), random(*shape[:2], seed=5).abs().to(**of_numbers)
+    x.as_strided((x.numel(),), (1,))[::29] = torch.nan
+    for activation in ("identity", "silu", "hard_swish"):
+        code, relu = ACTIVATIONS[activation], ACTIVATIONS["relu"]
+        y, bits = SCALE[backend](x, gate, norm, residual, code, relu, True)
+        assert torch.equal(bits, packed(~(y <= 0)))
+        _, h = DOTS[backend](grad, x, bits, None, norm, gate, code, relu)
+        torch.testing.assert_close(h, torch.ops.aten.threshold_backward(grad, y, 0), rtol=0, atol=0)
+        plain, none = SCALE[backend](x, gate, norm, residual, code, relu, False)
+        torch.testing.assert_close(plain, y, rtol=0, atol=0, equal_nan=True)
+        assert none.shape == (0,)
+
+
+@needs_operators
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BIT_SHAPES, ids=str)
+def test_bits(shape, dtype, layout):
+    check_bits(NATIVE, shape, dtype, layout)
+
+
+@needs_operators
+@pytest.mark.parametrize("smallest, dtype", [(2.0**-25, torch.float16), (2.0**-134, torch.bfloat16)], ids=str)
+def test_bits_of_sums_that_round_to_zero(smallest, dtype):
+    """Around half of the smallest number of a dtype y is 0 or not, and so is its bit."""
+    x = torch.arange(-8, 9, dtype=dtype).div(4).repeat(2, 3, 1)
+    norm = torch.stack([torch.ones(3), torch.zeros(3), torch.zeros(3)])
+    y, bits = SCALE[NATIVE](x, torch.full((2, 3), smallest), norm, None, 0, ACTIVATIONS["relu"], True)
+    assert 0 < (y > 0).sum() < (x > 0).sum()
+    assert torch.equal(bits, packed(y > 0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_of_nan_stops_at_the_relu(layout):
+    x, residual, grad = (in_layout(random(2, 9, 7, 7, seed=s), layout) for s in range(3))
+    grad[0, 3] = torch.nan
+    found = []
+    for module in (functional, reference):
+        leaf = residual.detach().clone().requires_grad_()
+        found.append(torch.autograd.grad(tail(module, x, leaf), leaf, grad)[0])
+    assert 0 < found[0].isnan().sum() < 49
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+OVER_SHAPES = ((2, 9, 7, 7), (3, 12, 1, 1), (1, 3, 13, 17), (2, 1, 5, 3), (3, 70, 30, 40))
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", OVER_SHAPES, ids=str)
+def test_write_over_the_residual(shape, dtype, layout, forced):
+    """With gradients: the same numbers and gradients, in the residual's memory, which autograd knows of."""
+    found = []
+    with contextlib.nullcontext() if forced is None else fused_attn.backend(forced):
+        for inplace in (False, True):
+            leaves = [in_layout(random(*shape, seed=s, dtype=dtype), layout).requires_grad_() for s in (0, 1)]
+            x, residual = leaves[0] * 1, leaves[1] * 1
+            version, address = residual._version, residual.data_ptr()
+            y = tail(functional, x, residual, activation="silu", inplace=inplace)
+            assert (y is residual) == inplace == (residual._version > version)
+            assert (y.data_ptr() == address) == inplace
+            found.append([y, *torch.autograd.grad(y, leaves, random(*shape, seed=2, dtype=dtype))])
+    for over, new in zip(*found, strict=True):
+        assert torch.equal(over, new)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", OVER_SHAPES, ids=str)
+def test_write_over_x(shape, dtype, layout):
+    """Without gradients: over x, in eval and with the batch's statistics."""
+    channels = shape[1]
+    for training in (True, False):
+        for residual in (None, random(*shape, seed=1, dtype=dtype)):
+            x = in_layout(random(*shape, dtype=dtype), layout)
+            numbers = accumulator(dtype)
+            running = torch.zeros(channels, dtype=numbers), torch.ones(channels, dtype=numbers)
+            arguments = (random(channels, dtype=numbers), random(channels, seed=3, dtype=numbers), *running)
+            options = {"training": training, "activation": "silu", "residual": residual, "post_activation": "silu"}
+            with torch.no_grad():
+                expected = functional.norm_gate(x, *arguments, **options)
+                version = x._version
+                y = functional.norm_gate(x, *arguments, **options, inplace=True)
+            assert y is x and x._version > version
+            assert torch.equal(y, expected)
+
+
+def test_write_over_what_autograd_keeps():
+    """Its own version counters: a node that kept the map raises in its backward."""
+    for grad_enabled in (True, False):
+        x, kept = random(2, 6, 5, 5), random(2, 6, 5, 5, seed=1).requires_grad_()
+        exponential = kept.exp()  # which keeps its result
+        with torch.set_grad_enabled(grad_enabled):
+            y = tail(functional, *((x, exponential) if grad_enabled else (exponential, x)), inplace=True)
+        assert y is exponential
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (y if grad_enabled else exponential).sum().backward()
+
+
+def test_write_over_in_inference_mode():
+    with torch.inference_mode():
+        x = random(2, 6, 5, 5) * 1
+        expected = tail(functional, x, None)
+        assert torch.equal(tail(functional, x, None, inplace=True), expected)
+
+
+def leaf(*shape: int) -> Tensor:
+    return random(*shape).requires_grad_()
+
+
+def without_gradients(*arguments, **options):
+    with torch.no_grad():
+        return tail(functional, *arguments, **options, inplace=True)
+
+
+def outside_inference_mode():
+    with torch.inference_mode():
+        x = random(2, 4, 3, 3) * 1
+    return without_gradients(x, None)
+
+
+REFUSED = {
+    "a residual to write over while gradients are enabled; got None": lambda: tail(
+        functional, leaf(2, 4, 3, 3), None, inplace=True
+    ),
+    "post_activation identity or relu while gradients are enabled; got 'silu'": lambda: tail(
+        functional, leaf(2, 4, 3, 3), random(2, 4, 3, 3), "silu", inplace=True
+    ),
+    "a residual that is not a leaf that requires a gradient": lambda: tail(
+        functional, random(2, 4, 3, 3), leaf(2, 4, 3, 3), inplace=True
+    ),
+    "a residual that is not a view": lambda: tail(
+        functional, random(2, 4, 3, 3), (random(2, 8, 3, 3) * 1)[:, :4], inplace=True
+    ),
+    "a residual of x's strides, (36, 9, 3, 1); got (36, 1, 12, 4)": lambda: tail(
+        functional,
+        random(2, 4, 3, 3),
+        random(2, 4, 3, 3).contiguous(memory_format=torch.channels_last),
+        inplace=True,
+    ),
+    "x NCHW or channels_last; got strides (72, 18, 6, 2)": lambda: without_gradients(
+        random(2, 4, 3, 3, 2)[..., 0], random(2, 4, 3, 3)
+    ),
+    "x and residual in storages of their own": lambda: without_gradients(*random(2, 2, 4, 3, 3)),
+    "no tensor of inference_mode outside it": outside_inference_mode,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_write_over_nothing(message):
+    with pytest.raises(ValueError) as caught:
+        REFUSED[message]()
+    assert str(caught.value) == f"inplace: expected {message}"
 
 
 @needs_operators
@@ -390,8 +573,14 @@ def test_opcheck():
     for x in strided(random(2, 8, 5, 6)).values():
         torch.library.opcheck(MOMENTS[NATIVE], (x,))
         torch.library.opcheck(GRADIENTS[NATIVE], (x, x, norm, random(2, 2, 8), random(2, 8), 2))
-        for y, residual, post in ((None, None, 0), (x, None, 1), (None, x, 2)):
-            torch.library.opcheck(DOTS[NATIVE], (x, x, y, residual, norm, gate, 2, post))
+        for post in (0, 1, 2):
+            arguments = (x, gate, norm, x, 2, post, post == 1)
+            torch.library.opcheck(SCALE[NATIVE], arguments)
+            bits = SCALE[NATIVE](*arguments)[1] if post == 1 else None
+            torch.library.opcheck(DOTS[NATIVE], (x, x, bits, x if post == 2 else None, norm, gate, 2, post))
+    for layout in LAYOUTS:
+        x = in_layout(random(2, 8, 5, 6), layout)
+        torch.library.opcheck(SCALE_INTO[NATIVE], (x, gate, norm, None, torch.empty_like(x), 2, 1, True))
 
 
 def test_checkpointing():
