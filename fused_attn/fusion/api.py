@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from torch import nn
@@ -49,12 +49,10 @@ def candidates(model: nn.Module, tails: bool = False) -> Iterator[tuple[str, nn.
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         one_op = one_op or (isinstance(recipe, OwnLayers) and recipe.whole)
         if one_op or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            if not name:
-                parts = tuple(f"{part}." for part, _ in module.named_children())
-            else:
-                parts += tuple(f"{name}.{part}." for part, _ in module.named_children())
-        elif isinstance(recipe, OwnLayers):
-            parts += tuple(f"{name}.{part}." if name else f"{part}." for part in recipe.covers)
+            covered: Iterable[str] = dict(module.named_children())
+        else:
+            covered = recipe.covers if isinstance(recipe, OwnLayers) else ()
+        parts += tuple(f"{name}.{part}." if name else f"{part}." for part in covered)
 
 
 def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:

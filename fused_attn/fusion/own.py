@@ -87,7 +87,7 @@ def gather_excite(block: Any) -> Recipe | str:
 
 
 #: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it, and the rank of their maps.
-_AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
+AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.BAM: (("mixed_scale", "squeeze"), None),
     reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
     reference.EMA: (("scale/space",), 4),
@@ -98,13 +98,13 @@ _AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.SplitAttention: (("select", "select/with"), 4),
     reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
 }
-FUSED_FORMS.update({cls: getattr(fused_nn, cls.__name__) for cls in _AS_IN_NN})
+FUSED_FORMS.update({cls: getattr(fused_nn, cls.__name__) for cls in AS_IN_NN})
 
 
-@register(*_AS_IN_NN)
+@register(*AS_IN_NN)
 def as_in_nn(block: Any) -> Recipe | str:
-    (cls,) = (cls for cls in _AS_IN_NN if isinstance(block, cls))
-    functions, rank = _AS_IN_NN[cls]
+    (cls,) = (cls for cls in AS_IN_NN if isinstance(block, cls))
+    functions, rank = AS_IN_NN[cls]
     bypassed: tuple[str, ...] = ()
     if "select" in functions:  # the convolutions run; in eval the BatchNorms and the excitation do not
         bypassed = paths_but(block, *(path for path, layer in block.named_modules() if is_branch(path, layer)))
@@ -118,7 +118,7 @@ def is_branch(path: str, layer: nn.Module) -> bool:
 
 def own_functions(block: Any) -> tuple[str, ...] | None:
     """The fused functions in a block of `fused_attn.nn` that is not one of them alone; None for others."""
-    return next((functions for cls, (functions, _) in _AS_IN_NN.items() if isinstance(block, cls)), None)
+    return next((functions for cls, (functions, _) in AS_IN_NN.items() if isinstance(block, cls)), None)
 
 
 def own_recipe(block: Any) -> Recipe | None:

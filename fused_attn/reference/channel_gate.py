@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,6 +66,26 @@ def channel_logits(
     if pool == "avgmax":
         return logits_of(0.5 * x.mean(space(x)) + 0.5 * global_max(x, ties))
     return logits_of(x.mean(space(x)) if pool == "avg" else global_max(x, ties))
+
+
+def gate_alone(
+    x: Tensor,
+    squeeze: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    logits_of: Callable[[Tensor], Tensor],
+    *,
+    pool: str,
+    ties: str,
+    gate: str,
+) -> Tensor:
+    """(B, C, *spatial) to the (B, C) gate. squeeze: as `reference.squeeze`; logits_of: from descriptors to logits."""
+    pooled = squeeze(x, "avgmax" if pool == "both" else pool, ties=ties)
+    if isinstance(pooled, Tensor):
+        logits = logits_of(pooled)
+    elif pool == "both":
+        logits = logits_of(pooled[0]) + logits_of(pooled[1])
+    else:
+        logits = logits_of(0.5 * pooled[0] + 0.5 * pooled[1])
+    return FUNCTIONS[gate](logits)
 
 
 def channel_gate(

@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from ..codes import ACTIVATIONS, FUNCTIONS, POOLS, TIES, code
-from .channel_gate import channel_gate, excite
+from ..codes import ACTIVATIONS, POOLS, TIES, code
+from .channel_gate import channel_gate, excite, gate_alone
 from .squeeze import per_channel, squeeze
 
 Excitation = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -111,14 +111,8 @@ class _ChannelGate(nn.Module):
             )
         if residual is not None:
             raise ValueError("residual: the gate alone has none; expected None with return_gate=True")
-        pooled = self._squeeze(x, "avgmax" if self.pool == "both" else self.pool, ties=self.ties)
-        if isinstance(pooled, Tensor):
-            logits = self._logits(pooled)
-        elif self.pool == "both":
-            logits = self._logits(pooled[0]) + self._logits(pooled[1])
-        else:
-            logits = self._logits(0.5 * pooled[0] + 0.5 * pooled[1])
-        return per_channel(FUNCTIONS[self.gate](logits), x)
+        options = {"pool": self.pool, "ties": self.ties, "gate": self.gate}
+        return per_channel(gate_alone(x, self._squeeze, self._logits, **options), x)
 
     def _logits(self, descriptor: Tensor) -> Tensor:
         return excite(descriptor, *self._excitation(), layer=self.layer, activation=self.activation)

@@ -14,7 +14,7 @@ from fused_attn import functional, reference
 from fused_attn.backends import choose
 from fused_attn.ops.select import BACKWARD, DOTS, FORWARD, GRADIENTS, SQUEEZE, SUM, empty_gradients, empty_sum
 from fused_attn.reference.select import select_weights
-from tests.checks import LAYOUTS, assert_as_good_as_eager, assert_equivalent, in_layout, largest, random, run
+from tests.checks import LAYOUTS, assert_as_good_as_eager, assert_equivalent, gradcheck, in_layout, largest, random, run
 from tests.ops.test_channel_gate import ACTIVATIONS, strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -401,18 +401,15 @@ def test_a_use_beside_the_sum(used):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("two_phases", [False, True])
-def test_gradcheck_and_double_backward(two_phases, form, layout):
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradcheck(twice, two_phases, form, layout, fast=False):
     shape, dtype = (2, 3, 2, 3), torch.float64
     inputs = maps(shape, 2, form, layout, dtype) | affine_of(3, 2, dtype)
     inputs |= {} if two_phases else weights(3, 2, hidden=4, dtype=dtype)
-    names = list(inputs)
-    block = excitation_of(3, 2, dtype, norm=False)
-    options = {"excitation": block} if two_phases else {}
+    options = {"excitation": excitation_of(3, 2, dtype, norm=False)} if two_phases else {}
     function = functional.select_with if two_phases else functional.select
     call = apply(function, 2 if form == "joined" else None, pre_activation="sigmoid", **options)
-    leaves = [v.detach().requires_grad_() for v in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *tensors: call(**dict(zip(names, tensors, strict=True))), leaves)
-    assert torch.autograd.gradgradcheck(lambda *tensors: call(**dict(zip(names, tensors, strict=True))), leaves)
+    gradcheck(call, inputs, twice=twice, fast=fast)
 
 
 @pytest.mark.parametrize("two_phases", [False, True])

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -48,6 +49,9 @@ class Recorder(TorchDispatchMode):
         self._values[id(tensor)] = value
         self._keep.append(tensor)
         self._storages.setdefault(_storage(tensor), []).append(id(tensor))
+
+    def knows(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._values
 
     def get(self, tensor: Tensor) -> Value:
         if id(tensor) not in self._values:
@@ -196,21 +200,22 @@ _REMARKS = {
     "set_grad_enabled": "switches gradients",
     "gc": "",
 }
-_STATE_OPS = {
-    "STORE_ATTR": "keeps state",
-    "DELETE_ATTR": "keeps state",
-    "STORE_GLOBAL": "keeps state",
-    "STORE_SUBSCR": "keeps state",
-}
+#: Instructions by which Python code keeps state.
+STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
 _codes: dict[CodeType, str | None] = {}
+
+
+def stores(code: CodeType) -> bool:
+    """Whether a function keeps state."""
+    import dis
+
+    return any(i.opname in STORES for i in dis.get_instructions(code))
 
 
 def _remark_of_code(code: CodeType) -> str | None:
     """What a function of the user's does that is no computation."""
-    import dis
-
     if code not in _codes:
-        _codes[code] = next((_STATE_OPS[i.opname] for i in dis.get_instructions(code) if i.opname in _STATE_OPS), None)
+        _codes[code] = "keeps state" if stores(code) else None
     return _codes[code]
 
 
@@ -315,15 +320,26 @@ def _called_by_library(frame: FrameType) -> bool:
 # Capture
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a part of the module, at this path, of this class, with one tensor in and one out."""
+
+    path: str
+    kind: type
+    input: Value
+    output: Value
+
+
 @dataclass
 class Captured:
-    """What a module computes: from its input of this shape, in this mode."""
+    """What a module computes: from its input of this shape, in this mode. calls: of its parts, the inner ones first."""
 
     graph: Graph
     output: Value
     dtype: torch.dtype
     strange: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     @property
     def remark(self) -> str | None:
@@ -342,17 +358,18 @@ def capture(
     training: bool = False,
     dtype: torch.dtype = torch.float32,
     watch: bool = True,
-    graph: Graph | None = None,
+    maps: Sequence[str] = (),
 ) -> Captured:
     """The canonical form of module(x) for x of this shape.
 
-    Nothing of the module is changed: parameters and buffers are stood in for.
+    Nothing of the module is changed: parameters and buffers are stood in for. maps: names of parameters that stand for
+    other inputs.
 
     Raises:
         Refused: it branches on data, returns no single tensor, or is larger than any block.
         Exception: whatever the module raises for such an input.
     """
-    graph = graph or Graph()
+    graph = Graph()
     recorder = Recorder(graph)
     remarks = recorder.remarks
     modes = [(m, m.training) for m in module.modules()]
@@ -362,20 +379,21 @@ def capture(
         counted: set[int] = set()
         for name, p in (*module.named_parameters(), *module.named_buffers()):
             tensors[id(p)] = torch.empty(p.shape, dtype=dtype if p.is_floating_point() else p.dtype, device="meta")
-            recorder.put(tensors[id(p)], graph.leaf("leaf", name, p.shape))
+            recorder.put(tensors[id(p)], graph.leaf("input" if name in maps else "leaf", name, p.shape))
             if name.endswith("num_batches_tracked"):
                 counted.add(_storage(tensors[id(p)]))
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
         contents, held = _contents(module), [(part, dict(part.__dict__)) for part in module.modules()]
         dead: list[weakref.ref] = []
+        calls: list[Call] = []
         try:
             for m, _ in modes:
                 m.training = training
             quiet = _Quiet()
             with (
                 as_original(),
-                without_hooks(module),
+                recording(module, recorder, calls),
                 standing_in(module, tensors),
                 recorder,
                 contextlib.redirect_stdout(quiet),
@@ -407,7 +425,7 @@ def capture(
         buffers = {_storage(t) for t in tensors.values()}
         if any(_storage(t) in buffers - counted for t in recorder.written):
             remarks.append("writes into a parameter or buffer")
-        result = Captured(graph, output, y.dtype, recorder.strange, remarks)
+        result = Captured(graph, output, y.dtype, recorder.strange, remarks, calls)
         known = {id(t) for t in tensors.values()} | {id(x)}
         dead = [weakref.ref(t) for t in recorder._keep if id(t) not in known]
         recorder._keep.clear()
@@ -441,15 +459,40 @@ def standing_in(module: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Nobody's hooks are called for tensors without data."""
+def recording(module: nn.Module, recorder: Recorder, calls: list[Call]) -> Iterator[None]:
+    """Note the calls of a module's parts by hooks. Nobody else's are called for tensors without data."""
     before = [(m, h, m.__dict__[h]) for m in module.modules() for h in HOOKS if m.__dict__.get(h)]
     for m, h, hooks in before:
         m.__dict__[h] = type(hooks)()
+    places = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
+    names = {m: name for name, m in module.named_modules() if name and all(h in m.__dict__ for h in places)}
+    before += [(m, h, m.__dict__[h]) for m in names for h in places]
+    waiting: list[tuple[nn.Module, Value | None]] = []  # calls under way, with what their inputs were before them
+
+    def value_of(x: Any) -> Value | None:
+        try:
+            return recorder.get(x) if isinstance(x, Tensor) and recorder.knows(x) else None
+        except Unsupported:
+            return None
+
+    def begin(part: nn.Module, args: tuple, kwargs: dict) -> None:
+        waiting.append((part, value_of(args[0]) if len(args) == 1 and not kwargs else None))
+
+    def end(part: nn.Module, args: tuple, result: Any) -> None:
+        caller, given = waiting.pop()
+        while caller is not part:  # one that raised, and somebody caught it
+            caller, given = waiting.pop()
+        made = value_of(result)
+        if given is not None and made is not None:
+            calls.append(Call(names[part], type(part), given, made))
+
+    for m in names:
+        for place, hook in zip(places, (begin, True, end), strict=True):
+            m.__dict__[place] = OrderedDict({0: hook})
     try:
         yield
     finally:
-        for m, h, hooks in before:
+        for m, h, hooks in reversed(before):
             m.__dict__[h] = hooks
 
 

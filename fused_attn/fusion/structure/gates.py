@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ... import functional
 from ...codes import FUNCTIONS
-from ...reference.channel_gate import excite
+from ...reference.channel_gate import excite, gate_alone
 from ..registry import ChannelGate, SpatialGate
-
-
-def _at(block: Any, path: str | None) -> Any:
-    for part in path.split(".") if path else ():
-        block = getattr(block, part)
-    return block if path else None
+from ..swap import layer_at, parameter_at, split_path
 
 
 def channel_mask(block: nn.Module, gate: ChannelGate, x: Tensor) -> Tensor:
     """The (B, C) gate of a channel attention, one pass over x."""
-    weights = [_at(block, path) for path in (gate.weight1, gate.bias1, gate.weight2, gate.bias2)]
+    paths = gate.weight1, gate.bias1, gate.weight2, gate.bias2
+    weights = [parameter_at(block, split_path(path)) for path in paths]
 
     def logits(descriptor: Tensor) -> Tensor:
         return excite(descriptor, *weights, layer=gate.layer, activation=gate.activation)
 
-    pooled = functional.squeeze(x, "avgmax" if gate.pool == "both" else gate.pool, ties=gate.ties)
-    if isinstance(pooled, Tensor):
-        return FUNCTIONS[gate.gate](logits(pooled))
-    if gate.pool == "both":
-        return FUNCTIONS[gate.gate](logits(pooled[0]) + logits(pooled[1]))
-    return FUNCTIONS[gate.gate](logits(0.5 * pooled[0] + 0.5 * pooled[1]))
+    return gate_alone(x, functional.squeeze, logits, pool=gate.pool, ties=gate.ties, gate=gate.gate)
 
 
 class ChannelMask:
@@ -54,7 +43,7 @@ class SpatialMask:
         self.gate, self.shape = gate, shape
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
-        conv, *norms = (_at(block, path) for path in self.gate.layers)
+        conv, *norms = (layer_at(block, path) for path in self.gate.layers)
         z = functional.spatial_logits(
             functional.channel_pool(x, order=self.gate.order, ties=self.gate.ties), conv.weight, conv.bias
         )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_TERMS = 24
+MAX_PARTS = 8
 
 
 class Unsupported(Exception):
@@ -147,11 +148,35 @@ class Graph:
         return self.node("poly", atoms, tuple(attrs), [sizes[a] for a in order]), tuple(order)
 
     def _combine(self, values: Sequence[Value], terms: Callable[[list[list[Term]]], list[Term]]) -> Value:
+        values = self._flattened(values)
         layout, places, sizes = align(values)
         parts = [_terms(v.node, place) for v, place in zip(values, places, strict=True)]
         node, order = self.poly(terms(parts), sizes)
         back = {axis: i for i, axis in enumerate(order)}
         return Value(node, tuple(e if isinstance(e, Spread) else tuple(back[a] for a in e) for e in layout))
+
+    def _flattened(self, values: Sequence[Value]) -> list[Value]:
+        """Where others have one axis in a dimension, several that lie flattened in it are made one."""
+        found = list(values)
+        for d in range(1, max(len(v.layout) for v in values) + 1):
+            entries = [v.layout[-d] if d <= len(v.layout) else () for v in found]
+            axes = {len(e) for e in entries if not isinstance(e, Spread)}
+            if 1 in axes and max(axes) > 1:
+                found = [
+                    self._flatten(v, len(v.layout) - d) if not isinstance(e, Spread) and len(e) > 1 else v
+                    for v, e in zip(found, entries, strict=True)
+                ]
+        return found
+
+    def _flatten(self, value: Value, dim: int) -> Value:
+        first, *rest = (a for a in value.layout[dim])  # type: ignore[union-attr]
+        sizes = [n for a, n in enumerate(value.node.sizes) if a not in rest]
+        at = first - sum(a < first for a in rest)
+        sizes[at] = value.shape[dim]
+        node = self.node("flatten", [value.node], (first, *rest), sizes)
+        layout = list(mapped(value.layout, lambda a: a - sum(b < a for b in rest)))
+        layout[dim] = (at,)
+        return Value(node, tuple(layout))
 
     def add(self, values: Sequence[Value], factors: Sequence[float]) -> Value:
         return self._combine(
@@ -248,14 +273,13 @@ class Graph:
         return self.node(op, [node], (all_axes, ties) if op == "max" else (all_axes,), sizes)
 
     def _sum_of_stack(self, node: Node, axes: list[int]) -> Value | None:
-        """The sum over a stack, or over its product with other values, spelled out; with the axes of the node that
-        are left, in their order."""
+        """The sum over a stack or over equal parts of an axis, or over the product of such with other values, spelled
+        out; with the axes of the node that are left, in their order."""
         if len(axes) != 1:
             return None
         (axis,) = axes
         terms = _terms(node, range(len(node.sizes)))
-        stacks = [n for _, f in terms for n, places in f if n.op == "stack" and places[-1] == axis]
-        if not stacks:
+        if not any(_is_branching(n, places.index(axis)) for _, f in terms for n, places in f if axis in places):
             return None
         left = [a for a in range(len(node.sizes)) if a != axis]
         spelled: list[Term] = []
@@ -279,6 +303,21 @@ class Graph:
         return Value(result, tuple((order.index(i),) for i in range(len(left))))
 
     # Pieces
+
+    def pieces(self, value: Value, dim: int) -> list[Value]:
+        """What is one behind the other in this dimension, where that is written down: of a stack, a concatenation."""
+        entry, node = value.layout[dim], value.node
+        if isinstance(entry, Spread) or len(entry) != 1:
+            return [value]
+        if node.op == "stack" and entry[0] == len(node.sizes) - 1:
+            return [self.slice(value, dim, i, 1) for i in range(len(node.inputs))]
+        if node.op != "concat" or entry[0] != node.attrs[0]:
+            return [value]
+        orders = node.attrs[1:]
+        return [
+            Value(piece, mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
+            for piece, order in zip(node.inputs, orders, strict=True)
+        ]
 
     def stack(self, values: Sequence[Value], dim: int) -> Value:
         """Values whose dimension `dim` has size one, one behind the other along it."""
@@ -319,10 +358,35 @@ class Graph:
         index %= node.sizes[axis]
         if node.op == "stack" and axis == len(node.sizes) - 1:
             order = node.attrs[index]
-            return Value(node.inputs[index], _mapped(rest, lambda a: order.index(a)))
+            return Value(node.inputs[index], mapped(rest, lambda a: order.index(a)))
+        if node.op == "unflatten" and axis == node.attrs[0]:  # one of equal parts of the axis that was split
+            length = node.sizes[axis + 1]
+            part = self.slice(plain(node.inputs[0]), axis, index * length, length)
+            return Value(part.node, mapped(rest, lambda a: axis_of(part.layout[a - (a > axis)])))
+        if node.op == "flatten":
+            inner = [a for a in range(len(node.inputs[0].sizes)) if a not in node.attrs[1:]]
+            if inner[axis] != node.attrs[0]:
+                return self._select_inside(node, rest, inner, axis, index)
         sizes = [n for a, n in enumerate(node.sizes) if a != axis]
         chosen = self.node("select", [node], (axis, index), sizes)
-        return Value(chosen, _mapped(rest, lambda a: a - (a > axis)))
+        return Value(chosen, mapped(rest, lambda a: a - (a > axis)))
+
+    def _select_inside(self, node: Node, rest: tuple[Entry, ...], inner: list[int], axis: int, index: int) -> Value:
+        """Of flattened axes, what was chosen before they were flattened. inner: the axes as they were before."""
+        part = self.select(plain(node.inputs[0]), inner[axis], index)
+
+        def after(a: int) -> int:
+            return axis_of(part.layout[a - (a > inner[axis])])
+
+        joined = tuple(after(a) for a in node.attrs)
+        entries = tuple(
+            e
+            if isinstance(e, Spread)
+            else tuple(b for a in e for b in (joined if inner[a] == node.attrs[0] else (after(inner[a]),)))
+            for e in rest
+        )
+        (dim,) = (d for d, e in enumerate(entries) if not isinstance(e, Spread) and joined[0] in e)
+        return self._flatten(Value(part.node, entries), dim)
 
     def slice(self, value: Value, dim: int, start: int, length: int) -> Value:
         if length == value.shape[dim]:
@@ -334,6 +398,9 @@ class Graph:
         if length == 1:
             chosen = self.select(value, dim, start)
             return Value(chosen.node, (*chosen.layout[:dim], (), *chosen.layout[dim:]))
+        if len(entry) > 1 and start % length == 0 and length == math.prod(node.sizes[a] for a in entry[1:]):
+            split = Value(node, (*value.layout[:dim], entry[:1], entry[1:], *value.layout[dim + 1 :]))
+            return self.select(split, dim, start // length)
         axis = axis_of(entry)
         if node.op == "stack" and axis == len(node.sizes) - 1:
             return self.stack([self.slice(value, dim, start + i, 1) for i in range(length)], dim)
@@ -343,7 +410,7 @@ class Graph:
                 order = node.attrs[1 + i]
                 size = piece.sizes[order.index(axis)]
                 if (at, size) == (start, length):
-                    return Value(piece, _mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
+                    return Value(piece, mapped(value.layout, lambda a, order=order: order.index(a)))  # type: ignore[misc]
                 at += size
         whole = node.sizes[axis]
         sizes = [length if a == axis else n for a, n in enumerate(node.sizes)]
@@ -389,6 +456,8 @@ class Graph:
             raise Unsupported
         (axis,) = item
         first = size // product
+        if value.node.op == "concat" and axis == value.node.attrs[0] and len(value.node.inputs) == first:
+            return self._stacked(value.node, axis, value.layout)
         sizes = [*value.node.sizes[:axis], first, n // first, *value.node.sizes[axis + 1 :]]
         node = self.node("unflatten", [value.node], (axis,), sizes)
         layout = tuple(
@@ -398,6 +467,21 @@ class Graph:
             for e in value.layout
         )
         return Value(node, layout)
+
+    def _stacked(self, node: Node, axis: int, layout: tuple[Entry, ...]) -> Value:
+        """A concatenation of equal pieces, split between them: the stack of these."""
+        pieces = self.pieces(plain(node), axis)
+        if len({p.shape for p in pieces}) != 1:
+            raise Unsupported
+        whole = self.stack([Value(p.node, (*p.layout[:axis], (), *p.layout[axis:])) for p in pieces], axis)
+        place = [axis_of(e) for e in whole.layout]
+        entries = (
+            e
+            if isinstance(e, Spread)
+            else tuple(b for a in e for b in ((place[a], place[a + 1]) if a == axis else (place[a + (a > axis)],)))
+            for e in layout
+        )
+        return Value(whole.node, tuple(entries))
 
     def _rejoined(self, value: Value) -> Value:
         """An axis that was split and lies flattened again is the axis it was."""
@@ -413,7 +497,7 @@ class Graph:
             if entry[at + 1 : at + 2] != (axis + 1,):
                 return value
             joined.append((*entry[: at + 1], *entry[at + 2 :]))
-        return Value(value.node.inputs[0], _mapped(joined, lambda a: a - (a > axis)))
+        return Value(value.node.inputs[0], mapped(joined, lambda a: a - (a > axis)))
 
     def expand(self, value: Value, shape: Sequence[int]) -> Value:
         layout: list[Entry] = list(value.layout)
@@ -441,7 +525,7 @@ class Graph:
         else:
             del sizes[axis]
             layout[dim] = ()
-            layout = list(_mapped(layout, lambda a: a - (a > axis)))
+            layout = list(mapped(layout, lambda a: a - (a > axis)))
         return Value(self.node(op, inputs, attrs, sizes, options), tuple(layout))
 
     def dense(self, value: Value, dim: int, weight: Node, out: int, order: str) -> Value:
@@ -451,7 +535,14 @@ class Graph:
         return self.channels("dense", [value.node, weight], (axis, out != 1, order), (), value, dim, out)
 
 
-def _mapped(layout: Iterable[Entry], function: Callable[[int], int]) -> tuple[Entry, ...]:
+def _is_branching(node: Node, axis: int) -> bool:
+    """Whether it has different things along an axis: what was stacked, or parts of an axis that was split."""
+    return (node.op == "stack" and axis == len(node.sizes) - 1) or (
+        node.op == "unflatten" and axis == node.attrs[0] and node.sizes[axis] <= MAX_PARTS
+    )
+
+
+def mapped(layout: Iterable[Entry], function: Callable[[int], int]) -> tuple[Entry, ...]:
     return tuple(e if isinstance(e, Spread) else tuple(function(a) for a in e) for e in layout)
 
 
@@ -459,7 +550,7 @@ def _without(value: Value, kept: tuple[Entry, ...], axes: list[int]) -> Value:
     """A value whose dimensions are the axes that `axes` leaves, in the layout that `kept` gives these."""
     gone = axes[0]
     inner = [axis_of(e) for e in value.layout]
-    return Value(value.node, _mapped(kept, lambda a: inner[a - (a > gone)]))
+    return Value(value.node, mapped(kept, lambda a: inner[a - (a > gone)]))
 
 
 def of_shape(node: Node, shape: Sequence[int]) -> Value:

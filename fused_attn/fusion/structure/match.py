@@ -10,6 +10,8 @@ from .graph import Graph, Node, Unsupported
 
 #: Activations by which a template marks that any may stand there, and the option that this one is.
 MARKERS = {"gelu_tanh": "activation", "hard_swish": "gate"}
+#: Names of weights by which a template marks that any computation may stand for the layer that has them.
+ANY = "any"
 
 
 @dataclass
@@ -34,8 +36,12 @@ def unify(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Ma
             yield match
         return
     if template.op == "input":
-        if len(node.sizes) == len(template.sizes):
+        used = any(t.op == "input" and c is node for t, c in match.nodes.items())
+        if len(node.sizes) == len(template.sizes) and not used:
             yield match.with_node(template, node)
+        return
+    if template.op == "dense" and template.inputs[1].name.startswith(ANY):
+        yield from _unify_any(template, node, graph, match)
         return
     if template.op == "leaf":
         free = node.op == "leaf" and len(node.sizes) == len(template.sizes)
@@ -58,6 +64,16 @@ def unify(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Ma
     for inputs in orders:
         for found in _unify_all(template.inputs, inputs, graph, match):
             yield found.with_node(template, node)
+
+
+def _unify_any(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Match]:
+    """Whatever is computed from what the template's is, and from nothing else but parameters."""
+    if len(node.sizes) != len(template.sizes):
+        return
+    for source in reached(node):
+        if all(n.op != "input" for n in reached(node, source)):
+            for found in unify(template.inputs[0], source, graph, match):
+                yield found.with_node(template, node)
 
 
 def _unify_all(templates: tuple[Node, ...], nodes: tuple[Node, ...], graph: Graph, match: Match) -> Iterator[Match]:
@@ -109,13 +125,13 @@ def _instance(template: Node, graph: Graph, match: Match) -> Node | None:
     return node if order == tuple(range(len(sizes))) else None
 
 
-def reached(node: Node) -> list[Node]:
-    """A node and all it is computed from, each once."""
+def reached(node: Node, end: Node | None = None) -> list[Node]:
+    """A node and all it is computed from, each once; not through `end`."""
     seen: dict[int, Node] = {}
     waiting = [node]
     while waiting:
         current = waiting.pop()
-        if id(current) not in seen:
+        if id(current) not in seen and current is not end:
             seen[id(current)] = current
             waiting += current.inputs
     return list(seen.values())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .graph import Entry, Graph, Spread, Unsupported, Value, _mapped, axis_of, axis_or_none, of_shape
+from .graph import Entry, Graph, Spread, Unsupported, Value, axis_of, axis_or_none, of_shape
 
 #: Operator -> function(graph, shape of the first output, *args, **kwargs) -> Value or several.
 OPERATORS: dict[str, Callable[..., Any]] = {}
@@ -293,9 +293,12 @@ def _(graph: Graph, shape: Any, a: Value, **_: Any) -> Value:
 @operator("cat")
 def _(graph: Graph, shape: Any, values: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(shape)
-    if all(v.layout[dim] == () for v in values):
-        return graph.stack(values, dim)
-    return graph.concatenate(values, dim)
+    if len(values) == 1:
+        return values[0]
+    pieces = [p for v in values for p in graph.pieces(v, dim)]
+    if all(v.layout[dim] == () for v in pieces):
+        return graph.stack(pieces, dim)
+    return graph.concatenate(pieces, dim)
 
 
 @operator("stack")
@@ -456,6 +459,3 @@ def opaque(graph: Graph, name: str, args: Sequence[Any], shape: Sequence[int]) -
 
     attrs = (name, *(seen(x) for x in args))
     return of_shape(graph.node("opaque", inputs, attrs, [n for n in shape if n != 1]), shape)
-
-
-__all__ = ["OPERATORS", "opaque", "_mapped"]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import OwnLayers, Recipe, known_class
-from .recognise import HOST, outcome_of, recipe_of_one
+from .capture import stores
+from .recognise import host_of, outcome_of, recipe_of_one
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply}
@@ -43,7 +44,7 @@ class Composite(nn.Module):
 
 def composite_of(block: nn.Module) -> OwnLayers | None:
     """How a module runs with the gates of its children fused into the products in its forward; None: it has none."""
-    cls = HOST(type(block))
+    cls = host_of(type(block))
     forward = cls.forward
     if cls.__module__.partition(".")[0] == "torch" or not inspect.isfunction(forward) or "forward" in block.__dict__:
         return None
@@ -82,7 +83,7 @@ def _gates_of(block: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
             path = f"{prefix}{name}"
             if type(child) in _CONTAINERS:
                 look(child, f"{path}.")
-            elif known_class(HOST(type(child))) is None:
+            elif known_class(host_of(type(child))) is None:
                 outcome = outcome_of(child)
                 if outcome.found is not None and outcome.found.kind in ("channel", "spatial"):
                     found[path] = child, outcome.found.mask
@@ -96,7 +97,6 @@ _FORBIDDEN = {
     "training", "random", "rand", "randn", "bernoulli", "time", "logging", "logger", "is_scripting", "is_tracing",
     "requires_grad", "append", "setattr", "eval", "exec", "dropout", "register_buffer", "record_function",
 }  # fmt: skip
-_STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
 
 
 def _reached_code(cls: type, forward: Callable) -> list[CodeType]:
@@ -118,10 +118,7 @@ def _reached_code(cls: type, forward: Callable) -> list[CodeType]:
 
 def _is_impure(cls: type, forward: Callable) -> bool:
     """Whether it may do something that a trace does not show."""
-    return any(
-        _FORBIDDEN & set(code.co_names) or any(i.opname in _STORES for i in dis.get_instructions(code))
-        for code in _reached_code(cls, forward)
-    )
+    return any(_FORBIDDEN & set(code.co_names) or stores(code) for code in _reached_code(cls, forward))
 
 
 def _writes_in_place(cls: type, forward: Callable) -> bool:

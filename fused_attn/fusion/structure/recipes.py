@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import nn as fused_nn
+from ... import reference
 from ...reference.block_attention import CONVOLUTIONS, NORMS
-from ..own import _AS_IN_NN
+from ..own import AS_IN_NN
 from ..registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
 from . import gates, templates
 from .capture import Captured
 from .graph import Node, Spread, Unsupported, Value
 from .match import Match, reached, unify
+from .selections import find_selections
 from .templates import Template
 
 Maker = Callable[[nn.Module], "Recipe | str"]
@@ -25,7 +27,7 @@ Maker = Callable[[nn.Module], "Recipe | str"]
 class Found:
     """A recognised computation. mask: it is a gate alone, in this layout of its axes."""
 
-    kind: str  # "channel", "spatial", "cbam" or the class's name
+    kind: str  # "channel", "spatial", "cbam", "selection" or the class's name
     recipe: Maker
     mask: bool = False
 
@@ -43,6 +45,8 @@ def find(captured: Captured, rank: int) -> Iterator[Found]:
     if len(inputs) != 1:
         return
     (x,) = inputs
+    for maker in find_selections(captured, x, rank):
+        yield Found("selection", maker)
     leaves = sum(n.op == "leaf" for n in every)
     if not _plain_output(output, x):
         yield from _masks(captured, x, leaves, rank)
@@ -54,14 +58,13 @@ def find(captured: Captured, rank: int) -> Iterator[Found]:
         for template in templates.modules(rank):
             if template.leaves == leaves:
                 for match in unify(template.output, node, graph, Match()):
-                    if match.nodes.get(_input(template)) is x:
+                    if match.nodes.get(template.input) is x:
                         yield Found(template.name, _shell(template, match, rank, x.sizes[1]))
                         break
 
 
 def _input(template: Template) -> Node:
-    (node,) = (n for n in reached(template.output) if n.op == "input")
-    return node
+    return template.input
 
 
 def _residual(captured: Captured, node: Node, x: Node) -> Iterator[tuple[Node, bool]]:
@@ -95,7 +98,7 @@ def _gates(
         for template in templates.channel_gates(rank):
             if template.leaves == leaves:
                 for match in unify(template.output, node, graph, Match()):
-                    if match.nodes.get(_input(template)) is x:
+                    if match.nodes.get(template.input) is x:
                         yield Found(
                             "channel", _constant(replace(_channel(template, match, rank), adds_input=adds_input))
                         )
@@ -106,7 +109,7 @@ def _gates(
         if template.leaves > leaves:
             continue
         for match in unify(template.output, node, graph, Match()):
-            gated = match.nodes.get(_input(template))
+            gated = match.nodes.get(template.input)
             if gated is None:
                 continue
             spatial = _spatial(template, match, rank, adds_input)
@@ -131,7 +134,7 @@ def _masks(captured: Captured, x: Node, leaves: int, rank: int) -> Iterator[Foun
         if template.leaves != leaves:
             continue
         for match in unify(template.mask, node, captured.graph, Match()):
-            if match.nodes.get(_input(template)) is not x:
+            if match.nodes.get(template.input) is not x:
                 continue
             shape = "expanded" if any(wide) else "flat" if len(layout) == 2 else "kept"
             if channel:
@@ -257,10 +260,9 @@ def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
     cls = getattr(fused_nn, template.name)
 
     def make(block: nn.Module) -> Recipe | str:
-        shell = templates._without_bias(cls, layers, channels=templates.CHANNELS, **options)
-        shell.channels = channels if paths else None  # type: ignore[assignment]
-        if template.name == "TripletAttention":
-            shell.channels = None  # type: ignore[assignment]
+        shell = templates.without_bias(cls, layers, channels=templates.CHANNELS, **options)
+        # Triplet attention takes any channels, and so does what has no parameters.
+        shell.channels = channels if paths and template.name != "TripletAttention" else None  # type: ignore[assignment]
         used: list[str] = []
         for ours, found in paths.items():
             if len(found) != 1 or "" in found:
@@ -275,8 +277,7 @@ def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
             used.append(path)
         forward = gates.Shell(shell)
         bypassed = tuple(name for name in _every_part(block) if name not in used)
-        reference_class = next(c for c in _AS_IN_NN if c.__name__ == template.name)
-        functions, fixed = _AS_IN_NN[reference_class]
+        functions, fixed = AS_IN_NN[getattr(reference, template.name)]
         return OwnLayers(forward, template.name, functions, rank=fixed or rank + 2, bypassed=bypassed, whole=True)
 
     def _fitting(layer: nn.Module, place: nn.Module, name: str) -> nn.Module | None:

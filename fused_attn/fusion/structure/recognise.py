@@ -17,6 +17,7 @@ from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, check
 from .graph import Node
 from .match import reached
 from .recipes import Found, find
+from .selections import why_no_selection
 
 MAX_PARTS = 60
 
@@ -38,14 +39,14 @@ class Outcome:
 _outcomes: weakref.WeakKeyDictionary[type, dict[Hashable, Outcome]] = weakref.WeakKeyDictionary()
 
 
-def HOST(cls: type) -> Any:
+def host_of(cls: type) -> Any:
     """The class that a fused block had; any other class itself."""
     return getattr(cls, "_fused_attn_host", cls)
 
 
 def is_candidate(block: nn.Module) -> bool:
     """Whether it may be a block of somebody's: a class of its own, with a forward of its own, of one argument."""
-    cls = HOST(type(block))
+    cls = host_of(type(block))
     if cls.__module__.partition(".")[0] == "torch" or "forward" in block.__dict__:
         return False
     forward: Any = cls.forward
@@ -69,7 +70,7 @@ def key_of(block: nn.Module) -> tuple[Hashable, tuple[Any, ...]]:
     held: list[Any] = []
     firsts: dict[int, str] = {}
     for name, part in block.named_modules(remove_duplicate=False):
-        cls = HOST(type(part))
+        cls = host_of(type(part))
         found.append((name, cls, cls.forward, firsts.setdefault(id(part), name)))
         for key, value in part.__dict__.items():
             if key in ("_parameters", "_buffers"):
@@ -96,16 +97,10 @@ def _plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, type(None), torch.dtype, type))
 
 
-def recognise_structure(block: nn.Module) -> tuple[Found | None, str | None]:
-    """What a block is by its computation; or why something that looks like a known block is left alone."""
-    outcome = outcome_of(block)
-    return outcome.found, outcome.reason
-
-
 def outcome_of(block: nn.Module) -> Outcome:
     if not is_candidate(block):
         return Outcome()
-    known = _outcomes.setdefault(HOST(type(block)), {})
+    known = _outcomes.setdefault(host_of(type(block)), {})
     key, held = key_of(block)
     if key not in known:
         try:
@@ -277,6 +272,9 @@ def why_not(captured: Captured) -> str | None:
     """Where the output is a map times something computed from it by pooling: what keeps it from being a known block.
     None: it looks like none."""
     output = captured.output
+    selected = why_no_selection(captured)
+    if selected is not None:
+        return [*captured.remarks, *captured.strange, selected][0]
     if output.node.op == "poly":
         gates = [
             [n for n, _ in factors if n.op != "input"]

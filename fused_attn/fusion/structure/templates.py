@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ... import reference
+from ...reference.select import branch_weights
 from .capture import BATCH, SPACE, Captured, capture
 from .graph import Graph, Node
-from .match import MARKERS
+from .match import ANY, MARKERS, reached
 
 ACTIVATION, GATE = MARKERS
 CHANNELS, HIDDEN = 24, 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Template:
-    """A block with its options. leaves: how many parameters and buffers it computes with."""
+    """A block with its options. leaves: how many parameters and buffers it computes with. maps: names of those that
+    stand for maps."""
 
     kind: str
     name: str
@@ -30,18 +32,22 @@ class Template:
     options: dict[str, Any]
     rank: int
     leaves: int
-
-    def __hash__(self) -> int:
-        return id(self)
+    maps: tuple[str, ...] = ()
 
     @functools.cached_property
     def captured(self) -> Captured:
         shape = (BATCH, CHANNELS, *SPACE[: self.rank])
-        return capture(self.build(), shape, watch=False)
+        return capture(self.build(), shape, watch=False, maps=self.maps)
 
     @property
     def output(self) -> Node:
         return self.captured.output.node
+
+    @functools.cached_property
+    def input(self) -> Node:
+        """The map it is a function of; not of a selection, which has several."""
+        (node,) = (n for n in reached(self.output) if n.op == "input")
+        return node
 
     @property
     def mask(self) -> Node:
@@ -97,8 +103,7 @@ def _channel_gates(rank: int) -> Iterator[Template]:
     for pools in _POOLS:
         yield template(pools)
         for bias in biases:
-            for layer in ("conv",):
-                yield template({**pools, "layer": layer}, weight1=(1, 1, 3), bias1=(1,) if bias else None)
+            yield template({**pools, "layer": "conv"}, weight1=(1, 1, 3), bias1=(1,) if bias else None)
             yield template(pools, weight1=(CHANNELS, CHANNELS), bias1=(CHANNELS,) if bias else None)
         for hidden, (bias1, bias2) in itertools.product((HIDDEN, 1), itertools.product(biases, biases)):
             for activation in (ACTIVATION, "identity"):
@@ -123,12 +128,15 @@ def spatial_gates(rank: int) -> tuple[Template, ...]:
     return tuple(found)
 
 
-def _without_bias(cls: Callable[..., nn.Module], layers: tuple[str, ...], **options: Any) -> nn.Module:
+def without_bias(cls: Callable[..., nn.Module], layers: tuple[str, ...], **options: Any) -> nn.Module:
     block = cls(**options)
     for path, layer in block.named_modules():
         if any(part in path for part in layers) and isinstance(getattr(layer, "bias", None), nn.Parameter):
             layer.bias = None
     return block
+
+
+_without_bias = without_bias  # the name that compiled.py has for it
 
 
 #: Modules of `fused_attn.reference` by name, with the options in which they differ, and the groups of layers that
@@ -156,7 +164,7 @@ def modules(rank: int) -> tuple[Template, ...]:
                 options["rank"] = rank
             elif rank != 2 and name in ("TripletAttention", "CoordinateAttention"):
                 continue
-            build = functools.partial(_without_bias, getattr(reference, name), layers, channels=CHANNELS, **options)
+            build = functools.partial(without_bias, getattr(reference, name), layers, channels=CHANNELS, **options)
             with torch.device("meta"):
                 block = build()
             tensors = (*block.named_parameters(), *block.named_buffers())
@@ -164,3 +172,46 @@ def modules(rank: int) -> tuple[Template, ...]:
             options["bare"] = layers
             found.append(Template("module", name, build, options, rank, leaves))
     return tuple(found)
+
+
+class _Selection(nn.Module):
+    """A selection between maps that any modules make, with any excitation but for the softmax: one layer that gives the
+    logits of all branches, or one a branch."""
+
+    def __init__(self, paths: int, groups: int, joined: bool, rank: int) -> None:
+        super().__init__()
+        self.groups = groups
+        width = paths * CHANNELS if joined else CHANNELS
+        for i in range(paths):
+            shape = (BATCH, CHANNELS, *SPACE[:rank])
+            self.register_parameter(f"branch{i}", nn.Parameter(torch.empty(shape, device="meta")))
+        for i in range(1 if joined else paths):
+            self.register_parameter(f"{ANY}{i}", nn.Parameter(torch.empty((width, CHANNELS), device="meta")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps, layers = ([p for n, p in self.named_parameters() if n.startswith(kind)] for kind in ("branch", ANY))
+
+        def excitation(descriptor: Tensor) -> Tensor:
+            logits = torch.cat([nn.functional.linear(descriptor, layer) for layer in layers], 1)
+            return branch_weights(logits, len(maps), self.groups, "softmax")
+
+        return reference.select_with(maps, excitation)
+
+
+@functools.cache
+def selections(paths: int, rank: int) -> tuple[Template, ...]:
+    """Of this many branches: their weights from one layer, in one group or in several, and from one layer a branch."""
+    maps = tuple(f"branch{i}" for i in range(paths))
+    kinds = ((1, True), (2, True), (1, False))
+    return tuple(
+        Template(
+            "selection",
+            "select",
+            functools.partial(_Selection, paths, groups, joined, rank),
+            {"groups": groups, "joined": joined},
+            rank,
+            0,
+            maps,
+        )
+        for groups, joined in kinds
+    )

@@ -13,7 +13,7 @@ from fused_attn import explain, fuse
 from fused_attn.fusion import FusionError
 from fused_attn.fusion.swap import PLAN
 from tests.checks import random
-from tests.fusion.structure.pasted import CBAM, ChannelAttention, SEBlock, SpatialAttention
+from tests.fusion.structure.pasted import CBAM, SEBlock, SpatialAttention
 
 CASES: dict[str, tuple] = {}
 SEEN: list = []
@@ -240,13 +240,3 @@ def test_parts_are_fused_where_the_whole_cannot_be():
     block = fuse(PrintingCBAM(32))
     assert reason_of(block) == "prints"
     assert sum(row.fused for row in explain(block)) == 2
-
-
-def test_equal_modules_are_captured_once(monkeypatch):
-    from fused_attn.fusion.structure import recognise
-
-    examined = []
-    original = recognise._examine
-    monkeypatch.setattr(recognise, "_examine", lambda block: examined.append(block) or original(block))
-    fuse(nn.Sequential(*(ChannelAttention(40) for _ in range(20))))
-    assert len(examined) == 1
