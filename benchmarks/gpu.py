@@ -27,6 +27,8 @@ from torch import Tensor, nn
 import fused_attn
 from fused_attn.bench import blocks, models
 from fused_attn.bench.measure import Figure, Timing, copy_bandwidth, environment, interleaved
+from fused_attn.bench.memory import measure_memory
+from fused_attn.cli import show_memory, show_taxes
 from fused_attn.hosts import UnknownModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,15 +227,18 @@ def main(minutes: float, out: Path, dry_run: bool) -> None:
                     continue
                 try:
                     with fused_attn.backend(backend), torch.autocast("cuda", torch.bfloat16):
-                        figures += models.measure_pair(
-                            attention, plain, (64, 3, 224, 224), "channels_last", device, budget=5
-                        )
+                        pair = attention, plain, (64, 3, 224, 224), "channels_last", device
+                        figures.append(measure_memory(*pair, search=False))  # which takes minutes
+                        figures += models.measure_pair(*pair, budget=5)
                 except UnknownModel as error:
                     console.print(f"left out: {error}")
                 save()
     facts["cases left out for time"] = skipped
     save()
-    show(figures, f"{facts['device']}: times as long as fused" + (" (dry run: no GPU figures)" if dry_run else ""))
+    shown = [f for f in figures if "kept bytes" not in f.facts]
+    show(shown, f"{facts['device']}: times as long as fused" + (" (dry run: no GPU figures)" if dry_run else ""))
+    show_taxes([f for f in figures if "attention tax" in f.facts])
+    show_memory([f for f in figures if "kept bytes" in f.facts])
     console.print(f"{skipped} cases left out for time" if skipped else "every case was measured")
     if not dry_run:
         console.print(f"figures: {path}")

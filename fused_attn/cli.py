@@ -22,7 +22,7 @@ except ImportError as error:
 import torch
 
 from . import __version__, demo, info, verify, viz
-from .bench import blocks, models
+from .bench import blocks, memory, models
 from .bench.measure import Figure, copy_bandwidth, environment, geometric_means, keep_freed_memory
 from .fusion import explain, fuse
 from .fusion.difference import differences
@@ -222,16 +222,24 @@ def installed_models() -> list[str]:
     return found
 
 
+MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default: it is left out."
+
+
 @main.command("bench")
 @options(
     click.option("--blocks/--no-blocks", "with_blocks", default=True, help="Measure blocks. Default: yes."),
     click.option("--models/--no-models", "with_models", default=True, help="Measure networks. Default: yes."),
     click.option("--ops", default="se,eca", help=f"Blocks: of {', '.join(blocks.BLOCKS)}. Default: se,eca."),
-    click.option("--shapes", default="headline", help="headline, all, or BxCxHxW[,BxCxHxW...]. Default: headline."),
+    click.option(
+        "--shapes", default="headline", help=f"{', '.join(blocks.SHAPES)}, or BxCxHxW[,BxCxHxW...]. Default: headline."
+    ),
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32"),
     click.option("--layout", type=click.Choice(LAYOUTS), default="nchw"),
     click.option("--pair", "pairs", multiple=True, help="Networks WITH/WITHOUT attention, such as timm:a/timm:b."),
     click.option("--input", "model_input", default="8x3x224x224", help="Input of the networks. Default: 8x3x224x224."),
+    click.option("--tails/--no-tails", "with_tails", default=True, help="Networks with tails=True too. Default: yes."),
+    click.option("--memory", "with_memory", is_flag=True, help="What a training step of the networks keeps, in bytes."),
+    click.option("--memory-budget", type=click.FloatRange(0.01), default=None, metavar="GIB", help=MEMORY_BUDGET),
     click.option("--compile/--no-compile", "with_compile", default=True, help="torch.compile too. Default: yes."),
     click.option("--budget", type=click.FloatRange(0.01), default=2.0, help="Seconds a comparison. Default: 2."),
     click.option("--keep-memory", is_flag=True, help="Have the C allocator keep freed maps, as jemalloc does."),
@@ -249,6 +257,9 @@ def bench_command(
     layout: str,
     pairs: tuple[str, ...],
     model_input: str,
+    with_tails: bool,
+    with_memory: bool,
+    memory_budget: float | None,
     with_compile: bool,
     budget: float,
     keep_memory: bool,
@@ -262,18 +273,20 @@ def bench_command(
     if plot_path:
         need("matplotlib")
     if quick:
-        budget, shapes, model_input = 0.05, "4x32x14x14,2x16x28x28", "1x3x64x64"
-        pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models else ())
+        budget, shapes, model_input = 0.05, "4x32x14x14,2x16x28x28", "2x3x64x64"
+        pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models or with_memory else ())
     names = [name for name in ops.split(",") if name]
     for name in names:
         if name not in blocks.BLOCKS:
             raise UserError(f"--ops: expected some of {', '.join(blocks.BLOCKS)}; got {name!r}")
-    sizes = {"headline": blocks.HEADLINE_SHAPES, "all": blocks.HEADLINE_SHAPES + blocks.MORE_SHAPES}.get(shapes)
+    sizes = blocks.SHAPES.get(shapes)
     sizes = sizes or tuple(parse_shape(part) for part in shapes.split(","))
     split = [tuple(pair.split("/", 1)) for pair in pairs] or list(models.TAX_PAIRS)
     if any(len(pair) != 2 for pair in split):
         raise UserError("--pair: expected two networks joined by a slash, such as timm:seresnet50/timm:resnet50")
     input_size = parse_shape(model_input)
+    if with_memory and memory_budget is not None and input_size[0] < 2:
+        raise UserError(f"--input: expected two images or more with --memory-budget; got {model_input}")
 
     figures: list[Figure] = []
     facts: dict[str, Any] = environment(place)
@@ -283,7 +296,7 @@ def bench_command(
     complete = False
     try:
         facts["copy bytes a second"] = copy = copy_bandwidth(place, 1 << (22 if quick else 28))
-        jobs = len(names) * (len(sizes) + 1) * with_blocks + len(split) * with_models
+        jobs = len(names) * (len(sizes) + 1) * with_blocks + len(split) * (with_models + with_memory)
         with progress(jobs) as advance:
             if with_blocks:
                 for name in names:
@@ -305,7 +318,23 @@ def bench_command(
                 for attention, plain in split:
                     advance(attention)
                     figures += models.measure_pair(
-                        attention, plain, input_size, layout, place, with_compile=with_compile, budget=5 * budget
+                        attention,
+                        plain,
+                        input_size,
+                        layout,
+                        place,
+                        with_compile=with_compile,
+                        with_tails=with_tails,
+                        budget=5 * budget,
+                    )
+            if with_memory:
+                for attention, plain in split:
+                    advance(f"{attention}, memory")
+                    limit = None if memory_budget is None else int(memory_budget * 2**30)
+                    figures.append(
+                        memory.measure_memory(
+                            attention, plain, input_size, layout, place, with_tails=with_tails, budget_bytes=limit
+                        )
                     )
         complete = True
     except (UnknownModel, ValueError) as error:
@@ -316,7 +345,7 @@ def bench_command(
         if json_path:
             write_json(json_path, facts, figures, complete)
     show_figures(figures, facts)
-    if plot_path and figures:
+    if plot_path and any(f.timings for f in figures):
         plot_ratios(figures, plot_path)
         console.print(f"picture: {plot_path}")
     if json_path:
@@ -332,9 +361,16 @@ def write_json(path: Path, facts: dict[str, Any], figures: list[Figure], complet
 
 
 def show_figures(figures: list[Figure], facts: dict[str, Any]) -> None:
-    on_blocks = [f for f in figures if "block" in f.case]
+    show_blocks([f for f in figures if "block" in f.case], facts)
+    show_taxes([f for f in figures if "attention tax" in f.facts])
+    show_memory([f for f in figures if "kept bytes" in f.facts])
+
+
+def show_blocks(figures: list[Figure], facts: dict[str, Any]) -> None:
+    if not figures:
+        return
     rows = []
-    for f in on_blocks:
+    for f in figures:
         shape = "x".join(map(str, f.case["shape"]))
         times = [
             f"{1e3 * f.timings[n].median:.3f} ±{100 * f.timings[n].spread / 2:.0f}%" if n in f.timings else "-"
@@ -344,29 +380,50 @@ def show_figures(figures: list[Figure], facts: dict[str, Any]) -> None:
         share = f"{100 * float(f.facts['of copy']):.0f} %" if "of copy" in f.facts else "-"
         rows.append([f"{f.case['block']} {shape}", str(f.case["pass"]), *times, *ratios, share])
     columns = ["block", "pass", "eager ms", "compile ms", "fused ms", "eager / fused", "compile / fused", "of copy"]
-    if rows:
-        table(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", columns, rows)
-        means = [
-            [f"{row['block']}, {row['pass']}, {row['dtype']}, {row['layout']}"]
-            + [
-                f"{row[c]:.2f}x" if c in row else "-"
-                for c in ("eager / fused", "worst eager", "compile / fused", "worst compile")
-            ]
-            for row in geometric_means(on_blocks)
+    table(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", columns, rows)
+    means = [
+        [f"{row['block']}, {row['pass']}, {row['dtype']}, {row['layout']}"]
+        + [
+            f"{row[c]:.2f}x" if c in row else "-"
+            for c in ("eager / fused", "worst eager", "compile / fused", "worst compile")
         ]
-        table(
-            "geometric means over the shapes, and the worst shape",
-            ["", "eager / fused", "worst", "compile / fused", "worst"],
-            means,
-        )
-    taxes = []
-    for f in (f for f in figures if "model" in f.case):
-        tax: dict[str, float] = f.facts["attention tax"]
-        cells = [f"{100 * tax[n]:+.1f} %" if n in tax else "-" for n in ("eager", "fused", "compile", "fused, compile")]
-        taxes.append([f"{f.case['model']} over {f.case['backbone']}", str(f.case["pass"]), *cells])
-    if taxes:
-        columns = ["attention tax", "pass", "eager", "fused", "compile", "fused + compile"]
-        table("time over the backbone's, each against the backbone run the same way", columns, taxes)
+        for row in geometric_means(figures)
+    ]
+    columns = ["", "eager / fused", "worst", "compile / fused", "worst"]
+    table("geometric means over the shapes, and the worst shape", columns, means)
+
+
+def show_taxes(figures: list[Figure]) -> None:
+    if not figures:
+        return
+    found: list[dict[str, float]] = [f.facts["attention tax"] for f in figures]
+    names = [name for name in models.TAXES if any(name in tax for tax in found)]
+    rows = []
+    for f, tax in zip(figures, found, strict=True):
+        cells = [f"{100 * tax[name]:+.1f} %" if name in tax else "-" for name in names]
+        rows.append([f"{f.case['model']} over {f.case['backbone']}", str(f.case["pass"]), *cells])
+    columns = ["attention tax", "pass", *(name.replace(", compile", " + compile") for name in names)]
+    table("time over the backbone's, each against the backbone run the same way", columns, rows)
+
+
+def show_memory(figures: list[Figure]) -> None:
+    for fact, title, format_ in (
+        ("kept bytes", "MiB that a training step keeps for backward", lambda n: f"{n / 2**20:.1f}"),
+        ("peak bytes", "MiB at the peak of a training step", lambda n: f"{n / 2**20:.1f}"),
+        ("largest batch", "the largest batch that fits", str),
+    ):
+        found: list[tuple[Figure, dict[str, int]]] = [(f, f.facts[fact]) for f in figures if fact in f.facts]
+        names = ("backbone", "eager", "fused", "tails")
+        rows = [
+            [
+                f"{f.case['model']} over {f.case['backbone']} {'x'.join(map(str, f.case['shape']))}",
+                *(format_(values[name]) if name in values else "-" for name in names),
+            ]
+            for f, values in found
+        ]
+        if rows:
+            how = found[0][0].facts["largest batch is"] if fact == "largest batch" else ""
+            table(f"{title}{how and f', {how}'}", ["", *names], rows)
 
 
 def plot_ratios(figures: list[Figure], path: Path) -> None:
@@ -376,7 +433,7 @@ def plot_ratios(figures: list[Figure], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [f for f in figures if "block" in f.case] or figures
+    shown = [f for f in figures if "block" in f.case] or [f for f in figures if f.timings]
     others = [n for n in ("eager", "compile") if any(n in f.timings for f in shown)]
     labels = [
         " ".join(

@@ -20,7 +20,7 @@ expected and what came.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,10 @@ from . import ops, reference
 from .backends import choose
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
+from .reference.norm_gate import update_statistics
+from .reference.squeeze import Excitation
 
 Affine = tuple[Tensor, Tensor]
-Excitation = Callable[[Tensor], Tensor]
 BatchNorm = tuple[Tensor, Tensor, float]
 Order = tuple[str, str]
 
@@ -377,10 +378,7 @@ def norm_gate(
         backend, x, weight, bias, statistics, excite, residual, float(eps), *codes, group, over
     )
     if training:
-        for running, new in ((running_mean, mean), (running_var, var)):
-            if running is not None:
-                with torch.no_grad():
-                    running.copy_(momentum * new + (1 - momentum) * running)
+        update_statistics(running_mean, running_var, mean, var, momentum)
     return y
 
 
@@ -706,7 +704,7 @@ def select(
 
 def select_with(
     branches: Tensor | Sequence[Tensor],
-    excitation: Callable[[Tensor], Tensor],
+    excitation: Excitation,
     *,
     paths: int | None = None,
     affine: Affine | None = None,

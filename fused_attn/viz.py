@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from .codes import FUNCTIONS
 from .fusion.api import candidates, is_own
 from .fusion.own import own_recipe
-from .fusion.registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
+from .fusion.registry import (
+    TAILS,
+    CbamGate,
+    ChannelGate,
+    OwnLayers,
+    Recipe,
+    SpatialGate,
+    SplitGate,
+    known_class,
+    recognise,
+)
 from .fusion.report import describe
 from .fusion.swap import PLAN, host_class, intact
 from .reference.channel_gate import channel_logits
@@ -45,7 +55,8 @@ class AttentionMap:
 def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
     """The gates of every attention block in one forward pass, in the order in which the blocks run.
 
-    These are the blocks that `fuse` knows, fused or not yet, and those of `fused_attn.nn`; one that `explain` says was
+    These are the blocks that `fuse` knows, fused or not yet, those in tails that it fused, and those of
+    `fused_attn.nn`; one that `explain` says was
     left alone has none. The pass is in eval mode and without gradients, and the model is left as it was. A gate is
     computed again, in plain PyTorch, from what its block is given, because the fused block does not hand it out: a pass
     or two over each map.
@@ -71,7 +82,12 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
         return block.register_forward_pre_hook(hook, with_kwargs=True)
 
     modes = [(module, module.training) for module in model.modules()]
-    known = [(name, block, recipe) for name, block, found in candidates(model) if (recipe := _recipe(block, found))]
+    known = [
+        (part_name, part, recipe)
+        for name, block, found in candidates(model)
+        for part_name, part, part_found in ((name, block, found), *_in_tail(name, block))
+        if (recipe := _recipe(part, part_found))
+    ]
     hooks: list[Any] = []
     try:
         hooks += [listen(name or "(the model)", block, recipe) for name, block, recipe in known]
@@ -87,6 +103,16 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
         why = "the model has none that fuse() knows" if not known else "none was called (is the model compiled?)"
         raise ValueError(f"no attention block to show: {why}")
     return maps
+
+
+def _in_tail(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str | None]]:
+    """The attention in a residual block whose tail is fused. While something listens to it the block runs its own
+    forward, and calls it."""
+    host = host_class(block)
+    if host is not None and known_class(host, TAILS) is not None:
+        for path in block.__dict__[PLAN].recipe.covers:
+            part = block.get_submodule(path)
+            yield f"{name}.{path}" if name else path, part, None if host_class(part) else recognise(part)
 
 
 def _recipe(block: nn.Module, found: Recipe | str | None) -> Recipe | None:

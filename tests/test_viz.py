@@ -100,6 +100,27 @@ def test_the_parts_of_cbam_are_those_of_its_parts():
     torch.testing.assert_close(found.spatial.expand_as(x), (cbam.spatial(between) / between).detach())
 
 
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "timm:resnet10t+se"])
+def test_gates_in_tails(name):
+    """Those of the network that was not fused; the tails run fused again when it is done."""
+    torch.manual_seed(0)
+    try:
+        model = build_model(name).eval()
+    except UnknownModel as error:
+        pytest.skip(str(error))
+    image = torch.randn(1, 3, 32, 32)
+    expected = viz.attention_maps(model, image)
+    for first in (True, False):  # attention that was fused by itself before
+        fused_attn.fuse(model, tails=not first)
+        found = viz.attention_maps(model, image)
+        assert [m.name for m in found] == [m.name for m in expected]
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine.block == theirs.block and mine.spatial is None
+            torch.testing.assert_close(mine.channel, theirs.channel, rtol=1e-3, atol=1e-4)
+    report = fused_attn.explain(model)
+    assert all(row.fused for row in report) and any("BatchNorm" in row.block for row in report)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["timm:resnet26+cbam", "timm:resnet26+lcbam"])
 def test_a_network(name, fused):

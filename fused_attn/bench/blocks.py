@@ -30,6 +30,16 @@ MORE_SHAPES = (
     (32, 336, 14, 14),
     (32, 888, 7, 7),
 )
+#: Where SE-ResNet-50's bottlenecks end, and where EfficientNet-B0's blocks have their gates.
+BOTTLENECK_SHAPES = ((32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
+MBCONV_SHAPES = ((32, 32, 112, 112), (32, 96, 56, 56), (32, 240, 28, 28), (32, 480, 14, 14), (32, 1152, 7, 7))
+#: By the names that `--shapes` takes.
+SHAPES = {
+    "headline": HEADLINE_SHAPES,
+    "all": HEADLINE_SHAPES + MORE_SHAPES,
+    "bottleneck": BOTTLENECK_SHAPES,
+    "mbconv": MBCONV_SHAPES,
+}
 TINY_SHAPE = (2, 16, 2, 2)
 
 
@@ -72,13 +82,15 @@ class Selection(nn.Module):
 class Tail(nn.Module):
     """What ends a block of a residual network in training, or stands in its middle: see `functional.norm_gate`."""
 
-    def __init__(self, module: Any, channels: int, activation: str, post_activation: str) -> None:
+    def __init__(self, module: Any, channels: int, activation: str, post_activation: str, gated: bool = True) -> None:
         super().__init__()
-        self.bn, self.se = nn.BatchNorm2d(channels), reference.SqueezeExcite(channels)
+        self.bn = nn.BatchNorm2d(channels)
+        self.se = reference.SqueezeExcite(channels) if gated else None
         self.activation, self.post_activation = activation, post_activation
         self.norm_gate = functional.norm_gate if module is fused else reference.norm_gate
 
     def excite(self, s: Tensor) -> Tensor:
+        assert self.se is not None
         return self.se.fc2(self.se.fc1(s).relu()).sigmoid()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -90,7 +102,7 @@ class Tail(nn.Module):
             self.bn.running_var,
             training=True,
             activation=self.activation,
-            excitation=self.excite,
+            excitation=None if self.se is None else self.excite,
             residual=residual,
             post_activation=self.post_activation,
         )
@@ -112,6 +124,8 @@ BLOCKS: dict[str, Block] = {
     "scse": Block(lambda m, c: m.SCSE(c), (4, 11)),
     "norm-gate": Block(lambda m, c: Tail(m, c, "identity", "relu"), (4, 11), residual=True),  # of an SE-ResNet
     "norm-silu-gate": Block(lambda m, c: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
+    # What ends every block of a plain ResNet, and of one whose attention stands elsewhere.
+    "norm-add-relu": Block(lambda m, c: Tail(m, c, "identity", "relu", gated=False), (4, 11), residual=True),
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
     "select": Block(lambda m, c: Selection(m, c, batch_norm=False), (5, 11), residual=True),
     # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.

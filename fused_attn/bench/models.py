@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import fuse
+from ..fusion.registry import TAILS, known_class
+from ..fusion.swap import host_class
 from ..hosts import build_model
 from .measure import Figure, interleaved, peak_memory
 
@@ -22,6 +25,9 @@ TAX_PAIRS = (
     ("timm:skresnet50", "timm:resnet50"),
     ("timm:resnest50d", "timm:resnet50d"),
 )
+
+#: What has a tax: each against the backbone run the same way.
+TAXES = ("eager", "fused", "tails", "compile", "fused, compile", "tails, compile")
 
 
 def inference_call(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -44,6 +50,24 @@ def training_call(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     return call
 
 
+def in_place(thing: Any, layout: str, device: torch.device) -> Any:
+    """A network or images on this device, in this layout."""
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return thing.to(device, memory_format=memory_format)
+
+
+def networks(attention: str, plain: str, with_tails: bool) -> dict[str, nn.Module]:
+    """The backbone, and the network with attention as it is, fused, and (where it has any) fused with its tails."""
+    torch.manual_seed(0)
+    original = build_model(attention)
+    found = {"backbone": build_model(plain), "eager": original, "fused": fuse(copy.deepcopy(original))}
+    if with_tails:
+        tails = fuse(copy.deepcopy(original), tails=True)
+        if any(known_class(host, TAILS) for module in tails.modules() if (host := host_class(module))):
+            found["tails"] = tails
+    return found
+
+
 def measure_pair(
     attention: str,
     plain: str,
@@ -52,38 +76,26 @@ def measure_pair(
     device: torch.device,
     *,
     with_compile: bool = True,
+    with_tails: bool = True,
     budget: float = 10.0,
 ) -> Iterator[Figure]:
     """Inference and training step of a network with attention, eager, compiled and fused, beside its backbone."""
-    torch.manual_seed(0)
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.randn(shape, device=device).to(memory_format=memory_format)
-    original = build_model(attention).to(device, memory_format=memory_format)
-    models = {
-        "backbone": build_model(plain).to(device, memory_format=memory_format),
-        "eager": original,
-        "fused": fuse(copy.deepcopy(original)),
-    }
+    models = {name: in_place(model, layout, device) for name, model in networks(attention, plain, with_tails).items()}
+    x = in_place(torch.randn(shape), layout, device)
     if with_compile:
         torch._dynamo.reset()
-        models["backbone, compile"] = torch.compile(copy.deepcopy(models["backbone"]))
-        models["compile"] = torch.compile(copy.deepcopy(original))
-        models["fused, compile"] = torch.compile(copy.deepcopy(models["fused"]))
+        for name, model in tuple(models.items()):
+            models["compile" if name == "eager" else f"{name}, compile"] = torch.compile(copy.deepcopy(model))
     for what, make in (("inference", inference_call), ("training", training_call)):
         calls = {name: make(model, x) for name, model in models.items()}
         timings = interleaved(calls, device, budget=budget, least=3)
         case = {"model": attention, "backbone": plain, "pass": what, "layout": layout, "shape": list(shape)}
-        facts: dict[str, object] = {
-            name: timings[name].median / timings[base].median - 1
-            for name, base in (
-                ("eager", "backbone"),
-                ("fused", "backbone"),
-                ("compile", "backbone, compile"),
-                ("fused, compile", "backbone, compile"),
-            )
-            if name in timings
-        }
-        facts = {"attention tax": facts}
+        taxes: dict[str, float] = {}
+        for name in TAXES:
+            base = "backbone, compile" if name.endswith("compile") else "backbone"
+            if name in timings:
+                taxes[name] = timings[name].median / timings[base].median - 1
+        facts: dict[str, object] = {"attention tax": taxes}
         if device.type == "cuda":
             facts["peak bytes"] = {name: peak_memory(call, device) for name, call in calls.items()}
         yield Figure(case, timings, facts)

@@ -12,7 +12,17 @@ from .. import backends
 from ..reference import CBAM, SpatialAttention
 from .api import candidates, is_own
 from .own import own_functions
-from .registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, qualified_name
+from .registry import (
+    TAILS,
+    CbamGate,
+    ChannelGate,
+    OwnLayers,
+    Recipe,
+    SpatialGate,
+    SplitGate,
+    known_class,
+    qualified_name,
+)
 from .swap import PLAN, host_class, intact
 
 
@@ -73,15 +83,19 @@ def _describe_spatial(block: nn.Module, recipe: SpatialGate) -> str:
     return f"kernel {size}, {pools}, {recipe.gate}"
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: nn.Module, *, tails: bool = False) -> Report:
     """A printable report of the attention blocks in a model, fused or not: what each is and what serves it.
+
+    Args:
+        model: any module.
+        tails: also say of residual blocks what `fuse(tails=True)` would fuse in them, or why it left them alone.
 
     Raises:
         TypeError: model is no `nn.Module`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    return Report(row for found in candidates(model) if (row := _row(*found)) is not None)
+    return Report(row for found in candidates(model, tails) if (row := _row(*found)) is not None)
 
 
 def _row(name: str, block: nn.Module, found: Recipe | str | None) -> Row | None:
@@ -99,9 +113,10 @@ def _row(name: str, block: nn.Module, found: Recipe | str | None) -> Row | None:
     if found is None:
         return None
     cls = qualified_name(type(block))
+    call = "model, tails=True" if known_class(type(block), TAILS) else "model"
     if isinstance(found, str):
         return Row(name, "", cls, False, "its own forward", found)
-    return Row(name, describe(block, found), cls, False, "its own forward", "not fused yet: fused_attn.fuse(model)")
+    return Row(name, describe(block, found), cls, False, "its own forward", f"not fused yet: fused_attn.fuse({call})")
 
 
 def _ops(recipe: Recipe) -> tuple[str, ...]:

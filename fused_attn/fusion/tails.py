@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import functional
 from ..codes import FUNCTIONS
+from ..reference.block_attention import affine_of, count_batch, uses_batch_statistics
 from ..reference.channel_gate import excite
 from .layers import activation_name
 from .registry import TAILS, ChannelGate, OwnLayers, Recipe, SplitGate, class_name, qualified_name, recognise, register
@@ -28,7 +28,8 @@ _NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d",
 @dataclass(frozen=True)
 class Tail:
     """Paths in a block of a BatchNorm and of the attention behind it (None: none), the recipe of that, the names of the
-    activations before and after the gate, the layers that are not run, and whether the sum keeps the map's dtype."""
+    activations before and after the gate, the layers that are not run, and whether the sum keeps the map's dtype.
+    drop: the path of a layer that drops paths before the sum; while it does, it and what follows it run as they are."""
 
     norm: str
     gate: str | None
@@ -37,15 +38,27 @@ class Tail:
     post_activation: str
     bypassed: tuple[str, ...]
     in_place: bool = False
+    drop: str | None = None
 
     def __call__(self, block: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None and residual.dtype != x.dtype:  # autocast, and a shortcut that it left alone
-            y = replace(self, post_activation="identity")(block, x) + residual
-            return FUNCTIONS[self.post_activation](y.to(x.dtype) if self.in_place else y)
+        drop = None if self.drop is None else layer_at(block, self.drop)
+        dropping = drop is not None and drop.training
+        # Of two dtypes: autocast, and a shortcut that it left alone.
+        if residual is None or (residual.dtype == x.dtype and not dropping):
+            return self._run(block, x, residual, self.post_activation)
+        y = self._run(block, x, None, "identity")
+        if drop is not None:
+            y = drop(y)
+        y = y + residual
+        return FUNCTIONS[self.post_activation](y.to(x.dtype) if self.in_place else y)
+
+    def _run(self, block: nn.Module, x: Tensor, residual: Tensor | None, post_activation: str) -> Tensor:
         norm = layer_at(block, self.norm)
+        if residual is None and self.gate is None and self.activation == post_activation == "identity":
+            return norm(x)  # there is nothing to fuse it with
         gate = None if self.gate is None else layer_at(block, self.gate)
-        common: dict[str, Any] = {"residual": residual, "post_activation": self.post_activation}
-        of_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+        common: dict[str, Any] = {"residual": residual, "post_activation": post_activation}
+        of_batch = uses_batch_statistics(norm)
         if not of_batch and isinstance(self.recipe, ChannelGate):
             return functional.channel_gate(
                 x,
@@ -53,7 +66,7 @@ class Tail:
                 layer=self.recipe.layer,
                 activation=self.recipe.activation,
                 gate=self.recipe.gate,
-                affine=_folded(norm),
+                affine=affine_of(norm),
                 pre_activation=self.activation,
                 **common,
             )
@@ -65,7 +78,7 @@ class Tail:
             norm.running_mean if tracked else None,
             norm.running_var if tracked else None,
             training=of_batch,
-            momentum=_momentum(norm),
+            momentum=count_batch(norm),
             eps=norm.eps,
             activation=self.activation,
             excitation=None if gate is None else self._excitation(gate),
@@ -82,7 +95,8 @@ class Tail:
         return lambda s: FUNCTIONS[recipe.gate](excite(s, *weights, layer=recipe.layer, activation=recipe.activation))
 
     def describe(self) -> str:
-        parts = (self.activation, "gate" if self.gate else "", self.post_activation)
+        drop = "drop path" if self.drop else ""
+        parts = (self.activation, "gate" if self.gate else "", drop, self.post_activation)
         return " -> ".join(["BatchNorm", *(part for part in parts if part not in ("", "identity"))])
 
 
@@ -91,31 +105,12 @@ def _parameters(gate: Any, recipe: ChannelGate) -> tuple[Tensor | None, ...]:
     return tuple(parameter_at(gate, split_path(path)) for path in paths)
 
 
-def _folded(norm: Any) -> tuple[Tensor, Tensor]:
-    """A BatchNorm that uses its running statistics as weight and bias, float32 for half precision."""
-    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
-    weight = (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        weight = weight * norm.weight.to(dtype)
-    bias = -norm.running_mean.to(dtype) * weight
-    return weight, bias if norm.bias is None else bias + norm.bias.to(dtype)
-
-
 def _group(norm: Any) -> Any:
     """The process group whose statistics a SyncBatchNorm takes; None where it takes its own batch's."""
     if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_initialized():
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
-
-
-def _momentum(norm: Any) -> float:
-    """Of this call, as the BatchNorm's own forward finds it; counts the batch."""
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            return 1.0 / float(norm.num_batches_tracked)
-    return 0.0 if norm.momentum is None else norm.momentum
 
 
 def _found(block: nn.Module, path: str) -> Any:
@@ -179,17 +174,25 @@ def _recipe(forward: Callable[[Any, Tensor], Tensor], *tails: Tail | None, bypas
     )
 
 
-def _drops(layer: Any) -> bool:
-    """Whether it is there and could drop anything."""
-    return layer is not None and type(layer) is not nn.Identity and getattr(layer, "drop_prob", 1) != 0
+_DROPS = ("timm.layers.drop.DropPath", "torchvision.ops.stochastic_depth.StochasticDepth")
+
+
+def _dropping(block: nn.Module, tail: Tail, path: str) -> Tail | str:
+    """The tail with the layer at this path, if there is one, between its gate and its sum."""
+    layer = _found(block, path)
+    bypassed = (*tail.bypassed, path)  # in evaluation, even where it is one that drops
+    if layer is None or getattr(layer, "drop_prob", getattr(layer, "p", 1)) == 0:
+        return replace(tail, bypassed=bypassed)
+    if qualified_name(type(layer)) not in _DROPS:
+        return f"it drops paths by a {type(layer).__name__}, which is not one we know"
+    return replace(tail, bypassed=bypassed, drop=path)
 
 
 @register("timm.models.resnet.BasicBlock", "timm.models.resnet.Bottleneck", adapters=TAILS)
 def resnet(block: Any) -> Recipe | str:
     last = 3 if hasattr(block, "conv3") else 2
-    if _drops(block.drop_path):
-        return "it drops paths"
-    tail = _find(block, f"bn{last}", gate="se", post=f"act{last}", in_place=True)
+    found = _find(block, f"bn{last}", gate="se", post=f"act{last}", in_place=True)
+    tail = found if isinstance(found, str) else _dropping(block, found, "drop_path")
     if isinstance(tail, str):
         return tail
 
@@ -223,6 +226,19 @@ def senet(block: Any) -> Recipe | str:
     return _recipe(forward, tail)
 
 
+@register("timm.models.senet.SEResNetBlock", adapters=TAILS)
+def senet_basic(block: Any) -> Recipe | str:
+    tail = _find(block, "bn2", activation="relu", gate="se_module", post="relu")
+    if isinstance(tail, str):
+        return tail
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = block.conv2(block.relu(block.bn1(block.conv1(x))))
+        return tail(block, y, x if block.downsample is None else block.downsample(x))
+
+    return _recipe(forward, tail)
+
+
 @register("timm.models.regnet.Bottleneck", adapters=TAILS)
 def regnet(block: Any) -> Recipe | str:
     for path in ("conv2", "conv3"):
@@ -232,19 +248,16 @@ def regnet(block: Any) -> Recipe | str:
     middle = _find(block, "conv2.bn", gate="se")
     if isinstance(middle, str):
         return middle
-    sums = block.downsample is not None and not _drops(block.drop_path)
-    end = _find(block, "conv3.bn", post="act3") if sums else None
+    end = _find(block, "conv3.bn", post="act3") if block.downsample is not None else None
+    end = end if end is None or isinstance(end, str) else _dropping(block, end, "drop_path")
     if isinstance(end, str):
-        end = None
+        return end
 
     def forward(block: Any, x: Tensor) -> Tensor:
         y = middle(block, block.conv2.conv(block.conv1(x)))
         if end is not None:
             return end(block, block.conv3.conv(y), block.downsample(x))
-        y = block.conv3(y)
-        if block.downsample is not None:
-            y = block.drop_path(y) + block.downsample(x)
-        return block.act3(y)
+        return block.act3(block.conv3(y))
 
     return _recipe(forward, middle, end, bypassed=("conv2",) if end is None else ("conv2", "conv3"))
 
@@ -257,15 +270,15 @@ def regnet(block: Any) -> Recipe | str:
 def efficientnet(block: Any) -> Recipe | str:
     expands = hasattr(block, "conv_pwl")
     if _found(block, "aa") is not None:
-        return "it blurs"
+        return "it blurs (aa) between its BatchNorm and its gate"
     middle = _find(block, "bn2" if expands else "bn1", gate="se")
     if isinstance(middle, str):
         return middle
-    end = None
-    if block.has_skip and not _drops(block.drop_path):
-        found = _find(block, "bn3" if expands else "bn2")
-        # An activation of the BatchNorm's own comes before the sum.
-        end = None if isinstance(found, str) else found
+    # An activation of the BatchNorm's own comes before the sum.
+    end = _find(block, "bn3" if expands else "bn2") if block.has_skip else None
+    end = end if end is None or isinstance(end, str) else _dropping(block, end, "drop_path")
+    if isinstance(end, str):
+        return end
 
     def forward(block: Any, x: Tensor) -> Tensor:
         y = x
@@ -277,10 +290,9 @@ def efficientnet(block: Any) -> Recipe | str:
         y = block.conv_pwl(y) if expands else block.conv_pw(y)
         if end is not None:
             return end(block, y, x)
-        y = block.bn3(y) if expands else block.bn2(y)
-        return block.drop_path(y) + x if block.has_skip else y
+        return block.bn3(y) if expands else block.bn2(y)
 
-    return _recipe(forward, middle, end)
+    return _recipe(forward, middle, end, bypassed=("aa",))
 
 
 _CONV_NORM = "torchvision.ops.misc.Conv2dNormActivation"
@@ -341,14 +353,15 @@ def torchvision_inverted_residual(block: Any) -> Recipe | str:
     if isinstance(found, str):
         return found
     tails, bypassed = found
-    drops = getattr(block, "stochastic_depth", None)
-    sums = block.use_res_connect and (drops is None or drops.p == 0)
+    last = next(reversed(block.block._modules))
+    if block.use_res_connect:
+        end = _dropping(block, tails[last], "stochastic_depth")
+        if isinstance(end, str):
+            return end
+        tails[last] = end
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = _run_chain(block, "block", tails, x, (lambda: x) if sums else None)
-        if block.use_res_connect and not sums:
-            y = block.stochastic_depth(y) + x
-        return y
+        return _run_chain(block, "block", tails, x, (lambda: x) if block.use_res_connect else None)
 
     return _recipe(forward, *tails.values(), bypassed=bypassed)
 

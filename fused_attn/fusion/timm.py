@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import functional
 from ..nn.selection import selection
 from ..reference.select import branch_weights
-from ..reference.selection import Excitation, Layers
+from ..reference.selection import Layers
+from ..reference.squeeze import Excitation
 from .layers import (
     activation_name,
     bias_of,

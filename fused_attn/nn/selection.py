@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..reference.block_attention import uses_batch_statistics
-from ..reference.selection import Excitation, Layers
-
-
-def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
-    """Factor and shift, each (C,), of a BatchNorm that uses its running statistics; float32 for half precision."""
-    dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
-    factor = (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.to(dtype)
-    shift = -norm.running_mean.to(dtype) * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.to(dtype)
+from ..reference.block_attention import affine_of, uses_batch_statistics
+from ..reference.selection import Layers
+from ..reference.squeeze import Excitation
 
 
 def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor | None]:

@@ -60,6 +60,25 @@ def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Ten
     return weight.to(dtype) * factor, norm.bias.to(dtype) - shift * factor
 
 
+def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
+    """Factor and shift, each (C,), of a BatchNorm that uses its running statistics; float32 for half precision."""
+    dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
+    factor = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * factor
+    return factor, shift if norm.bias is None else shift + norm.bias.to(dtype)
+
+
+def count_batch(norm: Any) -> float:
+    """The momentum of this call, as a BatchNorm's own forward finds it; counts the batch."""
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else norm.momentum
+
+
 def run_normalised(norm: Any, x: Tensor, run: Callable[..., Any]) -> Tensor:
     """run(batch_norm=...), a map gated by position, whose statistics go into the buffers of the BatchNorm `norm` as
     its own forward would put them; run() where norm is None."""
@@ -67,8 +86,7 @@ def run_normalised(norm: Any, x: Tensor, run: Callable[..., Any]) -> Tensor:
         return run()
     y, mean, variance = run(batch_norm=(norm.weight, norm.bias, norm.eps))
     if norm.training and norm.track_running_stats:
-        norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        momentum = count_batch(norm)
         count = x.shape[0] * x.shape[2:].numel()
         if count:
             for running, now in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +10,17 @@ from torch import Tensor
 
 from ..codes import FUNCTIONS
 from .scale import scale
-from .squeeze import per_channel, space
+from .squeeze import Excitation, per_channel, space
 
-Excitation = Callable[[Tensor], Tensor]
+
+def update_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, variance: Tensor, momentum: float
+) -> None:
+    """Moves the running statistics, where they are given, towards those of a batch (variance: the unbiased one)."""
+    with torch.no_grad():
+        for running, new in ((running_mean, mean), (running_var, variance)):
+            if running is not None:
+                running.copy_(momentum * new + (1 - momentum) * running)
 
 
 def _synchronised(
@@ -35,10 +42,7 @@ def _synchronised(
     mean = all_reduce(values.sum(axes), group=group) / count
     values = values - per_channel(mean, x)
     var = all_reduce(values.square().sum(axes), group=group) / count
-    with torch.no_grad():
-        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-            if running is not None:
-                running.copy_(momentum * new + (1 - momentum) * running)
+    update_statistics(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     values = values * per_channel((var + eps).rsqrt(), x)
     values = values if weight is None else values * per_channel(weight, x)
     return (values if bias is None else values + per_channel(bias, x)).to(x.dtype)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..codes import FUNCTIONS
-from .squeeze import Affine, per_channel, prologue, space
+from .squeeze import Affine, Excitation, per_channel, prologue, space
 
 
 def branch_maps(branches: Tensor | Sequence[Tensor], paths: int | None = None) -> list[Tensor]:
@@ -92,7 +92,7 @@ def select(
 
 def select_with(
     branches: Tensor | Sequence[Tensor],
-    excitation: Callable[[Tensor], Tensor],
+    excitation: Excitation,
     *,
     paths: int | None = None,
     affine: Affine | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..codes import FUNCTIONS
 from .select import branch_weights, select_with
-
-Excitation = Callable[[Tensor], Tensor]
+from .squeeze import Excitation
 
 
 @dataclass

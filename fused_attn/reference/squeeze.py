@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..codes import FUNCTIONS
 
 Affine = tuple[Tensor, Tensor]
+#: From the (B, C) descriptor to the gate.
+Excitation = Callable[[Tensor], Tensor]
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:

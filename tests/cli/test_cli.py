@@ -140,7 +140,21 @@ def test_bench_measures_the_attention_tax(tmp_path):
     text = run("bench", "--quick", "--no-blocks", "--no-compile", "--json", str(path))
     assert "attention tax" in text
     (first, second) = json.loads(path.read_text())["figures"]
-    assert set(first["facts"]["attention tax"]) == {"eager", "fused"} and second["case"]["pass"] == "training"
+    assert set(first["facts"]["attention tax"]) == {"eager", "fused", "tails"} and second["case"]["pass"] == "training"
+
+
+@pytest.mark.slow  # four small networks once or twice, about 10 s
+def test_bench_counts_memory(tmp_path):
+    path = tmp_path / "b.json"
+    options = ["--no-blocks", "--no-models", "--memory", "--memory-budget", "1", "--json", str(path)]
+    text = run("bench", "--quick", *options)
+    assert "keeps for backward" in text and "derived from 1073741824 bytes" in text and "tax" not in text
+    (figure,) = json.loads(path.read_text())["figures"]
+    assert figure["case"]["pass"] == "memory"
+    for fact in ("kept bytes", "largest batch"):
+        assert list(figure["facts"][fact]) == ["backbone", "eager", "fused", "tails"]
+    kept, batches = figure["facts"]["kept bytes"], figure["facts"]["largest batch"]
+    assert kept["tails"] < kept["eager"] and batches["tails"] > batches["eager"]
 
 
 def test_interrupted_bench_keeps_what_it_has(tmp_path, monkeypatch):
@@ -202,6 +216,7 @@ MISTAKES = {
     "a shape": ["bench", "--shapes", "32-256"],
     "a block": ["bench", "--ops", "attention"],
     "a pair": ["bench", "--no-blocks", "--pair", "timm:resnet50"],
+    "a batch of one": ["bench", "--no-blocks", "--no-models", "--memory", "--memory-budget=1", "--input=1x3x32x32"],
     "no model": ["attention"],
     "a photograph that is not there": ["attention", "--model", "torch.nn:Identity", "--image", "no/such/photo.png"],
     "a photograph that is none": ["attention", "--model", "torch.nn:Identity", "--image", __file__],

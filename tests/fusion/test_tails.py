@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_attn import explain, fuse, unfuse
 from fused_attn.fusion import FusionError
 from fused_attn.fusion.swap import host_class
+from fused_attn.hosts import UnknownModel, build_model
 from tests.checks import assert_same_block, in_layout, random, randomised
 
 
@@ -30,7 +31,8 @@ def downsampling_bottleneck(**options) -> nn.Module:
 
 def senet(kind: str) -> nn.Module:
     module = pytest.importorskip("timm.models.senet", reason="timm is not installed")
-    return getattr(module, kind)(64, 16, 1, 4)
+    cls = getattr(module, kind)
+    return cls(64, 64 // cls.expansion, 1, 4)
 
 
 def inverted_residual(
@@ -78,7 +80,10 @@ BLOCKS = {
     "resnet Bottleneck, cbam": (lambda: timm_resnet("Bottleneck", 64, attn_layer="cbam"), 64, 2, None),
     "resnet Bottleneck, plain": (lambda: timm_resnet("Bottleneck", 64), 64, 2, 1),
     "resnet BasicBlock, se": (lambda: timm_resnet("BasicBlock", 16, attn_layer="se"), 16, 2, 1),
+    "resnet Bottleneck, anti-aliased": (lambda: downsampling_bottleneck(aa_layer=nn.AvgPool2d), 24, 2, 1),
     "senet bottleneck": (lambda: senet("SEResNetBottleneck"), 64, 2, 1),
+    "senet bottleneck, ResNeXt": (lambda: senet("SEResNeXtBottleneck"), 64, 2, 1),
+    "senet basic block": (lambda: senet("SEResNetBlock"), 64, 2, 1),
     "inverted residual, silu": (lambda: inverted_residual(act_layer=nn.SiLU), 16, 2, 2),
     "inverted residual, hard swish": (lambda: inverted_residual(act_layer=nn.Hardswish, stride=2), 16, 2, 1),
     "inverted residual, no attention": (lambda: inverted_residual(attention=False), 16, 2, 2),
@@ -122,6 +127,32 @@ def bottleneck(**options) -> nn.Module:
 X = random(3, 64, 5, 4, dtype=torch.float64)
 
 
+#: name -> residual blocks in it, every one of which has a tail
+NETWORKS = {
+    "timm:resnetaa50": 16,
+    "timm:seresnext50_32x4d": 16,
+    "timm:legacy_seresnet18": 8,
+    "timm:legacy_seresnext26_32x4d": 8,
+    "timm:mobilenetv3_small_100": 11,
+    "timm:regnety_002": 13,
+    "torchvision:efficientnet_b0": 16,
+    "torchvision:mobilenet_v3_small": 11,
+    "torchvision:regnet_y_400mf": 16,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_block_of_a_network_has_one(name):
+    try:
+        with torch.device("meta"):
+            model = build_model(name)
+    except UnknownModel as error:
+        pytest.skip(str(error))
+    report = explain(fuse(model, tails=True), tails=True)
+    assert all(row.fused for row in report), str(report)
+    assert sum("BatchNorm" in row.block for row in report) == len(report) == NETWORKS[name]
+
+
 def test_off_by_default():
     block = fuse(bottleneck())
     assert host_class(block) is None and host_class(block.se) is not None
@@ -163,9 +194,9 @@ def test_state_dict_and_parameter_groups_stay():
     block.load_state_dict(original.state_dict())
 
 
-@pytest.mark.parametrize("path", ["bn3", "se", "se.fc1", "act3"])
+@pytest.mark.parametrize("path", ["bn3", "se", "se.fc1", "act3", "drop_path"])
 def test_a_hook_on_a_bypassed_layer_is_refused(path):
-    block = bottleneck()
+    block = bottleneck(drop_path=drop_path(0.5))
     block.get_submodule(path).register_forward_hook(lambda *_: None)
     with pytest.raises(FusionError, match=f"{path} carries a hook"):
         fuse(block, tails=True, strict=True)
@@ -234,31 +265,88 @@ def refused(block: nn.Module) -> str:
 
 
 def test_what_is_left_alone():
-    assert "it drops paths" in refused(bottleneck(drop_path=nn.Dropout(0.1)))
+    assert "it drops paths by a Dropout" in refused(bottleneck(drop_path=nn.Dropout(0.1)))
+    assert "it blurs" in refused(inverted_residual(stride=2, aa_layer=nn.AvgPool2d))
     assert "not a BatchNorm" in refused(timm_resnet("Bottleneck", 64, norm_layer=functools.partial(nn.GroupNorm, 4)))
     assert "which is not one we fuse" in refused(timm_resnet("Bottleneck", 64, act_layer=_Softplus))
     assert "which is not part of the op" in refused(timm_resnet("Bottleneck", 64, attn_layer="cbam"))
 
 
-def test_paths_that_are_dropped_run_as_they_are():
-    """The sum is then the block's own, the tail before it is fused."""
-    original = randomised(mbconv(4, 0.5))
+def test_why_a_tail_was_left_alone_can_be_asked():
+    block = bottleneck(drop_path=nn.Dropout(0.1))
+    assert [row.name for row in explain(fuse(block, tails=True))] == ["se"]
+    whole, gate = explain(block, tails=True)
+    assert not whole.fused and "it drops paths by a Dropout" in whole.reason and gate.fused
+    (row,) = explain(bottleneck(), tails=True)
+    assert "BatchNorm" in row.block and row.reason.endswith("fused_attn.fuse(model, tails=True)")
+
+
+def drop_path(probability: float) -> nn.Module:
+    return pytest.importorskip("timm.layers", reason="timm is not installed").DropPath(probability)
+
+
+#: (block, channels of its input)
+DROPPING = {
+    "resnet": (lambda: bottleneck(drop_path=drop_path(0.5)), 64),
+    "resnet, plain": (lambda: timm_resnet("BasicBlock", 16, drop_path=drop_path(0.5)), 16),
+    "inverted residual": (lambda: inverted_residual(drop_path_rate=0.5), 16),
+    "regnet": (lambda: regnet(32, drop_path_rate=0.5), 32),
+    "torchvision MBConv": (lambda: mbconv(4, 0.5), 16),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", DROPPING)
+def test_paths_that_are_dropped_run_as_they_are(name, training):
+    """In training the sum is the block's own and what stands before the drop path is fused; in evaluation all is."""
+    make, channels = DROPPING[name]
+    original = randomised(make()).double()
     block = fuse(copy.deepcopy(original), tails=True)
     assert host_class(block) is type(original)
-    found = []
+    found: list[list[Tensor]] = []
     for b in (original, block):
         torch.manual_seed(3)
-        found.append(b.train()(random(8, 16, 5, 5, dtype=torch.float64)))
-    torch.testing.assert_close(*found)
+        x = random(8, channels, 5, 5, dtype=torch.float64).requires_grad_()
+        y = b.train(training)(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in b.parameters()), *b.buffers()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
-def test_autocast():
-    block = fuse(timm_resnet("Bottleneck", 64, attn_layer="se"), tails=True)
-    for training in (True, False):
-        block.train(training)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = block(random(2, 64, 6, 6))
-        y.float().sum().backward()
+def test_gradients_of_several_batches_add_up():
+    original = bottleneck()
+    block = fuse(copy.deepcopy(original), tails=True)
+    for seed in range(3):
+        for b in (original, block):
+            b(random(3, 64, 5, 4, seed=seed, dtype=torch.float64)).square().sum().backward()
+    for mine, theirs in zip(block.parameters(), original.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for mine, theirs in zip(block.buffers(), original.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_autocast(training):
+    """As near to float32 as eager under autocast is, within a factor."""
+    original = timm_resnet("Bottleneck", 64, attn_layer="se").train(training)
+    x, found = random(4, 64, 6, 6), []
+    for block, enabled in (
+        (copy.deepcopy(original), False),
+        (copy.deepcopy(original), True),
+        (fuse(copy.deepcopy(original), tails=True), True),
+    ):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = block(leaf)
+        y.float().square().mean().backward()
+        gradients = [p.grad for p in block.parameters()]
+        assert all(p.grad.dtype == p.dtype for p in block.parameters())
+        found.append([y.float(), leaf.grad, *gradients, *(b.float() for b in block.buffers())])
+    for exact, eager, fused in zip(*found, strict=True):
+        scale = exact.abs().max().item()
+        allowed = 2 * (eager - exact).abs().max().item() + 2**-8 * scale
+        assert (fused - exact).abs().max().item() <= allowed
 
 
 def test_half_precision_in_eval():
