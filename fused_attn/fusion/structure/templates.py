@@ -22,7 +22,8 @@ CHANNELS, HIDDEN = 24, 6
 
 @dataclass(frozen=True)
 class Template:
-    """A block with its options. leaves: how many parameters and buffers it computes with."""
+    """A block with its options. leaves: how many parameters and buffers it computes with. training: as it is in
+    training, where its BatchNorms take their statistics from the batch. batch, space: the map that is captured."""
 
     kind: str
     name: str
@@ -30,14 +31,17 @@ class Template:
     options: dict[str, Any]
     rank: int
     leaves: int
+    training: bool = False
+    batch: int = BATCH
+    space: tuple[int, ...] = SPACE
 
     def __hash__(self) -> int:
         return id(self)
 
     @functools.cached_property
     def captured(self) -> Captured:
-        shape = (BATCH, CHANNELS, *SPACE[: self.rank])
-        return capture(self.build(), shape, watch=False)
+        shape = (self.batch, CHANNELS, *self.space[: self.rank])
+        return capture(self.build(), shape, training=self.training, watch=False)
 
     @property
     def output(self) -> Node:
