@@ -88,6 +88,16 @@ def assert_equivalent(function: Callable, reference: Callable, inputs: Inputs, g
         )
 
 
+def gradcheck(function: Callable[..., Tensor], inputs: Inputs, *, twice: bool = False) -> None:
+    """torch's numerical check of the gradients of every input, or with `twice` of theirs."""
+
+    def positional(*values: Tensor) -> Tensor:
+        return function(**dict(zip(inputs, values, strict=True)))
+
+    check = torch.autograd.gradgradcheck if twice else torch.autograd.gradcheck
+    assert check(positional, [t.clone().requires_grad_() for t in inputs.values() if t is not None])
+
+
 LAYOUTS = ("nchw", "channels_last")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
-from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
+from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random, run
 from tests.ops.test_channel_gate import excitation, strided
 from tests.ops.test_spatial_gate import ORDERS, SHAPES, affine, batch_norm, convolution
 
@@ -256,13 +256,7 @@ def test_gradcheck(pool, kind, layout):
     tensors |= affine(6, torch.float64) | {"residual": random(*shape, seed=5, dtype=torch.float64)}
     options |= {"pool": pool, "pre_activation": "silu", "post_activation": "gelu", "activation": "silu"}
     inputs = {"x": in_layout(random(*shape, dtype=torch.float64), layout), **tensors}
-    leaves = [t.clone().requires_grad_() for t in inputs.values()]
-    function = apply(functional, options)
-
-    def positional(*values):
-        return function(**dict(zip(inputs, values, strict=True)))
-
-    assert torch.autograd.gradcheck(positional, leaves)
+    gradcheck(apply(functional, options), inputs)
 
 
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
@@ -273,13 +267,7 @@ def test_double_backward(post, with_residual):
     if with_residual:
         tensors["residual"] = random(*shape, seed=5, dtype=torch.float64) + 3
     inputs = {"x": random(*shape, dtype=torch.float64), **tensors}
-    leaves = [t.clone().requires_grad_() for t in inputs.values()]
-    function = apply(functional, {**options, "post_activation": post, "activation": "silu"})
-
-    def positional(*values):
-        return function(**dict(zip(inputs, values, strict=True)))
-
-    assert torch.autograd.gradgradcheck(positional, leaves)
+    gradcheck(apply(functional, {**options, "post_activation": post, "activation": "silu"}), inputs, twice=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"spatial_ties": "even"}, {"post_activation": "relu"}], ids=str)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
-from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
+from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random, run
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
@@ -274,13 +274,7 @@ def test_gradcheck(pool, layout, kind):
     tensors["residual"] = random(2, 6, 3, 4, seed=5).double()
     options |= {"pool": pool, "pre_activation": "silu", "post_activation": "gelu", "activation": "silu"}
     inputs = {"x": in_layout(random(2, 6, 3, 4, dtype=torch.float64), layout), **tensors}
-    leaves = [t.clone().requires_grad_() for t in inputs.values()]
-    function = apply(functional, options)
-
-    def positional(*values):
-        return function(**dict(zip(inputs, values, strict=True)))
-
-    assert torch.autograd.gradcheck(positional, leaves)
+    gradcheck(apply(functional, options), inputs)
 
 
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
@@ -290,13 +284,7 @@ def test_double_backward(post, with_residual):
     if with_residual:
         tensors["residual"] = random(2, 4, 3, 3, seed=5, dtype=torch.float64) + 3
     inputs = {"x": random(2, 4, 3, 3, dtype=torch.float64), **tensors}
-    leaves = [t.clone().requires_grad_() for t in inputs.values()]
-    function = apply(functional, {**options, "post_activation": post, "activation": "silu"})
-
-    def positional(*values):
-        return function(**dict(zip(inputs, values, strict=True)))
-
-    assert torch.autograd.gradgradcheck(positional, leaves)
+    gradcheck(apply(functional, {**options, "post_activation": post, "activation": "silu"}), inputs, twice=True)
 
 
 def test_torch_func_runs_the_reference():

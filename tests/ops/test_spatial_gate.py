@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
-from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
+from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random, run
 from tests.ops.test_channel_gate import strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -304,13 +304,7 @@ def test_gradcheck(order, spatial, layout):
     tensors["residual"] = random(*shape, seed=5, dtype=torch.float64)
     options = {"order": order, "pre_activation": "silu", "post_activation": "gelu"}
     inputs = {"x": in_layout(random(*shape, dtype=torch.float64), layout), **tensors}
-    leaves = [t.clone().requires_grad_() for t in inputs.values()]
-    function = apply(functional, options)
-
-    def positional(*values):
-        return function(**dict(zip(inputs, values, strict=True)))
-
-    assert torch.autograd.gradcheck(positional, leaves)
+    gradcheck(apply(functional, options), inputs)
 
 
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
@@ -321,13 +315,7 @@ def test_double_backward(post, with_residual):
     if with_residual:
         tensors["residual"] = random(*shape, seed=5, dtype=torch.float64) + 3
     inputs = {"x": random(*shape, dtype=torch.float64), **tensors}
-    leaves = [t.clone().requires_grad_() for t in inputs.values()]
-    function = apply(functional, {"post_activation": post})
-
-    def positional(*values):
-        return function(**dict(zip(inputs, values, strict=True)))
-
-    assert torch.autograd.gradgradcheck(positional, leaves)
+    gradcheck(apply(functional, {"post_activation": post}), inputs, twice=True)
 
 
 def test_torch_func_runs_the_reference():
