@@ -82,7 +82,7 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
     if type(model).__module__ == "torch.export.exported_program":
         from .structure.compiled import fuse_exported
 
-        return fuse_exported(model)  # type: ignore[return-value]
+        return fuse_exported(model)  # type: ignore[arg-type, return-value]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     decisions = list(candidates(model, tails))

@@ -50,7 +50,7 @@ def fuse_exported(program: ExportedProgram) -> ExportedProgram:
     if program.example_inputs is None or not rewrite(module, [n.meta.get("val") for n in holders]):
         return program
     args, kwargs = program.example_inputs
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()
     dims: dict[Any, Any] = {}
     for holder, value in zip(holders, torch.utils._pytree.tree_leaves((args, kwargs)), strict=True):
         if isinstance(value, Tensor):
@@ -324,10 +324,10 @@ def _spatial(template: Template, match: Match, channel_gates: Callable) -> Itera
         eps, momentum = layer.options
         norm = {"training": template.training, "eps": eps, "momentum": momentum}
     if gated.op == "poly":
-        function = calls.cbam_with_batch_norm if norm else functional.cbam
+        both: Callable = calls.cbam_with_batch_norm if norm else functional.cbam
         for inner, second in channel_gates(gated):
-            yield Found(function, second.nodes[_input(inner)], *_both(tensors, options, inner, second, norm))
-    function = calls.spatial_gate_with_batch_norm if norm else functional.spatial_gate
+            yield Found(both, second.nodes[_input(inner)], *_both(tensors, options, inner, second, norm))
+    function: Callable = calls.spatial_gate_with_batch_norm if norm else functional.spatial_gate
     yield Found(function, gated, tensors, {**options, **norm})
 
 

@@ -62,18 +62,20 @@ class Followed:
         value = _known(node, self.results.get(node))
         return value.dtype if isinstance(value, Tensor) else None
 
-    def replace(self, end: fx.Node, new: Sequence[fx.Node], gone: Sequence[fx.Node]) -> None:
+    def replace(self, end: fx.Node, new: Sequence[fx.Node], gone: set[fx.Node]) -> None:
         """New nodes, of which the last has the place of `end`, and without those that are gone."""
+        tables: tuple[dict[fx.Node, Any], ...] = (self.values, self.results, self.storages, self.modes)
         for node in new:
-            for table in (self.values, self.results, self.storages, self.modes):
+            for table in tables:
                 if end in table:
-                    table[node] = table[end]  # type: ignore[index]
+                    table[node] = table[end]
             self.writes[node] = frozenset()
             for storage in {s for a in node.all_input_nodes for s in self.storages.get(a, ())}:
                 self.readers.setdefault(storage, []).append(node)
-        for table in (self.values, self.results, self.storages, self.modes, self.writes):
-            for node in gone:
-                table.pop(node, None)  # type: ignore[attr-defined]
+        for node in gone:
+            self.writes.pop(node, None)
+            for table in tables:
+                table.pop(node, None)
         for storage, readers in self.readers.items():
             self.readers[storage] = [r for r in readers if r not in gone]
         for sizes in self._others or ():

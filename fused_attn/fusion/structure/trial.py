@@ -174,14 +174,15 @@ def _run(
         if isinstance(value, torch.dtype):
             return torch.float64 if value.is_floating_point else value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return numbers.get(value, value)  # type: ignore[call-overload]
+            return numbers.get(value, value)  # type: ignore[arg-type]
         return torch.device("cpu") if isinstance(value, torch.device) else value
 
     for node in nodes:
-        args, kwargs = fx.node.map_aggregate(
+        given: Any = fx.node.map_aggregate(
             fx.node.map_aggregate((node.args, dict(node.kwargs)), here),
             lambda a: env[a] if isinstance(a, fx.Node) else a,
         )
+        args, kwargs = given
         if node.op == "call_function":
             env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         elif node.target in _CASTS or node.target in _MOVES:
