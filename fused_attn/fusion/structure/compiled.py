@@ -21,9 +21,8 @@ from ...codes import ACTIVATIONS
 from . import calls, templates
 from .capture import BATCH, SPACE
 from .followed import Followed, follow, is_whole
-from .graph import Node, Value
+from .graph import MAX_TERMS, Node, Value
 from .match import Match, reached, unify
-from .recipes import _input
 from .region import Region, region
 from .templates import Template
 from .trial import Trial
@@ -266,7 +265,7 @@ def _matches(seen: Followed, value: Value) -> Iterator[Found]:
                 yield from _spatial(template, match, channel_gates)
     if node.op == "poly":
         for template, match in channel_gates(node):
-            yield Found(functional.channel_gate, match.nodes[_input(template)], *_channel(template, match))
+            yield Found(functional.channel_gate, match.nodes[template.input], *_channel(template, match))
     for template in _templates("modules", shape, modes, lambda template: _may_be(template.name, node)):
         for match in unify(template.output, node, seen.graph, Match()):
             found = _block(template, match)
@@ -285,7 +284,7 @@ def _may_be(name: str, node: Node) -> bool:
         return len(terms) > 1 and any(g.op == "poly" and any(len(f) > 1 for _, f in g.terms) for g in gates)
     if name in ("SCSE", "TripletAttention"):
         return len(terms) > 1 and least > 1
-    return least > 2 if name == "CoordinateAttention" else least > 1
+    return least > {"CoordinateAttention": 2, "SimAM": 1}.get(name, MAX_TERMS)
 
 
 def _plain(match: Match) -> bool:
@@ -310,7 +309,7 @@ def _leaves(match: Match) -> dict[str, Node]:
 
 def _spatial(template: Template, match: Match, channel_gates: Callable) -> Iterator[Found]:
     """A spatial gate, or both gates where it reads the result of a channel gate."""
-    gated = match.nodes.get(_input(template))
+    gated = match.nodes.get(template.input)
     if gated is None or not _plain(match):
         return
     tensors: dict[str, Any] = {
@@ -326,7 +325,7 @@ def _spatial(template: Template, match: Match, channel_gates: Callable) -> Itera
     if gated.op == "poly":
         both: Callable = calls.cbam_with_batch_norm if norm else functional.cbam
         for inner, second in channel_gates(gated):
-            yield Found(both, second.nodes[_input(inner)], *_both(tensors, options, inner, second, norm))
+            yield Found(both, second.nodes[inner.input], *_both(tensors, options, inner, second, norm))
     function: Callable = calls.spatial_gate_with_batch_norm if norm else functional.spatial_gate
     yield Found(function, gated, tensors, {**options, **norm})
 
@@ -350,7 +349,7 @@ def _both(
 
 def _block(template: Template, match: Match) -> Found | None:
     """A module of `fused_attn.nn` that takes the tensors of the graph."""
-    x = match.nodes[_input(template)]
+    x = match.nodes[template.input]
     layers = {
         t.inputs[1].name.removesuffix(".weight"): c.options
         for t, c in match.nodes.items()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ... import reference
 from .capture import BATCH, SPACE, Captured, capture
 from .graph import Graph, Node
-from .match import MARKERS
+from .match import MARKERS, reached
 
 ACTIVATION, GATE = MARKERS
 CHANNELS, HIDDEN = 24, 6
@@ -46,6 +46,12 @@ class Template:
     @property
     def output(self) -> Node:
         return self.captured.output.node
+
+    @functools.cached_property
+    def input(self) -> Node:
+        """The map it is a function of."""
+        (node,) = (n for n in reached(self.output) if n.op == "input")
+        return node
 
     @property
     def mask(self) -> Node:
