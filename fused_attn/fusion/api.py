@@ -63,8 +63,8 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
     both. Fusing again changes nothing; `unfuse(model)` undoes it. Fuse before `fully_shard` and `torch.compile`.
 
     Args:
-        model: any module, or a block itself; or a program of torch.export, of which its module is returned, with the
-            blocks in its graph fused.
+        model: any module, or a block itself; or a program of torch.export, which is left as it is: what is returned is
+            another program, with the blocks in its graph fused and the same inputs, open sizes and `state_dict`.
         tails: also fuse what stands around the attention blocks of known networks: BatchNorm, activation, gate, sum
             and activation as one op (`fused_attn.functional.norm_gate`), in training too. Networks: timm's ResNets,
             EfficientNets, MobileNetV3s and RegNets, torchvision's, and MONAI's SE-ResNets.
@@ -80,7 +80,7 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
     if type(model).__module__ == "torch.export.exported_program":
         from .structure.compiled import fuse_exported
 
-        return fuse_exported(model)  # type: ignore[return-value]
+        return fuse_exported(model)  # type: ignore[arg-type, return-value]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     decisions = list(candidates(model, tails))

@@ -1,28 +1,35 @@
 """The same matcher on graphs: a backend of torch.compile that puts fused blocks in front of Inductor, and exported
 programs. Blocks are found wherever they lie in a graph, with what stands around them: an eval BatchNorm and its
-activation before, a residual sum and a ReLU after."""
+activation before, a residual sum and an activation after. Each is checked numerically before it is used (`trial`)."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 
 from ... import functional
+from ... import nn as fused_nn
 from ...codes import ACTIVATIONS
-from . import templates
-from .capture import Recorder
-from .graph import Graph, Node, Unsupported, Value
-from .match import Match, unify
-from .recipes import _input
+from . import calls, templates
+from .capture import BATCH, SPACE
+from .followed import Followed, follow, is_whole
+from .graph import MAX_TERMS, Node, Value
+from .match import Match, reached, unify
+from .region import Region, region
+from .templates import Template
+from .trial import Trial
 
-#: Sizes that stand for those a dynamic graph leaves open: all different.
-_PRIMES = (5, 13, 11, 17, 19, 23, 29, 31, 37, 41)
+logger = logging.getLogger(__name__)
+
 _ADDS = {torch.add, operator.add, operator.iadd, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
-_RELUS = {torch.relu, torch.relu_, torch.nn.functional.relu, torch.ops.aten.relu.default, torch.ops.aten.relu_.default}
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable:
@@ -34,246 +41,418 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Cal
     return compiled
 
 
-def fuse_exported(program: Any) -> fx.GraphModule:
-    """The module of an exported program with its blocks fused."""
-    module = program.module(check_guards=False)
-    values, _ = program.example_inputs
-    rewrite(module, values)
-    return module
+def fuse_exported(program: ExportedProgram) -> ExportedProgram:
+    """An exported program with its blocks fused, exported again: of the same inputs, with the same open sizes and
+    `state_dict`. The program itself where it has no block."""
+    module: Any = program.module(check_guards=False)
+    holders = module.graph.find_nodes(op="placeholder")
+    if program.example_inputs is None or not rewrite(module, [n.meta.get("val") for n in holders]):
+        return program
+    args, kwargs = program.example_inputs
+    shapes: Any = torch.export.ShapesCollection()
+    dims: dict[Any, Any] = {}
+    for holder, value in zip(holders, torch.utils._pytree.tree_leaves((args, kwargs)), strict=True):
+        if isinstance(value, Tensor):
+            found = [_dimension(n, program.range_constraints, dims) for n in holder.meta["val"].shape]
+            if any(d is not None for d in found):
+                shapes[value] = dict(enumerate(found))
+    return torch.export.export(module, args, kwargs, dynamic_shapes=shapes if dims else None, strict=False)
+
+
+def _dimension(n: Any, ranges: Any, known: dict[Any, Any]) -> Any:
+    """An open size of an exported program as `torch.export.export` takes it; None for one that is not open."""
+    if isinstance(n, int):
+        return None
+    symbol = n.node.expr
+    if symbol not in known:
+        bounds = ranges.get(symbol)
+        if not symbol.is_symbol or bounds is None:
+            known[symbol] = torch.export.Dim.AUTO
+        else:
+            highest = {"max": int(bounds.upper)} if bounds.upper.is_Integer and bounds.upper < 2**31 else {}
+            known[symbol] = torch.export.Dim(str(symbol), min=int(bounds.lower), **highest)
+    return known[symbol]
 
 
 def rewrite(module: fx.GraphModule, inputs: Sequence[Any]) -> int:
     """Fuse the blocks in a graph; how many there were. A graph that cannot be followed is left as it is."""
     try:
-        seen = _follow(module, inputs)
-    except Exception:
+        seen = follow(module, inputs)
+    except Exception as error:
+        logger.info("a graph is left as it is: %s: %s", type(error).__name__, error)
         return 0
-    count = sum(_replace(module, seen, node) for node in reversed(list(module.graph.nodes)) if node in seen.values)
+    trial = Trial(seen)
+    count = 0
+    for node in reversed(list(module.graph.nodes)):
+        if node in seen.values:  # no longer so for what a block has replaced
+            try:
+                count += _replace(seen, trial, node)
+            except Exception as error:
+                logger.warning("%s is left as it is: %s: %s", node, type(error).__name__, error)
     if count:
-        module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
     return count
 
 
-class _Followed:
-    """Canonical values of a graph's nodes."""
+@dataclass
+class Found:
+    """A block: the map it reads, and the call that computes it.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.values: dict[fx.Node, Value] = {}
+    tensors: names of arguments -> canonical values; one that is a dictionary of them, or a tuple, is passed as such.
+    around: whether the function takes a BatchNorm before and a sum after it.
+    """
 
-    def holder(self, node: Node, before: fx.Node) -> fx.Node | None:
-        """What holds this value as it is, before a place in the graph."""
-        for other, value in self.values.items():
-            if value.node is node and value.layout == tuple((i,) for i in range(len(node.sizes))) and other < before:
-                return other
-        return None
-
-    def leaf(self, node: Node) -> fx.Node | None:
-        return next((n for n, v in self.values.items() if v.node is node and n.op in ("placeholder", "get_attr")), None)
+    function: Callable
+    x: Node
+    tensors: dict[str, Any]
+    options: dict[str, Any]
+    around: bool = True
 
 
-def _follow(module: fx.GraphModule, inputs: Sequence[Any]) -> _Followed:
-    graph = Graph()
-    recorder = Recorder(graph, limit=100_000)
-    symbols: dict[Any, int] = {}
-
-    def size(n: Any) -> int:
-        if isinstance(n, int):
-            return n
-        expression = n.node.expr
-        for symbol in expression.free_symbols:
-            symbols.setdefault(symbol, _PRIMES[len(symbols)])
-        return int(expression.subs(symbols))
-
-    found = _Followed(graph)
-
-    def stand_in(name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            sizes = [size(n) for n in value.shape]
-            strides = None if any(not isinstance(n, int) for n in value.shape) else [size(s) for s in value.stride()]
-            t = torch.empty(sizes, dtype=value.dtype, device="meta")
-            if strides is not None:
-                t = torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
-            recorder.put(t, graph.leaf("leaf", name, sizes))
-            return t
-        return size(value) if isinstance(value, torch.SymInt) else value
-
-    class Follower(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            if n.op == "call_method" and n.target == "item":  # an option of a layer that dynamo keeps open
-                return n.meta["example_value"].node.hint
-            held = n.op == "get_attr"
-            result = stand_in(n.name, self.fetch_attr(str(n.target))) if held else super().run_node(n)
-            if isinstance(result, Tensor):
-                try:
-                    found.values[n] = recorder.get(result)
-                except Unsupported:
-                    found.values.pop(n, None)
-            return result
-
-    holders = module.graph.find_nodes(op="placeholder")
-    # The values that dynamo keeps have the symbols of the graph in their sizes.
-    kept = [n.meta.get("example_value", n.meta.get("val", v)) for n, v in zip(holders, inputs, strict=True)]
-    args = [stand_in(n.name, v) for n, v in zip(holders, kept, strict=True)]
-    modes = torch.is_grad_enabled()
-    with torch.set_grad_enabled(True), recorder:
-        Follower(module, garbage_collect_values=False).run(*args, enable_io_processing=False)
-    torch.set_grad_enabled(modes)
-    if any(t.is_floating_point() and id(t) in {id(a) for a in args} and t.dim() > 2 for t in recorder.written):
-        raise Unsupported
-    return found
-
-
-def _replace(module: fx.GraphModule, seen: _Followed, last: fx.Node) -> bool:
+def _replace(seen: Followed, trial: Trial, last: fx.Node) -> bool:
     value = seen.values[last]
-    rank = len(value.node.sizes) - 2
-    whole = value.layout == tuple((i,) for i in range(rank + 2))
-    if value.node.op != "poly" or rank not in (1, 2, 3) or not whole or not last.users:
+    products = value.node.op == "maximum" or (
+        value.node.op == "poly" and any(len(factors) > 1 for _, factors in value.node.attrs)
+    )
+    if not products or not is_whole(value) or not last.users or len(value.shape) not in (3, 4, 5):
         return False
-    if any(t.node is value.node and n is not last and n > last for n, t in seen.values.items()):
-        return False  # a view or copy of it follows, which is the better end
-    for function, template, match, second in _matches(seen.graph, value.node, rank):
-        names = {t.name: seen.leaf(c) for t, c in match.nodes.items() if t.op == "leaf"}
-        if second is not None:
-            names |= {t.name: seen.leaf(c) for t, c in second[1].nodes.items() if t.op == "leaf"}
-        source = (second or (template, match))[1].nodes[_input((second or (template, match))[0])]
-        x = seen.holder(source, last)
-        if x is None or any(n is None for n in names.values()):
-            continue
-        _insert(module.graph, seen, last, x, source, _call(function, template, match, second), names)
-        return True
+    if any(seen.values.get(n) == value for n in last.all_input_nodes):
+        return False  # a copy in another layout, which is wanted
+    reason = ""
+    for found in _matches(seen, value):
+        for before, after in ((True, True), (False, True), (True, False), (False, False)):
+            if found.around or not (before or after):
+                why = _try(seen, trial, last, found, before, after)
+                if why is None:
+                    return True
+                reason = reason or f"{found.function.__name__}: {why}" if why else reason
+    if reason:
+        logger.warning("%s is no block that is known, though it looks like one: %s", last, reason)
     return False
 
 
-def _matches(graph: Graph, node: Node, rank: int) -> Any:
-    """(function, template, match, the channel gate inside with its match or None)."""
-    for template in templates.spatial_gates(rank):
-        if template.options["norm"]:
+def _try(seen: Followed, trial: Trial, last: fx.Node, found: Found, before: bool, after: bool) -> str | None:
+    """Put a block's call into the graph, with what stands before and after it; or why not, "" where there is nothing
+    to be said."""
+    tensors = fx.node.map_aggregate(found.tensors, lambda n: seen.leaf(n) if isinstance(n, Node) else n)
+    leaves: list[Any] = []
+    fx.node.map_aggregate(found.tensors, lambda n: leaves.append(seen.leaf(n)) if isinstance(n, Node) else None)
+    norm = _normalised(seen, last, found.x) if before else None
+    end, options = _epilogue(seen, last) if after else (last, {})
+    if None in leaves or (before and norm is None) or (after and end is last):
+        return ""
+    around = [options["residual"]] if "residual" in options else []
+    if norm is not None:
+        around += [norm.x, *(t for t in norm.tensors if t is not None)]
+    for x in reversed(seen.holders(found.x, last)):
+        block = region(seen, end, (*leaves, *around, *((x,) if norm is None else ())))
+        if block is None or (norm is not None and x not in block.gone) or _is_counted_elsewhere(seen, block):
             continue
-        for match in unify(template.output, node, graph, Match()):
-            gated = match.nodes.get(_input(template))
-            plain = all(
-                c.options[:2] == ((1,) * rank, 1) and all(k % 2 for k in c.options[2])
-                for t, c in match.nodes.items()
-                if t.op == "conv"
-            )
-            if gated is None or not plain:
-                continue
-            if gated.op == "poly":
-                for inner in templates.channel_gates(rank):
-                    for second in unify(inner.output, gated, graph, Match()):
-                        yield "cbam", template, match, (inner, second)
-            yield "spatial_gate", template, match, None
-    for template in templates.channel_gates(rank):
-        for match in unify(template.output, node, graph, Match()):
-            yield "channel_gate", template, match, None
-
-
-def _call(function: str, template: Any, match: Match, second: Any) -> tuple[Callable, dict[str, Any], dict[str, str]]:
-    """The function, its options, and for each of its tensor arguments the template's name of it."""
-    channel = {name: name for name in ("weight1", "bias1", "weight2", "bias2")}
-    if function == "channel_gate":
-        options = {**template.options, "gate": match.options["gate"]}
-        options["activation"] = match.options.get("activation", "identity")
-        return functional.channel_gate, options, channel
-    weight = {"weight": "block.conv.weight", "bias": "block.conv.bias"}
-    if function == "spatial_gate":
-        options = {k: template.options[k] for k in ("order", "ties")}
-        return functional.spatial_gate, {**options, "gate": match.options["gate"]}, weight
-    inner, found = second
-    options = {k: v for k, v in inner.options.items() if k in ("pool", "layer")}
-    options |= {
-        "channel_ties": inner.options.get("ties", "first"),
-        "activation": found.options.get("activation", "identity"),
-        "channel_gate": found.options["gate"],
-        "order": template.options["order"],
-        "spatial_ties": template.options["ties"],
-        "spatial_gate": match.options["gate"],
-    }
-    return functional.cbam, options, {**channel, **{f"spatial_{k}": v for k, v in weight.items()}}
+        if _is_typed(seen, block, tensors, x if norm is None else norm.x, options.get("residual")):
+            return _insert(seen, trial, block, x, norm, found.function, {**tensors, **found.options, **options})
+    return ""
 
 
 def _insert(
-    graph: fx.Graph, seen: _Followed, last: fx.Node, x: fx.Node, source: Node, call: Any, names: dict[str, Any]
-) -> None:
-    function, options, arguments = call
-    options = {**options, **{argument: names[name] for argument, name in arguments.items() if name in names}}
-    end = last
+    seen: Followed,
+    trial: Trial,
+    block: Region,
+    x: fx.Node,
+    norm: _Norm | None,
+    function: Callable,
+    arguments: dict[str, Any],
+) -> str | None:
+    """A call in place of a block; or why it is none."""
+    seen.other_sizes()  # while there is nothing new in the graph
+    end, graph = block.end, block.end.graph
+    new: list[fx.Node] = []
+    with graph.inserting_before(end):
+        if norm is not None:
+            new.append(graph.call_function(calls.folded, (*norm.tensors, norm.eps)))
+            x, arguments["affine"], arguments["pre_activation"] = norm.x, new[-1], norm.activation
+        new.append(graph.call_function(function, (x,), arguments))
+    buffers = _statistics(seen, block)
+    sixths = any(n.op == "act" and str(n.attrs[0]).startswith("hard_") for n in reached(seen.values[end].node))
+    try:
+        reason = trial.why_not(block, x, new, set(buffers), {s for s in buffers if buffers[s]}, sixths)
+    except Exception as error:
+        reason = f"the check raises {type(error).__name__}: {error}"
+    if reason is not None:
+        for node in reversed(new):
+            graph.erase_node(node)
+        return reason
+    for node in block.sizes:
+        known = node.meta.get("example_value")
+        if isinstance(known, torch.SymFloat):
+            float(known)  # an option that is now written into the graph: another one compiles anew
+    for name in ("example_value", "val", "stack_trace", "nn_module_stack"):
+        if name in end.meta:
+            new[-1].meta[name] = end.meta[name]
+    end.replace_all_uses_with(new[-1])
+    seen.replace(end, new, block.gone)
+    for node in sorted(block.gone, reverse=True):
+        graph.erase_node(node)
+    return None
+
+
+def _norms(seen: Followed, block: Region) -> list[Node]:
+    return [n for n in reached(seen.values[block.end].node) if n.op == "batch_norm" and n.attrs[2][2:] == (True, True)]
+
+
+def _statistics(seen: Followed, block: Region) -> dict[fx.Node, bool]:
+    """The running statistics that a block reads, and whether they are variances."""
+    given = {seen.values[s].node: s for s in block.stops}
+    found = [(n.inputs[-2:], (False, True)) for n in _norms(seen, block)]
+    return {given[n]: var for pair, vars in found for n, var in zip(pair, vars, strict=True) if n in given}
+
+
+def _is_counted_elsewhere(seen: Followed, block: Region) -> bool:
+    """Whether a BatchNorm in training is used outside too, before the end: its statistics are then written in turns."""
+    given = {seen.values[s].node: s for s in block.stops}
+    live = [given[n.inputs[-1]] for n in _norms(seen, block) if n.attrs[1] and n.inputs[-1] in given]
+    return any(user < block.end and user not in block.gone for s in live for user in s.users)
+
+
+# Which block
+
+
+#: Modules whose form says how large the map is: they divide by a number of positions, or split what they put together.
+_SIZED = ("CoordinateAttention", "SimAM")
+
+
+@functools.cache
+def _variant(template: Template, training: bool, batch: int, space: tuple[int, ...]) -> Template | None:
+    """A template for another map; in training only where it has a BatchNorm."""
+    variant = replace(template, training=training, batch=batch, space=space)
+    try:
+        norm = any(n.op == "batch_norm" for n in reached(variant.output))
+    except Exception:  # it raises for the statistics of one value
+        return None
+    return variant if norm or not training else None
+
+
+def _templates(kind: str, shape: tuple[int, ...], modes: set[bool], wanted: Callable) -> Iterator[Template]:
+    """For maps of a shape, of which a single sample has an axis less. modes: whether they are in training."""
+    batch = 1 if shape[0] == 1 else BATCH
+    for template in getattr(templates, kind)(len(shape) - 2):
+        if wanted(template):  # only then is it captured
+            for training in modes:
+                space = shape[2:] if template.name in _SIZED else SPACE
+                variant = _variant(template, training, batch, space)
+                if variant is not None:
+                    yield variant
+
+
+def _matches(seen: Followed, value: Value) -> Iterator[Found]:
+    node, shape = value.node, value.shape
+    inside = reached(node)
+    modes = {False} | {n.attrs[1] for n in inside if n.op == "batch_norm"}
+    maxima = any(n.op == "max" for n in inside)
+
+    def pooled(template: Template) -> bool:
+        return maxima or template.options["pool"] == "avg"
+
+    def channel_gates(of: Node) -> Iterator[tuple[Template, Match]]:
+        for template in _templates("channel_gates", shape, {False}, pooled):
+            for match in unify(template.output, of, seen.graph, Match()):
+                if _plain(match):
+                    yield template, match
+
+    if node.op == "poly" and maxima:
+        for template in _templates("spatial_gates", shape, modes, lambda template: True):
+            for match in unify(template.output, node, seen.graph, Match()):
+                yield from _spatial(template, match, channel_gates)
+    if node.op == "poly":
+        for template, match in channel_gates(node):
+            yield Found(functional.channel_gate, match.nodes[template.input], *_channel(template, match))
+    for template in _templates("modules", shape, modes, lambda template: _may_be(template.name, node)):
+        for match in unify(template.output, node, seen.graph, Match()):
+            found = _block(template, match)
+            if found is not None:
+                yield found
+
+
+def _may_be(name: str, node: Node) -> bool:
+    """Whether a node has the outer shape of a block; there are many templates, which take time to capture."""
+    if node.op != "poly":
+        return name == "SCSE"
+    terms = [factors for _, factors in node.terms]
+    least = min(map(len, terms))
+    if name == "BAM":
+        gates = [n.inputs[0] for factors in terms for n, _ in factors if n.op == "act"]
+        return len(terms) > 1 and any(g.op == "poly" and any(len(f) > 1 for _, f in g.terms) for g in gates)
+    if name in ("SCSE", "TripletAttention"):
+        return len(terms) > 1 and least > 1
+    return least > {"CoordinateAttention": 2, "SimAM": 1}.get(name, MAX_TERMS)
+
+
+def _plain(match: Match) -> bool:
+    """Whether the convolutions are neither dilated nor grouped, and odd."""
+    convs = [c.options for t, c in match.nodes.items() if t.op == "conv"]
+    return all(set(dilation) == {1} and groups == 1 and _odd(kernel) for dilation, groups, kernel in convs)
+
+
+def _odd(kernel: tuple[int, ...]) -> bool:
+    return all(k % 2 for k in kernel)
+
+
+def _channel(template: Template, match: Match) -> tuple[dict[str, Node], dict[str, Any]]:
+    options = {**template.options, "gate": match.options["gate"]}
+    options["activation"] = match.options.get("activation", "identity")
+    return _leaves(match), options
+
+
+def _leaves(match: Match) -> dict[str, Node]:
+    return {t.name: c for t, c in match.nodes.items() if t.op == "leaf"}
+
+
+def _spatial(template: Template, match: Match, channel_gates: Callable) -> Iterator[Found]:
+    """A spatial gate, or both gates where it reads the result of a channel gate."""
+    gated = match.nodes.get(template.input)
+    if gated is None or not _plain(match):
+        return
+    tensors: dict[str, Any] = {
+        name.rpartition(".")[2]: node for name, node in _leaves(match).items() if ".bn." not in name
+    }
+    options = {k: template.options[k] for k in ("order", "ties")} | {"gate": match.options["gate"]}
+    norm: dict[str, Any] = {}
+    if template.options["norm"]:
+        (layer,) = (c for t, c in match.nodes.items() if t.op == "batch_norm")
+        tensors["norm"] = layer.inputs[1:]
+        eps, momentum = layer.options
+        norm = {"training": template.training, "eps": eps, "momentum": momentum}
+    if gated.op == "poly":
+        both: Callable = calls.cbam_with_batch_norm if norm else functional.cbam
+        for inner, second in channel_gates(gated):
+            yield Found(both, second.nodes[inner.input], *_both(tensors, options, inner, second, norm))
+    function: Callable = calls.spatial_gate_with_batch_norm if norm else functional.spatial_gate
+    yield Found(function, gated, tensors, {**options, **norm})
+
+
+def _both(
+    spatial: dict[str, Any], options: dict[str, Any], inner: Template, match: Match, norm: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `cbam`: those of its gates under other names."""
+    tensors, channel = _channel(inner, match)
+    renamed = {f"spatial_{k}" if k in ("weight", "bias") else k: v for k, v in spatial.items()}
+    return {**tensors, **renamed}, {
+        **{k: v for k, v in channel.items() if k in ("pool", "layer", "activation")},
+        "channel_ties": channel.get("ties", "first"),
+        "channel_gate": channel["gate"],
+        "order": options["order"],
+        "spatial_ties": options["ties"],
+        "spatial_gate": options["gate"],
+        **norm,
+    }
+
+
+def _block(template: Template, match: Match) -> Found | None:
+    """A module of `fused_attn.nn` that takes the tensors of the graph."""
+    x = match.nodes[template.input]
+    layers = {
+        t.inputs[1].name.removesuffix(".weight"): c.options
+        for t, c in match.nodes.items()
+        if t.op in ("conv", "batch_norm")
+    }
+    if template.name == "TripletAttention" and not _plain(match):
+        return None
+    if not all(_odd(c.options[2]) for t, c in match.nodes.items() if t.op == "conv"):
+        return None
+    options = tuple(sorted({**template.options, **match.options}.items()))
+    channels = x.sizes[1 - (template.batch == 1)]
+    call = _module(template.name, options, tuple(sorted(layers.items())), channels, template.training)
+    return Found(call, x, {"tensors": _leaves(match)}, {}, around=False)
+
+
+@functools.cache
+def _module(name: str, options: tuple, layers: tuple, channels: int, training: bool) -> calls.Block:
+    chosen = dict(options)
+    bare = chosen.pop("bare")
+    with torch.device("meta"):
+        module: Any = templates.without_bias(
+            getattr(fused_nn, name), bare, channels=templates.CHANNELS, **chosen
+        ).train(training)
+    module.channels = channels if name == "SCSE" else None
+    for part in module.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.num_batches_tracked = None  # the graph counts them itself
+    for path, given in layers:
+        layer: Any = module.get_submodule(path)
+        if len(given) == 2:
+            layer.eps, layer.momentum = given
+        else:
+            layer.dilation, layer.groups, layer.kernel_size = given
+            layer.padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return calls.Block(module)
+
+
+def _is_typed(seen: Followed, block: Region, tensors: Any, x: fx.Node, residual: fx.Node | None) -> bool:
+    """Whether the fused call takes tensors of these dtypes, and gives the dtype that the nodes give."""
+    maps = [x, block.end] if residual is None else [x, block.end, residual]
+    given: list[fx.Node] = []
+    if not seen.modes[block.end][1]:  # under autocast parameters are read as they are
+        fx.node.map_aggregate(tensors, lambda n: given.append(n) if isinstance(n, fx.Node) else None)
+    return len({seen.dtype(n) for n in (*maps, *given)}) == 1
+
+
+# What stands around it
+
+
+def _epilogue(seen: Followed, last: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
+    """The end of a block with the sum and the activation that follow it, and the arguments that stand for them."""
+    end, found = last, {}
     added = _sum_after(seen, end)
     if added is not None:
-        end, options["residual"] = added
-        if len(end.users) == 1 and _is_relu(user := next(iter(end.users))):
-            end, options["post_activation"] = user, "relu"
-    with graph.inserting_before(end):
-        before = _normalised(graph, seen, last, x, source)
-        if before is not None:
-            x, options["affine"], options["pre_activation"] = before
-        new = graph.call_function(function, (x,), options)
-    end.replace_all_uses_with(new)
-    node: fx.Node = end
-    _erase_dead(graph, node)
+        end, found["residual"] = added
+    user = _only_user(end)
+    if user is not None and user in seen.values and end in seen.values and len(user.all_input_nodes) == 1:
+        value, before = seen.values[user], seen.values[end]
+        of_end = value.node.op == "act" and value == Value(value.node, before.layout)
+        if of_end and value.node.inputs[0] is before.node and value.node.attrs[0] in ACTIVATIONS:
+            end, found["post_activation"] = user, value.node.attrs[0]
+    return end, found
 
 
-def _erase_dead(graph: fx.Graph, end: fx.Node) -> None:
-    """Nodes that only the old end needed, in-place ones too: what they wrote into was theirs."""
-    waiting = [end]
-    while waiting:
-        node = waiting.pop()
-        if not node.users and node.op in ("call_function", "call_method"):
-            before = list(dict.fromkeys(node.all_input_nodes))
-            graph.erase_node(node)
-            waiting += [n for n in before if n not in waiting]
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _sum_after(seen: _Followed, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _sum_after(seen: Followed, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The sum with another map of the same shape that is the only use of a node, and that map."""
-    if len(node.users) != 1:
+    user = _only_user(node)
+    if user is None or user not in seen.values:
         return None
-    user = next(iter(node.users))
     method = user.op == "call_method" and user.target in ("add", "add_")
     if not (method or (user.op == "call_function" and user.target in _ADDS)) or user.kwargs or len(user.args) != 2:
         return None
     other = user.args[1] if user.args[0] is node else user.args[0]
     if not isinstance(other, fx.Node) or other is node or other not in seen.values:
         return None
-    writes = user.target in (operator.iadd, "add_", torch.ops.aten.add_.Tensor)
-    if writes and user.args[0] is not node:
-        return None
     return (user, other) if seen.values[other].shape == seen.values[node].shape else None
 
 
-def _is_relu(node: fx.Node) -> bool:
-    method = node.op == "call_method" and node.target in ("relu", "relu_")
-    return method or (node.op == "call_function" and node.target in _RELUS)
+@dataclass
+class _Norm:
+    x: fx.Node
+    tensors: tuple[fx.Node | None, ...]
+    eps: float
+    activation: str
 
 
-def _normalised(graph: fx.Graph, seen: _Followed, last: fx.Node, x: fx.Node, source: Node) -> Any:
-    """Where the map is an eval BatchNorm's, perhaps activated, and nothing else reads it: what that was computed from,
-    the BatchNorm as (weight, bias), and the activation's name."""
+def _normalised(seen: Followed, last: fx.Node, source: Node) -> _Norm | None:
+    """Where the map is an eval BatchNorm's, perhaps activated: what that was computed from, and the BatchNorm."""
     activation, norm = "identity", source
     if norm.op == "act" and norm.attrs[0] in ACTIVATIONS:
         activation, norm = norm.attrs[0], norm.inputs[0]
-    if norm.op != "batch_norm" or norm.attrs != (1, False, (True,) * 4) or not _only_inside(x, last):
+    if norm.op != "batch_norm" or norm.attrs[1]:
         return None
-    below = seen.holder(norm.inputs[0], last)
-    tensors = [seen.leaf(n) for n in norm.inputs[1:]]
-    if below is None or any(t is None for t in tensors):
+    axis, _, present = norm.attrs
+    below = seen.holders(norm.inputs[0], last)
+    if not below or present[2:] != (True, True) or axis != 1 - (seen.results[below[-1]].shape[0] == 1):
         return None
-    return below, graph.call_function(folded, (*tensors, norm.options[0])), activation
-
-
-def _only_inside(x: fx.Node, last: fx.Node) -> bool:
-    """Whether all that reads a node ends in `last`."""
-    inside = {last}
-    for node in reversed(list(x.graph.nodes)):
-        if node < last and node.users and set(node.users) <= inside:
-            inside.add(node)
-    return x in inside
-
-
-def folded(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A BatchNorm that uses its running statistics as x * weight + bias."""
-    scale = weight * (var + eps).rsqrt()
-    return scale, bias - mean * scale
+    leaves = iter([seen.leaf(n) for n in norm.inputs[1:]])
+    tensors = [next(leaves) if there else None for there in present]
+    if any(there and t is None for there, t in zip(present, tensors, strict=True)):
+        return None
+    return _Norm(below[-1], tuple(tensors), norm.options[0], activation)

@@ -136,7 +136,13 @@ class Graph:
             raise Unsupported  # an axis along which nothing varies any more
         order: list[int] = []
         if every:
-            widest = max(every, key=lambda f: (len(f[1]), f[0].op == "input", f[0].rank_key))
+
+            def rank(factor: Factor) -> tuple:
+                node, axes = factor
+                # In the order of the dimensions where any factor has all of them so.
+                return len(axes), node.op == "input", axes == tuple(sorted(axes)), node.rank_key
+
+            widest = max(every, key=rank)
             order = [*widest[1], *(a for a in range(len(sizes)) if a not in widest[1])]
         if len(kept) == 1 and kept[0][0] == 1 and len(kept[0][1]) == 1 and len(order) == len(kept[0][1][0][1]):
             return kept[0][1][0][0], tuple(order)

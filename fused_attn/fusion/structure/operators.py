@@ -419,7 +419,7 @@ def _batch_norm(
     present = tuple(t is not None for t in tensors)
     inputs = [x.node, *(t.node for t in tensors if t is not None)]
     attrs = (axis_or_none(x.layout[1]), bool(training), present)
-    return Value(graph.node("batch_norm", inputs, attrs, x.node.sizes, (float(eps),)), x.layout)
+    return Value(graph.node("batch_norm", inputs, attrs, x.node.sizes, (float(eps), float(momentum))), x.layout)
 
 
 @operator("native_batch_norm", "cudnn_batch_norm")

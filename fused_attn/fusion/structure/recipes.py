@@ -63,10 +63,6 @@ def find(captured: Captured, rank: int) -> Iterator[Found]:
                         break
 
 
-def _input(template: Template) -> Node:
-    return template.input
-
-
 def _residual(captured: Captured, node: Node, x: Node) -> Iterator[tuple[Node, bool]]:
     """The output, and the output without the input that it adds."""
     yield node, False

@@ -24,7 +24,8 @@ CHANNELS, HIDDEN = 24, 6
 @dataclass(frozen=True, eq=False)
 class Template:
     """A block with its options. leaves: how many parameters and buffers it computes with. maps: names of those that
-    stand for maps."""
+    stand for maps. training: as it is in training, where its BatchNorms take their statistics from the batch. batch,
+    space: the map that is captured."""
 
     kind: str
     name: str
@@ -33,11 +34,14 @@ class Template:
     rank: int
     leaves: int
     maps: tuple[str, ...] = ()
+    training: bool = False
+    batch: int = BATCH
+    space: tuple[int, ...] = SPACE
 
     @functools.cached_property
     def captured(self) -> Captured:
-        shape = (BATCH, CHANNELS, *SPACE[: self.rank])
-        return capture(self.build(), shape, watch=False, maps=self.maps)
+        shape = (self.batch, CHANNELS, *self.space[: self.rank])
+        return capture(self.build(), shape, training=self.training, watch=False, maps=self.maps)
 
     @property
     def output(self) -> Node:
@@ -134,9 +138,6 @@ def without_bias(cls: Callable[..., nn.Module], layers: tuple[str, ...], **optio
         if any(part in path for part in layers) and isinstance(getattr(layer, "bias", None), nn.Parameter):
             layer.bias = None
     return block
-
-
-_without_bias = without_bias  # the name that compiled.py has for it
 
 
 #: Modules of `fused_attn.reference` by name, with the options in which they differ, and the groups of layers that
