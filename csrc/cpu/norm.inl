@@ -33,16 +33,17 @@ inline unsigned load_bits(const uint8_t* row, int64_t i, int64_t n) {
     if (shift + n > 8) bits |= static_cast<unsigned>(row[byte + 1]) << (8 - shift);
     return bits;
 }
-// Sets them; the row's bytes were zero, or vectors of eight lanes write whole bytes. Repeating some sets the same.
+// Sets them. Where vectors have fewer than eight lanes the row's bytes must have been zero. Those of eight write whole
+// bytes; only a row's last may start within one, whose bits are set already, and the next byte is the row's last.
 template <int64_t kWidth>
 inline void store_bits(unsigned bits, uint8_t* row, int64_t i, int64_t n) {
     const int64_t byte = i >> 3, shift = i & 7;
     bits &= (1u << n) - 1;
-    if (kWidth == 8 && shift == 0) {
-        row[byte] = static_cast<uint8_t>(bits);
+    if (kWidth == 8) {
+        row[shift ? byte + 1 : byte] = static_cast<uint8_t>(shift ? bits >> (8 - shift) : bits);
         return;
     }
-    if (kWidth < 8) row[byte] |= static_cast<uint8_t>(bits << shift);
+    row[byte] |= static_cast<uint8_t>(bits << shift);
     if (shift + n > 8) row[byte + 1] |= static_cast<uint8_t>(bits >> (8 - shift));
 }
 // The largest number that T rounds to 0: bits are those of the y that is stored.

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_attn
 from fused_attn import functional, reference
 from fused_attn.backends import choose
-from fused_attn.codes import ACTIVATIONS
+from fused_attn.codes import ACTIVATIONS, FUNCTIONS
 from fused_attn.ops.common import accumulator
 from fused_attn.ops.norm_gate import DOTS, GRADIENTS, MOMENTS, SCALE, SCALE_INTO
 from tests.checks import LAYOUTS, Inputs, assert_equivalent, in_layout, random, run
@@ -293,7 +293,7 @@ class Tail(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if not self.fused:
-            u = self.se(reference.squeeze_excite.FUNCTIONS[self.activation](self.bn(x)))
+            u = self.se(FUNCTIONS[self.activation](self.bn(x)))
             return (u + residual).relu()
         bn, momentum = self.bn, self.bn.momentum
         if self.training and bn.track_running_stats:
