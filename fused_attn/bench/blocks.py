@@ -122,10 +122,10 @@ BLOCKS: dict[str, Block] = {
     "coordinate": Block(lambda m, c: m.CoordinateAttention(c), (3, 8)),
     "bam": Block(lambda m, c: m.BAM(c), (4, 11)),  # beside its convolutions, which are most of its time
     "scse": Block(lambda m, c: m.SCSE(c), (4, 11)),
-    "norm-gate": Block(lambda m, c: Tail(m, c, "identity", "relu"), (4, 11), residual=True),  # of an SE-ResNet
+    "norm-gate": Block(lambda m, c: Tail(m, c, "identity", "relu"), (4, 10), residual=True),  # of an SE-ResNet
     "norm-silu-gate": Block(lambda m, c: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
     # What ends every block of a plain ResNet, and of one whose attention stands elsewhere.
-    "norm-add-relu": Block(lambda m, c: Tail(m, c, "identity", "relu", gated=False), (4, 11), residual=True),
+    "norm-add-relu": Block(lambda m, c: Tail(m, c, "identity", "relu", gated=False), (4, 10), residual=True),
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
     "select": Block(lambda m, c: Selection(m, c, batch_norm=False), (5, 11), residual=True),
     # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.
