@@ -129,10 +129,11 @@ def _norm_scale(
             result = activate(before_activation(_load_map(x, at + offsets, mask, ACC), weight, bias, True), PRE) * g
             if residual is not None:
                 result += _load_map(residual, at + offsets, mask, ACC)
-            result = activate(result, POST).to(y.dtype.element_ty)
-            tl.store(y + at + offsets, result, mask=mask)
+            result = activate(result, POST)
+            rounded = result.to(y.dtype.element_ty)
+            tl.store(y + at + offsets, rounded, mask=mask)
             if bits is not None:
-                keep = mask & ((result > 0) | (result != result))
+                keep = mask & ((rounded.to(ACC) > 0) | (result != result))
                 to_store = _bytes_inside(rows, first, S, LAYOUT, BLOCK_S)
                 tl.store(bits + bits_at + bits_offsets, _packed(keep, LAYOUT, BLOCK_C, BLOCK_S), mask=to_store)
                 bits_at += bits_step
