@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, with no GPU: python -m tests.kernels.compile_ahead CAPABILITY
 
 The ops run on `meta` tensors with the launch replaced, so what is compiled are the kernels, tiles and options
-that a call would use on an H100; for other cards one shape stands for all that differ in nothing else.
+that a call would use on an H100; for other cards one shape and one pool stand for those that differ in nothing else.
 Prints a JSON list: kernel, case, registers, stack, shared memory, loads of 16 bytes.
 A process of its own, because under TRITON_INTERPRET kernels are not compiled.
 """
@@ -302,7 +302,8 @@ def main(capability: int) -> None:
     found, seen = [], set()
     others = {*HEADLINE[1:], *BRANCHES[1:]} if capability != 90 else set()
     for case in (*CASES, *SELECTIONS_OF):
-        if case.shape in others and not case.affine:
+        pools = others and getattr(case, "pool", "avg") != "avg"
+        if (case.shape in others or pools) and not case.affine:
             continue
         for kernel, given in (launches_of_select if isinstance(case, Selection) else launches)(case):
             binary = compiled(kernel, given, capability)

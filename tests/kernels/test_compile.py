@@ -27,7 +27,7 @@ SMALL_KERNELS = {
 }
 
 
-@pytest.mark.slow  # up to five minutes: some 950 kernels for sm_90, 560 for each other
+@pytest.mark.slow  # up to five minutes: some 950 kernels for sm_90, half of them for each other
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel(capability):
