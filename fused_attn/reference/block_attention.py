@@ -60,14 +60,21 @@ def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Ten
     return weight.to(dtype) * factor, norm.bias.to(dtype) - shift * factor
 
 
+def folded_affine(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Factor and shift, each (C,), of a normalisation with these statistics; float32 for half precision."""
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    factor = (var.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        factor = factor * weight.to(dtype)
+    shift = -mean.to(dtype) * factor
+    return factor, shift if bias is None else shift + bias.to(dtype)
+
+
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
-    """Factor and shift, each (C,), of a BatchNorm that uses its running statistics; float32 for half precision."""
-    dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
-    factor = (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.to(dtype)
-    shift = -norm.running_mean.to(dtype) * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.to(dtype)
+    """`folded_affine` of a BatchNorm that uses its running statistics."""
+    return folded_affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 
 def count_batch(norm: Any) -> float:

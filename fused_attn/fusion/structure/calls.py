@@ -3,44 +3,33 @@ the block's tensors, which are traced like anybody's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import functional
+from ...reference.block_attention import fold_batch_norm, run_normalised
 
 #: A BatchNorm: weight, bias, running mean and variance.
-Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
-
-
-def folded(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """A BatchNorm that uses its running statistics as x * weight + bias; in float32 for half precision."""
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    scale = (var.to(dtype) + eps).rsqrt()
-    scale = scale if weight is None else scale * weight.to(dtype)
-    shift = -mean.to(dtype) * scale
-    return scale, shift if bias is None else shift + bias.to(dtype)
+Norm = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _with_norm(function: Callable[..., Any], prefix: str) -> Callable[..., Tensor]:
-    """A gate whose convolution has a BatchNorm behind it, which keeps its statistics as `batch_norm` does."""
+    """A gate whose convolution has a BatchNorm behind it, which keeps its statistics; the graph counts its batches."""
 
     def run(x: Tensor, *, norm: Norm, training: bool, momentum: float, eps: float, **options: Any) -> Tensor:
-        weight, bias, running_mean, running_var = norm
-        if not training:
-            conv, shift = options[f"{prefix}weight"], options.pop(f"{prefix}bias", None)
-            scale, offset = folded(*norm, eps)
-            options[f"{prefix}weight"] = conv.to(scale.dtype) * scale
-            options[f"{prefix}bias"] = offset if shift is None else shift.to(scale.dtype) * scale + offset
-            return function(x, **options)
-        y, mean, variance = function(x, batch_norm=(weight, bias, eps), **options)
-        count = x.shape[0] * x.shape[2:].numel()
-        with torch.no_grad():
-            for running, now in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
-                running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)
-        return y
+        names = ("weight", "bias", "running_mean", "running_var")
+        layer = SimpleNamespace(**dict(zip(names, norm, strict=True)), eps=eps, momentum=momentum, training=training)
+        layer.track_running_stats, layer.num_batches_tracked = True, None
+        if training:
+            return run_normalised(layer, x, functools.partial(function, x, **options))
+        conv = options.pop(f"{prefix}weight"), options.pop(f"{prefix}bias", None)
+        options[f"{prefix}weight"], options[f"{prefix}bias"] = fold_batch_norm(*conv, layer)
+        return function(x, **options)
 
     run.__name__ = run.__qualname__ = f"{function.__name__}_with_batch_norm"
     return run

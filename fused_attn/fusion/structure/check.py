@@ -55,7 +55,7 @@ def _run(block: nn.Module, x: Tensor, weights: Tensor | None) -> tuple[list[Tens
     return [y.detach(), *found], weights
 
 
-def _same(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
+def is_same(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     scale = max(1.0, b.detach().nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 0.0)
@@ -103,11 +103,11 @@ def check(
                 if expected is None or actual is None:
                     continue
                 for n, (a, b) in enumerate(zip(actual[0], expected[0], strict=True)):
-                    if not _same(a, b, tolerance):
+                    if not is_same(a, b, tolerance):
                         what = "gradient" if n else "result"
                         where = " where values are equal" if ties else ""
                         return f"differs from the known block in {mode}: another {what}{where}"
                 for (name, a), (_, b) in zip(fused.named_buffers(), original.named_buffers(), strict=True):
-                    if not _same(a.double(), b.double()):
+                    if not is_same(a.double(), b.double()):
                         return f"differs from the known block in {mode}: another {name}"
     return None

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from ... import functional
 from ... import nn as fused_nn
 from ...codes import ACTIVATIONS
+from ...reference.block_attention import folded_affine
 from . import calls, templates
 from .capture import BATCH, SPACE
 from .followed import Followed, follow, is_whole
@@ -169,13 +170,13 @@ def _insert(
     new: list[fx.Node] = []
     with graph.inserting_before(end):
         if norm is not None:
-            new.append(graph.call_function(calls.folded, (*norm.tensors, norm.eps)))
+            new.append(graph.call_function(folded_affine, (*norm.tensors, norm.eps)))
             x, arguments["affine"], arguments["pre_activation"] = norm.x, new[-1], norm.activation
         new.append(graph.call_function(function, (x,), arguments))
     buffers = _statistics(seen, block)
     sixths = any(n.op == "act" and str(n.attrs[0]).startswith("hard_") for n in reached(seen.values[end].node))
     try:
-        reason = trial.why_not(block, x, new, set(buffers), {s for s in buffers if buffers[s]}, sixths)
+        reason = trial.why_not(block, x, new, buffers, sixths)
     except Exception as error:
         reason = f"the check raises {type(error).__name__}: {error}"
     if reason is not None:

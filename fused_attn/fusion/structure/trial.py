@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, _same
+from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, is_same
 from .followed import Followed
 from .region import Region
 
@@ -18,6 +18,9 @@ from .region import Region
 SPACE = (2, 6, 5, 4)
 #: Elements of a map up to which more than one setting is tried, and up to which any is.
 SMALL, MOST_ELEMENTS = 2**19, 2**23
+
+#: The running statistics that a block reads, which have no gradient; whether each is a variance, and so positive.
+Buffers = dict[fx.Node, bool]
 
 _CASTS = {"float", "half", "bfloat16", "double"}
 _MOVES = {"cuda", "cpu", "xpu"}
@@ -35,21 +38,20 @@ class Trial:
         block: Region,
         x: fx.Node,
         new: Sequence[fx.Node],
-        fixed: set[fx.Node],
-        variances: set[fx.Node],
+        buffers: Buffers,
         sixths: bool,
     ) -> str | None:
         """Why the new nodes do not compute what the block does; None where they do.
 
-        x: the map. fixed: buffers, which have no gradient. variances: those of them that are positive.
+        x: the map.
         """
-        key = self._form(block, x, new, fixed, variances)
+        key = self._form(block, x, new, buffers)
         if key not in self._verdicts:
             tolerance = TOLERANCE_OF_SIXTHS if sixths else TOLERANCE
-            self._verdicts[key] = self._compare(block, x, new, fixed, variances, tolerance)
+            self._verdicts[key] = self._compare(block, x, new, buffers, tolerance)
         return self._verdicts[key]
 
-    def _form(self, block: Region, x: fx.Node, new: Sequence[fx.Node], *kinds: set[fx.Node]) -> Any:
+    def _form(self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers) -> Any:
         """Nodes, options and shapes, without names."""
         number = {x: 0}
 
@@ -62,16 +64,10 @@ class Trial:
         ]
         results = self.seen.results
         shapes = [tuple(r.shape) if isinstance(r := results[n], Tensor) else r for n in number if n in results]
-        return tuple(lines), tuple(shapes), *(frozenset(number.get(n) for n in kind) for kind in kinds)
+        return tuple(lines), tuple(shapes), frozenset((number.get(n), var) for n, var in buffers.items())
 
     def _compare(
-        self,
-        block: Region,
-        x: fx.Node,
-        new: Sequence[fx.Node],
-        fixed: set[fx.Node],
-        variances: set[fx.Node],
-        tolerance: float,
+        self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, tolerance: float
     ) -> str | None:
         generator = torch.Generator().manual_seed(0)
         reason: str | None = "it is too large to be checked"
@@ -79,12 +75,12 @@ class Trial:
             for ties in (False, True) if i == 0 else (False,):
                 shape = setting.values[x].shape
                 tensors = {
-                    n: _random(v, n in variances, n not in fixed and v.shape == shape, ties, generator)
+                    n: _random(v, buffers.get(n, False), n not in buffers and v.shape == shape, ties, generator)
                     if isinstance(v, Tensor)
                     else v
                     for n, v in setting.values.items()
                 }
-                reason = _differ(block, new, tensors, fixed, setting.numbers, tolerance)
+                reason = _differ(block, new, tensors, set(buffers), setting.numbers, tolerance)
                 if reason is not None:
                     break
             if setting.decides == (reason is not None):
@@ -156,7 +152,7 @@ def _differ(
             return f"the fused form raises {type(error).__name__}: {error}"
     for what in ("result", "gradient", "buffer"):
         a, b = actual[what], expected[what]
-        if len(a) != len(b) or not all(_same(*pair, tolerance) for pair in zip(a, b, strict=True)):
+        if len(a) != len(b) or not all(is_same(*pair, tolerance) for pair in zip(a, b, strict=True)):
             return f"another {what}"
     return None
 

@@ -68,7 +68,7 @@ class Around(nn.Module):
 
 def is_fused(node) -> bool:
     block = isinstance(node.target, calls.Block) or getattr(node.target, "__module__", "") in OWN
-    return node.op == "call_function" and block and node.target is not calls.folded
+    return node.op == "call_function" and block
 
 
 def counting(found: list):
