@@ -22,9 +22,11 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("simam.cpu", TORCH_BOX(&fused_attn::cpu::simam));
     m.impl("simam_backward.cpu", TORCH_BOX(&fused_attn::cpu::simam_backward));
     m.impl("moments.cpu", TORCH_BOX(&fused_attn::cpu::moments));
+    m.impl("norm_coefficients.cpu", TORCH_BOX(&fused_attn::cpu::norm_coefficients));
     m.impl("norm_scale.cpu", TORCH_BOX(&fused_attn::cpu::norm_scale));
     m.impl("norm_scale_into.cpu", TORCH_BOX(&fused_attn::cpu::norm_scale_into));
     m.impl("norm_dots.cpu", TORCH_BOX(&fused_attn::cpu::norm_dots));
+    m.impl("norm_factors.cpu", TORCH_BOX(&fused_attn::cpu::norm_factors));
     m.impl("norm_gradients.cpu", TORCH_BOX(&fused_attn::cpu::norm_gradients));
     m.impl("axis_pool.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool));
     m.impl("axis_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::axis_pool_backward));

@@ -374,11 +374,11 @@ def norm_gate(
             inplace=over is not None,
         )
     statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
-    y, mean, var = ops.norm_gate(
+    y, norm, variance = ops.norm_gate(
         backend, x, weight, bias, statistics, excite, residual, float(eps), *codes, group, over
     )
     if training:
-        update_statistics(running_mean, running_var, mean, var, momentum)
+        update_statistics(running_mean, running_var, norm[2], variance, momentum)
     return y
 
 

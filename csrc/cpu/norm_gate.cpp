@@ -1,7 +1,8 @@
 // The passes of a norm gate. moments: reads x, each part of it twice, the second time from cache. norm_scale: reads x
 // (and the residual), writes y, and one bit an element for the backward of a ReLU. norm_dots: reads grad and x (and the
 // bits or the residual), writes grad_residual where there is a post activation. norm_gradients: reads grad and x,
-// writes grad_x.
+// writes grad_x. What lies between them, norm_coefficients and norm_factors, is numbers a channel of each sample: no
+// map.
 #include "ops.h"
 #include "passes.h"
 
@@ -15,6 +16,29 @@ Norm<A> norm_of(const Values<A>& norm, int64_t channels, int64_t c) {
     return {row, row + channels, row + 2 * channels};
 }
 
+// Rows of gates for one sample; of ones where there is no gate.
+template <class A>
+class Gates {
+  public:
+    Gates(const OptionalTensor& gate, int64_t channels)
+        : given_(gate), ones_(gate ? 0 : channels, A(1)), step_(gate ? channels : 0) {}
+    const A* of(int64_t sample) const { return step_ ? given_.data() + sample * step_ : ones_.data(); }
+
+  private:
+    Values<A> given_;
+    std::vector<A> ones_;
+    int64_t step_;
+};
+
+// x's sizes, which are all that is taken of it where only numbers a channel are read.
+struct Sizes {
+    int64_t batch, channels, positions = 1;
+    explicit Sizes(const Tensor& x) : batch(x.size(0)), channels(x.size(1)) {
+        for (int64_t axis = 2; axis < x.dim(); ++axis) positions *= x.size(axis);
+    }
+    double count() const { return static_cast<double>(batch * positions); }  // values a channel
+};
+
 // Rows of bits, as kernels.h has them: (B, C, bytes) of an NCHW map, (B, positions, bytes) of a channels_last one.
 template <class T>
 int64_t bytes_a_row(const MapView<T>& x) {
@@ -27,12 +51,13 @@ int64_t bits_offset(const MapView<T>& x, int64_t b, int64_t piece, int64_t piece
 
 // y, in x's layout, is written; the bits are returned, of size (0,) where they are not wanted.
 template <class T>
-Tensor scale_into(const Tensor& y, const Tensor& x_dense, const Tensor& gate_in, const Tensor& norm_in,
+Tensor scale_into(const Tensor& y, const Tensor& x_dense, const OptionalTensor& gate_in, const Tensor& norm_in,
                   const OptionalTensor& residual, int64_t activation, int64_t post_activation, bool keep_bits) {
     using A = Accumulator<T>;
     const OptionalTensor residual_dense = residual ? OptionalTensor(in_layout_of<T>(x_dense, *residual)) : residual;
     const MapView<T> x(x_dense);
-    const Values<A> norm(norm_in), gate(gate_in);
+    const Values<A> norm(norm_in);
+    const Gates<A> gate(gate_in, x.channels);
     Tensor bits = keep_bits ? empty_tensor(x_dense, {x.batch, x.axis_length(), bytes_a_row(x)}, ScalarType::Byte)
                             : empty_tensor(x_dense, {0}, ScalarType::Byte);
     uint8_t* row_bits = keep_bits ? static_cast<uint8_t*>(bits.data_ptr()) : nullptr;
@@ -43,8 +68,8 @@ Tensor scale_into(const Tensor& y, const Tensor& x_dense, const Tensor& gate_in,
         const int64_t b = unit / pieces, piece = unit % pieces, c = x.first_channel(piece, pieces);
         const int64_t at = x.offset(b, piece, pieces);
         norm_kernels<T>().scale(x.data + at, from(pointer<T>(residual_dense), at), x.panel(piece, pieces),
-                                norm_of(norm, x.channels, c), gate.data() + b * x.channels + c,
-                                static_cast<int>(activation), static_cast<int>(post_activation), out + at,
+                                norm_of(norm, x.channels, c), gate.of(b) + c, static_cast<int>(activation),
+                                static_cast<int>(post_activation), out + at,
                                 from(row_bits, bits_offset(x, b, piece, pieces)));
     });
     return bits;
@@ -52,7 +77,7 @@ Tensor scale_into(const Tensor& y, const Tensor& x_dense, const Tensor& gate_in,
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> norm_scale(const Tensor& x_in, const Tensor& gate, const Tensor& norm,
+std::tuple<Tensor, Tensor> norm_scale(const Tensor& x_in, const OptionalTensor& gate, const Tensor& norm,
                                       const OptionalTensor& residual, int64_t activation, int64_t post_activation,
                                       bool keep_bits) {
     return dispatch(x_in, [&](auto* type) {
@@ -64,8 +89,9 @@ std::tuple<Tensor, Tensor> norm_scale(const Tensor& x_in, const Tensor& gate, co
     });
 }
 
-Tensor norm_scale_into(const Tensor& x_in, const Tensor& gate, const Tensor& norm, const OptionalTensor& residual,
-                       const Tensor& y, int64_t activation, int64_t post_activation, bool keep_bits) {
+Tensor norm_scale_into(const Tensor& x_in, const OptionalTensor& gate, const Tensor& norm,
+                       const OptionalTensor& residual, const Tensor& y, int64_t activation, int64_t post_activation,
+                       bool keep_bits) {
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         STD_TORCH_CHECK(x_in.is_contiguous() || is_channels_last(x_in), "norm_scale_into: expected a dense x");
@@ -109,9 +135,65 @@ Tensor moments(const Tensor& x_in) {
     });
 }
 
+std::tuple<Tensor, Tensor, Tensor> norm_coefficients(const Tensor& x_in, const Tensor& moments_in,
+                                                     const OptionalTensor& weight_in, const OptionalTensor& bias_in,
+                                                     double eps, bool wants_descriptor) {
+    return dispatch(x_in, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        const Sizes x(x_in);
+        const int64_t channels = x.channels;
+        const Values<A> moments(moments_in), weight(weight_in), bias(bias_in);
+        Tensor norm = empty_tensor(x_in, {4, channels}, kScalarType<A>);
+        Tensor unbiased = empty_tensor(x_in, {channels}, kScalarType<A>);
+        Tensor descriptor =
+            wants_descriptor ? empty_tensor(x_in, {x.batch, channels}, x_in.scalar_type()) : no_tensor(x_in);
+        A *rows = static_cast<A*>(norm.data_ptr()), *variances = static_cast<A*>(unbiased.data_ptr());
+        T* descriptors = static_cast<T*>(descriptor.data_ptr());
+        parallel_ranges(channels, 3 * x.batch * channels, [&](int64_t begin, int64_t end) {
+            const int64_t n = end - begin;
+            const A* first = moments.data() + begin;  // the first sample's pivots
+            // Of a sample's mean, from the first pivot: exact however large the mean is.
+            auto offset = [=](int64_t b, int64_t c) {
+                const A* of_sample = first + 3 * b * channels + c;
+                return (double(of_sample[0]) - double(first[c])) + double(of_sample[channels]);
+            };
+            std::vector<double> numbers(2 * n, 0.0);
+            double *middle = numbers.data(), *total = middle + n;
+            for (int64_t b = 0; b < x.batch; ++b)
+                for (int64_t c = 0; c < n; ++c) middle[c] += offset(b, c);
+            for (int64_t c = 0; c < n; ++c) middle[c] /= static_cast<double>(x.batch);
+            for (int64_t b = 0; b < x.batch; ++b)
+                for (int64_t c = 0; c < n; ++c) {
+                    const double distance = offset(b, c) - middle[c];
+                    total[c] += double(first[(3 * b + 2) * channels + c]) + double(x.positions) * distance * distance;
+                }
+            A *a = rows + begin, *shift = a + channels, *mean = shift + channels, *rstd = mean + channels;
+            for (int64_t c = 0; c < n; ++c) {
+                const double variance = total[c] / x.count(),
+                             centre = double(x.batch > 0 ? first[c] : A(0)) + middle[c];
+                variances[begin + c] = static_cast<A>(variance * (x.count() / (x.count() - 1)));
+                const double scale = 1 / std::sqrt(variance + eps);
+                rstd[c] = static_cast<A>(scale);
+                mean[c] = static_cast<A>(centre);
+                a[c] = static_cast<A>(weight.data() ? double(weight.data()[begin + c]) * scale : scale);
+                // Of the a that the map is multiplied with, so that a large mean cancels.
+                shift[c] = static_cast<A>((bias.data() ? double(bias.data()[begin + c]) : 0.0) - centre * double(a[c]));
+            }
+            if (!wants_descriptor) return;
+            for (int64_t b = 0; b < x.batch; ++b)
+                for (int64_t c = 0; c < n; ++c)
+                    descriptors[b * channels + begin + c] =
+                        static_cast<T>(static_cast<A>(double(a[c]) * (offset(b, c) - middle[c]) +
+                                                      (bias.data() ? double(bias.data()[begin + c]) : 0.0)));
+        });
+        return std::make_tuple(norm, unbiased, descriptor);
+    });
+}
+
 std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x_in, const OptionalTensor& bits,
-                                     const OptionalTensor& residual, const Tensor& norm_in, const Tensor& gate_in,
-                                     int64_t activation, int64_t post_activation) {
+                                     const OptionalTensor& residual, const Tensor& norm_in,
+                                     const OptionalTensor& gate_in, int64_t activation, int64_t post_activation) {
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
@@ -120,8 +202,9 @@ std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x_in, con
         const MapView<T> x(x_dense);
         const bool writes = post_activation != kIdentity;
         Tensor grad_residual = writes ? empty_map<T>(x_dense) : no_tensor(x_in);
-        Tensor sums = empty_tensor(x_in, {x.batch, kNormSums, x.channels}, kScalarType<A>);
-        const Values<A> norm(norm_in), gate(gate_in);
+        Tensor sums = empty_tensor(x_in, {x.batch, kNormSums + 1, x.channels}, kScalarType<A>);
+        const Values<A> norm(norm_in);
+        const Gates<A> gate(gate_in, x.channels);
         const int64_t elements = x.batch * x.sample_size();
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), elements);
         std::vector<PieceValues<double>> totals(kNormSums, PieceValues<double>(x, pieces, 0.0));
@@ -133,19 +216,66 @@ std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x_in, con
             norm_kernels<T>().dots(static_cast<const T*>(grad_dense.data_ptr()) + at, x.data + at,
                                    from(pointer<const uint8_t>(bits), bits_offset(x, b, piece, pieces)),
                                    from(pointer<T>(residual_dense), at), x.panel(piece, pieces),
-                                   norm_of(norm, x.channels, c), gate.data() + b * x.channels + c,
-                                   static_cast<int>(activation), static_cast<int>(post_activation),
+                                   norm_of(norm, x.channels, c), gate.of(b) + c, static_cast<int>(activation),
+                                   static_cast<int>(post_activation),
                                    writes ? static_cast<T*>(grad_residual.data_ptr()) + at : nullptr, to);
         });
         A* out = static_cast<A*>(sums.data_ptr());
-        for (int64_t b = 0; b < x.batch; ++b)
+        for (int64_t b = 0; b < x.batch; ++b) {
             for (int k = 0; k < kNormSums; ++k) {
                 totals[k].merge(b);
                 const double* total = totals[k].sample(b);
-                std::transform(total, total + x.channels, out + (b * kNormSums + k) * x.channels,
-                               [](double v) { return static_cast<A>(v); });
+                out = std::transform(total, total + x.channels, out, [](double v) { return static_cast<A>(v); });
             }
+            out = std::copy_n(gate.of(b), x.channels, out);
+        }
         return std::make_tuple(sums, grad_residual);
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_factors(const Tensor& x_in, const Tensor& sums_in,
+                                                        const OptionalTensor& grad_s_in, const Tensor& norm_in,
+                                                        bool of_batch) {
+    return dispatch(x_in, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        const Sizes x(x_in);
+        const int64_t channels = x.channels;
+        const Values<A> sums(sums_in), grad_s(grad_s_in), norm(norm_in);
+        Tensor grad_weight = empty_tensor(x_in, {channels}, kScalarType<A>);
+        Tensor grad_bias = empty_tensor(x_in, {channels}, kScalarType<A>);
+        Tensor factors = empty_tensor(x_in, {x.batch, 2, channels}, kScalarType<A>);
+        Tensor constants = empty_tensor(x_in, {2, channels}, kScalarType<A>);
+        A *to_weight = static_cast<A*>(grad_weight.data_ptr()), *to_bias = static_cast<A*>(grad_bias.data_ptr());
+        A *factor = static_cast<A*>(factors.data_ptr()), *constant = static_cast<A*>(constants.data_ptr());
+        parallel_ranges(channels, (kNormSums + 3) * x.batch * channels, [&](int64_t begin, int64_t end) {
+            const int64_t n = end - begin;
+            const A *a = norm.data() + begin, *rstd = a + 3 * channels;
+            std::vector<double> numbers(2 * n, 0.0);
+            double *of_dv = numbers.data(), *of_centred = of_dv + n;
+            for (int64_t b = 0; b < x.batch; ++b) {
+                const A* h = sums.data() + (b * (kNormSums + 1) + 1) * channels + begin;
+                const A *h_c = h + channels, *slope = h_c + channels, *slope_c = slope + channels;
+                const A *gate = slope_c + channels, *of_s = from(grad_s.data(), b * channels + begin);
+                A *of_grad = factor + 2 * b * channels + begin, *of_slope = of_grad + channels;
+                for (int64_t c = 0; c < n; ++c) {
+                    const double pooled = of_s ? double(of_s[c]) / static_cast<double>(x.positions) : 0.0;
+                    of_dv[c] += double(gate[c]) * double(h[c]) + pooled * double(slope[c]);
+                    of_centred[c] += double(gate[c]) * double(h_c[c]) + pooled * double(slope_c[c]);
+                    of_grad[c] = a[c] * gate[c];
+                    of_slope[c] = static_cast<A>(double(a[c]) * pooled);
+                }
+            }
+            for (int64_t c = 0; c < n; ++c) {
+                const double scale = of_batch ? -double(a[c]) / x.count() : 0.0,
+                             centred = double(rstd[c]) * of_centred[c];
+                to_bias[begin + c] = static_cast<A>(of_dv[c]);
+                to_weight[begin + c] = static_cast<A>(centred);
+                constant[begin + c] = of_batch ? static_cast<A>(scale * of_dv[c]) : A(0);
+                constant[channels + begin + c] = of_batch ? static_cast<A>(scale * double(rstd[c]) * centred) : A(0);
+            }
+        });
+        return std::make_tuple(grad_weight, grad_bias, factors, constants);
     });
 }
 

@@ -97,16 +97,24 @@ std::tuple<Tensor, Tensor> simam(const Tensor& x, double e_lambda);
 
 Tensor moments(const Tensor& x);
 
-std::tuple<Tensor, Tensor> norm_scale(const Tensor& x, const Tensor& gate, const Tensor& norm,
+std::tuple<Tensor, Tensor, Tensor> norm_coefficients(const Tensor& x, const Tensor& moments,
+                                                     const OptionalTensor& weight, const OptionalTensor& bias,
+                                                     double eps, bool wants_descriptor);
+
+std::tuple<Tensor, Tensor> norm_scale(const Tensor& x, const OptionalTensor& gate, const Tensor& norm,
                                       const OptionalTensor& residual, int64_t activation, int64_t post_activation,
                                       bool keep_bits);
 
-Tensor norm_scale_into(const Tensor& x, const Tensor& gate, const Tensor& norm, const OptionalTensor& residual,
+Tensor norm_scale_into(const Tensor& x, const OptionalTensor& gate, const Tensor& norm, const OptionalTensor& residual,
                        const Tensor& y, int64_t activation, int64_t post_activation, bool keep_bits);
 
 std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x, const OptionalTensor& bits,
-                                     const OptionalTensor& residual, const Tensor& norm, const Tensor& gate,
+                                     const OptionalTensor& residual, const Tensor& norm, const OptionalTensor& gate,
                                      int64_t activation, int64_t post_activation);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_factors(const Tensor& x, const Tensor& sums,
+                                                        const OptionalTensor& grad_s, const Tensor& norm,
+                                                        bool of_batch);
 
 Tensor norm_gradients(const Tensor& grad, const Tensor& x, const Tensor& norm, const Tensor& factors,
                       const Tensor& constants, int64_t activation);

@@ -36,7 +36,7 @@ SIZES = (
         "width",
         "pool_split",
     ),
-    *("B", "C", "D", "H", "W", "KD", "KH", "KW", "taps", "n_taps"),
+    *("B", "C", "S", "D", "H", "W", "KD", "KH", "KW", "taps", "n_taps"),
 )
 
 

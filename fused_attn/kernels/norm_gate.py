@@ -1,10 +1,13 @@
 """The passes of `norm_gate`: `moments` reads x; `norm_scale` reads x and the residual and writes y (and, for the
 backward of a ReLU, one bit an element); `norm_dots` reads grad and x (and those bits) and writes the residual's
 gradient where an activation follows; `norm_gradients` reads grad and x and writes grad_x. Kept on chip: a tile, and in
-`norm_dots` five sums an element of it. Left in memory: two (`moments`) or five numbers a channel and split of space.
+`norm_dots` five sums an element of it. Left in memory: two (`moments`) or six numbers a channel and split of space.
+Between them `norm_coefficients` and `norm_factors`, a launch each, read these numbers and no map.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +22,9 @@ from .passes import before_epilogue, inside
 from .simam import BLOCK_ROWS, _first_of, _joined, _moments
 
 _IDENTITY = ACTIVATIONS["identity"]
+
+# Of the kernels that read numbers a channel of each sample: samples at a time, channels a program.
+SAMPLES, CHANNELS = 16, 32
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -38,6 +44,98 @@ def _finish_moments(
     tl.store(to, _first_of(x, b, c, in_c, C, S, LAYOUT, ACC), mask=in_c)
     tl.store(to + C, rest, mask=in_c)
     tl.store(to + 2 * C, square, mask=in_c)
+
+
+@triton.jit
+def _offsets(moments, pivot, b, c, C, mask):
+    """Of the means of samples b from the first pivot."""
+    at = moments + 3 * b * C + c[None, :]
+    first = tl.load(at, mask=mask, other=0.0)
+    return tl.where(mask, (first - pivot[None, :]) + tl.load(at + C, mask=mask, other=0.0), 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _norm_coefficients(
+    moments, weight, bias, norm, unbiased, descriptor, B, C, S,
+    EPS: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads the moments twice, a third time where the descriptor is wanted: from the first pivot, so that the distances
+    between the samples' means keep their digits."""
+    c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_c = c < C
+    b = tl.arange(0, SAMPLES)[:, None].to(tl.int64)
+    pivot = tl.load(moments + c, mask=in_c, other=0.0)
+    middle = tl.zeros((BLOCK_K,), ACC)
+    for k in range(0, B, SAMPLES):
+        mask = (k + b < B) & in_c[None, :]
+        middle += tl.sum(_offsets(moments, pivot, k + b, c, C, mask), axis=0)
+    middle /= B
+    total = tl.zeros((BLOCK_K,), ACC)
+    for k in range(0, B, SAMPLES):
+        mask = (k + b < B) & in_c[None, :]
+        distance = tl.where(mask, _offsets(moments, pivot, k + b, c, C, mask) - middle[None, :], 0.0)
+        squares = tl.load(moments + (3 * (k + b) + 2) * C + c[None, :], mask=mask, other=0.0)
+        total += tl.sum(squares + S * (distance * distance), axis=0)
+    mean = pivot + middle
+    count = (B.to(tl.int64) * S).to(ACC)
+    variance = total / count
+    a = tl.rsqrt(variance + EPS)
+    tl.store(norm + 3 * C + c, a, mask=in_c)
+    if weight is not None:
+        a *= tl.load(weight + c, mask=in_c, other=0.0).to(ACC)
+    shift = tl.zeros((BLOCK_K,), ACC)
+    if bias is not None:
+        shift += tl.load(bias + c, mask=in_c, other=0.0).to(ACC)
+    tl.store(norm + c, a, mask=in_c)
+    tl.store(norm + C + c, shift - mean * a, mask=in_c)
+    tl.store(norm + 2 * C + c, mean, mask=in_c)
+    tl.store(unbiased + c, variance * (count / (count - 1.0)), mask=in_c)
+    if descriptor is not None:
+        for k in range(0, B, SAMPLES):
+            mask = (k + b < B) & in_c[None, :]
+            distance = _offsets(moments, pivot, k + b, c, C, mask) - middle[None, :]
+            tl.store(descriptor + (k + b) * C + c[None, :], a[None, :] * distance + shift[None, :], mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _norm_factors(
+    sums, grad_s, norm, grad_weight, grad_bias, factors, constants, B, C, S,
+    OF_BATCH: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads five rows of each sample's sums and the descriptor's gradient once."""
+    c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_c = c < C
+    a = tl.load(norm + c, mask=in_c, other=0.0)
+    rstd = tl.load(norm + 3 * C + c, mask=in_c, other=0.0)
+    to_bias = tl.zeros((BLOCK_K,), ACC)
+    to_weight = tl.zeros((BLOCK_K,), ACC)
+    for k in range(0, B, SAMPLES):
+        b = k + tl.arange(0, SAMPLES)[:, None].to(tl.int64)
+        mask = (b < B) & in_c[None, :]
+        at = sums + 6 * b * C + c[None, :]
+        gate = tl.load(at + 5 * C, mask=mask, other=0.0)
+        of_h = gate * tl.load(at + C, mask=mask, other=0.0)
+        of_centred = gate * tl.load(at + 2 * C, mask=mask, other=0.0)
+        pooled = tl.zeros((SAMPLES, BLOCK_K), ACC)
+        if grad_s is not None:
+            pooled += tl.load(grad_s + b * C + c[None, :], mask=mask, other=0.0).to(ACC) / S
+        of_h += pooled * tl.load(at + 3 * C, mask=mask, other=0.0)
+        of_centred += pooled * tl.load(at + 4 * C, mask=mask, other=0.0)
+        to_bias += tl.sum(of_h, axis=0)
+        to_weight += tl.sum(of_centred, axis=0)
+        tl.store(factors + 2 * b * C + c[None, :], a[None, :] * gate, mask=mask)
+        tl.store(factors + (2 * b + 1) * C + c[None, :], a[None, :] * pooled, mask=mask)
+    to_weight *= rstd
+    tl.store(grad_bias + c, to_bias, mask=in_c)
+    tl.store(grad_weight + c, to_weight, mask=in_c)
+    shift = tl.zeros((BLOCK_K,), ACC)
+    of_x = tl.zeros((BLOCK_K,), ACC)
+    if OF_BATCH:
+        scale = -a / (B.to(tl.int64) * S).to(ACC)
+        shift += to_bias * scale
+        of_x += rstd * to_weight * scale
+    tl.store(constants + c, shift, mask=in_c)
+    tl.store(constants + C + c, of_x, mask=in_c)
 
 
 @triton.jit
@@ -118,7 +216,8 @@ def _norm_scale(
         in_c = c < C
         weight = tl.load(norm + c, mask=in_c, other=0.0)
         bias = tl.load(norm + C + c, mask=in_c, other=0.0)
-        g = _load_row(gate + b * C, c, in_c).to(ACC)
+        if gate is not None:
+            g = _load_row(gate + b * C, c, in_c).to(ACC)
         at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
         if bits is not None:
             bits_at, bits_offsets, bits_step, rows = _bits_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
@@ -126,7 +225,9 @@ def _norm_scale(
         for _ in range(blocks):
             in_s = inside(first, S, BLOCK_S)
             mask = in_c[:, None] & in_s[None, :]
-            result = activate(before_activation(_load_map(x, at + offsets, mask, ACC), weight, bias, True), PRE) * g
+            result = activate(before_activation(_load_map(x, at + offsets, mask, ACC), weight, bias, True), PRE)
+            if gate is not None:
+                result *= g
             if residual is not None:
                 result += _load_map(residual, at + offsets, mask, ACC)
             result = activate(result, POST)
@@ -148,7 +249,8 @@ def _norm_dots(
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads grad, x and bits or residual once, writes grad_residual; leaves (B, n_split, 5, C) partial sums."""
+    """Reads grad, x and bits or residual once, writes grad_residual; leaves (B, n_split, 6, C) partial sums, of which
+    the gate is the last: with the first split."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
@@ -185,8 +287,10 @@ def _norm_dots(
                 h = tl.where(_unpacked(packed, LAYOUT, BLOCK_C, BLOCK_S), h, 0.0)
                 bits_at += bits_step
             elif POST != IDENTITY:
-                g = _load_row(gate + b * C, c, in_c)
-                h = before_epilogue(h, u * g, None, residual, at + offsets, mask, POST)
+                before = u
+                if gate is not None:
+                    before = u * _load_row(gate + b * C, c, in_c).to(ACC)
+                h = before_epilogue(h, before, None, residual, at + offsets, mask, POST)
             if POST != IDENTITY:
                 tl.store(grad_residual + at + offsets, h, mask=mask)
             h = tl.where(mask, h, 0.0)
@@ -206,7 +310,7 @@ def _norm_dots(
             at += step
             grad_at += grad_step
             first += BLOCK_S
-        to = sums + (b * n_split + split) * 5 * C + c
+        to = sums + (b * n_split + split) * 6 * C + c
         tl.store(to, tl.sum(dot, axis=1), mask=in_c)
         tl.store(to + C, tl.sum(dv, axis=1), mask=in_c)
         tl.store(to + 2 * C, tl.sum(dv_centred, axis=1), mask=in_c)
@@ -216,6 +320,12 @@ def _norm_dots(
         else:
             tl.store(to + 3 * C, tl.sum(slopes, axis=1), mask=in_c)
         tl.store(to + 4 * C, tl.sum(slopes_centred, axis=1), mask=in_c)
+        of_gate = tl.zeros((BLOCK_C,), ACC)
+        if gate is not None:
+            of_gate += tl.load(gate + b * C + c, mask=in_c & (split == 0), other=0.0).to(ACC)
+        else:
+            of_gate += tl.where(split == 0, 1.0, 0.0)
+        tl.store(to + 5 * C, of_gate, mask=in_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -283,6 +393,66 @@ def moments(x: Tensor) -> Tensor:
     return out
 
 
+def _of_channels(x: Tensor) -> dict[str, Any]:
+    """What the kernels that read no map take of its shape and dtype, and how many programs they are."""
+    return {
+        "B": x.shape[0],
+        "C": x.shape[1],
+        "S": x.shape[2:].numel(),
+        "SAMPLES": SAMPLES,
+        "BLOCK_K": CHANNELS,
+        "ACC": maps.triton_accumulator(x.dtype),
+        "num_warps": 4,
+    }
+
+
+def norm_coefficients(
+    x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, wants_descriptor: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, channels), dtype = x.shape[:2], maps.accumulator(x.dtype)
+    norm = x.new_empty((4, channels), dtype=dtype)
+    unbiased = x.new_empty(channels, dtype=dtype)
+    descriptor = x.new_empty((batch, channels) if wants_descriptor else 0)
+    maps.launch(
+        _norm_coefficients,
+        x,
+        triton.cdiv(channels, CHANNELS),
+        moments=moments.contiguous(),
+        weight=maps.row(weight),
+        bias=maps.row(bias),
+        norm=norm,
+        unbiased=unbiased,
+        descriptor=descriptor if wants_descriptor else None,
+        EPS=eps,
+        **_of_channels(x),
+    )
+    return norm, unbiased, descriptor
+
+
+def norm_factors(
+    x: Tensor, sums: Tensor, grad_s: Tensor | None, norm: Tensor, of_batch: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, channels), dtype = x.shape[:2], maps.accumulator(x.dtype)
+    grad_weight, grad_bias = (x.new_empty(channels, dtype=dtype) for _ in range(2))
+    factors, constants = (x.new_empty((n, channels), dtype=dtype) for n in (2 * batch, 2))
+    factors = factors.view(batch, 2, channels)
+    maps.launch(
+        _norm_factors,
+        x,
+        triton.cdiv(channels, CHANNELS),
+        sums=sums.contiguous(),
+        grad_s=maps.row(grad_s),
+        norm=norm.contiguous(),
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        factors=factors,
+        constants=constants,
+        OF_BATCH=of_batch,
+        **_of_channels(x),
+    )
+    return grad_weight, grad_bias, factors, constants
+
+
 def _whole_bytes(plan: maps.Plan) -> maps.Plan:
     """Tiles of whole bytes of bits: at least eight channels of a float64 channels_last map."""
     if plan.layout != CHANNELS_LAST.value or plan.block_c >= min(8, plan.channels):
@@ -309,7 +479,7 @@ def _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, k
         y=y,
         bits=bits if keep_bits else None,
         norm=norm.contiguous(),
-        gate=gate.contiguous(),
+        gate=maps.row(gate),
         PRE=activation,
         POST=post_activation,
         **plan.arguments(x.dtype),
@@ -319,7 +489,7 @@ def _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, k
 
 def norm_scale(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     norm: Tensor,
     residual: Tensor | None,
     activation: int,
@@ -333,7 +503,7 @@ def norm_scale(
 
 def norm_scale_into(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     norm: Tensor,
     residual: Tensor | None,
     y: Tensor,
@@ -351,7 +521,7 @@ def norm_dots(
     bits: Tensor | None,
     residual: Tensor | None,
     norm: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor]:
@@ -359,7 +529,7 @@ def norm_dots(
     plan = plan if bits is None else _whole_bytes(plan)
     grad_residual = x.new_empty(0) if post_activation == _IDENTITY else torch.empty_like(x)
     grad, strides = maps.gradient(grad, x)
-    shape = plan.batch, plan.n_split, 5, plan.channels
+    shape = plan.batch, plan.n_split, 6, plan.channels
     sums = x.new_empty(shape, dtype=maps.accumulator(x.dtype))
     maps.launch(
         _norm_dots,
@@ -370,7 +540,7 @@ def norm_dots(
         bits=bits,
         residual=maps.as_map(residual, x),
         norm=norm.contiguous(),
-        gate=gate.contiguous(),
+        gate=maps.row(gate),
         grad_residual=None if post_activation == _IDENTITY else grad_residual,
         sums=sums,
         PRE=activation,

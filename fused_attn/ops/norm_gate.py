@@ -1,12 +1,13 @@
 """Ops of `norm_gate`: post_activation(activation(BatchNorm(x)) * gate + residual) without a map kept but x.
 
-The passes are operators; what lies between them are numbers a channel, in plain PyTorch. With n = numel / C,
+The passes are operators; so is what lies between them, numbers a channel of each sample. With n = numel / C,
 xhat = (x - mean) * rstd, a = weight * rstd, v = a x + b, u = act(v), s = mean of u over space, g = excitation(s):
 
-forward     moments (read x); squeeze (read x; act identity: none, s = a mean + b); norm_scale (read x, residual, write
-            y and, where a ReLU follows, one bit an element: whether its gradient passes)
+forward     moments (read x); norm_coefficients: a and b; squeeze (read x; act identity: none, s = a mean + b);
+            norm_scale (read x, residual, write y and, where a ReLU follows, one bit an element: whether its gradient
+            passes)
 backward    norm_dots (read grad, x and the bits; write h = grad post'(..) where an activation follows): five sums a
-            channel of each sample; norm_gradients (read h, x, write grad_x)
+            channel of each sample; norm_factors; norm_gradients (read h, x, write grad_x)
 
 From the sums come the gradient of g, through the excitation that of s, and with dv = (h g + grad_s / HW) act'(v)
 
@@ -18,6 +19,8 @@ then writes grad_x once.
 
 With a process group the statistics are those of all its processes, as SyncBatchNorm's: one all_gather of (mean, squared
 distances, count) forward, one all_reduce of the two sums backward; the parameters' gradients stay each process's own.
+What stands for norm_coefficients there, and where the running statistics are those to normalise with, and for
+norm_factors in a group's backward, is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -35,12 +38,22 @@ from .scale import IDENTITY, RELU
 from .squeeze import AVG
 from .squeeze import FORWARD as SQUEEZE
 
-#: What `norm_dots` sums over space, with c = x - mean: h u, h act'(v), h act'(v) c, act'(v), act'(v) c.
+#: What `norm_dots` sums over space, with c = x - mean: h u, h act'(v), h act'(v) c, act'(v), act'(v) c. With the gate
+#: as one row more they are all that the gradients of x, weight and bias need of it.
 SUMS = 5
 
 
 def _fake_moments(x):
     return x.new_empty((x.shape[0], 3, x.shape[1]), dtype=accumulator(x.dtype))
+
+
+def _fake_coefficients(x, moments, weight, bias, eps, wants_descriptor):
+    (batch, channels), dtype = x.shape[:2], accumulator(x.dtype)
+    return (
+        x.new_empty((4, channels), dtype=dtype),
+        x.new_empty(channels, dtype=dtype),
+        x.new_empty((batch, channels) if wants_descriptor else 0),
+    )
 
 
 def _fake_bits(x, keep_bits):
@@ -63,9 +76,15 @@ def _fake_scale_into(x, gate, norm, residual, y, activation, post_activation, ke
 
 def _fake_dots(grad, x, bits, residual, norm, gate, activation, post_activation):
     return (
-        x.new_empty((x.shape[0], SUMS, x.shape[1]), dtype=accumulator(x.dtype)),
+        x.new_empty((x.shape[0], SUMS + 1, x.shape[1]), dtype=accumulator(x.dtype)),
         x.new_empty(0) if post_activation == IDENTITY else empty_map(x),
     )
+
+
+def _fake_factors(x, sums, grad_s, norm, of_batch):
+    batch, channels = x.shape[:2]
+    shapes = channels, channels, (batch, 2, channels), (2, channels)
+    return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in shapes)
 
 
 def _fake_gradients(grad, x, norm, factors, constants, activation):
@@ -75,12 +94,22 @@ def _fake_gradients(grad, x, norm, factors, constants, activation):
 # (B, 3, C), rows [pivot, rest, squares]: the mean of each channel in two parts (pivot is its first element, so that
 # the mean has all its digits however large it is), and the sum of the squared distances from it.
 MOMENTS = define("moments", "(Tensor x) -> Tensor", _fake_moments, "norm_gate")
-# norm: (3, C), rows [a, b, mean]; gate: (B, C), of any float dtype. bits: of size (0,) unless they are asked for. They
-# lie as x does, in rows of whole bytes, eight elements a byte and the first in its lowest bit: (B, C, bytes) where x is
-# NCHW, (B, positions, bytes) where it is channels_last or of one position. Set unless y <= 0, so where y is NaN, too.
+# From the moments, of x's sizes and dtype: norm, (4, C), rows [a, b, mean, rstd]; the unbiased variance; the mean of v
+# over space, (B, C) in x's dtype, of size (0,) unless it is asked for. Nothing of x is read.
+COEFFICIENTS = define(
+    "norm_coefficients",
+    "(Tensor x, Tensor moments, Tensor? weight, Tensor? bias, float eps, bool wants_descriptor)"
+    " -> (Tensor norm, Tensor unbiased, Tensor descriptor)",
+    _fake_coefficients,
+    "norm_gate",
+)
+# norm: rows [a, b, mean], what follows them is not read; gate: (B, C), of any float dtype, None: of ones. bits: of size
+# (0,) unless they are asked for. They lie as x does, in rows of whole bytes, eight elements a byte and the first in its
+# lowest bit: (B, C, bytes) where x is NCHW, (B, positions, bytes) where it is channels_last or of one position. Set
+# unless y <= 0, so where y is NaN, too.
 SCALE = define(
     "norm_scale",
-    "(Tensor x, Tensor gate, Tensor norm, Tensor? residual, int activation, int post_activation, bool keep_bits)"
+    "(Tensor x, Tensor? gate, Tensor norm, Tensor? residual, int activation, int post_activation, bool keep_bits)"
     " -> (Tensor y, Tensor bits)",
     _fake_scale,
     "norm_gate",
@@ -88,18 +117,27 @@ SCALE = define(
 # The same into a given map: x, the residual, or another of x's layout. Whoever calls it tells autograd.
 SCALE_INTO = define(
     "norm_scale_into",
-    "(Tensor x, Tensor gate, Tensor norm, Tensor? residual, Tensor(a!) y, int activation, int post_activation,"
+    "(Tensor x, Tensor? gate, Tensor norm, Tensor? residual, Tensor(a!) y, int activation, int post_activation,"
     " bool keep_bits) -> Tensor bits",
     _fake_scale_into,
     "norm_gate",
 )
-# gate: of the accumulator's dtype. bits: those of a ReLU; residual: what another post_activation's derivative is
-# computed from again. grad_residual is h, of size (0,) without a post_activation.
+# bits: those of a ReLU; residual: what another post_activation's derivative is computed from again. sums: of the
+# accumulator's dtype, with the gate as the last row. grad_residual is h, of size (0,) without a post_activation.
 DOTS = define(
     "norm_dots",
-    "(Tensor grad, Tensor x, Tensor? bits, Tensor? residual, Tensor norm, Tensor gate, int activation,"
+    "(Tensor grad, Tensor x, Tensor? bits, Tensor? residual, Tensor norm, Tensor? gate, int activation,"
     " int post_activation) -> (Tensor sums, Tensor grad_residual)",
     _fake_dots,
+    "norm_gate",
+)
+# From these sums and the gradient of s, of x's sizes and dtype, of which nothing is read: the gradients of weight and
+# bias, in the accumulator's dtype, and what norm_gradients takes. of_batch: the statistics are the batch's.
+FACTORS = define(
+    "norm_factors",
+    "(Tensor x, Tensor sums, Tensor? grad_s, Tensor norm, bool of_batch)"
+    " -> (Tensor grad_weight, Tensor grad_bias, Tensor factors, Tensor constants)",
+    _fake_factors,
     "norm_gate",
 )
 # (grad * factors[b, 0, c] + factors[b, 1, c]) * act'(v) + constants[0, c] + constants[1, c] * (x - mean)
@@ -118,40 +156,44 @@ def _refuse_double_backward() -> None:
         raise RuntimeError("norm_gate: its gradient cannot be differentiated again; use backend('reference') for that")
 
 
-def _batch_statistics(moments: Tensor, positions: int, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+def _group_statistics(moments: Tensor, positions: int, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(mean, biased variance, distance of each sample's mean from it, count) by Chan's formula: nothing cancels."""
     pivot, rest, squares = moments.unbind(1)
     offsets = (pivot - pivot[:1]) + rest
     middle = offsets.mean(0)
     distances = offsets - middle
     mean, total = pivot[0] + middle, squares.sum(0) + positions * distances.square().sum(0)
-    count: Tensor | int = positions * moments.shape[0]
-    if group is not None:
-        mine = torch.cat([mean, total, total.new_tensor([count])])
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, mine, group=group)
-        means, totals, counts = torch.stack(gathered).split([len(mean), len(mean), 1], 1)
-        count = counts.sum()
-        # From the first process's mean, for the same reason as from the first pivot.
-        middle = ((means - means[0]) * counts).sum(0) / count
-        total = totals.sum(0) + (counts * (means - means[0] - middle).square()).sum(0)
-        distances += mean - (means[0] + middle)
-        mean = means[0] + middle
-    return mean, total / count, distances, count
+    mine = torch.cat([mean, total, total.new_tensor([positions * moments.shape[0]])])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    means, totals, counts = torch.stack(gathered).split([len(mean), len(mean), 1], 1)
+    count = counts.sum()
+    # From the first process's mean, for the same reason as from the first pivot.
+    middle = ((means - means[0]) * counts).sum(0) / count
+    total = totals.sum(0) + (counts * (means - means[0] - middle).square()).sum(0)
+    distances += mean - (means[0] + middle)
+    return means[0] + middle, total / count, distances, count
 
 
 def _normalise(
     backend, x, weight, bias, statistics: Statistics | None, eps, activation, wants_descriptor, group
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | int]:
-    """(norm and rstd (4, C), mean, unbiased variance, descriptor, count of these two); statistics: the running ones;
-    None: those of the batch, which are returned."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(norm, unbiased variance, descriptor, values a channel of a group); statistics: the running ones; None: those of
+    the batch, which are returned."""
+    if statistics is None and group is None:
+        of_mean = wants_descriptor and activation == IDENTITY
+        norm, unbiased, s = COEFFICIENTS[backend](x, MOMENTS[backend](x), weight, bias, eps, of_mean)
+        if wants_descriptor and not of_mean:
+            a, b, *_ = norm.unbind()
+            s = SQUEEZE[backend](x, a, b, activation, AVG, 0)[0]
+        return norm, unbiased, s, None
     dtype, distances = accumulator(x.dtype), None
     if statistics is None:
-        mean, var, distances, count = _batch_statistics(MOMENTS[backend](x), x.shape[2:].numel(), group)
+        mean, var, distances, count = _group_statistics(MOMENTS[backend](x), x.shape[2:].numel(), group)
         unbiased = var * (count / (count - 1))
     else:
         mean, var = (t.to(dtype, copy=True) for t in statistics)
-        unbiased, count = torch.empty_like(var), 0
+        unbiased, count = torch.empty_like(var), None
     rstd = (var + eps).rsqrt()
     a = rstd if weight is None else weight.to(dtype) * rstd
     b = -mean * a if bias is None else bias.to(dtype) - mean * a
@@ -162,24 +204,37 @@ def _normalise(
         s = (s if bias is None else s + bias.to(dtype)).to(x.dtype)
     else:
         s = SQUEEZE[backend](x, a, b, activation, AVG, 0)[0]
-    return torch.stack([a, b, mean, rstd]), mean, unbiased, s, count
+    return torch.stack([a, b, mean, rstd]), unbiased, s, count
+
+
+def _group_factors(x, sums, grad_s, norm, count, group, needs_x) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`norm_factors` where the statistics are those of a process group; the last two are for the gradient of x."""
+    a, rstd = norm[0], norm[3]
+    _, h, h_c, slope, slope_c, gate = sums.unbind(1)
+    pooled = torch.zeros_like(gate) if grad_s is None else grad_s.to(norm.dtype) / x.shape[2:].numel()
+    to_bias = (gate * h + pooled * slope).sum(0)
+    to_weight = rstd * (gate * h_c + pooled * slope_c).sum(0)
+    totals = torch.stack([to_bias, to_weight])
+    if needs_x:
+        dist.all_reduce(totals, group=group)
+    constants = torch.stack([totals[0], rstd * totals[1]]) * (-a / count)
+    return to_weight, to_bias, torch.stack([gate, pooled], 1) * a, constants
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, weight, bias, statistics, eps, activation, wants_descriptor, group):
-        norm, mean, unbiased, s, count = _normalise(
+        norm, unbiased, s, ctx.count = _normalise(
             backend, x, weight, bias, statistics, eps, activation, wants_descriptor, group
         )
-        ctx.group, ctx.count = group, None if group is None else count
+        ctx.group = group
         ctx.save_for_backward(x, weight, bias, norm)
         ctx.backend, ctx.activation, ctx.of_batch = backend, activation, statistics is None
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(norm, mean, unbiased)
+        ctx.mark_non_differentiable(norm, unbiased)
         batch, channels = x.shape[:2]
-        nothing = norm.new_zeros(())
-        sums = nothing.expand(batch, SUMS + 1, channels)
-        return s, nothing.to(x.dtype, copy=True).expand(x.shape), sums, norm, mean, unbiased
+        sums = norm.new_empty(()).expand(batch, SUMS + 1, channels)
+        return s, x.new_empty(()).expand(x.shape), sums, norm, unbiased
 
     @staticmethod
     def backward(ctx, grad_s, grad, sums, *_):
@@ -187,24 +242,15 @@ class _Normalise(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         x, weight, bias, norm = ctx.saved_tensors
-        a, rstd = norm[0], norm[3]
-        _, h, h_c, slope, slope_c, gate = sums.unbind(1)
-        if grad_s is None or grad_s.numel() == 0:
-            pooled = torch.zeros_like(gate)
+        grad_s = None if grad_s is None or grad_s.numel() == 0 else grad_s
+        grad_x, needs_x = None, ctx.needs_input_grad[1]
+        if ctx.group is None:
+            found = FACTORS[ctx.backend](x, sums, grad_s, norm, ctx.of_batch)
         else:
-            pooled = grad_s.to(norm.dtype) / x.shape[2:].numel()
-        to_bias = (gate * h + pooled * slope).sum(0)
-        to_weight = rstd * (gate * h_c + pooled * slope_c).sum(0)
-        grad_x = None
-        if ctx.needs_input_grad[1]:
-            totals, count = torch.stack([to_bias, to_weight]), x.numel() // x.shape[1]
-            if ctx.group is not None and ctx.of_batch:
-                dist.all_reduce(totals, group=ctx.group)
-                count = ctx.count
-            constants = torch.stack([totals[0], rstd * totals[1]]) * (-a / count)
-            factors = torch.stack([gate, pooled], 1) * a
-            constants = constants if ctx.of_batch else torch.zeros_like(constants)
-            grad_x = GRADIENTS[ctx.backend](grad, x, norm[:3], factors, constants, ctx.activation)
+            found = _group_factors(x, sums, grad_s, norm, ctx.count, ctx.group, needs_x)
+        to_weight, to_bias, factors, constants = found
+        if needs_x:
+            grad_x = GRADIENTS[ctx.backend](grad, x, norm, factors, constants, ctx.activation)
         grad_weight = None if weight is None else to_weight.to(weight.dtype)
         grad_bias = None if bias is None else to_bias.to(bias.dtype)
         return None, grad_x, grad_weight, grad_bias, None, None, None, None, None
@@ -213,8 +259,8 @@ class _Normalise(torch.autograd.Function):
 def _scale(backend, x, gate, norm, residual, over, activation, post_activation, keep_bits) -> tuple[Tensor, Tensor]:
     """(y, bits); over: the map that y is written over, None: a new one."""
     if over is None:
-        return SCALE[backend](x, gate, norm[:3], residual, activation, post_activation, keep_bits)
-    bits = SCALE_INTO[backend](x, gate, norm[:3], residual, over, activation, post_activation, keep_bits)
+        return SCALE[backend](x, gate, norm, residual, activation, post_activation, keep_bits)
+    bits = SCALE_INTO[backend](x, gate, norm, residual, over, activation, post_activation, keep_bits)
     if not over.is_inference():
         torch.autograd.graph.increment_version(over)  # whoever kept it for a backward is told so there
     return over, bits
@@ -237,8 +283,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_double_backward()
         x, norm, gate, bits, residual = ctx.saved_tensors
-        factor = gate.to(norm.dtype)
-        sums, h = DOTS[ctx.backend](grad, x, bits, residual, norm[:3], factor, *ctx.codes)
+        sums, h = DOTS[ctx.backend](grad, x, bits, residual, norm, gate, *ctx.codes)
         if ctx.codes[1] == IDENTITY:
             h = grad
         needs = ctx.needs_input_grad
@@ -246,7 +291,7 @@ class _Gate(torch.autograd.Function):
             *(None, None, None),
             sums[:, 0].to(gate.dtype) if needs[3] else None,
             h if needs[4] else None,
-            torch.cat([sums, factor[:, None]], 1) if needs[5] else None,
+            sums if needs[5] else None,
             h if needs[6] else None,
             *(None, None, None),
         )
@@ -266,21 +311,21 @@ def norm_gate(
     group: Any = None,
     over: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, unbiased variance). statistics: (mean, variance) to normalise with, None: those of the batch, which are
-    returned. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C). over: what y is written over, the
-    residual, or x with gradients disabled."""
+    """(y, norm, unbiased variance). statistics: (mean, variance) to normalise with, None: those of the batch, which are
+    returned, the mean as norm[2]. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C). over: what y is
+    written over, the residual, or x with gradients disabled."""
     if not (x.is_contiguous() or is_channels_last(x)):
         x = x.contiguous()  # once, and not in every pass
     arguments = (backend, x, weight, bias, statistics, eps, activation, excitation is not None, group)
     carriers: tuple[Tensor | None, Tensor | None]
     if needs_grad(x, weight, bias):
-        s, *carriers, norm, mean, unbiased = _Normalise.apply(*arguments)
+        s, *carriers, norm, unbiased = _Normalise.apply(*arguments)
     else:
-        norm, mean, unbiased, s, _ = _normalise(*arguments)
+        norm, unbiased, s, _ = _normalise(*arguments)
         carriers = None, None
-    gate = norm.new_ones(x.shape[:2]) if excitation is None else excitation(s)
+    gate = None if excitation is None else excitation(s)
     if needs_grad(gate, residual, carriers[0]):
         y = _Gate.apply(backend, x, norm, gate, *carriers, residual, activation, post_activation, over is not None)
     else:
         y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
-    return y, mean, unbiased
+    return y, norm, unbiased

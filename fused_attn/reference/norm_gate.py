@@ -19,8 +19,10 @@ def update_statistics(
     """Moves the running statistics, where they are given, towards those of a batch (variance: the unbiased one)."""
     with torch.no_grad():
         for running, new in ((running_mean, mean), (running_var, variance)):
-            if running is not None:
-                running.copy_(momentum * new + (1 - momentum) * running)
+            if running is not None and running.dtype == new.dtype:
+                running.lerp_(new, momentum)
+            elif running is not None:
+                running.copy_(running.to(new.dtype).lerp_(new, momentum))
 
 
 def _synchronised(

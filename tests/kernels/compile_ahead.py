@@ -168,13 +168,17 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         channel_gate.channel_gate_backward(grad, x, kept[0], state, index, *weights, *affine, kept[1], *codes)
         _, numbers = simam.simam(x, 1e-4)
         simam.simam_backward(grad, x, numbers)
-        norm_gate.moments(x)
+        moments, of_norm = norm_gate.moments(x), (make(channels), make(channels)) if case.affine else (None, None)
+        norm, _, descriptor = norm_gate.norm_coefficients(x, moments, *of_norm, 1e-5, not case.affine)
         rows = x.new_empty((4, case.shape[0], channels), dtype=maps.accumulator(x.dtype))
-        norm = rows[0].new_empty((3, channels))
+        gate = None if case.strided_grad else rows[0]
         for norm_pre in {pre, IDENTITY, ACTIVATIONS["silu"]}:
-            _, bits = norm_gate.norm_scale(x, rows[0], norm, residual, norm_pre, post, keeps_y)
-            norm_gate.norm_dots(grad, x, bits if keeps_y else None, kept[1], norm, rows[0], norm_pre, post)
-            norm_gate.norm_gradients(grad, x, norm, rows[:2].transpose(0, 1), norm[:2], norm_pre)
+            _, bits = norm_gate.norm_scale(x, gate, norm, residual, norm_pre, post, keeps_y)
+            kept_bits = bits if keeps_y else None
+            sums, _ = norm_gate.norm_dots(grad, x, kept_bits, kept[1], norm, gate, norm_pre, post)
+            of_s = None if case.affine else descriptor
+            *_, factors, constants = norm_gate.norm_factors(x, sums, of_s, norm, not case.affine)
+            norm_gate.norm_gradients(grad, x, norm, factors, constants, norm_pre)
         for gate in (make(*case.shape[:2]), make(case.shape[0], 1, *case.shape[2:])):
             scale.scale(x, gate, *affine, residual, pre, post)
             scale.scale_backward(grad, x, kept[0], gate, *affine, kept[1], pre, post)

@@ -23,6 +23,7 @@ MAP_KERNELS = {
 }
 SMALL_KERNELS = {
     *("_finish", "_finish_moments", "_first_layer", "_parameters", "_select_parameters", "_finish_pool"),
+    *("_norm_coefficients", "_norm_factors"),
     *("convolve", "logit_gradients", "convolve_backward", "convolution_parameters"),
 }
 

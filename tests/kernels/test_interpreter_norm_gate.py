@@ -81,6 +81,15 @@ def test_bits(shape, dtype, layout):
     of_norm_gate.check_bits("triton", shape, dtype, layout)
 
 
+@pytest.mark.parametrize("dtype", of_norm_gate.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", of_norm_gate.NUMBER_SHAPES, ids=str)
+def test_numbers_between_the_passes(shape, dtype):
+    of_norm_gate.check_coefficients("triton", shape, dtype)
+    of_norm_gate.check_factors("triton", shape, dtype)
+    if dtype.itemsize > 2:
+        of_norm_gate.check_coefficients("triton", shape, dtype, 4096.0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_write_over(layout):
     of_norm_gate.test_write_over_the_residual((2, 9, 7, 7), torch.float32, layout, "triton")

@@ -111,21 +111,22 @@ def test_norm_gate_with_residual_and_relu(traffic, layout):
     options = {"excitation": torch.sigmoid, "residual": residual, "post_activation": "relu"}
     y = functional.norm_gate(x, training=True, **options)
     forward = [kernel for kernel, _ in traffic.passes()]
-    assert forward == ["_moments", "_finish_moments", "_norm_scale"]
+    assert forward == ["_moments", "_finish_moments", "_norm_coefficients", "_norm_scale"]
     bits = 53 / 420 / 4 if layout == "nchw" else 1 / 6 / 4  # 420 positions, or 6 channels, in whole bytes
     scale = {"read x": 1, "read residual": 1, "write y": 1, "write bits": bits}
-    assert traffic.passes()[2][1] == pytest.approx(scale)
+    assert traffic.passes()[2:] == [("_norm_coefficients", {}), ("_norm_scale", pytest.approx(scale))]
     assert 4 <= traffic.total() - bits < 4.02  # each channel's first element is read by itself, too
     traffic.launches.clear()
     y.backward(in_layout(random(*SHAPE, seed=2), layout))
-    (dots, counted), gradients = traffic.passes()
+    (dots, counted), factors, gradients = traffic.passes()
     assert dots == "_norm_dots"
     assert counted == pytest.approx({"read grad": 1, "read x": 1, "read bits": bits, "write grad_residual": 1})
+    assert factors == ("_norm_factors", {})
     assert gradients == ("_norm_gradients", {"read grad": 1, "read x": 1, "write grad_x": 1})
     traffic.launches.clear()
     with torch.no_grad():
         functional.norm_gate(x, training=True, **options)
-    assert traffic.passes()[2] == ("_norm_scale", {"read x": 1, "read residual": 1, "write y": 1})
+    assert traffic.passes()[3] == ("_norm_scale", {"read x": 1, "read residual": 1, "write y": 1})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

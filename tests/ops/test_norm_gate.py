@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_attn
@@ -24,7 +26,7 @@ from fused_attn import functional, reference
 from fused_attn.backends import choose
 from fused_attn.codes import ACTIVATIONS, FUNCTIONS
 from fused_attn.ops.common import accumulator
-from fused_attn.ops.norm_gate import DOTS, GRADIENTS, MOMENTS, SCALE, SCALE_INTO
+from fused_attn.ops.norm_gate import COEFFICIENTS, DOTS, FACTORS, GRADIENTS, MOMENTS, SCALE, SCALE_INTO
 from tests.checks import LAYOUTS, Inputs, assert_equivalent, in_layout, random, run
 from tests.ops.test_channel_gate import strided
 
@@ -446,6 +448,104 @@ def test_a_gradient_of_nan_stops_at_the_relu(layout):
     torch.testing.assert_close(*found, equal_nan=True)
 
 
+def check_coefficients(backend: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> None:
+    """norm_coefficients of a map's moments, against what float64 finds in the map."""
+    x = (random(*shape, dtype=torch.float64).mul(8).round().div(8) + mean).to(dtype)  # bfloat16 holds these, too
+    exact, channels, axes = x.double(), shape[1], (0, *range(2, x.dim()))
+    near = {"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 3e-6}
+    moments = MOMENTS[backend](x)
+    for weight, bias in ((None, None), (random(channels, seed=1).to(dtype), random(channels, seed=2))):
+        norm, unbiased, s = COEFFICIENTS[backend](x, moments, weight, bias, 0.1, True)
+        a, b = (exact.var(axes, correction=0) + 0.1).rsqrt(), torch.zeros(channels, dtype=torch.float64)
+        expected = [exact.mean(axes), a]
+        a, b = (a, b) if weight is None or bias is None else (a * weight.double(), bias.double())
+        for found, row in zip(norm[[2, 3, 0]], [*expected, a], strict=True):
+            torch.testing.assert_close(found.double(), row, **near)
+        centred = exact.flatten(2).mean(2) - exact.mean(axes)
+        rounding = {"rtol": torch.finfo(dtype).eps, "atol": near["atol"]}
+        torch.testing.assert_close(s.double(), a * centred + b, **(near if dtype.itemsize > 2 else rounding))
+        # Of b there are the digits that an accumulator holds of mean * a, of which it is the difference.
+        digits = 2 * torch.finfo(norm.dtype).eps * abs(mean) * norm[0].abs().max().item()
+        torch.testing.assert_close(
+            norm[1].double() + norm[0].double() * expected[0], b, rtol=0, atol=near["atol"] + digits
+        )
+        torch.testing.assert_close(unbiased.double(), exact.var(axes), **near)
+        again, _, none = COEFFICIENTS[backend](x, moments, weight, bias, 0.1, False)
+        assert torch.equal(again, norm) and none.shape == (0,) and s.dtype == none.dtype == dtype
+
+
+def check_factors(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """norm_factors of any sums, against its formulas in float64."""
+    (batch, channels), of = shape[:2], accumulator(dtype)
+    x, norm, sums = random(*shape, dtype=dtype), random(4, channels, seed=1).to(of), random(batch, 6, channels).to(of)
+    a, rstd = norm.double()[[0, 3]]
+    _, h, h_c, slope, slope_c, gate = sums.double().unbind(1)
+    near = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6 * batch**0.5}
+    for grad_s in (None, random(batch, channels, seed=2, dtype=dtype)):
+        pooled = torch.zeros_like(gate) if grad_s is None else grad_s.double() / x.shape[2:].numel()
+        to_bias, to_weight = (gate * h + pooled * slope).sum(0), rstd * (gate * h_c + pooled * slope_c).sum(0)
+        for of_batch in (True, False):
+            constants = torch.stack([to_bias, rstd * to_weight]) * (-a / (x.numel() // channels)) * of_batch
+            found = FACTORS[backend](x, sums, grad_s, norm, of_batch)
+            for mine, exact in zip(
+                found, (to_weight, to_bias, torch.stack([gate, pooled], 1) * a, constants), strict=True
+            ):
+                torch.testing.assert_close(mine.double(), exact, **near)
+
+
+NUMBER_SHAPES = ((2, 16, 7, 7), (35, 40, 2, 3), (1, 1, 13, 17), (3, 5, 1), (2, 70, 1, 1, 1))
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*NUMBER_SHAPES, (33, 900, 1, 1)], ids=str)
+def test_numbers_between_the_passes(shape, dtype):
+    """The last among threads. float32 and float64 also where the mean is large beside the distances from it."""
+    check_coefficients(NATIVE, shape, dtype)
+    check_factors(NATIVE, shape, dtype)
+    if dtype.itemsize > 2:
+        check_coefficients(NATIVE, shape, dtype, 4096.0)
+
+
+class Dispatched(TorchDispatchMode):
+    """The operators that reach a backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@needs_operators
+@pytest.mark.parametrize("activation, before, now", [("identity", 68, 14), ("silu", 67, 16)])
+def test_operators_of_a_call(activation, before, now):
+    """What a training step of an SE-ResNet's tail dispatches beside its excitation: on small maps that is its time.
+
+    Where all between the passes was plain PyTorch it was `before`.
+    """
+    inputs = {k: t.requires_grad_() for k, t in inputs_of(random(2, 16, 7, 7), residual=True).items()}
+    weights = [inputs.pop(name) for name in ("weight1", "weight2")]
+    running, grad = (torch.zeros(16), torch.ones(16)), random(2, 16, 7, 7, seed=1)
+
+    def excitation(s):
+        return (weights[1] @ F.silu(weights[0] @ s.mT)).mT.sigmoid()
+
+    s, of_gate = random(2, 16).requires_grad_(), random(2, 16)
+    with Dispatched() as alone:
+        torch.autograd.grad(excitation(s), (s, *weights), of_gate)
+    with Dispatched() as whole:
+        options = {"activation": activation, "excitation": excitation, "residual": inputs["residual"]}
+        y = functional.norm_gate(
+            inputs["x"], inputs["weight"], inputs["bias"], *running, training=True, post_activation="relu", **options
+        )
+        torch.autograd.grad(y, (*inputs.values(), *weights), grad)
+    found = whole.names - alone.names
+    assert found.total() == now < before, found
+
+
 OVER_SHAPES = ((2, 9, 7, 7), (3, 12, 1, 1), (1, 3, 13, 17), (2, 1, 5, 3), (3, 70, 30, 40))
 
 
@@ -569,15 +669,19 @@ def test_double_backward_is_refused():
 @needs_operators
 def test_opcheck():
     """Schema, fake kernel (strides too) and registration as torch checks them, permuted layouts included."""
-    norm, gate = random(3, 8), random(2, 8, seed=1)
+    norm, gate = random(4, 8), random(2, 8, seed=1)
     for x in strided(random(2, 8, 5, 6)).values():
         torch.library.opcheck(MOMENTS[NATIVE], (x,))
+        for affine, wanted in (((None, None), True), ((random(8).bfloat16(), random(8)), False)):
+            torch.library.opcheck(COEFFICIENTS[NATIVE], (x, random(2, 3, 8).abs(), *affine, 1e-5, wanted))
+            torch.library.opcheck(FACTORS[NATIVE], (x, random(2, 6, 8), gate if wanted else None, norm, wanted))
         torch.library.opcheck(GRADIENTS[NATIVE], (x, x, norm, random(2, 2, 8), random(2, 8), 2))
         for post in (0, 1, 2):
             arguments = (x, gate, norm, x, 2, post, post == 1)
             torch.library.opcheck(SCALE[NATIVE], arguments)
             bits = SCALE[NATIVE](*arguments)[1] if post == 1 else None
-            torch.library.opcheck(DOTS[NATIVE], (x, x, bits, x if post == 2 else None, norm, gate, 2, post))
+            of_gate = None if post == 0 else gate
+            torch.library.opcheck(DOTS[NATIVE], (x, x, bits, x if post == 2 else None, norm, of_gate, 2, post))
     for layout in LAYOUTS:
         x = in_layout(random(2, 8, 5, 6), layout)
         torch.library.opcheck(SCALE_INTO[NATIVE], (x, gate, norm, None, torch.empty_like(x), 2, 1, True))
