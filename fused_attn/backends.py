@@ -103,8 +103,9 @@ def _reason(name: str, op: str, device: str) -> str | None:
 
 
 def _has_kernel(name: str, op: str) -> bool:
-    """Whether the native library that was loaded registered a kernel of the backend, "cpu" or "cuda", for the op."""
-    return any(
+    """Whether the native library that was loaded registered the backend's kernels for the op: "cpu" has one for each of
+    its operators, "cuda" for those of whole blocks."""
+    return (all if name == "cpu" else any)(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{operator}.{name}", name.upper())
         for operator in OPERATORS[op.partition("/")[0]]
     )
