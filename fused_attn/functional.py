@@ -884,9 +884,9 @@ def _check_axis_pool(x: Tensor, maxima: bool, channels: bool) -> None:
 def _check_parameter(argument: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, autocast: bool) -> None:
     """A parameter of this shape, up to trailing axes of size 1, in x's dtype (any float dtype under autocast)."""
     _check_tensor(argument, tensor, x)
-    rank = len(shape)
-    if tensor.shape[:rank] != shape or any(n != 1 for n in tensor.shape[rank:]):
-        raise ValueError(f"{argument}: expected shape {shape}; got {tuple(tensor.shape)}")
+    found, rank = tensor.shape, len(shape)
+    if found != shape and (found[:rank] != shape or any(n != 1 for n in found[rank:])):
+        raise ValueError(f"{argument}: expected shape {shape}; got {tuple(found)}")
     if tensor.dtype != x.dtype and not autocast:
         raise TypeError(f"{argument}: expected x's dtype, {x.dtype} (or autocast); got {tensor.dtype}")
 

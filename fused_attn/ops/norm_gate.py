@@ -289,7 +289,7 @@ class _Gate(torch.autograd.Function):
         needs = ctx.needs_input_grad
         return (
             *(None, None, None),
-            sums[:, 0].to(gate.dtype) if needs[3] else None,
+            sums.select(1, 0).to(gate.dtype) if needs[3] else None,
             h if needs[4] else None,
             sums if needs[5] else None,
             h if needs[6] else None,
