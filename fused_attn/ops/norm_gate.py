@@ -14,8 +14,8 @@ From the sums come the gradient of g, through the excitation that of s, and with
 grad_bias = sum(dv), grad_weight = sum(dv xhat), grad_x = a (dv - grad_bias / n - xhat grad_weight / n).
 
 Autograd runs the excitation, so there are two functions: `_Normalise`, from x to s, and `_Gate`, from g to y. `_Gate`
-passes x no gradient: it hands h and its sums to `_Normalise`, as gradients of carriers (tensors without values), which
-then writes grad_x once.
+hands h and its sums to `_Normalise`, which then writes grad_x once: h as the gradient of x, which comes to it through
+`_Normalise`, and the sums as that of a carrier (a tensor without values).
 
 With a process group the statistics are those of all its processes, as SyncBatchNorm's: one all_gather of (mean, squared
 distances, count) forward, one all_reduce of the two sums backward; the parameters' gradients stay each process's own.
@@ -234,12 +234,12 @@ class _Normalise(torch.autograd.Function):
         ctx.mark_non_differentiable(norm, unbiased)
         batch, channels = x.shape[:2]
         sums = norm.new_empty(()).expand(batch, SUMS + 1, channels)
-        return s, x.new_empty(()).expand(x.shape), sums, norm, unbiased
+        return s, x.view_as(x), sums, norm, unbiased
 
     @staticmethod
-    def backward(ctx, grad_s, grad, sums, *_):
+    def backward(ctx, grad_s, h, sums, *_):
         _refuse_double_backward()
-        if grad is None:
+        if h is None:
             return (None,) * 9
         x, weight, bias, norm = ctx.saved_tensors
         grad_s = None if grad_s is None or grad_s.numel() == 0 else grad_s
@@ -250,7 +250,7 @@ class _Normalise(torch.autograd.Function):
             found = _group_factors(x, sums, grad_s, norm, ctx.count, ctx.group, needs_x)
         to_weight, to_bias, factors, constants = found
         if needs_x:
-            grad_x = GRADIENTS[ctx.backend](grad, x, norm, factors, constants, ctx.activation)
+            grad_x = GRADIENTS[ctx.backend](h, x, norm, factors, constants, ctx.activation)
         grad_weight = None if weight is None else to_weight.to(weight.dtype)
         grad_bias = None if bias is None else to_bias.to(bias.dtype)
         return None, grad_x, grad_weight, grad_bias, None, None, None, None, None
@@ -268,7 +268,7 @@ def _scale(backend, x, gate, norm, residual, over, activation, post_activation, 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, norm, gate, carrier, carrier_of_sums, residual, activation, post_activation, inplace):
+    def forward(ctx, backend, x, norm, gate, sums, residual, activation, post_activation, inplace):
         relu = post_activation == RELU
         over = residual if inplace else None
         y, bits = _scale(backend, x, gate, norm, residual, over, activation, post_activation, relu)
@@ -288,11 +288,12 @@ class _Gate(torch.autograd.Function):
             h = grad
         needs = ctx.needs_input_grad
         return (
-            *(None, None, None),
+            None,
+            h if needs[1] else None,
+            None,
             sums.select(1, 0).to(gate.dtype) if needs[3] else None,
-            h if needs[4] else None,
-            sums if needs[5] else None,
-            h if needs[6] else None,
+            sums if needs[4] else None,
+            h if needs[5] else None,
             *(None, None, None),
         )
 
@@ -317,15 +318,14 @@ def norm_gate(
     if not (x.is_contiguous() or is_channels_last(x)):
         x = x.contiguous()  # once, and not in every pass
     arguments = (backend, x, weight, bias, statistics, eps, activation, excitation is not None, group)
-    carriers: tuple[Tensor | None, Tensor | None]
+    sums = None
     if needs_grad(x, weight, bias):
-        s, *carriers, norm, unbiased = _Normalise.apply(*arguments)
+        s, x, sums, norm, unbiased = _Normalise.apply(*arguments)
     else:
         norm, unbiased, s, _ = _normalise(*arguments)
-        carriers = None, None
     gate = None if excitation is None else excitation(s)
-    if needs_grad(gate, residual, carriers[0]):
-        y = _Gate.apply(backend, x, norm, gate, *carriers, residual, activation, post_activation, over is not None)
+    if needs_grad(gate, residual, sums):
+        y = _Gate.apply(backend, x, norm, gate, sums, residual, activation, post_activation, over is not None)
     else:
         y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
     return y, norm, unbiased
