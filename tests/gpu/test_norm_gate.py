@@ -49,6 +49,15 @@ def test_bits(shape, dtype, layout):
     of_norm_gate.check_bits("triton", shape, dtype, layout, "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*of_norm_gate.NUMBER_SHAPES, (128, 2048, 1, 2)], ids=str)
+def test_numbers_between_the_passes(shape, dtype):
+    of_norm_gate.check_coefficients("triton", shape, dtype, device="cuda")
+    of_norm_gate.check_factors("triton", shape, dtype, "cuda")
+    if dtype.itemsize > 2:
+        of_norm_gate.check_coefficients("triton", shape, dtype, 4096.0, "cuda")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_write_over(dtype, layout):

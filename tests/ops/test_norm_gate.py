@@ -448,15 +448,19 @@ def test_a_gradient_of_nan_stops_at_the_relu(layout):
     torch.testing.assert_close(*found, equal_nan=True)
 
 
-def check_coefficients(backend: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> None:
+def check_coefficients(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0, device: str = "cpu"
+) -> None:
     """norm_coefficients of a map's moments, against what float64 finds in the map."""
-    x = (random(*shape, dtype=torch.float64).mul(8).round().div(8) + mean).to(dtype)  # bfloat16 holds these, too
+    eighths = random(*shape, dtype=torch.float64).mul(8).round().div(8)  # which bfloat16 holds, too
+    x = (eighths + mean).to(device, dtype)
     exact, channels, axes = x.double(), shape[1], (0, *range(2, x.dim()))
     near = {"rtol": 1e-11, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 3e-6}
     moments = MOMENTS[backend](x)
-    for weight, bias in ((None, None), (random(channels, seed=1).to(dtype), random(channels, seed=2))):
+    affine = random(channels, seed=1).to(device, dtype), random(channels, seed=2).to(device)
+    for weight, bias in ((None, None), affine):
         norm, unbiased, s = COEFFICIENTS[backend](x, moments, weight, bias, 0.1, True)
-        a, b = (exact.var(axes, correction=0) + 0.1).rsqrt(), torch.zeros(channels, dtype=torch.float64)
+        a, b = (exact.var(axes, correction=0) + 0.1).rsqrt(), torch.zeros_like(exact[0].flatten(1)[:, 0])
         expected = [exact.mean(axes), a]
         a, b = (a, b) if weight is None or bias is None else (a * weight.double(), bias.double())
         for found, row in zip(norm[[2, 3, 0]], [*expected, a], strict=True):
@@ -474,22 +478,22 @@ def check_coefficients(backend: str, shape: tuple[int, ...], dtype: torch.dtype,
         assert torch.equal(again, norm) and none.shape == (0,) and s.dtype == none.dtype == dtype
 
 
-def check_factors(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_factors(backend: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
     """norm_factors of any sums, against its formulas in float64."""
-    (batch, channels), of = shape[:2], accumulator(dtype)
-    x, norm, sums = random(*shape, dtype=dtype), random(4, channels, seed=1).to(of), random(batch, 6, channels).to(of)
+    batch, channels = shape[:2]
+    x, of_s = random(*shape, dtype=dtype).to(device), random(batch, channels, seed=2, dtype=dtype).to(device)
+    norm, sums = (random(*rows, channels, dtype=accumulator(dtype)).to(device) for rows in ((4,), (batch, 6)))
     a, rstd = norm.double()[[0, 3]]
     _, h, h_c, slope, slope_c, gate = sums.double().unbind(1)
     near = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6 * batch**0.5}
-    for grad_s in (None, random(batch, channels, seed=2, dtype=dtype)):
+    for grad_s in (None, of_s):
         pooled = torch.zeros_like(gate) if grad_s is None else grad_s.double() / x.shape[2:].numel()
         to_bias, to_weight = (gate * h + pooled * slope).sum(0), rstd * (gate * h_c + pooled * slope_c).sum(0)
         for of_batch in (True, False):
             constants = torch.stack([to_bias, rstd * to_weight]) * (-a / (x.numel() // channels)) * of_batch
             found = FACTORS[backend](x, sums, grad_s, norm, of_batch)
-            for mine, exact in zip(
-                found, (to_weight, to_bias, torch.stack([gate, pooled], 1) * a, constants), strict=True
-            ):
+            expected = to_weight, to_bias, torch.stack([gate, pooled], 1) * a, constants
+            for mine, exact in zip(found, expected, strict=True):
                 torch.testing.assert_close(mine.double(), exact, **near)
 
 
