@@ -144,8 +144,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_block_of_a_network_has_one(name):
     try:
-        with torch.device("meta"):
-            model = build_model(name)
+        model = build_model(name)  # not on the meta device: torchvision's RegNet computes its widths with tensors
     except UnknownModel as error:
         pytest.skip(str(error))
     report = explain(fuse(model, tails=True), tails=True)
