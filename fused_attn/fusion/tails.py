@@ -180,13 +180,22 @@ def _find(
     return Tail(norm, gate if attention is not None else None, recipe, names[0], names[1], tuple(bypassed), in_place)
 
 
-def _pair(block: nn.Module, norm: str, activation: str | None = None, *, inside: tuple[str, ...] = ()) -> Pair:
-    """The BatchNorm at this path with its activation. inside: layers that are bypassed where these are one op."""
-    layers = (norm,) if activation is None else (norm, activation)
+def _pair(
+    block: nn.Module,
+    norm: str,
+    activation: str | None = None,
+    *,
+    between: str | None = None,
+    inside: tuple[str, ...] = (),
+) -> Pair:
+    """The BatchNorm at this path with its activation. between: a layer that they can only be one op without. inside:
+    layers that are bypassed where they are one."""
+    layers = tuple(path for path in (norm, between, activation) if path is not None)
     tail = _find(block, norm, activation=activation)
-    if isinstance(tail, str) or tail.activation == "identity":
+    parted = between is not None and _found(block, between) is not None
+    if isinstance(tail, str) or tail.activation == "identity" or parted:
         return Pair(layers, None)
-    tail = replace(tail, bypassed=(*tail.bypassed, *inside))
+    tail = replace(tail, bypassed=(*tail.bypassed, *layers[1:], *inside))
     hooked = any(is_hooked(layer_at(block, path)) for path in tail.bypassed)
     return Pair(layers, None if hooked else tail)
 
@@ -228,9 +237,8 @@ def resnet(block: Any) -> Recipe | str:
     tail = found if isinstance(found, str) else _dropping(block, found, "drop_path")
     if isinstance(tail, str):
         return tail
-    pairs = [_pair(block, f"bn{n}", f"act{n}") for n in range(1, last)]
-    if _found(block, "drop_block") is not None:
-        pairs[-1] = Pair((f"bn{last - 1}", "drop_block", f"act{last - 1}"), None)
+    pairs = [_pair(block, f"bn{n}", f"act{n}") for n in range(1, last - 1)]
+    pairs.append(_pair(block, f"bn{last - 1}", f"act{last - 1}", between="drop_block"))
 
     def forward(block: Any, x: Tensor) -> Tensor:
         y = pairs[0](block, block.conv1(x))

@@ -213,11 +213,11 @@ def test_a_hook_added_later_is_called():
 def test_hooks_on_other_layers_are_called():
     """Where one is on a BatchNorm with an activation that is no tail, these two run as they are."""
     block, calls = bottleneck().train(), []
-    for path in ("conv1", "bn1", "conv3"):
+    for path in ("conv1", "bn1", "drop_block", "conv3"):
         block.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))
     (row,) = explain(fuse(block, tails=True))
     block(X)
-    assert row.block == "BatchNorm -> relu; BatchNorm -> gate -> relu" and calls == ["conv1", "bn1", "conv3"]
+    assert row.block == "BatchNorm -> gate -> relu" and calls == ["conv1", "bn1", "drop_block", "conv3"]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
