@@ -66,8 +66,9 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
         model: any module, or a block itself; or a program of torch.export, which is left as it is: what is returned is
             another program, with the blocks in its graph fused and the same inputs, open sizes and `state_dict`.
         tails: also fuse what stands around the attention blocks of known networks: BatchNorm, activation, gate, sum
-            and activation as one op (`fused_attn.functional.norm_gate`), in training too. Networks: timm's ResNets,
-            EfficientNets, MobileNetV3s and RegNets, torchvision's, and MONAI's SE-ResNets.
+            and activation as one op (`fused_attn.functional.norm_gate`), in training too, and then the other BatchNorms
+            of the same residual blocks with their activations. Networks: timm's ResNets, EfficientNets, MobileNetV3s
+            and RegNets, torchvision's, and MONAI's SE-ResNets.
         strict: raise where a block of a known class was left alone.
 
     Returns:

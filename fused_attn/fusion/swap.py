@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 def bypassed_hooks(block: nn.Module, recipe: Recipe) -> str | None:
     """The first bypassed layer that carries a hook, or a forward of its own, which a fused block would skip."""
     for name, layer in block.named_modules():
-        if layer is not block and _is_bypassed(name, recipe) and _is_hooked(layer):
+        if layer is not block and _is_bypassed(name, recipe) and is_hooked(layer):
             return name
     return None
 
@@ -44,7 +44,7 @@ def _is_bypassed(name: str, recipe: Recipe) -> bool:
     return not isinstance(recipe, (SplitGate, OwnLayers)) or name in recipe.bypassed
 
 
-def _is_hooked(layer: Any) -> bool:
+def is_hooked(layer: Any) -> bool:
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
@@ -93,7 +93,7 @@ def intact(block: nn.Module, plan: Plan) -> bool:
     """Whether block and layers are those seen at `fuse`: none put in (LoRA), added, hooked or set differently since."""
     for parent, name, layer, kind, bypassed in plan.layers:
         owner = block if parent is None else parent
-        if owner._modules.get(name) is not layer or type(layer) is not kind or (bypassed and _is_hooked(layer)):
+        if owner._modules.get(name) is not layer or type(layer) is not kind or (bypassed and is_hooked(layer)):
             return False
     for parent, size in plan.sizes:
         if len((block if parent is None else parent)._modules) != size:

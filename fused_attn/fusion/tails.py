@@ -1,14 +1,15 @@
 """Tails of residual blocks: BatchNorm, activation, attention, sum and activation as one `functional.norm_gate`.
 
 An adapter here is for a whole residual block of a host library. The block's convolutions, its shortcut and what it
-drops run as they are; a tail's layers are bypassed, and read at every call.
+drops run as they are; a tail's layers are bypassed, and read at every call. The block's other BatchNorms are one op
+with the activation behind them in training, where that spares passes and, with any activation but a ReLU, a map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..reference.block_attention import affine_of, count_batch, uses_batch_stati
 from ..reference.channel_gate import excite
 from .layers import activation_name
 from .registry import TAILS, ChannelGate, OwnLayers, Recipe, SplitGate, class_name, qualified_name, recognise, register
-from .swap import PLAN, host_class, layer_at, parameter_at, split_path
+from .swap import PLAN, host_class, is_hooked, layer_at, parameter_at, split_path
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d", "SyncBatchNormAct"))
@@ -100,6 +101,23 @@ class Tail:
         return " -> ".join(["BatchNorm", *(part for part in parts if part not in ("", "identity"))])
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A BatchNorm and the activation behind it, in a block that has a tail. With running statistics the layers run as
+    they are: the BatchNorm would have to be folded at every call, which on small maps costs more than the two passes
+    that it spares. tail: None where they always do."""
+
+    layers: tuple[str, ...]
+    tail: Tail | None
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.tail is not None and uses_batch_statistics(layer_at(block, self.tail.norm)):
+            return self.tail(block, x)
+        for path in self.layers:
+            x = layer_at(block, path)(x)
+        return x
+
+
 def _parameters(gate: Any, recipe: ChannelGate) -> tuple[Tensor | None, ...]:
     paths = recipe.weight1, recipe.bias1, recipe.weight2, recipe.bias2
     return tuple(parameter_at(gate, split_path(path)) for path in paths)
@@ -162,7 +180,31 @@ def _find(
     return Tail(norm, gate if attention is not None else None, recipe, names[0], names[1], tuple(bypassed), in_place)
 
 
-def _recipe(forward: Callable[[Any, Tensor], Tensor], *tails: Tail | None, bypassed: tuple[str, ...] = ()) -> OwnLayers:
+def _pair(
+    block: nn.Module,
+    norm: str,
+    activation: str | None = None,
+    *,
+    between: str | None = None,
+    inside: tuple[str, ...] = (),
+) -> Pair:
+    """The BatchNorm at this path with its activation. between: a layer that they can only be one op without. inside:
+    layers that are bypassed where they are one."""
+    layers = tuple(path for path in (norm, between, activation) if path is not None)
+    tail = _find(block, norm, activation=activation)
+    parted = between is not None and _found(block, between) is not None
+    if isinstance(tail, str) or tail.activation == "identity" or parted:
+        return Pair(layers, None)
+    tail = replace(tail, bypassed=(*tail.bypassed, *layers[1:], *inside))
+    hooked = any(is_hooked(layer_at(block, path)) for path in tail.bypassed)
+    return Pair(layers, None if hooked else tail)
+
+
+def _recipe(
+    forward: Callable[[Any, Tensor], Tensor], *parts: Tail | Pair | None, bypassed: tuple[str, ...] = ()
+) -> OwnLayers:
+    """parts: in the order they run in."""
+    tails = [part.tail if isinstance(part, Pair) else part for part in parts]
     present = [tail for tail in tails if tail is not None]
     return OwnLayers(
         forward,
@@ -195,18 +237,17 @@ def resnet(block: Any) -> Recipe | str:
     tail = found if isinstance(found, str) else _dropping(block, found, "drop_path")
     if isinstance(tail, str):
         return tail
+    pairs = [_pair(block, f"bn{n}", f"act{n}") for n in range(1, last - 1)]
+    pairs.append(_pair(block, f"bn{last - 1}", f"act{last - 1}", between="drop_block"))
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        shortcut = x
-        x = block.bn1(block.conv1(x))
-        if last == 2:
-            x = block.conv2(block.aa(block.act1(block.drop_block(x))))
-        else:
-            x = block.drop_block(block.bn2(block.conv2(block.act1(x))))
-            x = block.conv3(block.aa(block.act2(x)))
-        return tail(block, x, shortcut if block.downsample is None else block.downsample(shortcut))
+        y = pairs[0](block, block.conv1(x))
+        if last == 3:
+            y = pairs[1](block, block.conv2(y))
+        y = layer_at(block, f"conv{last}")(block.aa(y))
+        return tail(block, y, x if block.downsample is None else block.downsample(x))
 
-    return _recipe(forward, tail)
+    return _recipe(forward, *pairs, tail)
 
 
 @register(
@@ -217,13 +258,13 @@ def senet(block: Any) -> Recipe | str:
     tail = _find(block, "bn3", gate="se_module", post="relu")
     if isinstance(tail, str):
         return tail
+    first, second = _pair(block, "bn1", "relu"), _pair(block, "bn2", "relu")
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = block.relu(block.bn1(block.conv1(x)))
-        y = block.conv3(block.relu(block.bn2(block.conv2(y))))
+        y = block.conv3(second(block, block.conv2(first(block, block.conv1(x)))))
         return tail(block, y, x if block.downsample is None else block.downsample(x))
 
-    return _recipe(forward, tail)
+    return _recipe(forward, first, second, tail)
 
 
 @register("timm.models.senet.SEResNetBlock", adapters=TAILS)
@@ -231,17 +272,18 @@ def senet_basic(block: Any) -> Recipe | str:
     tail = _find(block, "bn2", activation="relu", gate="se_module", post="relu")
     if isinstance(tail, str):
         return tail
+    first = _pair(block, "bn1", "relu")
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = block.conv2(block.relu(block.bn1(block.conv1(x))))
+        y = block.conv2(first(block, block.conv1(x)))
         return tail(block, y, x if block.downsample is None else block.downsample(x))
 
-    return _recipe(forward, tail)
+    return _recipe(forward, first, tail)
 
 
 @register("timm.models.regnet.Bottleneck", adapters=TAILS)
 def regnet(block: Any) -> Recipe | str:
-    for path in ("conv2", "conv3"):
+    for path in ("conv1", "conv2", "conv3"):
         layer = _found(block, path)
         if class_name(layer) != "timm.layers.conv_bn_act.ConvNormAct" or layer.aa is not None:
             return f"{path} is not timm's, or blurs"
@@ -253,13 +295,16 @@ def regnet(block: Any) -> Recipe | str:
     if isinstance(end, str):
         return end
 
+    first = _pair(block, "conv1.bn", inside=("conv1",))
+
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = middle(block, block.conv2.conv(block.conv1(x)))
+        y = block.conv1(x) if first.tail is None else first(block, block.conv1.conv(x))
+        y = middle(block, block.conv2.conv(y))
         if end is not None:
             return end(block, block.conv3.conv(y), block.downsample(x))
         return block.act3(block.conv3(y))
 
-    return _recipe(forward, middle, end, bypassed=("conv2",) if end is None else ("conv2", "conv3"))
+    return _recipe(forward, first, middle, end, bypassed=("conv2",) if end is None else ("conv2", "conv3"))
 
 
 @register(
@@ -280,19 +325,21 @@ def efficientnet(block: Any) -> Recipe | str:
     if isinstance(end, str):
         return end
 
+    to_depth = _pair(block, "bn_s2d") if block.conv_s2d is not None else None
+    first = _pair(block, "bn1") if expands else None
+    last = _pair(block, "bn3" if expands else "bn2")
+
     def forward(block: Any, x: Tensor) -> Tensor:
         y = x
-        if block.conv_s2d is not None:
-            y = block.bn_s2d(block.conv_s2d(y))
-        if expands:
-            y = block.bn1(block.conv_pw(y))
+        if to_depth is not None:
+            y = to_depth(block, block.conv_s2d(y))
+        if first is not None:
+            y = first(block, block.conv_pw(y))
         y = middle(block, block.conv_dw(y))
         y = block.conv_pwl(y) if expands else block.conv_pw(y)
-        if end is not None:
-            return end(block, y, x)
-        return block.bn3(y) if expands else block.bn2(y)
+        return last(block, y) if end is None else end(block, y, x)
 
-    return _recipe(forward, middle, end, bypassed=("aa",))
+    return _recipe(forward, to_depth, first, middle, last if end is None else end, bypassed=("aa",))
 
 
 _CONV_NORM = "torchvision.ops.misc.Conv2dNormActivation"
@@ -306,9 +353,20 @@ def _conv_norm_tail(block: nn.Module, path: str, gate: str | None = None) -> Tai
     return _find(block, f"{path}.1", activation=f"{path}.2" if len(layers) == 3 else None, gate=gate, in_place=True)
 
 
-def _chain(block: nn.Module, path: str) -> tuple[dict[str, Tail], tuple[str, ...]] | str:
-    """The tails of a Sequential of torchvision's with one attention in it: by the names of the layers they begin in,
-    that before the attention and the last; and the layers bypassed for them, the Sequential among them."""
+class _Chain(NamedTuple):
+    """What is fused of a Sequential of torchvision's, by the names of the layers that it begins in, and the layers
+    bypassed for its tails, the Sequential among them."""
+
+    pairs: dict[str, Pair]
+    tails: dict[str, Tail]
+    bypassed: tuple[str, ...]
+
+    def recipe(self, forward: Callable[[Any, Tensor], Tensor], *bypassed: str) -> OwnLayers:
+        return _recipe(forward, *self.pairs.values(), *self.tails.values(), bypassed=self.bypassed + bypassed)
+
+
+def _chain(block: nn.Module, path: str) -> _Chain | str:
+    """Of one with one attention in it: a tail begins in the layer before that and in the last."""
     names = list(_found(block, path)._modules)
     layers = [_found(block, f"{path}.{name}") for name in names]
     gates = [i for i, layer in enumerate(layers) if class_name(layer) == "torchvision.ops.misc.SqueezeExcitation"]
@@ -317,7 +375,11 @@ def _chain(block: nn.Module, path: str) -> tuple[dict[str, Tail], tuple[str, ...
         return "its layers are not torchvision's"
     gate = f"{path}.{names[at]}" if gates else None
     before, last = names[at - 1], names[-1]
-    tails = {}
+    pairs, tails = {}, {}
+    for name in names[: at - 1]:
+        here = f"{path}.{name}"
+        if class_name(_found(block, here)) == _CONV_NORM and len(_found(block, here)) == 3:
+            pairs[name] = _pair(block, f"{here}.1", f"{here}.2", inside=(here,))
     for name, tail in (
         (before, _conv_norm_tail(block, f"{path}.{before}", gate)),
         (last, _conv_norm_tail(block, f"{path}.{last}")),
@@ -325,20 +387,22 @@ def _chain(block: nn.Module, path: str) -> tuple[dict[str, Tail], tuple[str, ...
         if isinstance(tail, str):
             return tail
         tails[name] = tail
-    return tails, (path, f"{path}.{before}", f"{path}.{last}")
+    pairs = {name: pair for name, pair in pairs.items() if pair.tail is not None}
+    return _Chain(pairs, tails, (path, f"{path}.{before}", f"{path}.{last}"))
 
 
-def _run_chain(
-    block: nn.Module, path: str, tails: dict[str, Tail], x: Tensor, residual: Callable[[], Tensor] | None
-) -> Tensor:
+def _run_chain(block: nn.Module, path: str, chain: _Chain, x: Tensor, residual: Callable[[], Tensor] | None) -> Tensor:
     """The Sequential, its last tail with the residual; None: that BatchNorm runs by itself."""
     layers = layer_at(block, path)._modules
+    pairs, tails = chain.pairs, chain.tails
     gates = {tail.gate for tail in tails.values()}
     last = next(reversed(layers))
     for name, layer in layers.items():
         if f"{path}.{name}" in gates:
             continue
-        if name not in tails:
+        if name in pairs:
+            x = pairs[name](block, layer[0](x))
+        elif name not in tails:
             x = layer(x)
         elif name != last:
             x = tails[name](block, layer[0](x))
@@ -349,39 +413,45 @@ def _run_chain(
 
 @register("torchvision.models.mobilenetv3.InvertedResidual", "torchvision.models.efficientnet.MBConv", adapters=TAILS)
 def torchvision_inverted_residual(block: Any) -> Recipe | str:
-    found = _chain(block, "block")
-    if isinstance(found, str):
-        return found
-    tails, bypassed = found
+    chain = _chain(block, "block")
+    if isinstance(chain, str):
+        return chain
     last = next(reversed(block.block._modules))
     if block.use_res_connect:
-        end = _dropping(block, tails[last], "stochastic_depth")
+        end = _dropping(block, chain.tails[last], "stochastic_depth")
         if isinstance(end, str):
             return end
-        tails[last] = end
+        chain.tails[last] = end
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        return _run_chain(block, "block", tails, x, (lambda: x) if block.use_res_connect else None)
+        return _run_chain(block, "block", chain, x, (lambda: x) if block.use_res_connect else None)
 
-    return _recipe(forward, *tails.values(), bypassed=bypassed)
+    return chain.recipe(forward)
 
 
 @register("torchvision.models.regnet.ResBottleneckBlock", adapters=TAILS)
 def torchvision_regnet(block: Any) -> Recipe | str:
-    found = _chain(block, "f")
-    if isinstance(found, str):
-        return found
-    tails, bypassed = found
+    chain = _chain(block, "f")
+    if isinstance(chain, str):
+        return chain
     post = activation_name(block.activation)
     if post is None:
         return "its activation is not one we fuse"
     last = next(reversed(block.f._modules))
-    tails[last] = replace(tails[last], post_activation=post, in_place=False)
+    chain.tails[last] = replace(chain.tails[last], post_activation=post, in_place=False)
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        return _run_chain(block, "f", tails, x, lambda: x if block.proj is None else block.proj(x))
+        return _run_chain(block, "f", chain, x, lambda: x if block.proj is None else block.proj(x))
 
-    return _recipe(forward, *tails.values(), bypassed=(*bypassed, "activation"))
+    return chain.recipe(forward, "activation")
+
+
+def _behind(block: nn.Module, path: str) -> list[str] | None:
+    """The names of what stands behind a convolution of MONAI's: A, D, N; None where that is no such thing."""
+    layers = _found(block, path)
+    if class_name(layers) != "monai.networks.blocks.convolutions.Convolution":
+        return None
+    return list(layers.adn._modules) if list(layers._modules) == ["conv", "adn"] else None
 
 
 @register(
@@ -392,20 +462,24 @@ def torchvision_regnet(block: Any) -> Recipe | str:
     adapters=TAILS,
 )
 def monai(block: Any) -> Recipe | str:
-    layers = _found(block, "conv3")
-    if class_name(layers) != "monai.networks.blocks.convolutions.Convolution" or list(layers._modules) != [
-        "conv",
-        "adn",
-    ]:
-        return "conv3 is not MONAI's"
-    if list(layers.adn._modules) != ["N"]:
-        return "conv3 has more than a norm behind its convolution"
+    behind = [_behind(block, f"conv{n}") for n in (1, 2, 3)]
+    if behind[2] != ["N"]:
+        return "conv3 is not MONAI's convolution with a norm and nothing else behind it"
     tail = _find(block, "conv3.adn.N", gate="se_layer", post="act", in_place=True)
     if isinstance(tail, str):
         return tail
 
-    def forward(block: Any, x: Tensor) -> Tensor:
-        y = block.conv3.conv(block.conv2(block.conv1(x)))
-        return tail(block, y, block.project(x))
+    pairs = [
+        _pair(block, f"{path}.adn.N", f"{path}.adn.A", inside=(path, f"{path}.adn"))
+        if layers == ["N", "A"]
+        else Pair((), None)
+        for path, layers in zip(("conv1", "conv2"), behind, strict=False)
+    ]
 
-    return _recipe(forward, tail, bypassed=("conv3", "conv3.adn"))
+    def forward(block: Any, x: Tensor) -> Tensor:
+        y = x
+        for layers, pair in zip((block.conv1, block.conv2), pairs, strict=True):
+            y = layers(y) if pair.tail is None else pair(block, layers.conv(y))
+        return tail(block, block.conv3.conv(y), block.project(x))
+
+    return _recipe(forward, *pairs, tail, bypassed=("conv3", "conv3.adn"))

@@ -151,14 +151,14 @@ def losses_of_sgd(model: nn.Module, name: str, nudged: bool = False) -> Tensor:
 @pytest.mark.slow  # up to a minute a network
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in NO_STEPS])
 def test_twenty_steps_of_sgd_stay_together(name):
-    """Beside eager, within what eager itself makes of an input moved by one unit in the last place."""
+    """Beside eager, within what eager itself makes of an input moved by one unit in the last place. Those of tails are
+    in test_training.py."""
     original = build(name).train()
-    copies = fused_copies(name, original)
+    fused = fused_copies(name, original)["fused"]
     moved = losses_of_sgd(copy.deepcopy(original), name, nudged=True)
     eager = losses_of_sgd(original, name)
     assert eager[-1] != eager[0]
     allowed = 100 * (moved - eager).abs().max().item() + 1e-10
     assert allowed < 1e-2
-    for kind, fused in copies.items():
-        drift = (losses_of_sgd(fused, name) - eager).abs().max().item()
-        assert drift <= allowed, f"{kind}: {drift:.2e} is above {allowed:.2e}"
+    drift = (losses_of_sgd(fused, name) - eager).abs().max().item()
+    assert drift <= allowed, f"{drift:.2e} is above {allowed:.2e}"
