@@ -62,8 +62,6 @@ def split_path(path: str | None) -> tuple[str, str] | None:
 
 
 def plan(block: nn.Module, recipe: Recipe) -> Plan:
-    gate = recipe.channel if isinstance(recipe, CbamGate) else recipe
-    paths = (gate.weight1, gate.bias1, gate.weight2, gate.bias2) if isinstance(gate, ChannelGate) else ()
     modules: dict[str, nn.Module | None] = dict(block.named_modules(remove_duplicate=False))
     modules[""] = None
     layers = tuple(
@@ -72,7 +70,15 @@ def plan(block: nn.Module, recipe: Recipe) -> Plan:
         if layer is not None
     )
     sizes = tuple((module, len((block if module is None else module)._modules)) for module in modules.values())
-    return Plan(recipe, tuple(split_path(path) for path in paths), layers, sizes, _options(block))
+    return Plan(recipe, parameter_paths(recipe), layers, sizes, _options(block))
+
+
+def parameter_paths(recipe: Recipe) -> tuple[tuple[str, str] | None, ...]:
+    """Of the excitation that is part of the block's function, as in `Plan`."""
+    gate = recipe.channel if isinstance(recipe, CbamGate) else recipe
+    if not isinstance(gate, ChannelGate):
+        return ()
+    return tuple(split_path(path) for path in (gate.weight1, gate.bias1, gate.weight2, gate.bias2))
 
 
 def _options(block: nn.Module) -> tuple[tuple[nn.Module | None, str, Any], ...]:
@@ -119,30 +125,48 @@ def layer_at(block: nn.Module, path: str) -> Any:
 
 def run(block: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     recipe = plan.recipe
-    residual = x if recipe.adds_input else None
-    if isinstance(recipe, ChannelGate):
-        return _run_channel(block, plan, recipe, x, residual)
-    if isinstance(recipe, SpatialGate):
-        return _run_spatial(block, recipe, x, residual)
-    if isinstance(recipe, CbamGate):
-        return _run_cbam(block, plan, recipe, x, residual)
     if isinstance(recipe, OwnLayers):
         return recipe.forward(block, x)
-    pooled = functional.squeeze(x, recipe.pool, ties=recipe.ties)
-    descriptor = pooled if isinstance(pooled, Tensor) else 0.5 * pooled[0] + 0.5 * pooled[1]
-    return functional.scale(x, recipe.excite(block, descriptor), residual=residual)
+    residual = x if recipe.adds_input else None
+    if isinstance(recipe, SplitGate):
+        pooled = functional.squeeze(x, recipe.pool, ties=recipe.ties)
+        descriptor = pooled if isinstance(pooled, Tensor) else 0.5 * pooled[0] + 0.5 * pooled[1]
+        return functional.scale(x, recipe.excite(block, descriptor), residual=residual)
+    return run_gate(block, recipe, plan.parameters, x, residual=residual)
 
 
-def _run_channel(block: nn.Module, plan: Plan, recipe: ChannelGate, x: Tensor, residual: Tensor | None) -> Tensor:
+def run_gate(
+    block: nn.Module,
+    recipe: ChannelGate | SpatialGate | CbamGate,
+    parameters: tuple[tuple[str, str] | None, ...],
+    x: Tensor,
+    **around: Any,
+) -> Tensor:
+    """The one function that the block is. parameters: as in `Plan`. around: its arguments affine, pre_activation,
+    residual and post_activation."""
+    if isinstance(recipe, SpatialGate):
+        return _run_spatial(block, recipe, x, around)
+    values = tuple(parameter_at(block, path) for path in parameters)
+    if isinstance(recipe, CbamGate):
+        return _run_cbam(block, recipe, values, x, around)
+    return _run_channel(recipe, values, x, around)
+
+
+#: What stands around a gate: `run_gate`.
+Around = dict[str, Any]
+_BEFORE = ("affine", "pre_activation")
+
+
+def _run_channel(recipe: ChannelGate, parameters: tuple[Tensor | None, ...], x: Tensor, around: Around) -> Tensor:
     return functional.channel_gate(
         x,
-        *(parameter_at(block, path) for path in plan.parameters),
+        *parameters,
         layer=recipe.layer,
         pool=recipe.pool,
         ties=recipe.ties,
         activation=recipe.activation,
         gate=recipe.gate,
-        residual=residual,
+        **around,
     )
 
 
@@ -161,30 +185,34 @@ def _spatial_convolution(block: nn.Module, recipe: SpatialGate) -> tuple[Tensor,
     return (torch.cat([weight, weight], 1) * 0.5 if recipe.merged else weight), bias, live
 
 
-def _run_spatial(block: nn.Module, recipe: SpatialGate, x: Tensor, residual: Tensor | None) -> Tensor:
+def _run_spatial(block: nn.Module, recipe: SpatialGate, x: Tensor, around: Around) -> Tensor:
     convolution = _spatial_convolution(block, recipe)
     if convolution is not None:
         weight, bias, norm = convolution
-        run = functools.partial(functional.spatial_gate, x, weight, bias, residual=residual)
+        run = functools.partial(functional.spatial_gate, x, weight, bias, **around)
         return run_normalised(norm, x, functools.partial(run, order=recipe.order, ties=recipe.ties, gate=recipe.gate))
-    z = functional.channel_pool(x, order=recipe.order, ties=recipe.ties)
+    before = {key: around[key] for key in _BEFORE if key in around}
+    z = functional.channel_pool(x, order=recipe.order, ties=recipe.ties, **before)
     if recipe.merged:
         z = 0.5 * z[:, :1] + 0.5 * z[:, 1:]
     for path in recipe.layers:
         z = layer_at(block, path)(z)
-    return functional.scale(x, FUNCTIONS[recipe.gate](z), residual=residual)
+    return functional.scale(x, FUNCTIONS[recipe.gate](z), **around)
 
 
-def _run_cbam(block: nn.Module, plan: Plan, recipe: CbamGate, x: Tensor, residual: Tensor | None) -> Tensor:
+def _run_cbam(
+    block: nn.Module, recipe: CbamGate, parameters: tuple[Tensor | None, ...], x: Tensor, around: Around
+) -> Tensor:
     channel, spatial = recipe.channel, recipe.spatial
     convolution = _spatial_convolution(block, spatial)
     if convolution is None:
-        return _run_spatial(block, spatial, _run_channel(block, plan, channel, x, None), residual)
+        before = {key: around.pop(key) for key in _BEFORE if key in around}
+        return _run_spatial(block, spatial, _run_channel(channel, parameters, x, before), around)
     *weights, norm = convolution
     run = functools.partial(
         functional.cbam,
         x,
-        *(parameter_at(block, path) for path in plan.parameters),
+        *parameters,
         *weights,
         layer=channel.layer,
         pool=channel.pool,
@@ -194,7 +222,7 @@ def _run_cbam(block: nn.Module, plan: Plan, recipe: CbamGate, x: Tensor, residua
         order=spatial.order,
         spatial_ties=spatial.ties,
         spatial_gate=spatial.gate,
-        residual=residual,
+        **around,
     )
     return run_normalised(norm, x, run)
 

@@ -19,8 +19,20 @@ from ..codes import FUNCTIONS
 from ..reference.block_attention import affine_of, count_batch, uses_batch_statistics
 from ..reference.channel_gate import excite
 from .layers import activation_name
-from .registry import TAILS, ChannelGate, OwnLayers, Recipe, SplitGate, class_name, qualified_name, recognise, register
-from .swap import PLAN, host_class, is_hooked, layer_at, parameter_at, split_path
+from .registry import (
+    TAILS,
+    CbamGate,
+    ChannelGate,
+    OwnLayers,
+    Recipe,
+    SpatialGate,
+    SplitGate,
+    class_name,
+    qualified_name,
+    recognise,
+    register,
+)
+from .swap import PLAN, host_class, is_hooked, layer_at, parameter_at, parameter_paths, run_gate
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d", "SyncBatchNormAct"))
@@ -29,12 +41,13 @@ _NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d",
 @dataclass(frozen=True)
 class Tail:
     """Paths in a block of a BatchNorm and of the attention behind it (None: none), the recipe of that, the names of the
-    activations before and after the gate, the layers that are not run, and whether the sum keeps the map's dtype.
+    activations before and after the gate, the layers that are not run, and whether the sum keeps the map's dtype. With
+    a gate that `functional.norm_gate` does not have, the BatchNorm is part of the op only with running statistics.
     drop: the path of a layer that drops paths before the sum; while it does, it and what follows it run as they are."""
 
     norm: str
     gate: str | None
-    recipe: ChannelGate | SplitGate | None
+    recipe: ChannelGate | SpatialGate | CbamGate | SplitGate | None
     activation: str
     post_activation: str
     bypassed: tuple[str, ...]
@@ -57,20 +70,16 @@ class Tail:
         norm = layer_at(block, self.norm)
         if residual is None and self.gate is None and self.activation == post_activation == "identity":
             return norm(x)  # there is nothing to fuse it with
-        gate = None if self.gate is None else layer_at(block, self.gate)
+        gate: Any = None if self.gate is None else layer_at(block, self.gate)
         common: dict[str, Any] = {"residual": residual, "post_activation": post_activation}
         of_batch = uses_batch_statistics(norm)
-        if not of_batch and isinstance(self.recipe, ChannelGate):
-            return functional.channel_gate(
-                x,
-                *_parameters(gate, self.recipe),
-                layer=self.recipe.layer,
-                activation=self.recipe.activation,
-                gate=self.recipe.gate,
-                affine=affine_of(norm),
-                pre_activation=self.activation,
-                **common,
-            )
+        if isinstance(self.recipe, (ChannelGate, SpatialGate, CbamGate)):
+            paths = parameter_paths(self.recipe)
+            if not of_batch:
+                common.update(affine=affine_of(norm), pre_activation=self.activation)
+                return run_gate(gate, self.recipe, paths, x, **common)
+            if not _is_in_norm_gate(self.recipe):
+                return run_gate(gate, self.recipe, paths, norm(x), **common)
         tracked = not norm.training or norm.track_running_stats
         return functional.norm_gate(
             x,
@@ -91,13 +100,14 @@ class Tail:
         recipe = self.recipe
         if isinstance(recipe, SplitGate):
             return lambda s: recipe.excite(gate, s)
-        assert recipe is not None
-        weights = _parameters(gate, recipe)
+        assert isinstance(recipe, ChannelGate)
+        weights = [parameter_at(gate, path) for path in parameter_paths(recipe)]
         return lambda s: FUNCTIONS[recipe.gate](excite(s, *weights, layer=recipe.layer, activation=recipe.activation))
 
     def describe(self) -> str:
         drop = "drop path" if self.drop else ""
-        parts = (self.activation, "gate" if self.gate else "", drop, self.post_activation)
+        gate = {CbamGate: "CBAM", SpatialGate: "spatial gate", type(None): ""}.get(type(self.recipe), "gate")
+        parts = (self.activation, gate, drop, self.post_activation)
         return " -> ".join(["BatchNorm", *(part for part in parts if part not in ("", "identity"))])
 
 
@@ -118,9 +128,9 @@ class Pair:
         return x
 
 
-def _parameters(gate: Any, recipe: ChannelGate) -> tuple[Tensor | None, ...]:
-    paths = recipe.weight1, recipe.bias1, recipe.weight2, recipe.bias2
-    return tuple(parameter_at(gate, split_path(path)) for path in paths)
+def _is_in_norm_gate(recipe: Recipe) -> bool:
+    """Whether `functional.norm_gate` has this gate."""
+    return isinstance(recipe, (ChannelGate, SplitGate)) and recipe.pool == "avg"
 
 
 def _group(norm: Any) -> Any:
@@ -171,11 +181,12 @@ def _find(
     recipe: Any = None
     if attention is not None:
         recipe = attention.__dict__[PLAN].recipe if host_class(attention) else recognise(attention)
-        if not isinstance(recipe, (ChannelGate, SplitGate)) or recipe.pool != "avg" or recipe.adds_input:
+        behind = isinstance(recipe, (ChannelGate, SpatialGate, CbamGate)) and names[0] == "identity"
+        if not (behind or _is_in_norm_gate(recipe)) or recipe.adds_input:
             why = f": {recipe}" if isinstance(recipe, str) else ""
             return f"{gate} is a {class_name(attention).rpartition('.')[2]}, which is not part of the op{why}"
         inside = [name for name, _ in attention.named_modules() if name]
-        inside = inside if isinstance(recipe, ChannelGate) else list(recipe.bypassed)
+        inside = list(recipe.bypassed) if isinstance(recipe, SplitGate) else inside
         bypassed += [str(gate), *(f"{gate}.{name}" for name in inside)]
     return Tail(norm, gate if attention is not None else None, recipe, names[0], names[1], tuple(bypassed), in_place)
 
@@ -206,10 +217,12 @@ def _recipe(
     """parts: in the order they run in."""
     tails = [part.tail if isinstance(part, Pair) else part for part in parts]
     present = [tail for tail in tails if tail is not None]
+    kinds = {CbamGate: "cbam", SpatialGate: "spatial_gate", ChannelGate: "channel_gate"}
+    gates = [function for kind, function in kinds.items() if any(type(tail.recipe) is kind for tail in present)]
     return OwnLayers(
         forward,
         "; ".join(tail.describe() for tail in present),
-        ("norm_gate", "squeeze", "scale"),
+        ("norm_gate", "squeeze", "scale", *gates),
         bypassed=bypassed + tuple(path for tail in present for path in tail.bypassed),
         covers=tuple(tail.gate for tail in present if tail.gate is not None),
         rank=None,

@@ -77,7 +77,9 @@ BLOCKS = {
     "resnet Bottleneck, silu": (lambda: timm_resnet("Bottleneck", 64, attn_layer="ese", act_layer=nn.SiLU), 64, 2, 3),
     "resnet Bottleneck, downsampling": (lambda: downsampling_bottleneck(attn_layer="se"), 24, 2, 3),
     "resnet Bottleneck, gc": (lambda: timm_resnet("Bottleneck", 64, attn_layer="gc"), 64, 2, None),
-    "resnet Bottleneck, cbam": (lambda: timm_resnet("Bottleneck", 64, attn_layer="cbam"), 64, 2, None),
+    "resnet Bottleneck, cbam": (lambda: timm_resnet("Bottleneck", 64, attn_layer="cbam"), 64, 2, 3),
+    "resnet Bottleneck, lcbam": (lambda: timm_resnet("Bottleneck", 64, attn_layer="lcbam"), 64, 2, 3),
+    "resnet BasicBlock, cbam": (lambda: timm_resnet("BasicBlock", 16, attn_layer="cbam"), 16, 2, 2),
     "resnet Bottleneck, plain": (lambda: timm_resnet("Bottleneck", 64), 64, 2, 3),
     "resnet BasicBlock, se": (lambda: timm_resnet("BasicBlock", 16, attn_layer="se"), 16, 2, 2),
     "resnet Bottleneck, anti-aliased": (lambda: downsampling_bottleneck(aa_layer=nn.AvgPool2d), 24, 2, 3),
@@ -285,7 +287,7 @@ def test_what_is_left_alone():
     assert "it blurs" in refused(inverted_residual(stride=2, aa_layer=nn.AvgPool2d))
     assert "not a BatchNorm" in refused(timm_resnet("Bottleneck", 64, norm_layer=functools.partial(nn.GroupNorm, 4)))
     assert "which is not one we fuse" in refused(timm_resnet("Bottleneck", 64, act_layer=_Softplus))
-    assert "which is not part of the op" in refused(timm_resnet("Bottleneck", 64, attn_layer="cbam"))
+    assert "which is not part of the op" in refused(timm_resnet("Bottleneck", 64, attn_layer="gc"))
 
 
 def test_why_a_tail_was_left_alone_can_be_asked():
@@ -304,6 +306,7 @@ def drop_path(probability: float) -> nn.Module:
 #: (block, channels of its input)
 DROPPING = {
     "resnet": (lambda: bottleneck(drop_path=drop_path(0.5)), 64),
+    "resnet, cbam": (lambda: timm_resnet("BasicBlock", 16, attn_layer="cbam", drop_path=drop_path(0.5)), 16),
     "resnet, plain": (lambda: timm_resnet("BasicBlock", 16, drop_path=drop_path(0.5)), 16),
     "inverted residual": (lambda: inverted_residual(drop_path_rate=0.5), 16),
     "regnet": (lambda: regnet(32, drop_path_rate=0.5), 32),

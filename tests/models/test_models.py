@@ -84,6 +84,8 @@ WITH_TAILS = {
     "timm:efficientnet_b0": 16,
     "timm:mobilenetv3_large_100": 15,
     "timm:regnety_016": 27,
+    "timm:resnet50+cbam": 16,
+    "timm:resnet26+lcbam": 8,
     "torchvision:mobilenet_v3_small": 11,
     "monai:SEResNet50, 3-D": 16,
 }
