@@ -47,14 +47,16 @@ def define_torchvision_operators() -> None:
     spec = importlib.util.find_spec("torchvision")
     if _kept or spec is None or spec.origin is None or "torchvision" in sys.modules:
         return
-    for path in Path(spec.origin).parent.glob("_C*.so"):
+    names = ("nms", "qnms")
+    missing = [name for name in names if not hasattr(torch.ops.torchvision, name)]  # others may have met that line, too
+    for path in Path(spec.origin).parent.glob("_C*.so") if missing == list(names) else ():
         try:
             torch.ops.load_library(str(path))
             return
         except OSError:
             continue
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
+    for name in missing:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(library)
 

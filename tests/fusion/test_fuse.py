@@ -137,6 +137,20 @@ torch.save(model(x), {str(tmp_path / "y.pt")!r})
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(X), rtol=0, atol=0)
 
 
+def test_beside_operators_that_the_caller_defined():
+    """A torchvision whose library does not load beside this torch is given its schemas by one of us, not by both."""
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    code = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from fused_attn import fuse
+from fused_attn.hosts import build_model
+assert isinstance(fuse(build_model("torchvision:mobilenet_v3_small"), tails=True), torch.nn.Module)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_checkpoint_of_the_original_loads_and_back():
     plain, net = Net(), fuse(Net())
     net.load_state_dict(plain.state_dict())
