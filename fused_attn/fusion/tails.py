@@ -43,6 +43,7 @@ class Tail:
     """Paths in a block of a BatchNorm and of the attention behind it (None: none), the recipe of that, the names of the
     activations before and after the gate, the layers that are not run, and whether the sum keeps the map's dtype. With
     a gate that `functional.norm_gate` does not have, the BatchNorm is part of the op only with running statistics.
+    parameters: as in `swap.Plan`, of the recipe.
     drop: the path of a layer that drops paths before the sum; while it does, it and what follows it run as they are."""
 
     norm: str
@@ -52,6 +53,7 @@ class Tail:
     post_activation: str
     bypassed: tuple[str, ...]
     in_place: bool = False
+    parameters: tuple[tuple[str, str] | None, ...] = ()
     drop: str | None = None
 
     def __call__(self, block: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -73,13 +75,13 @@ class Tail:
         gate: Any = None if self.gate is None else layer_at(block, self.gate)
         common: dict[str, Any] = {"residual": residual, "post_activation": post_activation}
         of_batch = uses_batch_statistics(norm)
-        if isinstance(self.recipe, (ChannelGate, SpatialGate, CbamGate)):
-            paths = parameter_paths(self.recipe)
-            if not of_batch:
+        one_op = not (of_batch and _is_in_norm_gate(self.recipe))
+        if isinstance(self.recipe, (ChannelGate, SpatialGate, CbamGate)) and one_op:
+            if of_batch:
+                x = norm(x)
+            else:
                 common.update(affine=affine_of(norm), pre_activation=self.activation)
-                return run_gate(gate, self.recipe, paths, x, **common)
-            if not _is_in_norm_gate(self.recipe):
-                return run_gate(gate, self.recipe, paths, norm(x), **common)
+            return run_gate(gate, self.recipe, self.parameters, x, **common)
         tracked = not norm.training or norm.track_running_stats
         return functional.norm_gate(
             x,
@@ -101,7 +103,7 @@ class Tail:
         if isinstance(recipe, SplitGate):
             return lambda s: recipe.excite(gate, s)
         assert isinstance(recipe, ChannelGate)
-        weights = [parameter_at(gate, path) for path in parameter_paths(recipe)]
+        weights = [parameter_at(gate, path) for path in self.parameters]
         return lambda s: FUNCTIONS[recipe.gate](excite(s, *weights, layer=recipe.layer, activation=recipe.activation))
 
     def describe(self) -> str:
@@ -128,7 +130,7 @@ class Pair:
         return x
 
 
-def _is_in_norm_gate(recipe: Recipe) -> bool:
+def _is_in_norm_gate(recipe: Recipe | None) -> bool:
     """Whether `functional.norm_gate` has this gate."""
     return isinstance(recipe, (ChannelGate, SplitGate)) and recipe.pool == "avg"
 
@@ -188,7 +190,9 @@ def _find(
         inside = [name for name, _ in attention.named_modules() if name]
         inside = list(recipe.bypassed) if isinstance(recipe, SplitGate) else inside
         bypassed += [str(gate), *(f"{gate}.{name}" for name in inside)]
-    return Tail(norm, gate if attention is not None else None, recipe, names[0], names[1], tuple(bypassed), in_place)
+    gate = gate if attention is not None else None
+    parameters = () if recipe is None else parameter_paths(recipe)
+    return Tail(norm, gate, recipe, names[0], names[1], tuple(bypassed), in_place, parameters)
 
 
 def _pair(
@@ -206,7 +210,7 @@ def _pair(
     parted = between is not None and _found(block, between) is not None
     if isinstance(tail, str) or tail.activation == "identity" or parted:
         return Pair(layers, None)
-    tail = replace(tail, bypassed=(*tail.bypassed, *layers[1:], *inside))
+    tail = replace(tail, bypassed=(*tail.bypassed, *([between] if between else []), *inside))
     hooked = any(is_hooked(layer_at(block, path)) for path in tail.bypassed)
     return Pair(layers, None if hooked else tail)
 

@@ -13,6 +13,7 @@ from ..codes import ACTIVATIONS, FUNCTIONS, TIES, code
 from .cbam import cbam
 from .channel_pool import Order, channel_pool
 from .checkpoints import OtherNames
+from .norm_gate import update_statistics
 from .scale import scale
 from .spatial_gate import spatial_gate, spatial_logits
 from .squeeze_excite import Excitation, _ChannelGate, eca_kernel_size, finite, hidden_channels, positive_int
@@ -96,8 +97,8 @@ def run_normalised(norm: Any, x: Tensor, run: Callable[..., Any]) -> Tensor:
         momentum = count_batch(norm)
         count = x.shape[0] * x.shape[2:].numel()
         if count:
-            for running, now in ((norm.running_mean, mean), (norm.running_var, variance * (count / (count - 1)))):
-                running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)
+            variance = variance * (count / (count - 1))
+            update_statistics(norm.running_mean, norm.running_var, mean, variance, momentum)
     return y
 
 
