@@ -90,6 +90,14 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("x"))
 
 
+def parse_pair(text: str) -> tuple[str, str]:
+    """Two networks joined by the slash that follows the first one's factory: files have slashes, too."""
+    match = re.fullmatch(r"(.+?:[^:/]+)/(.+:[^:/]+)", text)
+    if match is None:
+        raise UserError("--pair: expected two networks joined by a slash, such as timm:seresnet50/timm:resnet50")
+    return match[1], match[2]
+
+
 def options(*decorators: Any) -> Any:
     def apply(function: Any) -> Any:
         for decorator in reversed(decorators):
@@ -281,9 +289,7 @@ def bench_command(
             raise UserError(f"--ops: expected some of {', '.join(blocks.BLOCKS)}; got {name!r}")
     sizes = blocks.SHAPES.get(shapes)
     sizes = sizes or tuple(parse_shape(part) for part in shapes.split(","))
-    split = [tuple(pair.split("/", 1)) for pair in pairs] or list(models.TAX_PAIRS)
-    if any(len(pair) != 2 for pair in split):
-        raise UserError("--pair: expected two networks joined by a slash, such as timm:seresnet50/timm:resnet50")
+    split = [parse_pair(pair) for pair in pairs] or list(models.TAX_PAIRS)
     input_size = parse_shape(model_input)
     if with_memory and memory_budget is not None and input_size[0] < 2:
         raise UserError(f"--input: expected two images or more with --memory-budget; got {model_input}")

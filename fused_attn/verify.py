@@ -11,6 +11,7 @@ root-mean-square error is more than twice eager's.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -112,8 +113,10 @@ def compare(
         if not error_fused <= allowed:  # NaN does not pass
             fused_error, eager_error = errors
             result.passed &= dtype.itemsize == 2 and _is_chance(fused_error, eager_error, allowed * scale)
-        if not error_fused / allowed <= margin:
-            margin = error_fused / allowed
+        share = error_fused / allowed
+        share = math.inf if math.isnan(share) else share  # nothing is worse
+        if share > margin:
+            margin = share
             result.fused, result.eager, result.worst = error_fused, error_eager, name
     return result
 

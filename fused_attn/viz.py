@@ -90,7 +90,8 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
     ]
     hooks: list[Any] = []
     try:
-        hooks += [listen(name or "(the model)", block, recipe) for name, block, recipe in known]
+        for name, block, recipe in known:
+            hooks.append(listen(name or "(the model)", block, recipe))
         model.eval()
         with torch.no_grad():
             model(image)

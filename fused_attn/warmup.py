@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,26 +29,41 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
     """
     seen: dict[tuple, tuple[nn.Module, Tensor]] = {}
 
-    def remember(block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        x = arguments[0]
+    def remember(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = arguments[0] if arguments else next(iter(keywords.values()))
         seen.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, torch.randn_like(x)))
 
     blocks = [block for _, block, _ in candidates(model) if host_class(block) is not None or is_own(block)]
-    hooks = [block.register_forward_pre_hook(remember) for block in blocks]
     modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            model.eval()
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
-    for block, x in seen.values():
-        with torch.set_grad_enabled(backward):
-            parameters = [p for p in block.parameters() if p.requires_grad]
-            y = type(block).forward(block, x.requires_grad_(backward))
-            if backward:
-                torch.autograd.grad(y, [x, *parameters], torch.ones_like(y), allow_unused=True)
+    hooks: list[Any] = []
+    with torch.random.fork_rng():
+        try:
+            for block in blocks:
+                hooks.append(block.register_forward_pre_hook(remember, with_kwargs=True))
+            with torch.no_grad():
+                model.eval()
+                model(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+        for block, x in seen.values():  # in the block's own mode: training has kernels of its own
+            with _buffers_kept(block), torch.set_grad_enabled(backward):
+                parameters = [p for p in block.parameters() if p.requires_grad]
+                y = type(block).forward(block, x.requires_grad_(backward))
+                if backward:
+                    torch.autograd.grad(y, [x, *parameters], torch.ones_like(y), allow_unused=True)
     return len(seen)
+
+
+@contextmanager
+def _buffers_kept(block: nn.Module) -> Iterator[None]:
+    """The block's buffers, such as running statistics, are afterwards what they were."""
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

@@ -1,13 +1,18 @@
-"""The README: its Python runs, and its shell commands exist."""
+"""The README: its Python runs, and its shell commands and their options exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+from fused_attn import cli
+from fused_attn.bench.blocks import BLOCKS, SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -20,23 +25,67 @@ def blocks(language: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start()) + 2, match[1]) for match in found]
 
 
-def run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+RUN = """
+import os, runpy, sys
+import torch  # once for all: each runs in a fork, with its own __main__
+
+failed = []
+for path in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        runpy.run_path(path, run_name="__main__")
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        failed.append(path)
+sys.exit(f"failed: {failed}" if failed else 0)
+"""
+
+
+def test_python_runs(tmp_path: Path):
+    paths = []
+    for line, code in blocks("python"):
+        paths.append(tmp_path / f"line{line}.py")
+        paths[-1].write_text(code)
+    assert paths
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *paths], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("code", [pytest.param(code, id=f"line{line}") for line, code in blocks("python")])
-def test_python_runs(code: str, tmp_path: Path):
-    run([sys.executable, "-c", code], tmp_path)
-
-
 SHELL = "".join(code for _, code in blocks("sh"))
-COMMANDS = sorted(set(re.findall(r"^fused-attn (\w+)", SHELL, re.MULTILINE)))
+PROSE = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^(fused-attn .+)", SHELL, re.MULTILINE) + re.findall(r"`(fused-attn [^`]+)`", PROSE)
+#: Of pip.
+OTHERS = {"--no-build-isolation"}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_command_exists(name: str, tmp_path: Path):
-    run([sys.executable, "-m", "fused_attn", name, "--help"], tmp_path)
+@pytest.mark.parametrize("line", sorted({" ".join(shlex.split(line, comments=True)) for line in COMMANDS}))
+def test_commands_and_their_options_exist(line: str):
+    _, name, *arguments = line.split()
+    command = cli.main.commands[name]
+    given = command.make_context(name, arguments).params  # reads the options as a call does, and calls nothing
+    if name == "bench":
+        assert set(given["ops"].split(",")) <= set(BLOCKS)
+        assert given["shapes"] in SHAPES
+
+
+def test_options_named_in_sentences_exist():
+    context = click.Context(cli.main)
+    known = {
+        option
+        for command in cli.main.commands.values()
+        for parameter in command.get_params(context)
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    spans = re.findall(r"`(--[^`]+)`", PROSE)
+    assert spans
+    for span in spans:
+        named = {word for word in span.split() if word.startswith("--")}
+        assert named <= known | OTHERS, span
+        if "--ops" in named:
+            given = cli.main.commands["bench"].make_context("bench", span.split()).params
+            assert set(given["ops"].split(",")) <= set(BLOCKS) and given["shapes"] in SHAPES
 
 
 def test_make_targets_exist():

@@ -171,6 +171,17 @@ def test_the_model_is_left_as_it_was_when_it_fails():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_no_hook_is_left_when_one_cannot_be_hung_in(monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("no hooks here")
+
+    model = nn.Sequential(make("eca"), make("eca")).train()
+    monkeypatch.setattr(model[1], "register_forward_pre_hook", refuse)
+    with pytest.raises(RuntimeError, match="no hooks here"):
+        viz.attention_maps(model, torch.randn(1, CHANNELS, 6, 6))
+    assert not model[0]._forward_pre_hooks and model.training
+
+
 def test_a_block_that_runs_twice_is_there_twice():
     block = make("eca")
     maps = viz.attention_maps(nn.Sequential(block, block), torch.randn(1, CHANNELS, 6, 6))
@@ -208,6 +219,17 @@ def test_show(tmp_path):
     assert list(over.get_extent()) == list(under.get_extent())
     with pytest.raises(ValueError, match="at least one"):
         viz.show(photograph, [])
+
+
+def test_show_another_sample():
+    pytest.importorskip("matplotlib")
+    np = pytest.importorskip("numpy")
+    maps = viz.attention_maps(network(make("cbam")), torch.rand(3, 3, 12, 10))
+    panels = [ax for ax in viz.show(np.zeros((12, 10, 3)), maps, sample=1).axes if ax.get_title()][1:]
+    channel, spatial = maps[0].channel[1], maps[0].spatial[1, 0]
+    np.testing.assert_array_equal(panels[0].lines[0].get_ydata(), channel.numpy())
+    np.testing.assert_array_equal(panels[1].images[1].get_array(), spatial.numpy())
+    assert f"{channel.min():.3g} to {channel.max():.3g}" in panels[0].get_title()
 
 
 def test_photographs(tmp_path):

@@ -32,6 +32,11 @@ def test_what_nothing_needs_any_more_is_not_kept():
     assert memory.kept_bytes(call) == FLOAT * 100  # w is not needed: exp keeps its result
 
 
+def test_a_view_keeps_its_whole_storage():
+    w = torch.randn(100, requires_grad=True)
+    assert memory.kept_bytes(lambda: (w + 1)[:10].sin(), w) == FLOAT * 100
+
+
 @pytest.mark.parametrize("attention", ["se", None])
 def test_tails_keep_a_map_less(attention):
     resnet = pytest.importorskip("timm.models.resnet", reason="timm is not installed")
