@@ -69,7 +69,7 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
             and activation as one op (`fused_attn.functional.norm_gate`), in training too, and then the other BatchNorms
             of the same residual blocks with their activations. Networks: timm's ResNets, EfficientNets, MobileNetV3s
             and RegNets, torchvision's, and MONAI's SE-ResNets.
-        strict: raise where a block of a known class was left alone.
+        strict: raise where a block of a known class was left alone; of a program, where what looks like a block was.
 
     Returns:
         The model.
@@ -81,7 +81,11 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
     if type(model).__module__ == "torch.export.exported_program":
         from .structure.compiled import fuse_exported
 
-        return fuse_exported(model)  # type: ignore[arg-type, return-value]
+        left: list[str] = []
+        fused = fuse_exported(model, left)  # type: ignore[arg-type]
+        if strict and left:
+            raise FusionError("blocks left alone: " + "; ".join(left))
+        return fused  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     decisions = list(candidates(model, tails))

@@ -273,7 +273,9 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         self.__class__ = host
         setter = getattr(self, "__setstate__", None)
         setter(state) if setter else self.__dict__.update(state)
-        recipe = recognise(self) or recognise(self, TAILS)
+        recipe = recognise(self)
+        if recipe is None or isinstance(recipe, str):  # if it was fused, then for its tail
+            recipe = recognise(self, TAILS)
         if recipe is not None and not isinstance(recipe, str):
             swap(self, recipe)
 

@@ -240,10 +240,10 @@ def _dropping(block: nn.Module, tail: Tail, path: str) -> Tail | str:
     """The tail with the layer at this path, if there is one, between its gate and its sum."""
     layer = _found(block, path)
     bypassed = (*tail.bypassed, path)  # in evaluation, even where it is one that drops
+    if layer is not None and qualified_name(type(layer)) not in _DROPS:
+        return f"it drops paths by a {type(layer).__name__}, which is not one we know"
     if layer is None or getattr(layer, "drop_prob", getattr(layer, "p", 1)) == 0:
         return replace(tail, bypassed=bypassed)
-    if qualified_name(type(layer)) not in _DROPS:
-        return f"it drops paths by a {type(layer).__name__}, which is not one we know"
     return replace(tail, bypassed=bypassed, drop=path)
 
 

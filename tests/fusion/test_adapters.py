@@ -13,7 +13,7 @@ from fused_attn import explain, fuse, reference, unfuse
 from fused_attn import nn as fused_nn
 from fused_attn.fusion import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate
 from fused_attn.fusion.registry import recognise
-from tests.checks import LAYOUTS, assert_equivalent, in_layout, random
+from tests.checks import LAYOUTS, assert_equivalent, assert_same_block, in_layout, random
 from tests.fusion import look_alikes
 from tests.ops.test_cbam import separated
 
@@ -36,6 +36,8 @@ BLOCKS = {
     "timm SEModule, silu": (lambda: timm_layers.SEModule(C, act_layer=nn.SiLU, rd_ratio=0.25), 2, ChannelGate),
     "timm SEModule, norm": (lambda: timm_layers.SEModule(C, norm_layer=nn.BatchNorm2d), 2, SplitGate),
     "timm SEModule, mish": (lambda: timm_layers.SEModule(C, act_layer=nn.Mish), 2, SplitGate),
+    "timm SEModule, another slope": (lambda: timm_layers.SEModule(C, act_layer=leaky_relu(0.2)), 2, SplitGate),
+    "timm SEModule, grouped": (lambda: grouped(timm_layers.SEModule(C, rd_channels=8), "fc1"), 2, SplitGate),
     "timm SqueezeExcite": (lambda: efficientnet.SqueezeExcite(C), 2, ChannelGate),
     "timm SqueezeExcite, silu": (lambda: efficientnet.SqueezeExcite(C, act_layer=nn.SiLU), 2, ChannelGate),
     "timm SqueezeExcite, hard": (
@@ -81,7 +83,7 @@ BLOCKS = {
         OwnLayers,
     ),
     "timm SelectiveKernel, mish": (lambda: selective_kernel(C, act_layer=nn.Mish), 2, OwnLayers),
-    "timm SelectiveKernel, drop": (lambda: selective_kernel(C, drop_layer=nn.Identity), 2, OwnLayers),
+    "timm SelectiveKernel, drop": (lambda: selective_kernel(C, drop_layer=Halving), 2, OwnLayers),
     "timm SelectiveKernel, excitation": (lambda: with_group_norm(selective_kernel(C)), 2, OwnLayers),
     "timm SplitAttn": (lambda: split_attn.SplitAttn(C, norm_layer=nn.BatchNorm2d), 2, OwnLayers),
     "timm SplitAttn, groups": (
@@ -120,6 +122,12 @@ BLOCKS = {
     "monai, 3-D": (lambda: monai_blocks.ChannelSELayer(3, C), 3, ChannelGate),
     "monai, residual": (lambda: monai_blocks.ResidualSELayer(2, C), 2, ChannelGate),
     "monai, residual 3-D": (lambda: monai_blocks.ResidualSELayer(3, C), 3, ChannelGate),
+    "monai, leaky relu": (lambda: monai_blocks.ChannelSELayer(2, C, acti_type_1="leakyrelu"), 2, ChannelGate),
+    "monai, another slope": (
+        lambda: monai_blocks.ChannelSELayer(2, C, acti_type_1=("leakyrelu", {"negative_slope": 0.2})),
+        2,
+        SplitGate,
+    ),
     "monai, prelu": (lambda: monai_blocks.ChannelSELayer(2, C, acti_type_1="prelu"), 2, SplitGate),
     "reference SE": (lambda: reference.SqueezeExcite(C, pool="avgmax"), 2, ChannelGate),
     "reference ESE": (lambda: reference.EffectiveSE(C), 2, ChannelGate),
@@ -161,6 +169,24 @@ def selective_kernel(*args, **options):
     return timm_layers.SelectiveKernel(*args, **options)
 
 
+class Halving(nn.Module):
+    """In place of a layer that drops, but the same at every call."""
+
+    def forward(self, x):
+        return x / 2
+
+
+def leaky_relu(slope):
+    return functools.partial(nn.LeakyReLU, slope)
+
+
+def grouped(block, path):
+    """A 1x1 convolution at this path is one in groups."""
+    layer = block.get_submodule(path)
+    setattr(block, path, nn.Conv2d(layer.in_channels, layer.out_channels, 1, groups=4))
+    return block
+
+
 def with_group_norm(block):
     """An excitation that is not one of ours."""
     block.attn.bn = nn.GroupNorm(1, block.attn.bn.num_features)
@@ -184,7 +210,10 @@ def with_mlp(block):
 
 def randomised(name: str) -> nn.Module:
     """The block with every parameter and running statistic random: hosts start some at zero."""
-    block = BLOCKS[name][0]()
+    return with_random_values(BLOCKS[name][0]())
+
+
+def with_random_values(block: nn.Module) -> nn.Module:
     with torch.no_grad():
         for i, parameter in enumerate(block.parameters()):
             parameter.copy_(random(*parameter.shape, seed=i, scale=parameter[0].numel() ** -0.5))
@@ -224,6 +253,28 @@ def test_same_function(name, dtype, layout, training):
     inputs |= {k.replace(".", "/"): v.detach() for k, v in block.named_parameters()}
     grad = [random(*shape, seed=1, dtype=dtype)]
     assert_equivalent(functional_call(fused), functional_call(block), inputs, grad)
+
+
+EQUAL_MAXIMA = ["timm SEModule, max", "timm EffectiveSEModule, max", "timm GatherExcite, max", "timm CbamModule"]
+EQUAL_MAXIMA += ["timm LightCbamModule", "timm ChannelAttn", "timm LightChannelAttn", "timm SpatialAttn"]
+EQUAL_MAXIMA += ["ultralytics SpatialAttention", "reference GatherExcite", "reference CBAM, plain"]
+
+
+@pytest.mark.parametrize("name", EQUAL_MAXIMA)
+def test_the_gradient_of_equal_maxima(name):
+    """It goes to all of them or to the first, as the host's pool has it."""
+    block = randomised(name)
+    x = random(2, C, *(7, 9, 5)[: BLOCKS[name][1]], dtype=torch.float64).round()
+    assert all((y == y.amax(2, True)).sum(2).max() > 1 for y in (x.flatten(2), x.flatten(2).mT))
+    assert_same_block(fuse(copy.deepcopy(block), strict=True), block, x, training=False)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_branches_that_blur_run_as_they_are(training):
+    block = with_random_values(selective_kernel(C, stride=2, aa_layer=nn.AvgPool2d))
+    fused = fuse(copy.deepcopy(block), strict=True)
+    assert type(fused) is not type(block)
+    assert_same_block(fused, block, random(4, C, 8, 6), training=training)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -410,6 +461,11 @@ REFUSED = {
         "timm SelectiveKernel",
         changed("paths.0.bn", forward=lambda x: x),
         "paths.0.bn carries a hook or a forward of its own, which the fused block would skip",
+    ),
+    "a layer in groups": (
+        "timm senet SEModule",
+        changed("", fc1=nn.Conv2d(C, 8, 1, groups=4)),
+        "its layers are not timm's",
     ),
     "windows": ("timm GatherExcite", changed("", extent=2, gk=3, gs=2), "its pool is not global"),
     "a gathering convolution": (

@@ -80,7 +80,7 @@ def test_fusing_again_changes_nothing():
 
 
 def test_unfuse_gives_back_the_original():
-    net = Net()
+    net = nn.Sequential(nn.Sequential(Net()), reference.ECA(16))
     before = [(type(m), dict(m.__dict__)) for m in net.modules()]
     unfuse(fuse(net))
     assert [(type(m), dict(m.__dict__)) for m in net.modules()] == before
@@ -183,14 +183,24 @@ class OwnInit(SEBlock):
         super().__init__(16, 2)
 
 
+class OwnLayers(reference.SpatialAttention):
+    def _layers(self):
+        return super()._layers()
+
+
 def test_subclasses():
     assert refusal(OwnForward()) == "OwnForward overrides forward of SEBlock"
+    assert refusal(OwnLayers()) == "OwnLayers overrides _layers of SpatialAttention"  # what is private, too
     assert explain(fuse(OwnInit()))[0].fused
 
 
-def test_hooked_layers_are_refused():
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "backward_hook"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooked_layers_are_refused(hook):
     block = SEBlock()
-    block.fc[2].register_forward_hook(lambda *_: None)
+    getattr(block.fc[2], f"register_{hook}")(lambda *_: None)
     assert refusal(block).startswith("fc.2 carries a hook")
 
 
@@ -286,6 +296,27 @@ def test_options_changed_after_fusing_count():
     block.gate = "tanh"
     x = random(2, 16, 5, 5)
     assert torch.equal(block(x), reference.SqueezeExcite.forward(block, x))
+    assert explain(block)[0].reason == "changed since fuse"
+
+
+class FunctionGate(nn.Module):
+    """Known by what it computes; its gate is a function, not a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.gate = torch.sigmoid
+
+    def forward(self, x):
+        return x * self.gate(self.fc(x.mean((2, 3))))[:, :, None, None]
+
+
+def test_a_function_set_after_fusing_counts():
+    block = fuse(FunctionGate())
+    assert host_class(block) is FunctionGate
+    block.gate = torch.tanh
+    x = random(2, 16, 5, 5)
+    assert torch.equal(block(x), FunctionGate.forward(block, x))
     assert explain(block)[0].reason == "changed since fuse"
 
 

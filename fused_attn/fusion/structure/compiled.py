@@ -42,12 +42,15 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Cal
     return compiled
 
 
-def fuse_exported(program: ExportedProgram) -> ExportedProgram:
+def fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram:
     """An exported program with its blocks fused, exported again: of the same inputs, with the same open sizes and
-    `state_dict`. The program itself where it has no block."""
+    `state_dict`. The program itself where it has no block. left: gets what was left alone, and why."""
+    if program.example_inputs is None:
+        left.append("the program has no example inputs, with which it is exported again")
+        return program
     module: Any = program.module(check_guards=False)
     holders = module.graph.find_nodes(op="placeholder")
-    if program.example_inputs is None or not rewrite(module, [n.meta.get("val") for n in holders]):
+    if not rewrite(module, [n.meta.get("val") for n in holders], left):
         return program
     args, kwargs = program.example_inputs
     shapes: Any = torch.export.ShapesCollection()
@@ -75,21 +78,25 @@ def _dimension(n: Any, ranges: Any, known: dict[Any, Any]) -> Any:
     return known[symbol]
 
 
-def rewrite(module: fx.GraphModule, inputs: Sequence[Any]) -> int:
-    """Fuse the blocks in a graph; how many there were. A graph that cannot be followed is left as it is."""
+def rewrite(module: fx.GraphModule, inputs: Sequence[Any], left: list[str] | None = None) -> int:
+    """Fuse the blocks in a graph; how many there were. A graph that cannot be followed is left as it is. left: as in
+    `fuse_exported`."""
+    left = [] if left is None else left
     try:
         seen = follow(module, inputs)
     except Exception as error:
-        logger.info("a graph is left as it is: %s: %s", type(error).__name__, error)
+        left.append(f"a graph is left as it is: {type(error).__name__}: {error}")
+        logger.info(left[-1])
         return 0
     trial = Trial(seen)
     count = 0
     for node in reversed(list(module.graph.nodes)):
         if node in seen.values:  # no longer so for what a block has replaced
             try:
-                count += _replace(seen, trial, node)
+                count += _replace(seen, trial, node, left)
             except Exception as error:
-                logger.warning("%s is left as it is: %s: %s", node, type(error).__name__, error)
+                left.append(f"{node} is left as it is: {type(error).__name__}: {error}")
+                logger.warning(left[-1])
     if count:
         module.graph.lint()
         module.recompile()
@@ -111,7 +118,7 @@ class Found:
     around: bool = True
 
 
-def _replace(seen: Followed, trial: Trial, last: fx.Node) -> bool:
+def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bool:
     value = seen.values[last]
     products = value.node.op == "maximum" or (
         value.node.op == "poly" and any(len(factors) > 1 for _, factors in value.node.attrs)
@@ -129,7 +136,8 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node) -> bool:
                     return True
                 reason = reason or f"{found.function.__name__}: {why}" if why else reason
     if reason:
-        logger.warning("%s is no block that is known, though it looks like one: %s", last, reason)
+        left.append(f"{last} is no block that is known, though it looks like one: {reason}")
+        logger.warning(left[-1])
     return False
 
 

@@ -146,6 +146,24 @@ class GlobalPoolBySum(SEBlock):
         return x * self.fc(y).reshape(b, c, 1, 1)
 
 
+@expect("ChannelGate", 32)
+class MeanOfAMultiple(SEBlock):
+    """The mean of twice the map, halved."""
+
+    def forward(self, x):
+        y = 0.5 * (2 * x).mean((2, 3))
+        return x * self.fc(y)[:, :, None, None]
+
+
+@expect("ChannelGate", 32, activation="identity")
+class NoActivation(SEBlock):
+    """Nothing between its two layers."""
+
+    def forward(self, x):
+        squeeze, _, excite, gate = self.fc
+        return x * gate(excite(squeeze(x.mean((2, 3)))))[:, :, None, None]
+
+
 @expect("ChannelGate", 16, 1, hidden=1)
 class HiddenOfOne(nn.Module):
     def __init__(self, c, hidden):

@@ -223,7 +223,10 @@ NEVER = {
 }
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 40))])
+PARTS = [0, *(pytest.param(i, marks=pytest.mark.slow if i < 8 else pytest.mark.long) for i in range(1, 40))]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_near_misses_are_never_fused_wrongly(part):
     found = Counter()
     for seed in range(60 * part, 60 * (part + 1)):

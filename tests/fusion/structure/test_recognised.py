@@ -7,11 +7,12 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from fused_attn import explain, fuse, unfuse
 from fused_attn.fusion.swap import PLAN, host_class
 from tests.checks import random
-from tests.fusion.structure.pasted import BLOCKS
+from tests.fusion.structure.pasted import BAM, BLOCKS, SCSE, CoordAtt, TripletAttention
 
 
 def fields(recipe) -> dict:
@@ -71,3 +72,20 @@ def test_recognised(name):
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert host_class(other) is type(plain) and torch.equal(other(x), block(x))
     assert type(unfuse(block)) is type(plain)
+
+
+@pytest.mark.parametrize("cls", [BAM, CoordAtt, SCSE, TripletAttention])
+def test_equal_blocks_keep_their_own_weights(cls):
+    """Of one class and shapes: what they run is made once a block. A copy has its own, too."""
+    arguments = () if cls is TripletAttention else (32,)
+    plain = nn.Sequential(cls(*arguments), cls(*arguments)).double().eval()
+    net = fuse(copy.deepcopy(plain), strict=True)
+    other = copy.deepcopy(net)
+    x = random(2, 32, 6, 5, dtype=torch.float64)
+    for model in (net, other):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+    torch.testing.assert_close(net(x), plain(x), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(other(x), net(x))

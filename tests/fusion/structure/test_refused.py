@@ -17,6 +17,7 @@ from tests.fusion.structure.pasted import CBAM, SEBlock, SpatialAttention
 
 CASES: dict[str, tuple] = {}
 SEEN: list = []
+LAST: dict[str, int] = {}
 
 
 def because(reason, *args):
@@ -57,6 +58,13 @@ class Appends(Base):
         gate = self.gate(x)
         SEEN.append(gate)
         return x * gate
+
+
+@because("keeps state")
+class SetsAnItem(Base):
+    def forward(self, x):
+        LAST["rank"] = x.dim()
+        return x * self.gate(x)
 
 
 @because("branches on data")
@@ -109,6 +117,33 @@ class Twice(Base):
     def forward(self, x):
         gate = self.gate(x)
         return x * gate * gate
+
+
+@because("another gradient")
+class GradientOfItsOwn(Base):
+    """Computes what a known block does; its gradients are others."""
+
+    def forward(self, x):
+        gate = self.gate(x)
+        if gate.requires_grad:
+            gate.register_hook(lambda grad: 2 * grad)
+        return x * gate
+
+
+@because("differs from the known block in evaluation: another result")
+class AnotherEpsilon(SpatialAttention):
+    """Its BatchNorm is run with another epsilon than the layer has, which changes the fifth digit."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(1)
+        self.bn.num_batches_tracked = None
+
+    def forward(self, x):
+        z = self.conv1(torch.cat([x.mean(1, True), x.max(1, True)[0]], 1))
+        bn = self.bn
+        z = F.batch_norm(z, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training, bn.momentum, 2e-5)
+        return x * z.sigmoid()
 
 
 @because("spatial pool is to 2×2, not global")
