@@ -328,6 +328,47 @@ def test_statistics_frozen_in_a_model_that_trains():
     assert torch.equal(block.spatial.conv["bn"].running_mean, frozen.spatial.conv["bn"].running_mean)
 
 
+def norms_of(block):
+    return [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("module", [fused_nn, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("name", ["spatial, official", "cbam, official"])
+def test_statistics_that_are_the_mean_of_all_batches(name, module):
+    """momentum=None."""
+    ours, original, _ = PAIRS[name]
+    original = randomised(original()).train()
+    block = with_state_of(ours(module).double(), original).train()
+    for norm in norms_of(original) + norms_of(block):
+        norm.momentum = None
+        norm.reset_running_stats()
+    for seed in range(3):
+        x = random(3, C, 6, 5, seed=seed, dtype=torch.float64)
+        torch.testing.assert_close(block(x), original(x))
+    (mine,), (theirs,) = norms_of(block), norms_of(original)
+    assert mine.num_batches_tracked == 3
+    torch.testing.assert_close(dict(mine.named_buffers()), dict(theirs.named_buffers()))
+
+
+@pytest.mark.parametrize("module", [fused_nn, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("name", ["SpatialAttention", "CBAM"])
+def test_statistics_in_half_precision_are_rounded_once(name, module):
+    dtype = torch.bfloat16
+    block = getattr(module, name)(C, momentum=0.1).to(dtype).train()
+    exact = getattr(reference, name)(C, momentum=0.1).double().train()
+    (norm,), (exact_norm,) = norms_of(block), norms_of(exact)
+    norm.running_mean.fill_(3.0)
+    norm.running_var.fill_(5.0)
+    exact.load_state_dict(block.state_dict())
+    x = separated((2, C, 6, 5), dtype)
+    block(x)
+    exact(x.double())
+    for mine, theirs in zip(norm.buffers(), exact_norm.buffers(), strict=True):
+        # The batch's share, a tenth, has the logits' rounding.
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=0.6 * torch.finfo(dtype).eps, atol=0)
+    assert norm.running_mean.dtype == dtype and norm.running_mean < 3
+
+
 def test_statistics_that_are_not_tracked():
     block = randomised(reference.SpatialAttention()).eval()
     x = random(2, C, 5, 5, dtype=torch.float64)

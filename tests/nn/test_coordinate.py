@@ -81,11 +81,12 @@ def test_as_good_as_the_reference(training, dtype, layout):
     assert_as_good_as_reference(original, block, in_layout(random(4, 16, 13, 17, dtype=dtype), layout), training)
 
 
-@pytest.mark.slow  # two compilations
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compiles_in_one_graph(training):
+@pytest.mark.slow  # Inductor: about 5 s
+@pytest.mark.parametrize(("training", "backend"), [(True, "aot_eager"), (False, "inductor")])
+def test_compiles_in_one_graph(training, backend):
+    torch._dynamo.reset()
     block = fused_nn.CoordinateAttention(6).double().train(training)
-    compiled = torch.compile(copy.deepcopy(block), fullgraph=True)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend=backend)
     assert_same_block(compiled, block, random(2, 6, 5, 7), training=training)
 
 

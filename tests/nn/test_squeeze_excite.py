@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from fused_attn import nn, reference
-from tests.checks import LAYOUTS, assert_equivalent, in_layout, random
+from tests.checks import (
+    LAYOUTS,
+    assert_equivalent,
+    assert_same_block,
+    in_layout,
+    random,
+    randomised,
+    with_state_of,
+)
 
 MODULES = {
     "se": lambda m: m.SqueezeExcite(32),
@@ -95,9 +103,49 @@ def test_parameter_counts_of_the_papers():
 
 
 def test_widths_follow_timm_where_asked():
-    widths = {(64, 16): 8, (256, 16): 16, (72, 4): 16, (960, 4): 240, (100, 16): 8}
+    widths = {(64, 16): 8, (256, 16): 16, (72, 4): 16, (960, 4): 240, (100, 16): 8, (80, 4): 24}  # 2.5 * 8: up
     for (channels, reduction), width in widths.items():
         assert nn.SqueezeExcite(channels, reduction=reduction, divisor=8).fc1.out_features == width
+
+
+@pytest.mark.parametrize("divisor", [1, 4, 8])
+def test_widths_are_those_that_timm_makes(divisor):
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    for channels in range(8, 520, 4):
+        for reduction in (2, 4, 16):
+            expected = layers.make_divisible(channels / reduction, divisor, round_limit=0.0)
+            assert reference.squeeze_excite.hidden_channels(channels, reduction, divisor) == expected
+
+
+class PlainSE(torch.nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.pool, self.fc1, self.fc2 = pool, torch.nn.Linear(32, 2), torch.nn.Linear(2, 32)
+
+    def forward(self, x):
+        return x * self.fc2(self.fc1(self.pool(x).flatten(1)).relu()).sigmoid()[:, :, None, None]
+
+
+def timm_layer(name):
+    return getattr(pytest.importorskip("timm.layers", reason="timm is not installed"), name)(32)
+
+
+DEFAULTS = {
+    "se": (lambda m: m.SqueezeExcite(32), lambda: PlainSE(torch.nn.AdaptiveAvgPool2d(1))),
+    "se, max": (lambda m: m.SqueezeExcite(32, pool="max"), lambda: PlainSE(torch.nn.AdaptiveMaxPool2d(1))),
+    "ese": (lambda m: m.EffectiveSE(32), lambda: timm_layer("EffectiveSEModule")),
+    "eca": (lambda m: m.ECA(32), lambda: timm_layer("EcaModule")),
+}
+
+
+@pytest.mark.parametrize("module", [nn, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_defaults_are_the_originals(name, module):
+    ours, original = DEFAULTS[name]
+    original = randomised(original())
+    block = with_state_of(ours(module).double(), original)
+    x = random(3, 32, 6, 5, dtype=torch.float64).round()  # equal maxima
+    assert_same_block(block, original, x, training=True)
 
 
 @pytest.mark.parametrize("channels", [*range(1, 300), 512, 728, 1024, 2048, 4096])

@@ -70,6 +70,13 @@ def test_equals_the_original(k, no_spatial, ties, training, values, module):
     assert_same_block(block, original, x.round() if values == "ties" else x, training=training)
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_the_defaults_are_the_authors(module):
+    original = randomised(Original())
+    block = with_state_of(MODULES[module].TripletAttention(12).double(), original)
+    assert_same_block(block, original, random(3, 12, 9, 7, dtype=torch.float64).round(), training=True)
+
+
 @pytest.mark.parametrize("source", ["landskape.TripletAttention", "landskape.MODELS.TripletAttention"])
 def test_loads_the_authors_checkpoints(source):
     block, state = fused_nn.TripletAttention(64), checkpoint(source)
@@ -123,11 +130,12 @@ def test_as_good_as_the_reference(training, dtype, layout):
     assert_as_good_as_reference(original, block, x, training)
 
 
-@pytest.mark.slow  # two compilations
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compiles_in_one_graph(training):
+@pytest.mark.slow  # Inductor: about 5 s
+@pytest.mark.parametrize(("training", "backend"), [(True, "aot_eager"), (False, "inductor")])
+def test_compiles_in_one_graph(training, backend):
+    torch._dynamo.reset()
     block = fused_nn.TripletAttention(6).double().train(training)
-    compiled = torch.compile(copy.deepcopy(block), fullgraph=True)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend=backend)
     assert_same_block(compiled, block, random(2, 6, 5, 7), training=training)
 
 
