@@ -32,7 +32,7 @@ export PYTEST_ADDOPTS := -o cache_dir=.cache/pytest
 export RUFF_CACHE_DIR := .cache/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick pytest lint typecheck format bench build clean
+.PHONY: help demo test test-quick test-long mutants pytest lint typecheck format bench build clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -57,7 +57,15 @@ pytest: $(STAMPS)/test
 	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15 $(ARGS)
 
 test-quick: $(STAMPS)/test  ## the tests without those marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not long' $(ARGS)
+
+test-long: $(STAMPS)/test  ## what `make test` leaves out: the other combinations of parameters, whole training runs
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long --durations=15 $(ARGS)
+
+mutants: $(STAMPS)/test  ## plant faults one at a time in a copy and say which of them the tests see
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 format: $(STAMPS)/test  ## rewrite the source in the project's style
 	$(BIN)/ruff check --fix

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before fused_attn is imported: backend("triton") then runs on the CPU
 
 from fused_attn.hosts import define_torchvision_operators
+from tests.covering import mark_long
 
 too_slow = [HealthCheck.too_slow]  # a busy machine is not an error
 settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=too_slow)
@@ -21,7 +22,9 @@ settings.load_profile("project")
 define_torchvision_operators()  # before any test imports timm or torchvision
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_long(items)
     if torch.cuda.is_available():
         return
     for item in items:

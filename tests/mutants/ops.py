@@ -1,0 +1,250 @@
+"""Faults in the Python layer below fusion: operators, checks, backends, references, the shell and its benchmarks."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+MUTANTS = [
+    # Operators: schemas, fake kernels, backward.
+    Mutant(
+        name="mixed-scale-fake-is-nchw",
+        file="fused_attn/ops/mixed_scale.py",
+        old="    return empty_map(x)",
+        new="    return x.new_empty(x.shape)",
+        tests='tests/ops/test_mixed_scale.py -k "test_opcheck or test_compiles_to_one_graph"',
+    ),
+    Mutant(
+        name="select-squeeze-fake-dtype",
+        file="fused_attn/ops/select.py",
+        old="    return u.new_empty(u.shape[:2])",
+        new="    return u.new_empty(u.shape[:2], dtype=accumulator(u.dtype))",
+        tests='tests/ops/test_select.py tests/ops/test_every_op.py -k "test_operators"',
+    ),
+    Mutant(
+        name="state-of-both-pools-too-small",
+        file="fused_attn/ops/channel_gate.py",
+        old="        width += channels + hidden",
+        new="        width += channels",
+        tests="tests/ops/test_channel_gate.py -k test_opcheck",
+    ),
+    Mutant(
+        name="norm-scale-into-undeclared-write",
+        file="fused_attn/ops/norm_gate.py",
+        old="Tensor(a!) y",
+        new="Tensor y",
+        tests='tests/ops/test_norm_gate.py -k "test_opcheck or test_write_over_x"',
+    ),
+    Mutant(
+        name="scale-fake-gradient-of-a-gate-of-space",
+        file="fused_attn/ops/scale.py",
+        old="        torch.empty_like(gate, memory_format=torch.contiguous_format),",
+        new="        x.new_empty(x.shape[:2]),",
+        tests="tests/ops/test_squeeze_scale.py -k test_opcheck",
+    ),
+    Mutant(
+        name="channel-gate-create-graph-loses-residual",
+        file="fused_attn/ops/channel_gate.py",
+        old="    return grads if recomputed else (*grads[:7], grad if needs[7] else None)",
+        new="    return grads",
+        tests='tests/ops/test_channel_gate.py tests/ops/test_every_op.py -k "test_double_backward or with_a_graph"',
+    ),
+    Mutant(
+        name="create-graph-passes-the-relu",
+        file="fused_attn/ops/scale.py",
+        old="(~(y <= 0)).to(grad.dtype)",
+        new="(y >= 0).to(grad.dtype)",
+        tests=(
+            "tests/ops/test_channel_gate.py tests/ops/test_spatial_gate.py tests/ops/test_every_op.py"
+            ' -k "test_double_backward or with_a_graph"'
+        ),
+    ),
+    Mutant(
+        name="cbam-residual-alone-needs-no-gradient",
+        file="fused_attn/ops/cbam.py",
+        old="    if needs_grad(*arguments[:12]):",
+        new="    if needs_grad(*arguments[:11]):",
+        tests=(
+            "tests/ops/test_cbam.py tests/ops/test_every_op.py"
+            ' -k "test_what_needs_no_gradient or test_epilogue or test_one_input_alone_requires_a_gradient"'
+        ),
+    ),
+    Mutant(
+        name="norm-weight-gradient-rounded-to-the-map",
+        file="fused_attn/ops/norm_gate.py",
+        old="to_weight.to(weight.dtype)",
+        new="to_weight.to(x.dtype)",
+        tests=(
+            "tests/ops/test_norm_gate.py tests/ops/test_every_op.py"
+            ' -k "test_autocast or test_shapes_dtypes_layouts or test_float32_gradients_of_parameters"'
+        ),
+    ),
+    Mutant(
+        name="norm-gate-keeps-the-residual",
+        file="fused_attn/ops/norm_gate.py",
+        old="        kept = None if relu or post_activation == IDENTITY else residual",
+        new="        kept = None if relu else residual",
+        tests="tests/ops/test_norm_gate.py -k test_saved_bytes",
+    ),
+    Mutant(
+        name="norm-gate-copies-channels-last",
+        file="fused_attn/ops/norm_gate.py",
+        old="    if not (x.is_contiguous() or is_channels_last(x)):",
+        new="    if not x.is_contiguous():",
+        tests='tests/ops/test_norm_gate.py -k "test_output_and_gradients_keep_the_layout or test_saved_bytes"',
+    ),
+    # Checks and dispatch.
+    Mutant(
+        name="one-even-side-of-a-kernel",
+        file="fused_attn/functional.py",
+        old="any(k % 2 == 0 for k in kernel_size)",
+        new="all(k % 2 == 0 for k in kernel_size)",
+        tests="tests/test_functional.py -k test_bad_input",
+    ),
+    Mutant(
+        name="spatial-logits-ignores-the-backend",
+        file="fused_attn/functional.py",
+        old='    if _choose("spatial_gate", pooled) != "cpu":',
+        new='    if pooled.device.type != "cpu":',
+        tests=(
+            "tests/compose/test_compose.py tests/test_backends.py"
+            ' -k "test_export_of_the_reference_is_plain_aten or test_reference_is_plain_pytorch"'
+        ),
+    ),
+    Mutant(
+        name="unknown-devices-are-served",
+        file="fused_attn/backends.py",
+        old='    return UNAVAILABLE.get((name, op, device), f"there are no kernels for {device}")',
+        new="    return UNAVAILABLE.get((name, op, device))",
+        tests=(
+            "tests/test_backends.py"
+            ' -k "test_every_combination_has_an_answer or test_a_backend_that_cannot_serve_says_why'
+            ' or test_no_backend_but_the_reference_serves_an_unknown_device"'
+        ),
+    ),
+    Mutant(
+        name="misspelt-environment-ignored",
+        file="fused_attn/backends.py",
+        old="""\
+        if name not in NAMES:
+            raise ValueError(f"FUSED_ATTN_BACKEND: expected one of {', '.join(NAMES)}; got {name!r}")
+        _Forced.name = name
+""",
+        new="""\
+        _Forced.name = name if name in NAMES else None
+""",
+        tests=(
+            "tests/test_backends.py"
+            ' -k "test_environment_forces_a_backend or test_backend_names_are_checked'
+            ' or test_an_environment_that_names_no_backend_is_an_error"'
+        ),
+    ),
+    Mutant(
+        name="context-forgets-the-outer-one",
+        file="fused_attn/backends.py",
+        old="        _Forced.name = before",
+        new="        _Forced.name = None",
+        tests=(
+            "tests/test_backends.py"
+            ' -k "test_context_is_left_even_after_an_error or test_environment_forces_a_backend or test_contexts_nest"'
+        ),
+    ),
+    # Modules and references.
+    Mutant(
+        name="running-variance-biased",
+        file="fused_attn/reference/block_attention.py",
+        old="            variance = variance * (count / (count - 1))\n",
+        new="",
+        tests="tests/nn/test_block_attention.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="folded-bias-not-scaled",
+        file="fused_attn/nn/selection.py",
+        old="shift + layer.bias.to(factor.dtype) * factor",
+        new="shift + layer.bias.to(factor.dtype)",
+        tests="tests/nn/test_selective_kernel.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="divisor-rounds-half-to-even",
+        file="fused_attn/reference/squeeze_excite.py",
+        old="int(channels / reduction + divisor / 2) // divisor * divisor",
+        new="round(channels / reduction / divisor) * divisor",
+        tests="tests/nn/test_squeeze_excite.py -k test_widths",
+    ),
+    Mutant(
+        name="eca-kernel-size-rounded",
+        file="fused_attn/reference/squeeze_excite.py",
+        old="    t = int(abs((math.log2(channels) + beta) / gamma))",
+        new="    t = round(abs((math.log2(channels) + beta) / gamma))",
+        tests="tests/nn/test_squeeze_excite.py -k test_parameter_counts_of_the_papers",
+    ),
+    Mutant(
+        name="transposed-weights-load",
+        file="fused_attn/reference/checkpoints.py",
+        old="_trimmed(tensor) == _trimmed(parameter)",
+        new="tensor.numel() == parameter.numel()",
+        tests=(
+            "tests/nn/test_block_attention.py"
+            ' -k "test_checkpoints_that_do_not_fit_are_refused or test_loads_the_checkpoint_of"'
+        ),
+    ),
+    Mutant(
+        name="simam-reference-of-one-position-finite",
+        file="fused_attn/reference/simam.py",
+        old="(x.shape[2:].numel() - 1)",
+        new="max(x.shape[2:].numel() - 1, 1)",
+        tests=(
+            "tests/nn/test_simam.py tests/ops/test_simam.py"
+            ' -k "test_equals_the_original or test_one_position_is_nan_as_in_the_original"'
+        ),
+    ),
+    # The shell, what it measures and what it draws.
+    Mutant(
+        name="verify-passes-nan",
+        file="fused_attn/verify.py",
+        old="        if not error_fused <= allowed:  # NaN does not pass",
+        new="        if error_fused > allowed:",
+        tests="tests/cli -k 'test_verify_a_file or test_what_differs_is_a_miss'",
+    ),
+    Mutant(
+        name="exit-code-counts-the-misses",
+        file="fused_attn/cli.py",
+        old="    if missed:\n        sys.exit(1)",
+        new="    if missed:\n        sys.exit(missed)",
+        tests="tests/cli/test_cli.py -k test_verify_a_file",
+    ),
+    Mutant(
+        name="median-is-a-mean",
+        file="fused_attn/bench/measure.py",
+        old="        return median(self.seconds)",
+        new="        return sum(self.seconds) / len(self.seconds)",
+        tests=(
+            "tests/cli/test_cli.py tests/bench/test_measure.py"
+            ' -k "test_means_are_of_ratios or test_medians or test_figures_are_ratios_of_medians"'
+        ),
+    ),
+    Mutant(
+        name="json-without-medians",
+        file="fused_attn/bench/measure.py",
+        old="        medians = {name: t.median for name, t in self.timings.items()}\n"
+        '        return {**asdict(self), "medians": medians}',
+        new="        return asdict(self)",
+        tests=(
+            "tests/cli/test_cli.py tests/bench/test_measure.py"
+            ' -k "test_interrupted_bench_keeps_what_it_has or test_figures_are_ratios_of_medians"'
+        ),
+    ),
+    Mutant(
+        name="picture-of-the-first-sample",
+        file="fused_attn/viz.py",
+        old="        values = gate[sample].detach().float().cpu()",
+        new="        values = gate[0].detach().float().cpu()",
+        tests="tests/test_viz.py -k test_show",
+    ),
+    Mutant(
+        name="memory-counts-the-view",
+        file="fused_attn/bench/memory.py",
+        old="StorageWeakRef(storage), storage.nbytes()",
+        new="StorageWeakRef(storage), tensor.nbytes",
+        tests=('tests/bench/test_memory.py -k "test_every_map_is_counted_once or test_a_view_keeps_its_whole_storage"'),
+    ),
+]

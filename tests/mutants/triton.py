@@ -1,0 +1,190 @@
+"""Faults in the Triton layer: its kernels run in Triton's interpreter, two of the tests count passes or compile."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+MUTANTS = [
+    # ---- language: numbers ----
+    Mutant(
+        name="negative-nan-below-everything",
+        file="fused_attn/kernels/language.py",
+        old="return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))",
+        new="return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+        tests="tests/kernels/test_interpreter.py tests/kernels/test_interpreter_space.py"
+        " -k 'test_special_values or test_nan'",
+    ),
+    Mutant(
+        name="later-rows-win-ties",
+        file="fused_attn/kernels/language.py",
+        old="tie = found + found2 if TIES == EVEN else tl.minimum(found, found2)",
+        new="tie = found + found2 if TIES == EVEN else tl.maximum(found, found2)",
+        tests="tests/kernels/test_interpreter.py -k 'test_maximum_with_ties or test_squeeze'",
+    ),
+    # ---- maps: plans and strides ----
+    Mutant(
+        name="last-split-ignored",
+        file="fused_attn/kernels/maps.py",
+        old="    n_split = triton.cdiv(s_blocks, blocks)\n    return Plan(",
+        new="    n_split = s_blocks // blocks\n    return Plan(",
+        tests="tests/kernels/test_interpreter.py -k 'test_maximum_with_ties or test_shapes_and_layouts'",
+    ),
+    Mutant(
+        name="permuted-gradient-copied-first",
+        file="fused_attn/kernels/maps.py",
+        old="    if found is None:\n        grad, found = as_map(grad, x), (None, None, None)",
+        new="    if found is None or found[2] != 1:\n        grad, found = as_map(grad, x), (None, None, None)",
+        tests="tests/kernels/test_traffic.py -k test_a_gradient_of_other_strides_is_read_where_it_lies",
+    ),
+    Mutant(
+        name="rows-aligned-to-eight-bytes",
+        file="fused_attn/kernels/maps.py",
+        old="        vector = 16 // dtype.itemsize",
+        new="        vector = 8 // dtype.itemsize",
+        tests="tests/kernels/test_compile.py",
+    ),
+    # ---- passes over a map, pools over space ----
+    Mutant(
+        name="nan-never-better",
+        file="fused_attn/kernels/passes.py",
+        old="better = mask & ((u > peak) | ((u != u) & (peak == peak)))",
+        new="better = mask & (u > peak)",
+        tests="tests/kernels/test_interpreter.py -k test_special_values",
+    ),
+    Mutant(
+        name="slope-before-the-prologue",
+        file="fused_attn/kernels/passes.py",
+        old="du *= activate_grad(before, PRE)",
+        new="du *= activate_grad(v.to(ACC), PRE)",
+        tests="tests/kernels/test_interpreter.py"
+        " -k 'test_every_activation_in_every_place or test_prologue_and_epilogue_together'",
+    ),
+    # ---- space: pools over channels ----
+    Mutant(
+        name="last-channel-wins-ties",
+        file="fused_attn/kernels/space.py",
+        old="better = mask & ((v > peak) | ((v != v) & (peak == peak)))",
+        new="better = mask & ((v >= peak) | ((v != v) & (peak == peak)))",
+        tests="tests/kernels/test_interpreter_space.py"
+        " -k 'test_spatial_gate or test_channel_pool_and_scale_by_position'",
+    ),
+    Mutant(
+        name="epilogue-without-the-gate-of-space",
+        file="fused_attn/kernels/space.py",
+        old="dy = before_epilogue(dy, v * by_space, y, residual, at + offsets, mask, POST)",
+        new="dy = before_epilogue(dy, v, y, residual, at + offsets, mask, POST)",
+        tests="tests/kernels/test_interpreter_space.py -k test_prologue_and_epilogue",
+    ),
+    # ---- channel_gate ----
+    Mutant(
+        name="second-bias-counted-once-for-two-pools",
+        file="fused_attn/kernels/channel_gate.py",
+        old="_store_sum(grad_bias2, grad_logits, PAIR, B, C, c, in_c, BLOCK_B, ACC)",
+        new="_store_sum(grad_bias2, grad_logits, 1, B, C, c, in_c, BLOCK_B, ACC)",
+        tests="tests/kernels/test_interpreter_space.py -k test_both_pools",
+    ),
+    Mutant(
+        name="one-launch-more-for-a-split-mean",
+        file="fused_attn/kernels/channel_gate.py",
+        old='split_maximum = pool != POOLS["avg"] and plan.n_split > 1',
+        new="split_maximum = plan.n_split > 1",
+        tests="tests/kernels/test_traffic.py -k test_channel_gate",
+    ),
+    Mutant(
+        name="peaks-of-avgmax-not-kept",
+        file="fused_attn/kernels/channel_gate.py",
+        old="        elif TIES == EVEN:\n            tl.store(row + width - C + c, peak, mask=in_c)",
+        new="        elif POOL == MAX and TIES == EVEN:\n            tl.store(row + width - C + c, peak, mask=in_c)",
+        tests="tests/kernels/test_interpreter.py -k test_maximum_with_ties",
+    ),
+    # ---- squeeze, scale, channel_pool ----
+    Mutant(
+        name="first-maximum-found-by-value",
+        file="fused_attn/kernels/squeeze.py",
+        old="max + row if grad_max is not None and TIES == EVEN else None, None, weight_sums, bias_sums,",
+        new="max + row if grad_max is not None else None, None, weight_sums, bias_sums,",
+        tests="tests/kernels/test_interpreter.py tests/kernels/test_traffic.py"
+        " -k 'test_squeeze or test_squeeze_and_scale'",
+    ),
+    Mutant(
+        name="residual-not-in-the-order-of-the-map",
+        file="fused_attn/kernels/scale.py",
+        old="        residual=maps.as_map(residual, x),\n        y=y,",
+        new="        residual=maps.row(residual),\n        y=y,",
+        tests="tests/kernels/test_interpreter.py -k test_every_activation_in_every_place",
+    ),
+    Mutant(
+        name="peaks-taken-from-the-first-plane",
+        file="fused_attn/kernels/channel_pool.py",
+        old='peak = pooled[:, mean_first] if ties == TIES["even"] else None',
+        new='peak = pooled[:, 0] if ties == TIES["even"] else None',
+        tests="tests/kernels/test_interpreter_space.py -k test_channel_pool_and_scale_by_position",
+    ),
+    # ---- spatial_gate, cbam ----
+    Mutant(
+        name="epsilon-left-out-in-backward",
+        file="fused_attn/kernels/spatial_gate.py",
+        old="    reciprocal = (variance + eps).rsqrt()",
+        new="    reciprocal = variance.rsqrt()",
+        tests="tests/kernels/test_interpreter_space.py -k test_batch_norm",
+    ),
+    Mutant(
+        name="strides-of-the-gradient-before-the-epilogue",
+        file="fused_attn/kernels/cbam.py",
+        old="        grad, strides = grad_residual, dict.fromkeys(strides)",
+        new="        grad = grad_residual",
+        tests="tests/kernels/test_interpreter_space.py -k test_prologue_and_epilogue",
+    ),
+    # ---- mixed_scale, axis_pool ----
+    Mutant(
+        name="partial-sums-in-the-dtype-of-the-map",
+        file="fused_attn/kernels/mixed_scale.py",
+        old="x.new_empty((x.shape[0], parts, *shape), dtype=maps.accumulator(x.dtype))",
+        new="x.new_empty((x.shape[0], parts, *shape))",
+        tests="tests/kernels/test_interpreter_mixed.py",
+    ),
+    Mutant(
+        name="zeros-beside-the-map-in-a-maximum",
+        file="fused_attn/kernels/axis_pool.py",
+        old='key, where = reduce_max(tl.where(mask, v, float("-inf")), found, AXIS, TIES)',
+        new="key, where = reduce_max(v, found, AXIS, TIES)",
+        tests="tests/kernels/test_interpreter_axes.py",
+    ),
+    # ---- simam, select ----
+    Mutant(
+        name="distances-between-splits-left-out",
+        file="fused_attn/kernels/simam.py",
+        old="spread = tl.load(squares + at, mask=present, other=0.0) + apart * apart * count",
+        new="spread = tl.load(squares + at, mask=present, other=0.0)",
+        tests="tests/kernels/test_interpreter_simam.py",
+    ),
+    Mutant(
+        name="softmax-of-large-logits",
+        file="fused_attn/kernels/select.py",
+        old="e = tl.where(real, tl.exp(z - tl.max(z, axis=0)[None, :]), 0.0)",
+        new="e = tl.where(real, tl.exp(z), 0.0)",
+        tests="tests/kernels/test_interpreter_select.py",
+    ),
+    Mutant(
+        name="rows-of-the-second-layer-as-of-one-group",
+        file="fused_attn/kernels/select.py",
+        old="return m * C + c, c // CG * (M * CG) + m * CG + c % CG, c // CG, (m < M) & (c < C)",
+        new="return m * C + c, m * C + c, c // CG, (m < M) & (c < C)",
+        tests="tests/kernels/test_interpreter_select.py",
+    ),
+    # ---- norm_gate ----
+    Mutant(
+        name="running-variance-biased",
+        file="fused_attn/kernels/norm_gate.py",
+        old="tl.store(unbiased + c, variance * (count / (count - 1.0)), mask=in_c)",
+        new="tl.store(unbiased + c, variance, mask=in_c)",
+        tests="tests/kernels/test_interpreter_norm_gate.py",
+    ),
+    Mutant(
+        name="last-byte-of-channels-dropped",
+        file="fused_attn/kernels/norm_gate.py",
+        old="return at, offsets, step, (c0 // 8 + tl.arange(0, TILE) < width)[:, None]",
+        new="return at, offsets, step, (c0 // 8 + tl.arange(0, TILE) < C // 8)[:, None]",
+        tests="tests/kernels/test_interpreter_norm_gate.py",
+    ),
+]
