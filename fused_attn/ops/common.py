@@ -75,8 +75,11 @@ def differentiable_backward(
 
     Only taken with `create_graph=True`; it costs what eager costs.
     """
-    wanted = [t for t, needed in zip(inputs, needs_grad, strict=True) if needed and t is not None]
     with torch.enable_grad():
+        # Each input under a name of its own: one that was computed from another (a gate from the map) would pass its
+        # gradient on to that one here, and once more outside.
+        inputs = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t, needed in zip(inputs, needs_grad, strict=True) if needed and t is not None]
         outputs = function(*inputs)
         found = torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True)
     remaining = iter(found)
