@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import fused_attn
 from fused_attn import backends, functional
+from fused_attn.ops.common import OPERATORS
 from tests.checks import random
 
 
@@ -58,6 +61,40 @@ def test_context_is_left_even_after_an_error():
     assert backends.forced() is None
 
 
+def test_contexts_nest():
+    with fused_attn.backend("reference"):
+        with fused_attn.backend("cpu"):
+            assert backends.forced() == "cpu"
+        assert backends.forced() == "reference"
+        assert backends.choose("squeeze", random(1, 4, 2, 2)) == "reference"
+        with pytest.raises(ValueError), fused_attn.backend("gpu"):
+            pass
+        assert backends.forced() == "reference"
+
+
+def test_the_native_library_serves_every_op():
+    """One operator that is not registered, and its op would be the reference's: slower, and no result would tell."""
+    if backends.LIBRARY_ERROR:
+        pytest.skip(backends.LIBRARY_ERROR)
+    missing = {op for op in backends.OPS if ("cpu", op) in backends.MISSING}
+    assert missing == {"select/many"}
+    for op in (op for op in backends.OPS if op not in missing):
+        assert backends.default(op, "cpu") == ("cpu", "measured fastest")
+    assert {op.partition("/")[0] for op in backends.OPS} | {"spatial_logits"} == set(OPERATORS)
+    for operator in itertools.chain(*OPERATORS.values()):
+        name = f"fused_attn::{operator}.cpu"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
+
+
+def test_no_backend_but_the_reference_serves_an_unknown_device():
+    for name, op in itertools.product(backends.NAMES[1:], backends.OPS):
+        assert backends.unavailable(name, op, "mps")
+    assert backends.unavailable("cpu", "simam", "mps") == "there are no kernels for mps"
+    assert backends.default("simam", "mps") == ("reference", "there are no kernels for mps")
+    with fused_attn.backend("cpu"), pytest.raises(RuntimeError, match="cannot serve simam on meta: there are no"):
+        functional.simam(random(1, 4, 2, 2).to("meta"))
+
+
 def test_every_combination_has_an_answer():
     for name in backends.NAMES:
         for op in backends.OPS:
@@ -77,6 +114,13 @@ def test_reference_is_plain_pytorch():
 def test_environment_forces_a_backend():
     code = "import fused_attn; print(fused_attn.backends.forced())"
     assert python(code, FUSED_ATTN_BACKEND="reference") == "reference"
+
+
+def test_an_environment_that_names_no_backend_is_an_error():
+    environment = {**os.environ, "FUSED_ATTN_BACKEND": "gpu"}
+    done = subprocess.run([sys.executable, "-c", "import fused_attn"], env=environment, capture_output=True, text=True)
+    expected = "ValueError: FUSED_ATTN_BACKEND: expected one of reference, cpu, triton, cuda; got 'gpu'"
+    assert done.returncode != 0 and done.stderr.splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
@@ -114,6 +158,10 @@ for dtype in (torch.float16, torch.bfloat16):
             tensors, options = test_cbam.weights("se", shape, dtype)
             x = in_layout(test_cbam.separated(shape, dtype), layout)
             test_cbam.check(x, {name: tensor * 0.25 for name, tensor in tensors.items()}, options)
+from tests.ops.test_every_op import ALL, check_special_values
+for name in ALL:
+    for layout in LAYOUTS:
+        check_special_values(name, layout)
 print("same")
 """
     assert python(code, FUSED_ATTN_ISA=isa) == "same"

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
 from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random, run
-from tests.ops.test_channel_gate import excitation, strided
+from tests.ops.test_channel_gate import CHECKED, STRIDES, excitation, strided
 from tests.ops.test_spatial_gate import ORDERS, SHAPES, affine, batch_norm, convolution
 
 FULL = (torch.float64, torch.float32)
@@ -121,8 +121,9 @@ def test_epilogue(post, layout, residual_layout):
     check(in_layout(random(*shape), layout), tensors, {**options, "post_activation": post})
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
-@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (1, 64, 40, 40), (1, 16, 1100), (1, 20, 4, 10, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (1, 64, 40, 40), (1, 32, 1100), (1, 20, 6, 10, 31)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prologue_and_epilogue_together(layout, shape, post):
     """The larger shapes are cut into pieces among threads."""
@@ -159,7 +160,7 @@ def test_weights_that_samples_share(kind, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strides", ["channels_last", "sliced", "transposed", "batch last", "expanded over space"])
+@pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("of", ["x", "grad", "residual"])
 def test_strides(of, strides, layout):
     shape = (2, 12, 6, 7)
@@ -223,7 +224,7 @@ def test_the_number_of_threads_changes_no_bit(shape, layout):
     grad, threads = [random(*shape, seed=1)], torch.get_num_threads()
     try:
         results = []
-        for count in (2, 3):
+        for count in (3, 4):
             torch.set_num_threads(count)
             results.append(run(apply(functional, options), inputs, grad))
     finally:
@@ -232,7 +233,7 @@ def test_the_number_of_threads_changes_no_bit(shape, layout):
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in inputs)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40), (1, 1, 210, 200)], ids=str)
 def test_threads(shape, layout, threads):
@@ -270,7 +271,9 @@ def test_double_backward(post, with_residual):
     gradcheck(apply(functional, {**options, "post_activation": post, "activation": "silu"}), inputs, twice=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"spatial_ties": "even"}, {"post_activation": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"spatial_ties": "even"}, {"pool": "avgmax"}, {"post_activation": "relu"}], ids=str
+)
 def test_saved_bytes(options):
     """Backward keeps x, y where a ReLU follows, and numbers a channel and a position: never a second map."""
     shape = (2, 128, 28, 28)
@@ -330,8 +333,8 @@ def test_bfloat16_gradients_are_finite_and_right():
         assert torch.nn.functional.cosine_similarity(found.float().flatten(), exact[name].flatten(), 0) > 0.98, name
 
 
-@pytest.mark.slow  # 10 to 20 s of compiling
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow  # about 10 s of compiling
+@pytest.mark.parametrize("layout", [pytest.param("nchw", marks=pytest.mark.long), "channels_last"])
 def test_compile_in_one_graph_for_every_batch_size(layout):
     """cbam, and what a spatial gate in training falls apart into."""
     tensors, options = weights("se", (2, 16, 9, 11), torch.float32)
@@ -399,12 +402,11 @@ def test_batch_norm(kind, dtype, layout):
 
 @pytest.mark.parametrize(
     "kind, options",
-    list(
-        itertools.product(
-            ["se", "eca"],
-            [{}, {"channel_ties": "even", "post_activation": "relu", "pool": "avg"}, {"batch_norm": True}],
-        )
-    ),
+    [
+        ("se", {}),
+        ("eca", {"channel_ties": "even", "post_activation": "relu", "pool": "avg"}),
+        ("eca", {"batch_norm": True}),
+    ],
 )
 def test_opcheck(kind, options):
     """Schema, fake kernel (strides too) and autograd registration as torch checks them, permuted layouts included."""
@@ -434,7 +436,7 @@ def test_opcheck(kind, options):
         0,
         post,
     ]
-    for values in strided(x).values():
+    for values in (x, *map(strided(x).get, CHECKED)):
         arguments = (values, *parameters, None, None, None, *codes)
         torch.library.opcheck(FORWARD[backend], arguments)
         y, *states = FORWARD[backend](*arguments)

@@ -12,7 +12,7 @@ from fused_attn import functional, reference
 from fused_attn.backends import choose
 from fused_attn.codes import COMBINES
 from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
-from tests.ops.test_channel_gate import strided
+from tests.ops.test_channel_gate import CHECKED, STRIDES, strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((2, 16, 7, 7), (3, 8, 1, 1), (1, 40, 13, 17), (2, 1, 9, 5), (1, 300, 3, 40), (1, 24, 150, 41), (2, 3, 1, 9))
@@ -63,21 +63,17 @@ def test_other_ranks(combine, layout):
         check(in_layout(random(*shape), layout), combine, gates_of(shape, ("channel", "spatial")))
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("combine", "names"), KINDS, ids=str)
 def test_one_sample_among_several_threads(combine, names, layout):
     """Channels of it (NCHW) or rows (channels_last); sums over all of those are put together."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        shape = (1, 24, 61, 40)
-        check(in_layout(random(*shape), layout), combine, gates_of(shape, names))
-    finally:
-        torch.set_num_threads(before)
+    shape = (1, 24, 61, 40)
+    check(in_layout(random(*shape), layout), combine, gates_of(shape, names))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strides", ["channels_last", "sliced", "transposed", "batch last", "expanded over space"])
+@pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("of", ["x", "grad"])
 def test_strides(of, strides, layout):
     shape = (2, 12, 6, 7)
@@ -113,18 +109,28 @@ def test_gates_of_any_strides_and_dtype(combine, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_products_share_the_gradient(dtype, layout):
+@pytest.mark.parametrize("equal", ["before rounding", "after it"])
+def test_equal_products_share_the_gradient(equal, dtype, layout):
     """Of "max": half to each, as torch.maximum, also where only rounding makes them equal."""
     shape = (2, 12, 6, 7)
-    x = in_layout(random(*shape, dtype=dtype).mul(2).round(), layout)  # with zeros
-    gates = {n: g.mul(2).ceil().div(2) for n, g in gates_of(shape, ("channel", "spatial"), dtype).items()}
+    x, gates = random(*shape, dtype=dtype), gates_of(shape, ("channel", "spatial"), dtype)
+    if equal == "before rounding":
+        x = x.mul(2).round()  # with zeros
+        gates = {name: gate.mul(2).ceil().div(2) for name, gate in gates.items()}
+    else:  # next to each other below 2: where a product is in the next binade, they are nearer than its last digit
+        eps = torch.finfo(dtype).eps
+        gates = {name: torch.full_like(gate, 2 - n * eps) for n, (name, gate) in enumerate(gates.items(), 1)}
+        exact = [x.double() * gate.flatten()[0].double() for gate in gates.values()]
+        assert dtype == torch.float64 or (exact[0] != exact[1]).all()
+    x = in_layout(x, layout)
     inputs, grad = {"x": x, **gates}, [random(*shape, seed=1, dtype=dtype).mul(4).round()]
     assert (x * gates["channel"][..., None, None] == x * gates["spatial"]).double().mean() > 0.2
     (found,), grads = run(mixed_scale(functional, "max"), inputs, grad)
     (eager,), eager_grads = run(mixed_scale(reference, "max"), inputs, grad)
     assert torch.equal(found, eager)
+    half = equal == "after it" and dtype.itemsize == 2  # eager rounds each term of its sums
     for name, value in eager_grads.items():
-        torch.testing.assert_close(grads[name], value)
+        torch.testing.assert_close(grads[name], value, **({"rtol": 0.05, "atol": 0.05} if half else {}))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -197,7 +203,7 @@ def test_any_shape(shape, kind, layout, dtype):
     check(in_layout(random(*shape, dtype=dtype), layout), combine, gates_of(shape, names, dtype))
 
 
-@pytest.mark.parametrize(("combine", "names"), KINDS, ids=str)
+@pytest.mark.parametrize(("combine", "names"), [KINDS[0], *KINDS[6:8], KINDS[-2]], ids=str)
 def test_opcheck(combine, names):
     from fused_attn.ops.mixed_scale import BACKWARD, FORWARD
 
@@ -207,7 +213,7 @@ def test_opcheck(combine, names):
         pytest.skip("no native library on this machine: the reference is not an operator")
     given = gates_of(x.shape, names)
     gates = [given.get(name) for name in GATES]
-    for values in (x, in_layout(x, "channels_last"), x.transpose(2, 3).contiguous().transpose(2, 3)):
+    for values in (x, *map(strided(x).get, CHECKED)):
         torch.library.opcheck(FORWARD[backend], (values, *gates, COMBINES[combine]))
         torch.library.opcheck(BACKWARD[backend], (x, values, *gates, COMBINES[combine]))
 

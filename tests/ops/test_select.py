@@ -15,7 +15,7 @@ from fused_attn.backends import choose
 from fused_attn.ops.select import BACKWARD, DOTS, FORWARD, GRADIENTS, SQUEEZE, SUM, empty_gradients, empty_sum
 from fused_attn.reference.select import select_weights
 from tests.checks import LAYOUTS, assert_as_good_as_eager, assert_equivalent, gradcheck, in_layout, largest, random, run
-from tests.ops.test_channel_gate import ACTIVATIONS, strided
+from tests.ops.test_channel_gate import ACTIVATIONS, STRIDES, strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
@@ -141,9 +141,6 @@ def test_parameters_of_another_dtype(layout):
     torch.testing.assert_close(y.double(), exact, rtol=8e-3, atol=8e-3)
 
 
-STRIDES = ["channels_last", "sliced", "transposed", "batch last", "expanded over space"]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("of", ["u1", "grad", "both"])
@@ -211,7 +208,7 @@ def test_empty(shape, form):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_nan_and_infinity(gate, value, layout):
     """What eager makes of them, in the sample that has them alone."""
@@ -228,6 +225,15 @@ def test_nan_and_infinity(gate, value, layout):
         assert ours[0].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("paths", [2, 5])
+def test_logits_too_large_for_an_exponential(paths, dtype):
+    """Whose softmax is that of their distances from the largest."""
+    inputs = maps((6, 8, 5, 6), paths, dtype=dtype) | weights(8, paths, dtype=dtype)
+    inputs["bias2"] = random(paths * 8, seed=3, dtype=dtype, scale=2) + torch.tensor(1000.0, dtype=dtype)
+    check(inputs, paths=paths)
+
+
 def test_the_sum_is_not_rounded():
     """Of float16 maps whose sum overflows, and whose mean does not."""
     shape = (2, 16, 40, 40)
@@ -239,7 +245,7 @@ def test_the_sum_is_not_rounded():
     torch.testing.assert_close(actual, exact, rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["separate", "joined"])
 @pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40), (1, 1, 210, 200)], ids=str)
@@ -259,7 +265,7 @@ def test_neither_runs_nor_threads_change_a_bit(shape, layout):
     inputs = maps(shape, 2, layout=layout) | weights(64, 2) | affine_of(64, 2)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (2, 2, 3):
+        for threads in (3, 3, 4):
             torch.set_num_threads(threads)
             results.append(run(apply(functional.select), inputs, [random(*shape, seed=1)]))
     finally:
@@ -293,13 +299,14 @@ def test_any_shape(rank, sizes, batch, groups, width, paths, layout, form, affin
 @pytest.mark.parametrize(
     "shape, dtype",
     [
-        *(((2, 64, 200, 200), torch.float32), ((2, 40, 230, 231), torch.float32)),
-        *(((2, 128, 200, 200), torch.bfloat16), ((1, 129, 256, 256), torch.float16)),
+        *(((2, 64, 144, 144), torch.float32), ((1, 40, 230, 231), torch.float32)),
+        *(((1, 128, 200, 200), torch.bfloat16), ((1, 129, 200, 200), torch.float16)),
     ],
     ids=str,
 )
 def test_maps_larger_than_the_cache(shape, dtype, affine, layout):
     """Written around it where the rows are whole vectors, as those of the second and the last shape are not."""
+    assert 2 * dtype.itemsize * torch.Size(shape).numel() >= 16 << 20  # kCached in csrc/cpu/select.cpp
     inputs = maps(shape, 2, "joined", layout, dtype) | weights(shape[1], 2, dtype=dtype)
     inputs |= affine_of(shape[1], 2, dtype) if affine else {}
     options = {"paths": 2, "pre_activation": "relu" if affine else "identity"}
@@ -412,6 +419,20 @@ def test_gradcheck(twice, two_phases, form, layout, fast=False):
     gradcheck(call, inputs, twice=twice, fast=fast)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_frozen_branches_around_an_excitation_that_learns(affine):
+    inputs = list(maps((4, 12, 6, 7), 2).values())
+    options = {"affine": tuple(affine_of(12, 2).values()), "pre_activation": "relu"} if affine else {}
+    found = []
+    for module in (functional, reference):
+        block = excitation_of(12, 2, norm=False)
+        y = module.select_with(inputs, block, **options)
+        found.append([y, *torch.autograd.grad(y, list(block.parameters()), random(4, 12, 6, 7, seed=9))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert ours.any()
+
+
 @pytest.mark.parametrize("two_phases", [False, True])
 def test_saved_bytes(two_phases):
     """Backward keeps the branches and numbers a channel: no map besides."""
@@ -432,10 +453,15 @@ def test_saved_bytes(two_phases):
     assert branches <= sum(saved.values()) <= branches * 1.03
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("spatial", [(5, 6), (7,), (2, 3, 4), (1, 1)], ids=str)
-def test_operators(spatial, layout, form):
+@pytest.mark.parametrize(
+    "form, layout, spatial",
+    [
+        *(("separate", "channels_last", (5, 6)), ("separate", "nchw", (2, 3, 4)), ("stacked", "channels_last", (7,))),
+        *(("stacked", "nchw", (5, 6)), ("joined", "channels_last", (5, 6)), ("joined", "nchw", (1, 1))),
+    ],
+    ids=str,
+)
+def test_operators(form, layout, spatial):
     """Schema, fake kernel (strides too) and autograd registration as torch checks them."""
     shape, paths = (2, 8, *spatial), 2
     inputs = maps(shape, paths, "joined" if form == "joined" else form, layout)
@@ -467,15 +493,13 @@ def test_operators(spatial, layout, form):
     assert [g.stride() for g in grads] == [g.stride() for g in empty_gradients(branches, paths)]
 
 
-@pytest.mark.slow  # compilations
-@pytest.mark.parametrize("two_phases", [False, True])
-def test_compiles_in_one_graph(two_phases):
+@pytest.mark.slow  # a compilation
+def test_compiles_in_one_graph():
+    """Of both forms."""
     block, parameters = excitation_of(6, 2, norm=False), weights(6, 2)
 
     def function(x):
-        if two_phases:
-            return functional.select_with(x, block, paths=2)
-        return functional.select(x, **parameters, paths=2)
+        return functional.select_with(x, block, paths=2) * functional.select(x, **parameters, paths=2)
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for shape in ((2, 12, 5, 7), (3, 12, 8, 9)):

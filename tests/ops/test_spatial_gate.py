@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from torch import Tensor
 from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
 from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random, run
-from tests.ops.test_channel_gate import strided
+from tests.ops.test_channel_gate import CHECKED, STRIDES, strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ORDERS = (("max", "mean"), ("mean", "max"))
@@ -154,8 +152,9 @@ def test_epilogue(post, layout, residual_layout, dtype):
     check(in_layout(random(*shape, dtype=dtype), layout), tensors, {"post_activation": post})
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("post", ["identity", "relu", "silu"])
-@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (1, 64, 40, 40), (1, 16, 1100), (1, 20, 4, 10, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (1, 64, 40, 40), (1, 32, 1100), (1, 20, 6, 10, 31)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prologue_and_epilogue_together(layout, shape, post):
     """The larger shapes are cut into pieces of space among threads."""
@@ -179,7 +178,7 @@ def test_kernels(kernel, bias, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strides", ["channels_last", "sliced", "transposed", "batch last", "expanded over space"])
+@pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("of", ["x", "grad", "residual"])
 def test_strides(of, strides, layout):
     shape = (2, 12, 6, 7)
@@ -219,7 +218,7 @@ def test_empty(shape):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ties", ["first", "even"])
-@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("special", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity(special, ties, layout):
     """In one channel of one position, and in two: the same places are NaN or infinite as in eager."""
     x = random(2, 11, 9, 19)
@@ -272,7 +271,7 @@ def test_the_number_of_threads_changes_no_bit(shape, layout):
     grad, threads = [random(*shape, seed=1)], torch.get_num_threads()
     try:
         results = []
-        for count in (2, 3):
+        for count in (3, 4):
             torch.set_num_threads(count)
             results.append(run(apply(functional, {"ties": "even"}), inputs, grad))
     finally:
@@ -281,7 +280,7 @@ def test_the_number_of_threads_changes_no_bit(shape, layout):
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in inputs)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40)], ids=str)
 def test_threads(shape, layout, threads):
@@ -408,8 +407,7 @@ def test_any_shape_and_option(
 
 
 @pytest.mark.parametrize(
-    "order, options",
-    list(itertools.product((0, 1), [{}, {"ties": "even", "post_activation": "relu"}, {"batch_norm": True}])),
+    "order, options", [(0, {}), (1, {"ties": "even", "post_activation": "relu"}), (1, {"batch_norm": True})]
 )
 def test_opcheck(order, options):
     """Schema, fake kernel (strides too) and autograd registration as torch checks them, permuted layouts included."""
@@ -425,7 +423,7 @@ def test_opcheck(order, options):
     post = ACTIVATIONS[options.get("post_activation", "identity")]
     norm = (torch.ones(1), torch.zeros(1)) if options.get("batch_norm") else (None, None)
     codes = (1e-5, order, TIES[options.get("ties", "first")], ACTIVATIONS["sigmoid"], 0, post)
-    for values in strided(x).values():
+    for values in (x, *map(strided(x).get, CHECKED)):
         arguments = (weight, bias, *norm, None, None, None, *codes)
         torch.library.opcheck(FORWARD[backend], (values, *arguments))
         y, *states = FORWARD[backend](values, *arguments)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
 from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
-from tests.ops.test_channel_gate import strided
+from tests.ops.test_channel_gate import CHECKED, STRIDES, strided
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((2, 16, 7, 7), (3, 8, 1, 1), (1, 40, 13, 17), (2, 1, 9, 5), (4, 24, 33), (1, 12, 3, 4, 5), (1, 72, 40, 41))
@@ -84,6 +84,36 @@ def test_squeeze_after_a_prologue(pre, ties, layout):
     check_squeeze(x, affine(20, x.dtype), pool="avgmax", ties=ties, pre_activation=pre)
 
 
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize("shape", [(1, 24, 41, 43), (2, 3, 90, 70)], ids=str)
+def test_squeeze_in_pieces(shape, ties, layout):
+    """One sample among several threads; equal maxima lie in different pieces."""
+    x = in_layout(random(*shape), layout)
+    check_squeeze(x.mul(2).round().clamp(-2, 2), {}, pool="avgmax", ties=ties)
+    check_squeeze(x, affine(shape[1], x.dtype), pool="avgmax", ties=ties, pre_activation="silu")
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ["first", "even"])
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 24, 41, 43)], ids=str)
+def test_squeeze_of_special_values(shape, value, pool, ties, layout):
+    """First, last and twice in a channel, and nothing else in one; the larger shape is cut among threads."""
+    x = random(*shape)
+    x[-1, 0, 0, 0] = x[-1, 1, -1, -1] = x[-1, 2, 1, 3] = x[-1, 2, -1, 4] = value
+    x[-1, 3] = value
+    inputs, options = {"x": in_layout(x, layout)}, {"pool": pool, "ties": ties}
+    grads = [random(*shape[:2], seed=i) for i in range(2 if pool == "avgmax" else 1)]
+    found, found_grads = run(squeeze(functional, **options), inputs, grads)
+    eager, eager_grads = run(squeeze(reference, **options), inputs, grads)
+    for ours, theirs in zip((*found, found_grads["x"]), (*eager, eager_grads["x"]), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 @pytest.mark.parametrize("pool", ["max", "avgmax"])
 def test_only_one_of_two_descriptors_is_used(pool):
     x = random(2, 8, 5, 5).requires_grad_()
@@ -111,8 +141,17 @@ def test_channel_pool_after_a_prologue(pre, ties, layout):
     check_channel_pool(x, affine(20, x.dtype), ties=ties, pre_activation=pre)
 
 
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strides", ["channels_last", "sliced", "transposed", "batch last", "expanded over space"])
+@pytest.mark.parametrize("ties", ["first", "even"])
+def test_channel_pool_in_pieces(ties, layout):
+    x = in_layout(random(1, 24, 41, 43), layout)
+    check_channel_pool(x.mul(2).round().clamp(-2, 2), {}, ties=ties)
+    check_channel_pool(x, affine(24, x.dtype), ties=ties, pre_activation="silu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strides", STRIDES)
 def test_channel_pool_of_any_strides(strides, layout):
     """Of the map, and of the gradient."""
     x, grad = in_layout(random(2, 5, 6, 7), layout), strided(random(2, 2, 6, 7, seed=1))[strides]
@@ -153,6 +192,17 @@ def test_scale_with_prologue_and_epilogue(pre, post, of_space, residual, layout)
     check_scale(x, tensors, of_space, pre_activation=pre, post_activation=post)
 
 
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("post", ["identity", "relu", "silu"])
+def test_scale_in_pieces(post, layout):
+    """One sample among several threads, with a gate a channel."""
+    x = in_layout(random(1, 24, 41, 43), layout)
+    tensors = affine(24, x.dtype) | {"residual": random(*x.shape, seed=5)}
+    check_scale(x, tensors, pre_activation="relu", post_activation=post)
+
+
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scale_by_position_in_pieces(layout):
     """One sample among several threads, with a gate of other strides."""
@@ -229,7 +279,7 @@ def test_opcheck(op):
     backend = choose(op, x)
     if backend == "reference":
         pytest.skip("no native library on this machine: the reference is not an operator")
-    for values in (x, in_layout(x, "channels_last"), x.transpose(2, 3).contiguous().transpose(2, 3)):
+    for values in (x, *map(strided(x).get, CHECKED)):
         if op == "squeeze":
             from fused_attn.ops.squeeze import BACKWARD, FORWARD
 
