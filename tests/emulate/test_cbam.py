@@ -106,9 +106,10 @@ def test_recomputed_epilogue(emulate, tmp_path, layout, post_activation):
 @pytest.mark.parametrize("pre_activation", ["identity", "relu", "hard_swish"])
 @pytest.mark.parametrize(("dtype", "ties"), [(torch.float32, "first"), (torch.float64, "even")])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_prologue(emulate, tmp_path, layout, pre_activation, dtype, ties, ranks):
+@pytest.mark.parametrize("shape", [(2, 10, 5, 4), (1, 64, 2, 2)])  # more positions than channels, and fewer
+def test_prologue(emulate, tmp_path, layout, shape, pre_activation, dtype, ties, ranks):
     case = Case(
-        (2, 10, 5, 4), dtype, layout, ranks, affine=True, pre_activation=pre_activation, space_ties=ties, ties=ties,
+        shape, dtype, layout, ranks, affine=True, pre_activation=pre_activation, space_ties=ties, ties=ties,
         kernel=3, gate="hard_sigmoid",
     )  # fmt: skip
     assert case.check(emulate, tmp_path, floor=4e-6) == TWO_AND_THREE

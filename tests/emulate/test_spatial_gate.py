@@ -94,9 +94,10 @@ def test_recomputed_epilogue(emulate, tmp_path, layout, post_activation):
 @BOTH
 @pytest.mark.parametrize("pre_activation", ["identity", "relu", "hard_swish"])
 @pytest.mark.parametrize(("dtype", "ties"), [(torch.float32, "first"), (torch.float64, "even"), (HALF, "first")])
-def test_prologue(emulate, tmp_path, layout, pre_activation, dtype, ties):
+@pytest.mark.parametrize("shape", [(2, 10, 5, 4), (1, 64, 2, 2)])  # more positions than channels, and fewer
+def test_prologue(emulate, tmp_path, layout, shape, pre_activation, dtype, ties):
     case = Case(
-        (2, 10, 5, 4), dtype, layout, 2, affine=True, pre_activation=pre_activation, space_ties=ties, kernel=3,
+        shape, dtype, layout, 2, affine=True, pre_activation=pre_activation, space_ties=ties, kernel=3,
         space_gate="hard_sigmoid",
     )  # fmt: skip
     assert case.check(emulate, tmp_path, floor=4e-6) == TWO_AND_THREE

@@ -1,8 +1,12 @@
-"""Whole networks with random weights, end to end: logits, loss, every gradient, twenty steps of SGD."""
+"""Whole networks with random weights, end to end: logits, loss, every gradient, some steps of SGD.
+
+By default a shallow network of each kind; `pytest -m long` takes the deep ones, and more steps.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -13,21 +17,38 @@ from fused_attn import explain, fuse
 from fused_attn.hosts import UnknownModel, build_model
 from tests.checks import largest, random
 
+IMAGES, VOLUMES = (2, 3, 64, 64), (2, 1, 32, 32, 32)
+
 #: name -> (blocks fused, input)
-MODELS = {
-    "timm:seresnet50": (16, (2, 3, 64, 64)),
-    "timm:efficientnet_b0": (16, (2, 3, 64, 64)),
-    "timm:mobilenetv3_large_100": (8, (2, 3, 64, 64)),
-    "timm:ecaresnet50d": (16, (2, 3, 64, 64)),
-    "timm:regnety_016": (27, (2, 3, 64, 64)),
-    "timm:resnet50+cbam": (16, (2, 3, 64, 64)),
-    "timm:resnet26+lcbam": (8, (2, 3, 64, 64)),
-    "timm:skresnet18": (8, (2, 3, 64, 64)),
-    "timm:skresnext50_32x4d": (16, (2, 3, 64, 64)),
-    "timm:resnest50d": (16, (2, 3, 64, 64)),
-    "torchvision:mobilenet_v3_small": (9, (2, 3, 64, 64)),
-    "monai:SEResNet50, 3-D": (16, (2, 1, 32, 32, 32)),
+SHALLOW = {
+    "timm:seresnet18": (8, IMAGES),
+    "timm:efficientnet_b0": (16, IMAGES),
+    "timm:mobilenetv3_small_100": (9, IMAGES),
+    "timm:ecaresnet26t": (8, IMAGES),
+    "timm:regnety_002": (13, IMAGES),
+    "timm:resnet26+cbam": (8, IMAGES),
+    "timm:resnet26+lcbam": (8, IMAGES),
+    "timm:skresnet18": (8, IMAGES),
+    "timm:resnest14d": (4, IMAGES),
+    "torchvision:mobilenet_v3_small": (9, IMAGES),
+    "monai:SENet, 3-D": (5, VOLUMES),
 }
+DEEP = {
+    "timm:seresnet50": (16, IMAGES),
+    "timm:mobilenetv3_large_100": (8, IMAGES),
+    "timm:ecaresnet50d": (16, IMAGES),
+    "timm:regnety_016": (27, IMAGES),
+    "timm:resnet50+cbam": (16, IMAGES),
+    "timm:skresnext50_32x4d": (16, IMAGES),
+    "timm:resnest50d": (16, IMAGES),
+    "monai:SEResNet50, 3-D": (16, VOLUMES),
+}
+MODELS = SHALLOW | DEEP
+
+
+def networks(names: Iterable[str]) -> list:
+    """Parameters for a test: the deep ones are long."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in DEEP else name for name in names]
 
 
 def build(name: str) -> nn.Module:
@@ -35,7 +56,12 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name.startswith("monai"):
         nets = pytest.importorskip("monai.networks.nets", reason="monai is not installed")
-        model = nets.SEResNet50(spatial_dims=3, in_channels=1, num_classes=10)
+        options = {"spatial_dims": 3, "in_channels": 1, "num_classes": 10}
+        if name in DEEP:
+            model = nets.SEResNet50(**options)
+        else:  # the same blocks, one of them with a plain shortcut
+            options |= {"groups": 1, "reduction": 16, "inplanes": 64, "downsample_kernel_size": 1, "input_3x3": False}
+            model = nets.SENet(block="se_resnet_bottleneck", layers=(2, 1, 1, 1), dropout_prob=None, **options)
     else:
         try:
             model = build_model(name)
@@ -80,13 +106,19 @@ def assert_close(ours: Tensor, expected: Tensor, moved: Tensor, scale: float, na
 
 #: name -> rows of `explain` with fuse(tails=True): the residual blocks, and attention that is in none of them.
 WITH_TAILS = {
-    "timm:seresnet50": 16,
+    "timm:seresnet18": 8,
     "timm:efficientnet_b0": 16,
+    "timm:mobilenetv3_small_100": 11,
+    "timm:ecaresnet26t": 8,
+    "timm:regnety_002": 13,
+    "timm:resnet26+cbam": 8,
+    "timm:resnet26+lcbam": 8,
+    "torchvision:mobilenet_v3_small": 11,
+    "monai:SENet, 3-D": 5,
+    "timm:seresnet50": 16,
     "timm:mobilenetv3_large_100": 15,
     "timm:regnety_016": 27,
     "timm:resnet50+cbam": 16,
-    "timm:resnet26+lcbam": 8,
-    "torchvision:mobilenet_v3_small": 11,
     "monai:SEResNet50, 3-D": 16,
 }
 
@@ -103,9 +135,9 @@ def fused_copies(name: str, original: nn.Module) -> dict[str, nn.Module]:
     return copies
 
 
-@pytest.mark.slow  # up to 15 s a network
+@pytest.mark.slow  # 1 to 4 s a network, a deep one up to 15 s
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", networks(MODELS))
 def test_logits_loss_and_gradients(name, training):
     original = build(name).train(training)
     moved_up = copy.deepcopy(original)
@@ -127,20 +159,25 @@ def test_logits_loss_and_gradients(name, training):
 
 
 #: Learning rate and batch at which a network of random weights, so few images a BatchNorm, is not yet chaotic.
-STEPS = {"timm:regnety_016": (1e-5, 8), "monai:SEResNet50, 3-D": (1e-6, 4)}
+RATES = {
+    "timm:regnety_002": (1e-5, 8),
+    "timm:regnety_016": (1e-5, 8),
+    "monai:SENet, 3-D": (1e-6, 4),
+    "monai:SEResNet50, 3-D": (1e-6, 4),
+}
 
 
-#: The excitations of the last two have a BatchNorm over as many values as there are images: with few, eager itself
+#: The excitations of the last three have a BatchNorm over as many values as there are images: with few, eager itself
 #: parts from eager within the steps.
-NO_STEPS = ("timm:resnet26+lcbam", "timm:resnest50d", "timm:skresnext50_32x4d")
+NO_STEPS = ("timm:resnet26+lcbam", "timm:resnest14d", "timm:resnest50d", "timm:skresnext50_32x4d")
 
 
-def losses_of_sgd(model: nn.Module, name: str, nudged: bool = False) -> Tensor:
-    """The losses of 20 steps, the first input moved by one unit in the last place if nudged."""
-    rate, batch = STEPS.get(name, (1e-5, 2))
+def losses_of_sgd(model: nn.Module, name: str, steps: int, nudged: bool = False) -> Tensor:
+    """The losses of so many steps, the first input moved by one unit in the last place if nudged."""
+    rate, batch = RATES.get(name, (1e-5, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     losses = []
-    for step in range(20):
+    for step in range(steps):
         x = random(batch, *MODELS[name][1][1:], seed=step % 4, dtype=torch.float64)
         loss = F.cross_entropy(model(one_ulp_up(x) if nudged and step == 0 else x), labels_for(x))
         optimizer.zero_grad()
@@ -150,17 +187,18 @@ def losses_of_sgd(model: nn.Module, name: str, nudged: bool = False) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64)
 
 
-@pytest.mark.slow  # up to a minute a network
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in NO_STEPS])
-def test_twenty_steps_of_sgd_stay_together(name):
+@pytest.mark.slow  # 1 to 5 s a network; 20 steps of a deep one up to a minute
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", networks(name for name in MODELS if name not in NO_STEPS))
+def test_steps_of_sgd_stay_together(name, steps):
     """Beside eager, within what eager itself makes of an input moved by one unit in the last place. Those of tails are
     in test_training.py."""
     original = build(name).train()
     fused = fused_copies(name, original)["fused"]
-    moved = losses_of_sgd(copy.deepcopy(original), name, nudged=True)
-    eager = losses_of_sgd(original, name)
+    moved = losses_of_sgd(copy.deepcopy(original), name, steps, nudged=True)
+    eager = losses_of_sgd(original, name, steps)
     assert eager[-1] != eager[0]
     allowed = 100 * (moved - eager).abs().max().item() + 1e-10
     assert allowed < 1e-2
-    drift = (losses_of_sgd(fused, name) - eager).abs().max().item()
+    drift = (losses_of_sgd(fused, name, steps) - eager).abs().max().item()
     assert drift <= allowed, f"{drift:.2e} is above {allowed:.2e}"

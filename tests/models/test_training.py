@@ -1,4 +1,4 @@
-"""Fifty steps of SGD with tails=True beside eager: losses and running statistics, within what bfloat16 costs eager."""
+"""Steps of SGD with tails=True beside eager: losses and running statistics, within what bfloat16 costs eager."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ NETWORKS = {
     "timm:seresnet50": (4, 48, 1e-6),
     "timm:seresnext50_32x4d": (4, 48, 1e-6),
 }
-STEPS, BATCHES = 50, 5
+BATCHES = 5
+#: By default, for so many steps; all of them for fifty take ten minutes.
+SHALLOW, STEPS = ("timm:seresnet18", "timm:mobilenetv3_small_100", "timm:regnety_002"), 15
 
 
 class RoundedToBfloat16(TorchFunctionMode):
@@ -41,32 +43,35 @@ class RoundedToBfloat16(TorchFunctionMode):
         return function(*args, **(kwargs or {})).bfloat16().float()
 
 
-def train(model: nn.Module, images: int, side: int, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
+def train(model: nn.Module, steps: int, images: int, side: int, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses, and the buffers after the first step and the last."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     losses, buffers = [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         x = random(images, 3, side, side, seed=step % BATCHES)
         loss = F.cross_entropy(model(x), labels_for(x))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if step in (0, STEPS - 1):
+        if step in (0, steps - 1):
             buffers |= {f"{name} after {step + 1}": b.double() for name, b in model.named_buffers()}
     return torch.tensor(losses, dtype=torch.float64), buffers
 
 
-@pytest.mark.slow  # 10 to 110 s a network on one core
-@pytest.mark.parametrize("name", NETWORKS)
-def test_fifty_steps_of_sgd(name):
+LONG = [pytest.param(name, 50, marks=pytest.mark.long) for name in NETWORKS]
+
+
+@pytest.mark.slow  # 3 to 8 s a network; 50 steps of a deep one up to 110 s
+@pytest.mark.parametrize(("name", "steps"), [*((name, STEPS) for name in SHALLOW), *LONG])
+def test_steps_of_sgd(name, steps):
     original = build(name).float().train()
     fused = fuse(copy.deepcopy(original), tails=True)
     assert any("BatchNorm" in row.block for row in explain(fused))
     with RoundedToBfloat16():
-        rounded_losses, rounded = train(copy.deepcopy(original), *NETWORKS[name])
-    losses, buffers = train(original, *NETWORKS[name])
-    fused_losses, fused_buffers = train(fused, *NETWORKS[name])
+        rounded_losses, rounded = train(copy.deepcopy(original), steps, *NETWORKS[name])
+    losses, buffers = train(original, steps, *NETWORKS[name])
+    fused_losses, fused_buffers = train(fused, steps, *NETWORKS[name])
     drift, spread = (fused_losses - losses).abs(), (rounded_losses - losses).abs()
     ratios = {}
     for key, value in buffers.items():
