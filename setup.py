@@ -23,6 +23,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -167,7 +168,8 @@ def ninja_file(torch: Path, compiler: list[str], cuda: dict | None) -> str:
         "ninja_required_version = 1.5",
         "builddir = build/native",
         "rule cxx",
-        f"  command = {quote([*compiler, *FLAGS, *CXX_FLAGS, *extra, *include])} -MD -MF $out.d -c $in -o $out",
+        f"  command = {quote([*compiler, *FLAGS, *CXX_FLAGS])} $level {quote([*extra, *include])}"
+        " -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = C++ $in",
@@ -193,6 +195,9 @@ def ninja_file(torch: Path, compiler: list[str], cuda: dict | None) -> str:
         name = source.relative_to(ROOT)
         objects.append(f"build/native/{name.relative_to('csrc')}.o")
         lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {name}")
+        # Where AVX2 does the work, the kernels for any other processor are only built quickly.
+        if source.stem == "kernels_baseline" and platform.machine() == "x86_64":
+            lines.append("  level = -O2")
     first, libraries = link[: len(compiler) + 1], link[len(compiler) + 1 :]
     lines += [
         "rule link",

@@ -1,20 +1,44 @@
-"""The CPU kernels under AddressSanitizer and UBSan: their own tests, on a library built with both."""
+"""The CPU kernels under AddressSanitizer and UBSan: tests of the operators, on a library built with both."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+TORCH = Path(torch.__file__).parent
+SOURCES = sorted([*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "csrc" / "library.cpp"])
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# AddressSanitizer sees what the checks left out would; without them and with its own as calls, a third of the time.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr,null,pointer-overflow,object-size"]
+AS_CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]
+
+#: Tests of what decides where a kernel reads and writes: shapes, layouts, pieces, prologue and epilogue.
+ENDS = "prologue or epilogue or ties or convolution or mixed or pools or groups or branches or write_over"
+#: Where vectors end and threads part, which their width decides; bfloat16 stands for float16.
+EDGES = "strides or empty or kernels or threads or pieces or parts or bits or shapes_and_dtypes or squeeze or scale"
+NOT = "any_shape or gradcheck or opcheck or compiles or one_graph or torch.float16"
+RUNS = {
+    "avx2: gates of channels": (
+        "avx2",
+        f"{ENDS} or {EDGES}",
+        ("channel_gate", "squeeze_scale", "norm_gate", "simam"),
+    ),
+    "avx2: gates of positions": ("avx2", f"{ENDS} or {EDGES}", ("spatial_gate", "cbam", "spatial_logits", "axis_pool")),
+    "avx2: mixtures": ("avx2", f"{ENDS} or {EDGES}", ("mixed_scale", "select")),
+    "baseline": (
+        "baseline",
+        EDGES,
+        ("channel_gate", "norm_gate", "simam", "spatial_gate", "cbam", "axis_pool", "mixed_scale", "select"),
+    ),
+}
 
 
 def runtime(name: str) -> str | None:
@@ -22,51 +46,75 @@ def runtime(name: str) -> str | None:
     return found if os.path.isabs(found) else None
 
 
-@pytest.mark.slow  # some minutes, half of them compiling
-@pytest.mark.timeout(1800)
-def test_cpu_kernels(tmp_path):
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all workers of a run build."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    preload = [runtime("libasan.so"), runtime("libubsan.so")]
-    if None in preload:
+    if None in (runtime("libasan.so"), runtime("libubsan.so")):
         pytest.skip("g++ has no AddressSanitizer or UBSan runtime")
-    package, torch_root = tmp_path / "fused_attn", Path(torch.__file__).parent
-    shutil.copytree(ROOT / "fused_attn", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    sources = [*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "csrc" / "library.cpp"]
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sanitized"
+    folder.mkdir(exist_ok=True)
+    return folder
 
-    def build(source: Path) -> Path:
-        target = tmp_path / f"{source.stem}.o"
-        include = f"-I{torch_root / 'include'}"
-        subprocess.run(["g++", *FLAGS, *SANITIZERS, include, "-c", source, "-o", target], check=True)
-        return target
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(build, sources))
-    library = ["-o", package / "_native.so", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-    subprocess.run(["g++", "-shared", *SANITIZERS, *objects, *library], check=True)
+def compiled(source: Path, folder: Path) -> Path:
+    """The source's object, compiled once for all workers."""
+    target = folder / f"{source.stem}.o"
+    with open(folder / f"{source.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            part = target.with_suffix(".part")
+            command = ["g++", *FLAGS, *SANITIZERS, *AS_CALLS, f"-I{TORCH / 'include'}", "-c", source, "-o", part]
+            subprocess.run(command, check=True)
+            part.rename(target)
+    return target
 
+
+@pytest.mark.slow  # up to 40 s
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_compiles(source, folder):
+    """A test each, so that workers share them."""
+    assert compiled(source, folder).stat().st_size
+
+
+@pytest.fixture(scope="session")
+def checkout(folder: Path) -> Path:
+    """The package, with a library under sanitizers, and its tests."""
+    objects = [compiled(source, folder) for source in SOURCES]
+    checkout = folder / "checkout"
+    with open(folder / "link.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (library := checkout / "fused_attn" / "_native.so").exists():
+            for name in ("fused_attn", "tests"):
+                ignored = shutil.ignore_patterns("*.so", "__pycache__")
+                shutil.copytree(ROOT / name, checkout / name, ignore=ignored, dirs_exist_ok=True)
+            shutil.copyfile(ROOT / "pyproject.toml", checkout / "pyproject.toml")
+            part = folder / "_native.so"
+            command = ["g++", "-shared", *SANITIZERS, *objects, "-o", part, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+            subprocess.run(command, check=True)
+            part.rename(library)
+    return checkout
+
+
+@pytest.mark.slow  # up to 40 s
+@pytest.mark.parametrize("run", RUNS)
+def test_operators(run, checkout):
+    isa, selection, ops = RUNS[run]
     environment = {
         **os.environ,
-        "LD_PRELOAD": " ".join(preload),
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "halt_on_error=1",
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": str(checkout),
+        "PYTEST_ADDOPTS": "",
+        "FUSED_ATTN_ISA": isa,
     }
-    ends = "prologue or epilogue or ties or convolution or mixed or pools or groups or branches or write_over"
-    # Where vectors end and threads part, which their width decides; bfloat16 stands for float16.
-    edges = "strides or empty or kernels or threads or parts or bits"
-    ops = ("channel_gate", "spatial_gate", "cbam", "mixed_scale", "select", "norm_gate")
-    files = [tmp_path / "tests" / "ops" / f"test_{op}.py" for op in ops]
-    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tmp_path]
-    for isa, selection in (("avx2", f"{ends} or {edges}"), ("baseline", edges)):
-        selection = f"({selection}) and not (any_shape or gradcheck or opcheck or compiles or torch.float16)"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *arguments, "-k", selection, *files],
-            env={**environment, "FUSED_ATTN_ISA": isa},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert " passed" in done.stdout
+    files = [f"tests/ops/test_{op}.py" for op in ops]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=8"]
+    command += ["-k", f"({selection}) and not ({NOT})", *files]
+    done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+    print(done.stdout)

@@ -1,7 +1,4 @@
 // The kernels for any processor: 16-byte vectors.
-#if defined(__x86_64__) && !defined(__clang__)
-#pragma GCC optimize("O2")
-#endif
 #include "kernels.h"
 
 #include <cmath>
