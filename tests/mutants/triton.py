@@ -19,7 +19,7 @@ MUTANTS = [
         file="fused_attn/kernels/language.py",
         old="tie = found + found2 if TIES == EVEN else tl.minimum(found, found2)",
         new="tie = found + found2 if TIES == EVEN else tl.maximum(found, found2)",
-        tests="tests/kernels/test_interpreter.py -k 'test_maximum_with_ties or test_squeeze'",
+        tests="tests/kernels/test_interpreter_rows.py -k test_squeeze",
     ),
     # ---- maps: plans and strides ----
     Mutant(
@@ -41,7 +41,7 @@ MUTANTS = [
         file="fused_attn/kernels/maps.py",
         old="        vector = 16 // dtype.itemsize",
         new="        vector = 8 // dtype.itemsize",
-        tests="tests/kernels/test_compile.py",
+        tests="tests/kernels/test_compile.py -k 90-0",
     ),
     # ---- passes over a map, pools over space ----
     Mutant(
