@@ -16,20 +16,40 @@ from tests.covering import mark_long
 
 too_slow = [HealthCheck.too_slow]  # a busy machine is not an error
 settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=too_slow)
+settings.register_profile("long", settings.get_profile("project"), derandomize=False, print_blob=True)
 settings.load_profile("project")
+LONGER = 10  # times the examples of a test, in the profile "long"
 
 
 define_torchvision_operators()  # before any test imports timm or torchvision
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "long":
+        settings.load_profile("long")  # before the tests are imported, whose decorators start from it
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_long(items)
+    if config.option.markexpr == "long":
+        search_longer(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+def search_longer(items: list[pytest.Item]) -> None:
+    """Tests of generated examples are among the long ones, with more examples than their decorators say."""
+    generated = [item for item in items if getattr(item.obj, "is_hypothesis_test", False)]
+    for function in {item.obj for item in generated}:
+        given = getattr(function, "_hypothesis_internal_use_settings", settings.default)
+        longer = settings(given, max_examples=LONGER * given.max_examples)
+        function._hypothesis_internal_use_settings = longer
+    for item in generated:
+        item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..codes import ACTIVATIONS, POOLS
+from ..codes import ACTIVATIONS
 from . import channel_gate as channels
 from . import maps, spatial_gate
 from .channel_gate import excite, excite_backward, store_hidden_grads
@@ -168,7 +168,7 @@ def cbam(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x, whole=pool != POOLS["avg"])
+    x, plan = maps.dense(x)
     over_channels = maps.plan_over_channels(x, plan)
     weight1, bias1, weight2, bias2, spatial_weight, spatial_bias = map(
         maps.row, (weight1, bias1, weight2, bias2, spatial_weight, spatial_bias)

@@ -589,7 +589,7 @@ def channel_gate(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x, whole=pool != POOLS["avg"])
+    x, plan = maps.dense(x)
     weight1, bias1, weight2, bias2 = map(maps.row, (weight1, bias1, weight2, bias2))
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
     sizes = sizes_of(plan, weight1, weight2, layer)

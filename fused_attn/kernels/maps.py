@@ -169,14 +169,12 @@ def plan(
     layout: int,
     itemsize: int,
     sms: int,
-    whole: bool = False,
     lane_bytes: int = LANE_BYTES,
 ) -> Plan:
     """Tiles and programs for a map.
 
     Rows of a tile are 128 to 512 bytes along the contiguous axis where the map has them; small maps take many channels
     a tile and several tiles a program. Few samples: smaller tiles, fewer channels a program, space split.
-    With `whole` space is split only where whole channels are too few programs: a split maximum costs a launch more.
     `lane_bytes`: of a tile, for each thread.
     """
     size, wanted = max(space, 1), 2 * sms
@@ -245,8 +243,8 @@ def _tiles(channels: int, size: int, block_c: int, block_s: int) -> int:
     return triton.cdiv(channels, block_c) * triton.cdiv(size, block_s)
 
 
-def dense(x: Tensor, *, whole: bool = False) -> tuple[Tensor, Plan]:
-    """x, copied to NCHW where it is neither that nor channels_last, and the plan for it; see `plan` for `whole`."""
+def dense(x: Tensor) -> tuple[Tensor, Plan]:
+    """x, copied to NCHW where it is neither that nor channels_last, and the plan for it."""
     space = x.shape[2:].numel()
     if x.is_contiguous():
         layout = CHANNELS_LAST if space == 1 else NCHW  # of a 1 x 1 map the channels are the contiguous axis
@@ -255,7 +253,7 @@ def dense(x: Tensor, *, whole: bool = False) -> tuple[Tensor, Plan]:
     else:
         x, layout = x.contiguous(), NCHW
     sms = multiprocessors(x.device)
-    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms, whole)
+    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms)
 
 
 def as_map(t: Tensor | None, x: Tensor) -> Tensor | None:

@@ -1,13 +1,20 @@
-"""Compile every Triton kernel ahead of time, with no GPU: python -m tests.kernels.compile_ahead CAPABILITY
+"""Compile the Triton kernels ahead of time, with no GPU: python -m tests.kernels.compile_ahead CAPABILITY KERNEL...
 
 The ops run on `meta` tensors with the launch replaced, so what is compiled are the kernels, tiles and options
-that a call would use on an H100; for other cards one shape and one pool stand for those that differ in nothing else.
-Prints a JSON list: kernel, case, registers, stack, shared memory, loads of 16 bytes.
-A process of its own, because under TRITON_INTERPRET kernels are not compiled.
+that a call would use on an H100. Of a kernel's variants a cover is compiled, for sm_90 one in which occur
+
+- each type, constant and alignment that any launch has of any argument, and each option;
+- each (dtype, layout, shape) of the cases that launch it;
+
+and for another card one of each (dtype, layout) of the largest maps. With --all all variants are.
+
+Prints JSON: the kernels launched, and of what was compiled: kernel, case, registers, stack, shared memory, loads of 16
+bytes. A process of its own, because under TRITON_INTERPRET kernels are not compiled.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import re
@@ -110,6 +117,7 @@ class Selection(NamedTuple):
 
 
 BRANCHES = ((32, 64, 56, 56), (32, 512, 7, 7), (1, 128, 28, 28))
+LARGEST = (HEADLINE[0], BRANCHES[0])
 SELECTIONS_OF = [
     *(Selection(BRANCHES[0], d, cl) for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
     *(Selection(s, channels_last=cl) for s in BRANCHES[1:] for cl in (False, True)),
@@ -259,38 +267,79 @@ def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         maps.launch = original
 
 
-def described_to_compiler(value: Any, specialized: bool) -> tuple[str, bool]:
-    """(type, whether it is a multiple of 16)."""
-    if isinstance(value, torch.Tensor):
-        return TYPES[value.dtype], True
-    if not isinstance(value, int) or (specialized and value == 1):
-        return "constexpr", False
-    return "i32" if value < 2**31 else "i64", specialized and value % 16 == 0
+class Fact(NamedTuple):
+    """What a kernel's compiler knows of one argument."""
+
+    place: tuple[int, ...]  # of the parameter, and of the number in its tuple
+    kind: str
+    aligned: bool = False  # a multiple of 16
+    constant: Any = None
 
 
-def compiled(kernel: Any, given: dict[str, Any], capability: int) -> Any:
-    """What Triton's launcher would compile for these arguments, with 16-byte aligned pointers."""
-    options = {name: given[name] for name in OPTIONS if name in given}
-    signature, constants, hints = {}, {}, {}
+class Variant(NamedTuple):
+    """One compilation of a kernel: a launch of other facts or options is another one."""
+
+    kernel: Any
+    facts: tuple[Fact, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+def fact(place: tuple[int, ...], value: Any, constant: bool, specialized: bool) -> Fact:
+    """As Triton's launcher sees it, with 16-byte aligned pointers."""
+    if isinstance(value, torch.Tensor) and not constant:
+        return Fact(place, TYPES[value.dtype], True)
+    if constant or not isinstance(value, int) or (specialized and value == 1):
+        return Fact(place, "constexpr", constant=value)
+    return Fact(place, "i32" if value < 2**31 else "i64", specialized and value % 16 == 0)
+
+
+def variant(kernel: Any, given: dict[str, Any]) -> Variant:
+    facts = []
     for i, parameter in enumerate(kernel.params):
         value = given[parameter.name]
         if isinstance(value, tuple):  # Triton specializes the numbers in it
-            found = [described_to_compiler(v, True) for v in value]
-            signature[parameter.name] = tuple(kind for kind, _ in found)
-            constants |= {
-                (i, k): v for k, (v, (kind, _)) in enumerate(zip(value, found, strict=True)) if kind == "constexpr"
-            }
-            hints |= {(i, k): ALIGNED for k, (_, aligned) in enumerate(found) if aligned}
-            continue
-        kind, aligned = described_to_compiler(value, not parameter.do_not_specialize)
-        if parameter.is_constexpr or kind == "constexpr":
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = kind
-        if aligned:
-            hints[(i,)] = ALIGNED
-    source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            facts += [fact((i, k), v, False, True) for k, v in enumerate(value)]
+        else:
+            facts.append(fact((i,), value, parameter.is_constexpr, not parameter.do_not_specialize))
+    return Variant(kernel, tuple(facts), tuple((name, given[name]) for name in OPTIONS if name in given))
+
+
+def variants() -> dict[str, dict[Variant, list[Any]]]:
+    """Of each kernel, by name, what the launches of all cases compile, with the cases."""
+    found: dict[str, dict[Variant, list[Any]]] = {}
+    for case in (*CASES, *SELECTIONS_OF):
+        for kernel, given in (launches_of_select if isinstance(case, Selection) else launches)(case):
+            found.setdefault(kernel.__name__, {}).setdefault(variant(kernel, given), []).append(case)
+    return found
+
+
+def covering(found: dict[Variant, list[Any]], capability: int) -> list[Variant]:
+    """Few of a kernel's variants in which everything that the module's docstring names occurs."""
+    if capability == 90:
+        wanted = {
+            v: {*v.facts, *v.options, *((case.dtype, case.channels_last, case.shape) for case in cases)}
+            for v, cases in found.items()
+        }
+    else:
+        largest = {v: [case for case in cases if case.shape in LARGEST] for v, cases in found.items()}
+        cases_of = largest if any(largest.values()) else found
+        wanted = {v: {(case.dtype, case.channels_last) for case in cases} for v, cases in cases_of.items()}
+    chosen, left = [], set().union(*wanted.values())
+    while left:
+        chosen.append(max(wanted, key=lambda v: len(wanted[v] & left)))
+        left -= wanted[chosen[-1]]
+    return chosen
+
+
+def compiled(variant: Variant, capability: int) -> Any:
+    signature: dict[str, Any] = {}
+    for place, kind, *_ in variant.facts:
+        name = variant.kernel.params[place[0]].name
+        signature[name] = kind if len(place) == 1 else (*signature.get(name, ()), kind)
+    constants = {fact.place: fact.constant for fact in variant.facts if fact.kind == "constexpr"}
+    hints = {fact.place: ALIGNED for fact in variant.facts if fact.aligned}
+    source = ASTSource(variant.kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
 
 
 def usage(binary: Any) -> dict[str, int]:
@@ -302,24 +351,23 @@ def usage(binary: Any) -> dict[str, int]:
     return {name: int(re.search(rf"\b{name}:(\d+)", out)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
-def main(capability: int) -> None:
-    found, seen = [], set()
-    others = {*HEADLINE[1:], *BRANCHES[1:]} if capability != 90 else set()
-    for case in (*CASES, *SELECTIONS_OF):
-        pools = others and getattr(case, "pool", "avg") != "avg"
-        if (case.shape in others or pools) and not case.affine:
-            continue
-        for kernel, given in (launches_of_select if isinstance(case, Selection) else launches)(case):
-            binary = compiled(kernel, given, capability)
-            if binary.hash in seen:
-                continue
-            seen.add(binary.hash)
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("capability", type=int)
+    arguments.add_argument("kernels", nargs="+")
+    arguments.add_argument("--all", action="store_true")
+    given = arguments.parse_args()
+    launched, records = variants(), []
+    for name in given.kernels:
+        found = launched.get(name, {})
+        for variant in found if given.all else covering(found, given.capability):
+            binary, case = compiled(variant, given.capability), found[variant][0]
             loads = len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"]))
-            record = {"kernel": kernel.__name__, "case": str(case), "loads of 16 bytes": loads}
+            record = {"kernel": name, "case": str(case), "loads of 16 bytes": loads} | usage(binary)
             warps, shared = binary.metadata.num_warps, binary.metadata.shared
-            found.append(record | usage(binary) | {"warps": warps, "shared": shared, "dtype": str(case.dtype)})
-    json.dump(found, sys.stdout)
+            records.append(record | {"warps": warps, "shared": shared, "dtype": str(case.dtype)})
+    json.dump({"launched": sorted(launched), "compiled": records}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import fused_attn
 from fused_attn import nn, reference
 from fused_attn.backends import unavailable
+from fused_attn.codes import TIES
 from tests.checks import LAYOUTS, assert_same_block, in_layout, random
 from tests.ops import test_axis_pool as of_axis_pool
 
@@ -40,7 +40,7 @@ def test_dtypes(dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ties", ["first", "even"])
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("-inf")])
 def test_special_values(value, ties, layout):
     of_axis_pool.test_special_values((2, 5, 6, 40), ties, value, layout)
 
@@ -63,13 +63,15 @@ def test_modules():
         assert_same_block(block, original, random(2, 12, 6, 7), training=True)
 
 
-def test_several_tiles_of_every_axis(monkeypatch):
-    from fused_attn.kernels import axis_pool
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ties", ["first", "even"])
+def test_several_tiles_of_every_axis(ties, layout, monkeypatch):
+    from fused_attn.kernels import axis_pool, maps
 
-    monkeypatch.setattr(axis_pool, "TILE", 256)
-    monkeypatch.setattr(axis_pool, "CHANNELS", 4)
-    for layout in LAYOUTS:
-        for ties in ("first", "even"):
-            x = in_layout(random(1, 10, 9, 20).mul(2).round(), layout)
-            of_axis_pool.check(x, maxima=True, channels=True, ties=ties)
-    assert torch.isfinite(x).all()
+    for name, size in {"TILE": 16, "CHANNELS": 4, "CHANNELS_A_TILE": 4, "SIDE": 2}.items():
+        monkeypatch.setattr(axis_pool, name, size)
+    x = in_layout(random(1, 6, 3, 9).mul(2).round(), layout)
+    tile = axis_pool._tile_size(x, 1, 1, TIES[ties])
+    given = axis_pool._arguments(x, maps.dense(x)[1].layout, tile)
+    assert min(given["n_c"], given["n_h"], given["n_w"]) > 1
+    of_axis_pool.check(x, maxima=True, channels=True, ties=ties)

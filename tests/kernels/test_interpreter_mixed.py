@@ -26,10 +26,10 @@ def triton():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("combine", "names"), KINDS, ids=str)
-def test_shapes(combine, names, layout):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, combine, names, layout):
     """Tiles with some, with all and with more channels, rows and columns than the map has; rows and columns split."""
-    for shape in SHAPES:
-        check(in_layout(random(*shape), layout), combine, gates_of(shape, names))
+    check(in_layout(random(*shape), layout), combine, gates_of(shape, names))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -41,10 +41,14 @@ def test_dtypes(combine, names, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 8, 33), (1, 6, 3, 4, 5), (1, 5, 3000)], ids=str)
-def test_other_ranks(shape, layout):
-    for combine in of_mixed_scale.COMBINES:
-        check(in_layout(random(*shape), layout), combine, gates_of(shape, ("channel", "spatial")))
+@pytest.mark.parametrize("combine", of_mixed_scale.COMBINES)
+@pytest.mark.parametrize("shape", [(2, 8, 33), (1, 6, 3, 4, 5), (1, 5, 600)], ids=str)
+def test_other_ranks(shape, combine, layout, monkeypatch):
+    """The last is split among programs, each with several tiles."""
+    from fused_attn.kernels import maps
+
+    monkeypatch.setattr(maps, "multiprocessors", lambda device: 1)
+    check(in_layout(random(*shape), layout), combine, gates_of(shape, ("channel", "spatial")))
 
 
 @pytest.mark.parametrize("strides", ["channels_last", "sliced", "batch last", "expanded over space", "expanded scalar"])
@@ -62,12 +66,16 @@ def test_as_of_the_operator(layout):
         of_mixed_scale.test_gates_of_any_strides_and_dtype(combine, layout)
     for combine, names in KINDS:
         of_mixed_scale.test_nan_and_infinity(combine, names, layout)
-    for dtype in (torch.float32, torch.bfloat16):
-        of_mixed_scale.test_equal_products_share_the_gradient(dtype, layout)
+    # The interpreter cuts off what a bfloat16 rounds.
+    for equal, dtype in (
+        ("before rounding", torch.bfloat16),
+        *(("after it", d) for d in (torch.float32, torch.float16)),
+    ):
+        of_mixed_scale.test_equal_products_share_the_gradient(equal, dtype, layout)
     for shape in ((0, 4, 3, 3), (2, 4, 0, 3), (2, 4, 3, 0), (2, 0, 3, 3)):
         of_mixed_scale.test_empty(shape, layout)
 
 
-@pytest.mark.parametrize(("combine", "names"), [KINDS[0], KINDS[4], *KINDS[-2:]], ids=str)
+@pytest.mark.parametrize(("combine", "names"), [KINDS[0], KINDS[-1]], ids=str)
 def test_opcheck(combine, names):
     of_mixed_scale.test_opcheck(combine, names)

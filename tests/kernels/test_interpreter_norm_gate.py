@@ -55,8 +55,8 @@ def test_activations(activation, post_activation, training, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_space_split_among_programs(layout):
     """The second with its mean far from 0."""
-    check(inputs_of(in_layout(random(1, 3, 71, 73), layout), residual=True), activation="silu", post_activation="relu")
-    x = in_layout((random(2, 3, 64, 65, dtype=torch.float64).mul(64).round().div(64) + 4096).float(), layout)
+    check(inputs_of(in_layout(random(1, 3, 40, 41), layout), residual=True), activation="silu", post_activation="relu")
+    x = in_layout((random(2, 3, 40, 41, dtype=torch.float64).mul(64).round().div(64) + 4096).float(), layout)
     check(inputs_of(x))
 
 
@@ -70,8 +70,9 @@ def test_gradients_of_any_strides(layout, strides):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan(layout):
-    of_norm_gate.test_nan_and_infinity(float("nan"), layout)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan")])
+def test_nan(value, layout):
+    of_norm_gate.test_nan_and_infinity(value, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -100,4 +101,4 @@ def test_write_over(layout):
 def test_gradcheck(layout):
     x = in_layout(random(2, 2, 1, 3, dtype=torch.float64), layout).requires_grad_()
     function = functools.partial(functional.norm_gate, training=True, activation="silu", excitation=torch.sigmoid)
-    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradcheck(function, x, fast_mode=True)

@@ -53,11 +53,11 @@ def test_dtypes(dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["se", "ese", "eca", "ceca", "none"])
 @pytest.mark.parametrize("ties", ["first", "even"])
-def test_both_pools(ties, kind, layout):
+@pytest.mark.parametrize("shape", [(3, 12, 5, 7), (1, 3, 40, 41)], ids=str)
+def test_both_pools(shape, ties, kind, layout):
     """The larger shape is split among programs."""
-    for shape in ((3, 12, 5, 7), (1, 3, 40, 41)):
-        tensors, options = of_channel_gate.excitation(kind, shape[1], torch.float32)
-        of_channel_gate.check(with_ties(shape, layout), tensors, {**options, "pool": "both", "ties": ties})
+    tensors, options = of_channel_gate.excitation(kind, shape[1], torch.float32)
+    of_channel_gate.check(with_ties(shape, layout), tensors, {**options, "pool": "both", "ties": ties})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -81,10 +81,24 @@ def test_cbam_with_ties(pool, ties, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_batch_norm(shape, layout):
+    """With an epsilon as large as the variance: no tolerance hides it."""
     x, norm = in_layout(random(*shape), layout), of_spatial_gate.batch_norm(torch.float32)
-    of_spatial_gate.check(x, of_spatial_gate.convolution(shape, x.dtype) | norm, {"ties": "even"})
+
+    def check(name, tensors, **options):
+        def function(module):
+            def call(x, norm_weight, norm_bias, **tensors):
+                return getattr(module, name)(x, batch_norm=(norm_weight, norm_bias, 0.5), **tensors, **options)
+
+            return call
+
+        inputs, ours, theirs = {"x": x, **norm, **tensors}, function(functional), function(reference)
+        grads = [random(*shape, seed=9)]
+        assert_equivalent(lambda **given: ours(**given)[0], lambda **given: theirs(**given)[0], inputs, grads)
+        torch.testing.assert_close(ours(**inputs)[1:], theirs(**inputs)[1:], rtol=1e-5, atol=1e-5)
+
+    check("spatial_gate", of_spatial_gate.convolution(shape, x.dtype), ties="even")
     tensors, options = of_cbam.weights("se", shape, x.dtype)
-    of_cbam.check(x, tensors | norm, options)
+    check("cbam", tensors, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,13 +113,19 @@ def test_prologue_and_epilogue(post, layout):
     of_cbam.check(x, tensors | more, excitation | options)
 
 
-@pytest.mark.parametrize("strides", ["channels_last", "sliced", "batch last", "expanded over space", "expanded scalar"])
-def test_gradients_of_other_strides(strides):
+@pytest.mark.parametrize("strides", of_channel_gate.strided(torch.zeros(1, 1, 2, 2)))
+@pytest.mark.parametrize("post", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("op", ["spatial_gate", "cbam"])
+def test_gradients_of_other_strides(op, post, strides):
     shape = (2, 6, 5, 7)
     grad = of_channel_gate.strided(random(*shape, seed=3))[strides]
-    of_spatial_gate.check(random(*shape), of_spatial_gate.convolution(shape, torch.float32), {}, grad)
-    tensors, options = of_cbam.weights("se", shape, torch.float32)
-    of_cbam.check(random(*shape), tensors, options, grad)
+    more = {} if post == "identity" else {"residual": random(*shape, seed=5)}
+    if op == "spatial_gate":
+        tensors = of_spatial_gate.convolution(shape, torch.float32)
+        of_spatial_gate.check(random(*shape), tensors | more, {"post_activation": post}, grad)
+    else:
+        tensors, options = of_cbam.weights("se", shape, torch.float32)
+        of_cbam.check(random(*shape), tensors | more, {**options, "post_activation": post}, grad)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -133,9 +153,10 @@ def test_channel_pool_and_scale_by_position(shape, layout):
 
 
 @pytest.mark.parametrize("ties", ["first", "even"])
-def test_nan(ties):
+@pytest.mark.parametrize("value", [float("nan"), -float("nan")])
+def test_nan(value, ties):
     x = random(2, 6, 5, 7)
-    x[0, 2, 3, 5] = x[1, 4, 0, 0] = torch.nan
+    x[0, 2, 3, 5] = x[1, 4, 0, 0] = value
     of_spatial_gate.check(x, of_spatial_gate.convolution(x.shape, x.dtype), {"ties": ties}, torch.zeros_like(x))
 
 

@@ -12,7 +12,7 @@ from fused_attn import functional
 from fused_attn.backends import unavailable
 from tests.checks import LAYOUTS, in_layout, random
 from tests.ops.test_cbam import weights
-from tests.ops.test_channel_gate import excitation
+from tests.ops.test_channel_gate import excitation, strided
 from tests.ops.test_mixed_scale import KINDS, gates_of
 from tests.ops.test_select import affine_of, apply, excitation_of, maps
 from tests.ops.test_select import weights as branch_weights
@@ -27,6 +27,7 @@ class Traffic:
     def __init__(self, elements: int) -> None:
         self.elements = elements
         self.launches: list[tuple[str, Counter]] = []
+        self.arguments: list[dict] = []  # of each launch
         self.ranges: list[tuple[str, int, int, float]] = []
 
     def start(self, kernel: str, arguments: dict) -> None:
@@ -38,6 +39,7 @@ class Traffic:
                     ranges.add((name, storage.data_ptr(), storage.data_ptr() + storage.nbytes(), of_a_map))
         self.ranges = sorted(ranges)
         self.launches.append((kernel, Counter()))
+        self.arguments.append(arguments)
 
     def count(self, what: str, addresses, mask) -> None:
         for name, begin, end, of_a_map in self.ranges:
@@ -288,11 +290,31 @@ def test_select(traffic, form, paths, affine, layout):
     assert traffic.passes() == [dot, ("_spread_branches", spread)]
 
 
-def test_a_gradient_of_other_strides_is_read_where_it_lies(traffic):
-    x = random(*SHAPE).requires_grad_()
-    y = functional.channel_gate(x)
-    traffic.launches.clear()
-    grad = in_layout(random(*SHAPE, seed=1), "channels_last")
+#: Ops, with the passes that read the gradient; axis_pool's kernel takes no strides.
+READERS = {
+    "channel_gate": (functional.channel_gate, 2),
+    "scale": (lambda x: functional.scale(x, random(*SHAPE[:2])), 1),
+    "scale by position": (lambda x: functional.scale(x, random(SHAPE[0], 1, *SHAPE[2:])), 2),
+    "simam": (functional.simam, 2),
+    "norm_gate": (lambda x: functional.norm_gate(x, training=True, excitation=torch.sigmoid), 2),
+    "mixed_scale": (lambda x: functional.mixed_scale(x, **gates_of(SHAPE, ("rows", "columns"))), 1),
+    "spatial_gate": (lambda x: functional.spatial_gate(x, **convolution(SHAPE, torch.float32)), 2),
+    "cbam": (lambda x: functional.cbam(x, **weights("se", SHAPE, torch.float32)[0]), 3),
+    "select": (lambda x: functional.select([x, x], **branch_weights(SHAPE[1], 2)), 2),
+}
+
+
+@pytest.mark.parametrize("strides", ["channels_last", "sliced", "expanded over the batch"])
+@pytest.mark.parametrize("op", READERS)
+def test_a_gradient_of_other_strides_is_read_where_it_lies(traffic, op, strides):
+    """Neither a kernel nor PyTorch copies it, also not before the launch."""
+    function, times = READERS[op]
+    y = function(random(*SHAPE).requires_grad_())
+    traffic.arguments.clear()
+    grad = strided(random(*SHAPE, seed=1))[strides]
     y.backward(grad)
-    assert traffic.launches[0][1]["read grad"] == grad.numel()
-    assert traffic.total() == 4
+    reads = [given for given in traffic.arguments if given.get("grad") is not None]
+    assert len(reads) == times
+    for given in reads:
+        assert given["grad"].data_ptr() == grad.data_ptr() and given["grad"].stride() == grad.stride()
+        assert [given[f"stride_{axis}"] for axis in "bcs"] == [grad.stride(i) for i in (0, 1, 3)]
