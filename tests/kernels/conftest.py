@@ -15,6 +15,9 @@ def language_is_patched_once_a_launch_and_module():
         return
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "GridExecutor"):  # another triton's
+        yield
+        return
     patched, patch, launch = set(), interpreter._patch_lang, interpreter.GridExecutor.__call__
 
     def patch_once(function):

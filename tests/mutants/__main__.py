@@ -41,7 +41,7 @@ BUILT = ("csrc/cpu/", "csrc/library.cpp", "csrc/codes.h")  # an edit below these
 class Copy:
     """A copy of the checkout in which one mutant at a time is tried, with its library compiled by `flags`."""
 
-    def __init__(self, folder: Path, flags: str) -> None:
+    def __init__(self, folder: Path, flags: str, jobs: int = 1) -> None:
         self.folder, self.flags = folder, flags
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
@@ -56,15 +56,15 @@ class Copy:
             inside = path.relative_to(folder)
             if path.is_file() and inside.parts[0] not in ("build", ".cache") and str(inside) not in names:
                 path.unlink()
-        self.build()
+        self.build(jobs)
         self.kept = folder / ".cache" / "built"
         shutil.rmtree(self.kept, ignore_errors=True)
         shutil.copytree(folder / "build" / "native", self.kept)
 
-    def build(self) -> None:
+    def build(self, jobs: int = 1) -> None:
         # The environment's own ninja, as in the tests: another version's log means compiling all again.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"CXXFLAGS": self.flags, "FUSED_ATTN_CUDA": "0", "MAX_JOBS": "1", "PATH": path}
+        environment = os.environ | {"CXXFLAGS": self.flags, "FUSED_ATTN_CUDA": "0", "MAX_JOBS": str(jobs), "PATH": path}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -148,9 +148,13 @@ def main() -> int:
             packaging: Queue() for packaging in {layer == "build" for layer, _ in mutants}
         }
         for packaging, queue in copies.items():
-            folders = [COPIES / f"{'as-packaged' if packaging else 'quick'}-{i}" for i in range(given.jobs)]
-            for copy in pool.map(Copy, folders, ["" if packaging else "-O1"] * given.jobs):
-                queue.put(copy)
+            first, *others = (COPIES / f"{'as-packaged' if packaging else 'quick'}-{i}" for i in range(given.jobs))
+            flags = "" if packaging else "-O1"
+            queue.put(Copy(first, flags, given.jobs))
+            for folder in others:
+                if not folder.exists():
+                    shutil.copytree(first, folder)
+                queue.put(Copy(folder, flags))
 
         def judge(pair: tuple[str, Mutant]) -> dict[str, Any]:
             queue = copies[pair[0] == "build"]
