@@ -28,10 +28,10 @@ SMALL_KERNELS = {
 }
 KERNELS = MAP_KERNELS | SMALL_KERNELS
 #: (capability, part of the kernels, parts)
-PARTS = [(capability, part, parts) for capability, parts in ((90, 6), (80, 2), (100, 2)) for part in range(parts)]
+PARTS = [(capability, part, parts) for capability, parts in ((90, 8), (80, 2), (100, 2)) for part in range(parts)]
 
 
-@pytest.mark.slow  # half a minute each
+@pytest.mark.slow  # 15 to 40 s each
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("variants", ["covering", pytest.param("all", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("capability", "part", "parts"), PARTS)

@@ -142,7 +142,7 @@ MUTANTS = [
         file="fused_attn/fusion/structure/check.py",
         old="                for n, (a, b) in enumerate(zip(actual[0], expected[0], strict=True)):\n",
         new="                for n, (a, b) in enumerate(zip(actual[0][:1], expected[0][:1], strict=True)):\n",
-        tests="tests/fusion/structure/test_refused.py tests/fusion/structure/test_fuzz.py -m 'not slow'",
+        tests="tests/fusion/structure/test_refused.py tests/fusion/structure/test_fuzz.py -m 'not slow and not long'",
     ),
     Mutant(
         name="setting-an-item-is-no-side-effect",
@@ -164,7 +164,7 @@ MUTANTS = [
         file="fused_attn/fusion/structure/recipes.py",
         old='    activation = match.options.get("activation", "identity")\n',
         new='    activation = match.options.get("activation", "relu")\n',
-        tests="tests/fusion/structure/test_recognised.py tests/fusion/structure/test_fuzz.py -m 'not slow'",
+        tests="tests/fusion/structure/test_recognised.py tests/fusion/structure/test_fuzz.py -m 'not slow and not long'",
     ),
     Mutant(
         name="equal-blocks-share-one-shell",

@@ -203,7 +203,7 @@ MUTANTS = [
         file="fused_attn/verify.py",
         old="        if not error_fused <= allowed:  # NaN does not pass",
         new="        if error_fused > allowed:",
-        tests="tests/cli -k 'test_verify_a_file or test_what_differs_is_a_miss'",
+        tests="tests/cli/test_cli.py tests/cli/test_verify.py -k 'test_verify_a_file or test_what_differs_is_a_miss'",
     ),
     Mutant(
         name="exit-code-counts-the-misses",

@@ -36,11 +36,11 @@ def test_it_can_be_planted(mutant):
 @pytest.mark.parametrize("mutant", EVERY)
 def test_its_tests_exist(mutant):
     words = shlex.split(mutant.tests)
-    chosen = words.index("-k") if "-k" in words else len(words)
-    files = [ROOT / word.partition("::")[0] for word in words[:chosen]]
-    assert files and all(path.exists() for path in files)
-    source = "".join(p.read_text() for path in files for p in ([path] if path.is_file() else path.rglob("*.py")))
-    names = set(re.findall(r"\btest_\w+", " ".join(words[chosen:])))
+    options = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    files = [ROOT / word for word in words[:options]]
+    assert files and all(path.is_file() for path in files)
+    source = "".join(path.read_text() for path in files)
+    names = set(re.findall(r"\btest_\w+", " ".join(words[options:])))
     assert not [name for name in names if f"def {name}" not in source]
 
 
