@@ -164,7 +164,8 @@ MUTANTS = [
         file="fused_attn/fusion/structure/recipes.py",
         old='    activation = match.options.get("activation", "identity")\n',
         new='    activation = match.options.get("activation", "relu")\n',
-        tests="tests/fusion/structure/test_recognised.py tests/fusion/structure/test_fuzz.py -m 'not slow and not long'",
+        tests="tests/fusion/structure/test_recognised.py tests/fusion/structure/test_fuzz.py"
+        " -m 'not slow and not long'",
     ),
     Mutant(
         name="equal-blocks-share-one-shell",
