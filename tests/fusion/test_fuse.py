@@ -17,7 +17,7 @@ from torch import nn
 
 import fused_attn
 from fused_attn import explain, fuse, reference, unfuse
-from fused_attn.fusion import ChannelGate, FusionError, SplitGate, register
+from fused_attn.fusion import ChannelGate, FusionError, SplitGate, api, register
 from fused_attn.fusion.swap import host_class
 from tests.checks import random
 
@@ -73,10 +73,12 @@ def test_a_registered_block_is_fused():
     assert "3 of 3 blocks run fused" in str(explain(net))
 
 
-def test_fusing_again_changes_nothing():
+def test_fusing_again_changes_nothing(monkeypatch):
     net = fuse(Net())
-    classes = [type(m) for m in net.modules()]
+    classes, asked, decide = [type(m) for m in net.modules()], [], api.decide
+    monkeypatch.setattr(api, "decide", lambda module, tails: (asked.append(module), decide(module, tails))[1])
     assert [type(m) for m in fuse(net).modules()] == classes
+    assert net in asked and not [module for module in asked if host_class(module) is not None]
 
 
 def test_unfuse_gives_back_the_original():
