@@ -12,6 +12,8 @@ import torch
 from ..checks import random
 from .cases import SpaceCase, build
 
+pytestmark = pytest.mark.slow  # 22 s in all
+
 TWO_AND_THREE = {"forward": 2, "backward": 3}
 HALF = torch.bfloat16
 Case = functools.partial(SpaceCase, gated=True, pool="both")

@@ -9,6 +9,8 @@ import torch
 
 from .cases import Case, SelectCase, SpaceCase, build
 
+pytestmark = pytest.mark.slow  # 14 s in all
+
 CASES = {
     "channel_gate": ("channel_gate.cpp", Case),
     "spatial_gate": ("space.cpp", SpaceCase),

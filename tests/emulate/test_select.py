@@ -10,6 +10,8 @@ import torch
 from .cases import SelectCase as Case
 from .cases import build
 
+pytestmark = pytest.mark.slow  # 20 s in all
+
 HALF = torch.bfloat16
 TWO = {"forward": 3, "backward": 5}
 BOTH = pytest.mark.parametrize("layout", ["nchw", "channels_last"])

@@ -11,6 +11,8 @@ from fused_attn.codes import TIES
 from tests.checks import LAYOUTS, assert_same_block, in_layout, random
 from tests.ops import test_axis_pool as of_axis_pool
 
+pytestmark = pytest.mark.slow  # 19 s in all
+
 SHAPES = ((2, 10, 5, 7), (3, 8, 1, 1), (1, 70, 3, 4), (2, 1, 9, 5), (1, 3, 20, 70), (0, 4, 3, 3))
 
 

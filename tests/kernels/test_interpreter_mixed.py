@@ -12,6 +12,8 @@ from tests.ops import test_mixed_scale as of_mixed_scale
 from tests.ops.test_channel_gate import strided
 from tests.ops.test_mixed_scale import KINDS, check, gates_of
 
+pytestmark = pytest.mark.slow  # 19 s in all
+
 SHAPES = ((2, 10, 5, 7), (3, 8, 1, 1), (2, 1, 9, 5), (1, 3, 4, 150), (1, 70, 30, 4))
 
 

@@ -15,6 +15,8 @@ from tests.ops import test_norm_gate as of_norm_gate
 from tests.ops.test_channel_gate import strided
 from tests.ops.test_norm_gate import check, inputs_of
 
+pytestmark = pytest.mark.slow  # 20 s in all
+
 
 @pytest.fixture(autouse=True, scope="module")
 def triton():

@@ -22,6 +22,8 @@ from tests.ops import test_spatial_gate as of_spatial_gate
 from tests.ops.test_channel_gate import check, excitation
 from tests.ops.test_squeeze_scale import affine, check_channel_pool, check_squeeze
 
+pytestmark = pytest.mark.slow  # 16 s in all
+
 SPLIT = (1, 3, 40, 41)  # space among programs
 MANY = (1, 150, 3, 2)  # channels among programs
 

@@ -12,6 +12,8 @@ from tests.checks import LAYOUTS, in_layout, random, run
 from tests.ops import test_select as of_select
 from tests.ops.test_select import FORMS, affine_of, apply, check, maps, parts, weights
 
+pytestmark = pytest.mark.slow  # 39 s in all
+
 SHAPES = ((2, 10, 5, 7), (1, 70, 9, 4), (2, 1, 9, 5), (2, 20, 1, 1), (2, 3, 31), (1, 6, 3, 4, 5))
 
 

@@ -14,6 +14,8 @@ from tests.ops import test_channel_gate as of_channel_gate
 from tests.ops import test_spatial_gate as of_spatial_gate
 from tests.ops.test_squeeze_scale import affine
 
+pytestmark = pytest.mark.slow  # 38 s in all
+
 SHAPES = ((2, 10, 5, 7), (2, 1, 9, 5), (1, 300, 3, 4), (2, 8, 33), (1, 6, 3, 4, 5))
 
 
