@@ -18,6 +18,8 @@ from tests.ops.test_select import affine_of, apply, excitation_of, maps
 from tests.ops.test_select import weights as branch_weights
 from tests.ops.test_spatial_gate import convolution
 
+pytestmark = pytest.mark.slow  # 33 s in all
+
 SHAPE = (2, 6, 20, 21)
 
 
