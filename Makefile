@@ -52,17 +52,16 @@ typecheck: $(STAMPS)/test
 	$(BIN)/mypy
 
 # One worker a core and one thread a worker; tests of threading ask for more themselves.
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
 pytest: $(STAMPS)/test
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15 $(ARGS)
+	$(PYTEST) --durations=15 $(ARGS)
 
 test-quick: $(STAMPS)/test  ## the tests without those marked slow
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not long' $(ARGS)
+	$(PYTEST) -m 'not slow and not long' $(ARGS)
 
 test-long: $(STAMPS)/test  ## what `make test` leaves out: the other combinations of parameters, whole training runs
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long --durations=15 $(ARGS)
+	$(PYTEST) -m long --durations=15 $(ARGS)
 
 mutants: $(STAMPS)/test  ## plant faults one at a time in a copy and say which of them the tests see
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -90,7 +90,7 @@ class Copy:
         file = self.folder / mutant.file
         text, times = file.read_text(), (file.stat().st_atime, file.stat().st_mtime)
         native = mutant.file.startswith(BUILT)
-        record: dict[str, Any] = {"layer": layer, "name": mutant.name, "file": mutant.file, "tests": mutant.tests}
+        record: dict[str, Any] = {"layer": layer, "name": mutant.name, "tests": mutant.tests}
         started = time.monotonic()
         shutil.rmtree(self.folder / ".cache" / "TORCHINDUCTOR_CACHE_DIR", ignore_errors=True)
         try:
