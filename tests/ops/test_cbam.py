@@ -221,14 +221,10 @@ def test_two_runs_agree_to_the_bit(shape, layout):
 def test_the_number_of_threads_changes_no_bit(shape, layout):
     tensors, options = weights("se", shape, torch.float32)
     inputs = {"x": in_layout(random(*shape), layout), **tensors}
-    grad, threads = [random(*shape, seed=1)], torch.get_num_threads()
-    try:
-        results = []
-        for count in (3, 4):
-            torch.set_num_threads(count)
-            results.append(run(apply(functional, options), inputs, grad))
-    finally:
-        torch.set_num_threads(threads)
+    grad, results = [random(*shape, seed=1)], []
+    for count in (3, 4):
+        torch.set_num_threads(count)
+        results.append(run(apply(functional, options), inputs, grad))
     assert torch.equal(results[0][0][0], results[1][0][0])
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in inputs)
 
@@ -238,14 +234,10 @@ def test_the_number_of_threads_changes_no_bit(shape, layout):
 @pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40), (1, 1, 210, 200)], ids=str)
 def test_threads(shape, layout, threads):
     """Whole samples a thread, and pieces."""
-    before = torch.get_num_threads()
     tensors, options = weights("se", shape, torch.float32)
     tensors |= affine(shape[1], torch.float32)
-    try:
-        torch.set_num_threads(threads)
-        check(in_layout(random(*shape), layout), tensors, {**options, "post_activation": "relu"})
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    check(in_layout(random(*shape), layout), tensors, {**options, "post_activation": "relu"})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -195,12 +195,8 @@ def test_empty(shape, training):
 @pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40), (2, 1, 210, 200)], ids=str)
 def test_threads(shape, layout, threads):
     """Whole samples a thread, and pieces."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        check(inputs_of(in_layout(random(*shape), layout), residual=True), activation="silu", post_activation="relu")
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    check(inputs_of(in_layout(random(*shape), layout), residual=True), activation="silu", post_activation="relu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -215,13 +211,10 @@ def test_neither_runs_nor_threads_change_a_bit(shape, layout):
         excitation=torch.sigmoid,  # matrix products do change
         post_activation="relu",
     )
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (3, 3, 4):
-            torch.set_num_threads(threads)
-            results.append(run(function, inputs, [random(*shape, seed=1)]))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (3, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(run(function, inputs, [random(*shape, seed=1)]))
     for (y,), grads in results[1:]:
         assert torch.equal(y, results[0][0][0])
         assert all(torch.equal(grads[name], results[0][1][name]) for name in grads)

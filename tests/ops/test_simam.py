@@ -126,25 +126,18 @@ def test_values_whose_squares_overflow_float16():
 @pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40), (1, 1, 210, 200)], ids=str)
 def test_threads(shape, layout, threads):
     """Whole samples a thread, and pieces."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        check(in_layout(random(*shape), layout))
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    check(in_layout(random(*shape), layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(1, 64, 56, 56), (5, 64, 14, 14)], ids=str)
 def test_neither_runs_nor_threads_change_a_bit(shape, layout):
     inputs, grad = {"x": in_layout(random(*shape), layout)}, [random(*shape, seed=1)]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (3, 3, 4):
-            torch.set_num_threads(threads)
-            results.append(run(functional.simam, inputs, grad))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (3, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(run(functional.simam, inputs, grad))
     for (y,), grads in results[1:]:
         assert torch.equal(y, results[0][0][0]) and torch.equal(grads["x"], results[0][1]["x"])
 

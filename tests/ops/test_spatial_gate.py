@@ -268,14 +268,10 @@ def test_two_runs_agree_to_the_bit(shape, layout):
 @pytest.mark.parametrize("shape", [(1, 64, 56, 56), (5, 64, 14, 14)], ids=str)
 def test_the_number_of_threads_changes_no_bit(shape, layout):
     inputs = {"x": in_layout(random(*shape), layout), **convolution(shape, torch.float32), **affine(64, torch.float32)}
-    grad, threads = [random(*shape, seed=1)], torch.get_num_threads()
-    try:
-        results = []
-        for count in (3, 4):
-            torch.set_num_threads(count)
-            results.append(run(apply(functional, {"ties": "even"}), inputs, grad))
-    finally:
-        torch.set_num_threads(threads)
+    grad, results = [random(*shape, seed=1)], []
+    for count in (3, 4):
+        torch.set_num_threads(count)
+        results.append(run(apply(functional, {"ties": "even"}), inputs, grad))
     assert torch.equal(results[0][0][0], results[1][0][0])
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in inputs)
 
@@ -285,13 +281,9 @@ def test_the_number_of_threads_changes_no_bit(shape, layout):
 @pytest.mark.parametrize("shape", [(1, 24, 41, 43), (3, 24, 41, 43), (7, 24, 9, 40)], ids=str)
 def test_threads(shape, layout, threads):
     """Whole samples a thread, and pieces of space."""
-    before = torch.get_num_threads()
     tensors = convolution(shape, torch.float32) | affine(24, torch.float32)
-    try:
-        torch.set_num_threads(threads)
-        check(in_layout(random(*shape), layout), tensors, {"ties": "even", "post_activation": "relu"})
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    check(in_layout(random(*shape), layout), tensors, {"ties": "even", "post_activation": "relu"})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
