@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.workers import folder_of_the_run, one_at_a_time
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
@@ -53,8 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no g++")
     if None in (runtime("libasan.so"), runtime("libubsan.so")):
         pytest.skip("g++ has no AddressSanitizer or UBSan runtime")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sanitized"
+    folder = folder_of_the_run(tmp_path_factory) / "sanitized"
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -62,8 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled(source: Path, folder: Path) -> Path:
     """The source's object, compiled once for all workers."""
     target = folder / f"{source.stem}.o"
-    with open(folder / f"{source.stem}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(target):
         if not target.exists():
             part = target.with_suffix(".part")
             command = ["g++", *FLAGS, *SANITIZERS, *AS_CALLS, f"-I{TORCH / 'include'}", "-c", source, "-o", part]
@@ -84,8 +83,7 @@ def checkout(folder: Path) -> Path:
     """The package, with a library under sanitizers, and its tests."""
     objects = [compiled(source, folder) for source in SOURCES]
     checkout = folder / "checkout"
-    with open(folder / "link.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(checkout):
         if not (library := checkout / "fused_attn" / "_native.so").exists():
             for name in ("fused_attn", "tests"):
                 ignored = shutil.ignore_patterns("*.so", "__pycache__")

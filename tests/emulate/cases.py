@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import os
 import shutil
@@ -20,6 +19,7 @@ import fused_attn.reference
 from fused_attn.codes import ACTIVATIONS, LAYERS, ORDERS, POOLS, SELECTIONS, TIES
 
 from ..checks import largest, random
+from ..workers import folder_of_the_run, one_at_a_time
 
 ops = importlib.import_module("fused_attn.ops.select")  # the package has a function of that name
 HERE = Path(__file__).parent
@@ -34,14 +34,11 @@ def build(source: str, tmp_path_factory) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++ to build the emulator with")
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    program = folder / f"emulate_{Path(source).stem}"
+    program = folder_of_the_run(tmp_path_factory) / f"emulate_{Path(source).stem}"
     flags = ["-std=c++17", "-Og", "-g1", "-DFUSED_ATTN_EMULATE", f"-I{HERE}", "-fsanitize=address,undefined"]
     # What AddressSanitizer sees where it is used; these checks double the time to compile.
     flags += ["-fno-sanitize=null,pointer-overflow,object-size", "-fno-sanitize-recover=all"]
-    with open(folder / f"{program.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(program):
         if not program.exists():
             subprocess.run([compiler, *flags, str(HERE / source), "-o", str(program)], check=True)
     return program

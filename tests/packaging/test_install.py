@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -16,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.workers import folder_of_the_run, one_at_a_time
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -63,13 +64,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The wheel is built under pip's build isolation. The objects that the checkout has are brought along, so
     only what changed is compiled.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / "packages"
+    folder = folder_of_the_run(tmp_path_factory) / "packages"
     folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(folder / "done"):
         if not (folder / "done").exists():
             # the output of one `make` is not in another's sdist
             left_out = (".git", ".venv", ".cache", "build", "dist", "*.egg-info", "__pycache__", "_native.so")
