@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..reference import CBAM
-from .registry import FUSED_FORMS, TAILS, OwnLayers, Recipe, SplitGate, recognise
+from .registry import FUSED_FORMS, OwnLayers, Recipe, SplitGate, recognise, recognise_with_tail
 from .swap import PLAN, bypassed_hooks, host_class, refuse_sharded, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -20,9 +20,7 @@ class FusionError(ValueError):
 
 def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
     """The recipe to fuse a block by; a string: why it is left alone; None: not a block we know."""
-    recipe = recognise(block)
-    if tails and (recipe is None or isinstance(recipe, str)):
-        recipe = recognise(block, TAILS) or recipe
+    recipe = recognise_with_tail(block) if tails else recognise(block)
     if recipe is not None and not isinstance(recipe, str):
         hooked = bypassed_hooks(block, recipe)
         if hooked is not None:

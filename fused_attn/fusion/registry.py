@@ -175,6 +175,14 @@ def recognise(block: nn.Module, adapters: dict[type | str, Adapter] = ADAPTERS) 
     return recipe if isinstance(recipe, str) else swapped_layer(block, recipe) or recipe
 
 
+def recognise_with_tail(block: nn.Module) -> Recipe | str | None:
+    """As `recognise`; of what is no block to be fused by itself, its tail."""
+    recipe = recognise(block)
+    if recipe is None or isinstance(recipe, str):
+        recipe = recognise(block, TAILS) or recipe
+    return recipe
+
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, "timm.layers.norm_act.BatchNormAct2d")
 

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from .. import functional
 from ..codes import FUNCTIONS
 from ..reference.block_attention import fold_batch_norm, run_normalised, uses_batch_statistics
-from .registry import FUSED_FORMS, TAILS, CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate, recognise
+from .registry import (
+    FUSED_FORMS,
+    CbamGate,
+    ChannelGate,
+    OwnLayers,
+    Recipe,
+    SpatialGate,
+    SplitGate,
+    recognise_with_tail,
+)
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -273,9 +282,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         self.__class__ = host
         setter = getattr(self, "__setstate__", None)
         setter(state) if setter else self.__dict__.update(state)
-        recipe = recognise(self)
-        if recipe is None or isinstance(recipe, str):  # if it was fused, then for its tail
-            recipe = recognise(self, TAILS)
+        recipe = recognise_with_tail(self)  # it was fused: as what it is, or else for its tail
         if recipe is not None and not isinstance(recipe, str):
             swap(self, recipe)
 

@@ -32,8 +32,8 @@ MUTANTS = [
     Mutant(
         name="copies-forget-their-tails",
         file="fused_attn/fusion/swap.py",
-        old="            recipe = recognise(self, TAILS)\n",
-        new="            pass\n",
+        old="        recipe = recognise_with_tail(self)  # it was fused: as what it is, or else for its tail\n",
+        new="        from .registry import recognise\n\n        recipe = recognise(self)\n",
         tests="tests/fusion/test_fuse.py tests/fusion/test_tails.py -k test_copies_run_fused_too",
     ),
     # ---- api and report ----
@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     Mutant(
         name="strict-does-not-know-of-refused-tails",
-        file="fused_attn/fusion/api.py",
+        file="fused_attn/fusion/registry.py",
         old="        recipe = recognise(block, TAILS) or recipe\n",
         new="        tail = recognise(block, TAILS)\n"
         "        recipe = recipe if isinstance(tail, str) else tail or recipe\n",
