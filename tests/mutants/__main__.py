@@ -90,7 +90,7 @@ class Copy:
         file = self.folder / mutant.file
         text, times = file.read_text(), (file.stat().st_atime, file.stat().st_mtime)
         native = mutant.file.startswith(BUILT)
-        record: dict[str, Any] = {"layer": layer, "name": mutant.name, "tests": mutant.tests}
+        record: dict[str, Any] = {"name": f"{layer}/{mutant.name}", "tests": mutant.tests}
         started = time.monotonic()
         shutil.rmtree(self.folder / ".cache" / "TORCHINDUCTOR_CACHE_DIR", ignore_errors=True)
         try:
@@ -101,6 +101,8 @@ class Copy:
                 self.build()
             status, printed = self.pytest(shlex.split(mutant.tests))
             record |= verdict(status, printed)
+            if not record["by"] and mutant.harmless:
+                record["harmless"] = mutant.harmless
         except RuntimeError as error:
             record |= {"by": None, "invalid": str(error)}
         finally:
@@ -164,30 +166,26 @@ def main() -> int:
             finally:
                 queue.put(copy)
             what = record.get("invalid") or record["by"] or "NOT CAUGHT"
-            print(f"{record['seconds']:6.1f} s  {record['layer']}/{record['name']}: {what}", flush=True)
+            print(f"{record['seconds']:6.1f} s  {record['name']}: {what}", flush=True)
             return record
 
         records = list(pool.map(judge, mutants))
         control = []
         for packaging, queue in copies.items():
-            control += without_fault(queue.get(), [r for r in records if packaging == (r["layer"] == "build")])
+            control += without_fault(queue.get(), [r for r in records if packaging == r["name"].startswith("build/")])
 
-    harmless = {f"{layer}/{m.name}": m.harmless for layer, m in mutants if m.harmless}
-    for record in records:
-        if not record["by"] and (why := harmless.get(f"{record['layer']}/{record['name']}")):
-            record["harmless"] = why
     counted = [r for r in records if "harmless" not in r and "invalid" not in r]
     caught = [r for r in counted if r["by"]]
     invalid = [r for r in records if "invalid" in r]
     if given.json:
-        by = {f"{r['layer']}/{r['name']}": r.get("invalid") or r["by"] for r in records}
+        by = {r["name"]: r.get("invalid") or r["by"] for r in records}
         result = {"caught": len(caught), "of": len(counted), "fail without a fault": control, "by": by}
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     for record in counted:
         if not record["by"]:
-            print(f"not caught: {record['layer']}/{record['name']} ({record['tests']})")
+            print(f"not caught: {record['name']} ({record['tests']})")
     for record in invalid:
-        print(f"invalid: {record['layer']}/{record['name']}: {record['invalid']}")
+        print(f"invalid: {record['name']}: {record['invalid']}")
     for test in control:
         print(f"fails without a fault: {test}")
     print(f"{len(caught)} of {len(counted)} caught ({len(caught) / max(1, len(counted)):.1%})")
