@@ -12,13 +12,17 @@ import contextlib
 import importlib.util
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from . import ops as ops  # defines the operators, before the library registers kernels for them
 from .ops.common import OPERATORS
@@ -130,20 +134,62 @@ def unavailable(name: str, op: str, device: str) -> str | None:
     return UNAVAILABLE.get((name, op, device), f"there are no kernels for {device}")
 
 
+#: Types of tensors that are nothing but their numbers: torch's own fakes stand for such.
+PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+_PLAIN_OR_ABSENT = PLAIN | {type(None)}
+_in_functorch, _jit_tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether the operators may serve a call on x: it is no subclass, which may carry more than its numbers, and none
+    of `torch.func`'s transforms, forward-mode differentiation and `torch.jit.trace`, which see through plain PyTorch
+    only, is active here. `torch.compile` traces it."""
+    return type(x) in PLAIN and forward_ad._current_level < 0 and not _in_functorch() and _jit_tracing() is None
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether none of them is a subclass."""
+    for tensor in tensors:  # noqa: SIM110 (a generator would cost more than the rest)
+        if type(tensor) not in _PLAIN_OR_ABSENT:
+            return False
+    return True
+
+
 class _Forced:
     """The backend asked for by name, or None: a plain attribute, so that torch.compile can guard on it."""
 
     name: str | None = None
 
 
+class _Thread(threading.local):
+    """What a thread has declared for itself; read only where a backend is asked for."""
+
+    unforced: bool = False
+
+
+_thread = _Thread()
+
+
 def forced() -> str | None:
-    """The backend asked for by `backend(...)` or the environment, or None."""
-    return _Forced.name
+    """The backend asked for by `backend(...)` or the environment, or None; None, too, within `unforced()`."""
+    return None if _Forced.name is None or _thread.unforced else _Forced.name
+
+
+@contextlib.contextmanager
+def unforced() -> Iterator[None]:
+    """Within the context, in this thread alone, calls are served as if no backend had been asked for."""
+    before = _thread.unforced
+    _thread.unforced = True
+    try:
+        yield
+    finally:
+        _thread.unforced = before
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the context (process-wide) every call is served by this backend, or raises why it cannot be.
+    """Within the context (process-wide, but see `unforced`) every call is served by this backend, or raises why it
+    cannot be.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -180,7 +226,7 @@ def choose(op: str, x: Tensor) -> str:
     """
     device = x.device.type
     name = _Forced.name
-    if name is None:
+    if name is None or _thread.unforced:
         return _DEFAULT.get((op, device), "reference")
     reason = unavailable(name, op, device)
     if reason is not None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import choose
+from .backends import are_plain, choose, is_ordinary
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
 from .reference.norm_gate import update_statistics
@@ -70,7 +70,7 @@ def squeeze(
     autocast = _check_map(x)
     _check_pool(x, pool)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = _choose("squeeze", x)
+    backend = _choose("squeeze", x, weight, bias)
     if backend == "reference":
         return reference.squeeze(x, pool, ties=ties, affine=affine, pre_activation=pre_activation)
     avg, peak = ops.squeeze(backend, x, weight, bias, *codes)
@@ -112,7 +112,7 @@ def scale(
         )
     weight, bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("scale/space" if of_space else "scale", x)
+    backend = _choose("scale/space" if of_space else "scale", x, gate, weight, bias, residual)
     if backend == "reference":
         return reference.scale(
             x,
@@ -196,7 +196,7 @@ def mixed_scale(
         raise ValueError(f"combine: expected channel and spatial for {combine!r}; got {', '.join(given) or 'no gate'}")
     if not given:
         raise ValueError("channel: expected at least one gate; got None for all")
-    backend = _choose("mixed_scale", x)
+    backend = _choose("mixed_scale", x, channel, spatial, rows, columns)
     if backend == "reference":
         return reference.mixed_scale(x, channel=channel, spatial=spatial, rows=rows, columns=columns, combine=combine)
     return ops.mixed_scale(backend, x, channel, spatial, rows, columns, number)
@@ -258,7 +258,8 @@ def channel_gate(
     _check_excitation(x, weight1, bias1, weight2, bias2, layer, autocast)
     affine_weight, affine_bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("channel_gate/both" if pool == "both" else "channel_gate", x)
+    tensors = weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual
+    backend = _choose("channel_gate/both" if pool == "both" else "channel_gate", x, *tensors)
     if backend == "reference":
         return reference.channel_gate(
             x,
@@ -276,7 +277,7 @@ def channel_gate(
             residual=residual,
             post_activation=post_activation,
         )
-    return ops.channel_gate(backend, x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes)
+    return ops.channel_gate(backend, x, *tensors, *codes)
 
 
 def norm_gate(
@@ -319,7 +320,7 @@ def norm_gate(
             `torch.compile` places results itself: there this does nothing.
 
     Returns:
-        A map of x's shape, dtype and layout. Its gradient cannot be differentiated again.
+        A map of x's shape, dtype and layout. With `group` its gradient cannot be differentiated again.
 
     Raises:
         ValueError: also where the batch has but one value a channel in training, without running statistics where it is
@@ -339,7 +340,7 @@ def norm_gate(
     group = group if training else None
     if group is not None and x.numel() == 0:
         raise ValueError(f"x: expected values on every process of the group; got shape {tuple(x.shape)}")
-    if training and group is None and x.shape[0] * x.shape[2:].numel() == 1:
+    if training and group is None and x.numel() == x.shape[1]:
         raise ValueError(f"x: expected more than one value a channel in training; got shape {tuple(x.shape)}")
 
     over = None
@@ -355,7 +356,7 @@ def norm_gate(
         return gate.flatten(1)
 
     excite = None if excitation is None else checked_excitation
-    backend = _choose("norm_gate", x)
+    backend = _choose("norm_gate", x, *parameters.values(), residual)
     if backend == "reference" or x.numel() == 0:
         return reference.norm_gate(
             x,
@@ -407,7 +408,7 @@ def channel_pool(
     autocast = _check_map(x)
     _check_channel_pool(x)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = _choose("channel_pool", x)
+    backend = _choose("channel_pool", x, weight, bias)
     if backend == "reference":
         return reference.channel_pool(x, order=order, ties=ties, affine=affine, pre_activation=pre_activation)
     return ops.channel_pool(backend, x, weight, bias, *codes)
@@ -462,7 +463,8 @@ def spatial_gate(
     affine_weight, affine_bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
     norm_weight, norm_bias, eps = _check_batch_norm(x, batch_norm, autocast)
-    backend = _choose("spatial_gate" if batch_norm is None else "spatial_gate/batch_norm", x)
+    tensors = weight, bias, norm_weight, norm_bias, affine_weight, affine_bias, residual
+    backend = _choose("spatial_gate" if batch_norm is None else "spatial_gate/batch_norm", x, *tensors)
     if backend == "reference":
         return reference.spatial_gate(
             x,
@@ -477,8 +479,7 @@ def spatial_gate(
             residual=residual,
             post_activation=post_activation,
         )
-    norm = norm_weight, norm_bias
-    y, statistics = ops.spatial_gate(backend, x, weight, bias, *norm, affine_weight, affine_bias, residual, eps, *codes)
+    y, statistics = ops.spatial_gate(backend, x, *tensors, eps, *codes)
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 
@@ -547,7 +548,8 @@ def cbam(
     _check_residual(x, residual)
     excitation = weight1, bias1, weight2, bias2
     norm_weight, norm_bias, eps = _check_batch_norm(x, batch_norm, autocast)
-    backend = _choose("cbam" if batch_norm is None else "cbam/batch_norm", x)
+    tensors = *excitation, spatial_weight, spatial_bias, norm_weight, norm_bias, affine_weight, affine_bias, residual
+    backend = _choose("cbam" if batch_norm is None else "cbam/batch_norm", x, *tensors)
     if backend == "reference":
         return reference.cbam(
             x,
@@ -568,7 +570,6 @@ def cbam(
             residual=residual,
             post_activation=post_activation,
         )
-    tensors = *excitation, spatial_weight, spatial_bias, norm_weight, norm_bias, affine_weight, affine_bias, residual
     y, statistics = ops.cbam(backend, x, *tensors, eps, *codes)
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
@@ -589,7 +590,7 @@ def spatial_logits(pooled: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """
     autocast = _check_map(pooled)
     _check_spatial_convolution("weight", weight, "bias", bias, pooled, autocast)
-    if _choose("spatial_gate", pooled) != "cpu":
+    if _choose("spatial_gate", pooled, weight, bias) != "cpu":
         return reference.spatial_logits(pooled, weight, bias)
     return ops.spatial_logits("cpu", pooled, weight, bias)
 
@@ -683,7 +684,8 @@ def select(
     _check_selection(maps, weight1, bias1, weight2, bias2, groups, autocast)
     affine_weight, affine_bias = _check_branch_affine(maps, affine, autocast)
     count = len(maps)
-    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select", maps[0])
+    parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
+    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select", *maps, *parameters)
     if backend == "reference":
         return reference.select(
             branches,
@@ -698,7 +700,6 @@ def select(
             affine=affine,
             pre_activation=pre_activation,
         )
-    parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
     return ops.select(backend, _read_as_one(branches, maps), *parameters, count, groups, *codes)
 
 
@@ -735,7 +736,7 @@ def select_with(
         _check_tensor("excitation's result", weights, x)
         return weights.reshape(shape)
 
-    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select/with", x)
+    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select/with", *maps, affine_weight, affine_bias)
     if backend == "reference":
         return reference.select_with(branches, checked, paths=paths, affine=affine, pre_activation=pre_activation)
     inputs = _read_as_one(branches, maps)
@@ -749,11 +750,9 @@ def _mean_first(order: Order) -> int:
     raise ValueError(f"order: expected ('max', 'mean') or ('mean', 'max'); got {order!r}")
 
 
-def _choose(op: str, x: Tensor) -> str:
-    """The backend; torch.func transforms see through plain PyTorch only."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "reference"
-    return choose(op, x)
+def _choose(op: str, x: Tensor, *others: Tensor | None) -> str:
+    """The backend; plain PyTorch where the operators may not serve x or one of the others, whatever was asked for."""
+    return choose(op, x) if is_ordinary(x) and are_plain(*others) else "reference"
 
 
 def _check_tensor(argument: str, tensor: Tensor, x: Tensor) -> None:
@@ -767,12 +766,14 @@ def _check_tensor(argument: str, tensor: Tensor, x: Tensor) -> None:
 
 def _check_map(x: Tensor, argument: str = "x") -> bool:
     """Whether autocast is on for x's device; raises for what is no feature map."""
-    _check_tensor(argument, x, x)
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+        _check_tensor(argument, x, x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{argument}: expected (B, C, *spatial) with one to three spatial axes; got shape {tuple(x.shape)}"
         )
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _check_branches(branches: Tensor | Sequence[Tensor], paths: int | None) -> tuple[list[Tensor], bool]:
@@ -860,7 +861,7 @@ def _check_selection(
 def _check_pool(x: Tensor, pool: str) -> None:
     if pool == "avg":
         return
-    positions = x.shape[2:].numel()
+    positions = math.prod(x.shape[2:])
     if positions == 0:
         raise ValueError(f"x: expected at least one spatial position for a maximum; got shape {tuple(x.shape)}")
     if positions >= 2**31:
@@ -883,6 +884,8 @@ def _check_axis_pool(x: Tensor, maxima: bool, channels: bool) -> None:
 
 def _check_parameter(argument: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, autocast: bool) -> None:
     """A parameter of this shape, up to trailing axes of size 1, in x's dtype (any float dtype under autocast)."""
+    if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device:
+        return  # as most are
     _check_tensor(argument, tensor, x)
     found, rank = tensor.shape, len(shape)
     if found != shape and (found[:rank] != shape or any(n != 1 for n in found[rank:])):
@@ -963,7 +966,7 @@ def _check_spatial_convolution(
     _check_parameter(argument, weight, (1, 2, *kernel_size), x, autocast)
     if bias is not None:
         _check_parameter(bias_argument, bias, (1,), x, autocast)
-    if x.shape[2:].numel() == 0:
+    if 0 in x.shape[2:]:
         raise ValueError(f"x: expected at least one spatial position for a convolution; got shape {tuple(x.shape)}")
 
 
@@ -975,7 +978,7 @@ def _check_batch_norm(
     weight, bias, eps = batch_norm
     _check_parameter("batch_norm weight", weight, (1,), x, autocast)
     _check_parameter("batch_norm bias", bias, (1,), x, autocast)
-    if x.shape[0] * x.shape[2:].numel() == 1:
+    if x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"x: expected more than one position for statistics of the batch; got shape {tuple(x.shape)}")
     return weight, bias, float(eps)
 

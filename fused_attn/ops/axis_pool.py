@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .common import define, differentiable_backward, empty_map, wants_graph
+from .common import (
+    below,
+    define,
+    differentiable_backward,
+    differentiable_once,
+    empty_map,
+    needs_node,
+    register_gradients,
+    wants_graph,
+)
 from .squeeze import TIE_NAMES
 
 _POOLS = ("rows", "columns", "plane")
@@ -48,32 +57,46 @@ BACKWARD = define(
 )
 
 
+def _keep(ctx, inputs, kept):
+    ctx.save_for_backward(*inputs, *kept)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, *grads):
+    _, channels, _ = ctx.codes
+    return _gradients_with_map(ctx, None, *grads[: 3 if channels else 2])
+
+
+def _gradients_with_map(ctx, *grads):
+    grads = (*grads, None)[:4]
+    x, *kept = ctx.saved_tensors
+    if all(g is None for g in grads):
+        grad_x = None
+    elif wants_graph():
+        grad_x = _differentiable(ctx, x, grads)
+    else:
+        grad_x = below(BACKWARD[ctx.backend], *grads, x, *kept, *ctx.codes)
+    return None, grad_x
+
+
 class _AxisPool(torch.autograd.Function):
     """The map itself and its pools: the gradient of whatever else uses the map comes through here and meets the pools'
     in one pass."""
 
     @staticmethod
-    def forward(ctx, backend, x, maxima, channels, ties):
-        kept = FORWARD[backend](x, maxima, channels, ties)
-        ctx.save_for_backward(x, *kept)
-        ctx.backend, ctx.codes = backend, (maxima, channels, ties)
-        ctx.set_materialize_grads(False)
-        return x.view_as(x), *kept[: 3 if channels else 2]
+    def forward(ctx, backend, *arguments):
+        x, *codes = arguments
+        kept = below(FORWARD[backend], x, *codes)
+        ctx.backend, ctx.codes = backend, codes
+        _keep(ctx, (x,), kept)
+        return x.view_as(x), *kept[: 3 if codes[1] else 2]
 
     @staticmethod
     def backward(ctx, *grads):
-        grads = (*grads, None)[:4]
-        if all(g is None for g in grads):
-            grad_x = None
-        elif wants_graph():
-            grad_x = _differentiable(ctx, grads)
-        else:
-            grad_x = BACKWARD[ctx.backend](*grads, *ctx.saved_tensors, *ctx.codes)
-        return None, grad_x, None, None, None
+        return *_gradients_with_map(ctx, *grads), None, None, None
 
 
-def _differentiable(ctx, grads):
-    x = ctx.saved_tensors[0]
+def _differentiable(ctx, x, grads):
     maxima, channels, ties = ctx.codes
 
     def function(x):
@@ -85,6 +108,10 @@ def _differentiable(ctx, grads):
 
 def axis_pool(backend, x, maxima, channels, ties) -> tuple[Tensor, ...]:
     """The map itself, then rows, columns and, with `channels`, the plane, as `functional.axis_pool` has them."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_node(x):
         return _AxisPool.apply(backend, x, maxima, channels, ties)
-    return x, *FORWARD[backend](x, maxima, channels, ties)[: 3 if channels else 2]
+    return x, *below(FORWARD[backend], x, maxima, channels, ties)[: 3 if channels else 2]
+
+
+register_gradients(FORWARD, _keep, _gradients, 3)
+differentiable_once(BACKWARD)

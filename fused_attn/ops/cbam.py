@@ -7,12 +7,9 @@ index and statistics (see ops/channel_gate.py and ops/spatial_gate.py).
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from .. import reference
 from .channel_gate import LAYER_NAMES, empty_state
-from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
+from .common import below, define, differentiable, differentiable_backward, empty_map, like_or_none, wants_graph
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
 from .spatial_gate import ORDER_NAMES
 from .spatial_gate import empty_state as empty_spatial_state
@@ -55,39 +52,35 @@ BACKWARD = define(
 )
 
 
-class _Cbam(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, *arguments):
-        parameters, residual, codes = arguments[:10], arguments[10], arguments[11:]
-        y, *states = FORWARD[backend](x, *arguments)
-        ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), *states)
-        ctx.backend, ctx.codes = backend, codes
-        ctx.mark_non_differentiable(states[-1])
-        return y, states[-1]
+def _keep(ctx, inputs, results):
+    y, *states = results
+    ctx.save_for_backward(*inputs[:-1], *saved_for_epilogue(y, inputs[-1], ctx.codes[-1]), *states)
+    ctx.mark_non_differentiable(states[-1])
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        x, *parameters, y, residual, channel_state, channel_index, state, index, statistics = ctx.saved_tensors
-        if wants_graph():
-            grads = _differentiable(ctx, x, parameters, y, residual, grad)
-        else:
-            grad_x, grad_residual, *grads = BACKWARD[ctx.backend](
-                grad, x, y, channel_state, channel_index, state, index, statistics, *parameters, residual, *ctx.codes
-            )
-            if not ctx.needs_input_grad[12]:
-                grad_residual = None
-            elif ctx.codes[-1] == IDENTITY:
-                grad_residual = grad
-            absent = (p is None for p in parameters)
-            grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
-        return None, *grads, *(None,) * len(ctx.codes)
+
+def _gradients(ctx, grad, *_):
+    x, *parameters, y, residual, channel_state, channel_index, state, index, statistics = ctx.saved_tensors
+    if wants_graph():
+        grads = _differentiable(ctx, x, parameters, y, residual, grad)
+    else:
+        states = channel_state, channel_index, state, index, statistics
+        grad_x, grad_residual, *grads = below(
+            BACKWARD[ctx.backend], grad, x, y, *states, *parameters, residual, *ctx.codes
+        )
+        if not ctx.needs_input_grad[12]:
+            grad_residual = None
+        elif ctx.codes[-1] == IDENTITY:
+            grad_residual = grad
+        absent = (p is None for p in parameters)
+        grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
+    return None, *grads
 
 
 def _differentiable(ctx, x, parameters, y, residual, grad):
     eps, *codes = ctx.codes
     layer, pool, channel_ties, activation, channel_gate, mean_first, spatial_ties, spatial_gate, pre, post = codes
     post_activation = ACTIVATION_NAMES[post]
-    needs = ctx.needs_input_grad[1:13]
+    needs = ctx.needs_input_grad[1:]
     recomputed = residual is not None or post_activation not in ("identity", "relu")
     grad = before_epilogue(grad, y)
 
@@ -116,9 +109,6 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
     return grads if recomputed else (*grads[:11], grad if needs[11] else None)
 
 
-def cbam(backend, *arguments) -> tuple[Tensor, Tensor]:
-    """(y, statistics): the gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if needs_grad(*arguments[:12]):
-        return _Cbam.apply(backend, *arguments)
-    y, *_, statistics = FORWARD[backend](*arguments)
-    return y, statistics
+#: cbam(backend, *arguments): (y, statistics), the gated map in x's dtype and layout; `arguments` as in the operator's
+#: schema.
+cbam = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=lambda results: (results[0], results[-1]))

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import LAYERS, TIES
-from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
+from .common import (
+    accumulator,
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    like_or_none,
+    wants_graph,
+)
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
 from .squeeze import AVG, BOTH, POOL_NAMES, TIE_NAMES
 
@@ -101,39 +110,33 @@ BACKWARD = define(
 )
 
 
-class _ChannelGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes):
-        parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
-        y, state, index = FORWARD[backend](x, *parameters, residual, *codes)
-        ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), state, index)
-        ctx.backend, ctx.codes = backend, codes
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, *parameters, y, residual, state, index = ctx.saved_tensors
-        if wants_graph():
-            grads = _differentiable(ctx, grad)
-        else:
-            grad_x, grad_residual, *grads = BACKWARD[ctx.backend](
-                grad, x, y, state, index, *parameters, residual, *ctx.codes
-            )
-            if not ctx.needs_input_grad[8]:
-                grad_residual = None
-            elif ctx.codes[-1] == IDENTITY:
-                grad_residual = grad
-            absent = (p is None for p in parameters)
-            grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
-        return None, *grads, *(None,) * len(ctx.codes)
+def _keep(ctx, inputs, results):
+    y, state, index = results
+    ctx.save_for_backward(*inputs[:-1], *saved_for_epilogue(y, inputs[-1], ctx.codes[-1]), state, index)
 
 
-def _differentiable(ctx, grad):
-    x, *parameters, y, residual, _, _ = ctx.saved_tensors
+def _gradients(ctx, grad):
+    x, *parameters, y, residual, state, index = ctx.saved_tensors
+    if wants_graph():
+        grads = _differentiable(ctx, (x, *parameters, residual), y, grad)
+    else:
+        grad_x, grad_residual, *grads = below(
+            BACKWARD[ctx.backend], grad, x, y, state, index, *parameters, residual, *ctx.codes
+        )
+        if not ctx.needs_input_grad[8]:
+            grad_residual = None
+        elif ctx.codes[-1] == IDENTITY:
+            grad_residual = grad
+        absent = (p is None for p in parameters)
+        grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
+    return None, *grads
+
+
+def _differentiable(ctx, inputs, y, grad):
     layer, pool, ties, *activations = ctx.codes
     activation, gate, pre_activation, post_activation = (ACTIVATION_NAMES[c] for c in activations)
-    needs = ctx.needs_input_grad[1:9]
-    recomputed = residual is not None or post_activation not in ("identity", "relu")
+    needs = ctx.needs_input_grad[1:]
+    recomputed = inputs[-1] is not None or post_activation not in ("identity", "relu")
     grad = before_epilogue(grad, y)
 
     def function(x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual):
@@ -154,12 +157,9 @@ def _differentiable(ctx, grad):
             post_activation=post_activation if recomputed else "identity",
         )
 
-    grads = differentiable_backward(function, (x, *parameters, residual), needs, grad)
+    grads = differentiable_backward(function, inputs, needs, grad)
     return grads if recomputed else (*grads[:7], grad if needs[7] else None)
 
 
-def channel_gate(backend, *arguments) -> Tensor:
-    """The gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if needs_grad(*arguments[:8]):
-        return _ChannelGate.apply(backend, *arguments)
-    return FORWARD[backend](*arguments)[0]
+#: channel_gate(backend, *arguments): the gated map, in x's dtype and layout; `arguments` as in the operator's schema.
+channel_gate = differentiable(FORWARD, BACKWARD, _keep, _gradients)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import reference
-from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
+from .common import below, define, differentiable, differentiable_backward, empty_map, like_or_none, wants_graph
 from .scale import ACTIVATION_NAMES
 from .spatial_gate import ORDER_NAMES
 from .squeeze import TIE_NAMES
@@ -32,27 +31,22 @@ BACKWARD = define(
 )
 
 
-class _ChannelPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, affine_weight, affine_bias, *codes):
-        pooled, index = FORWARD[backend](x, affine_weight, affine_bias, *codes)
-        ctx.save_for_backward(x, affine_weight, affine_bias, pooled, index)
-        ctx.backend, ctx.codes = backend, codes
-        return pooled
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, affine_weight, affine_bias, pooled, index = ctx.saved_tensors
-        if wants_graph():
-            grads = _differentiable(ctx, x, affine_weight, affine_bias, grad)
-        else:
-            grads = BACKWARD[ctx.backend](grad, x, pooled, index, affine_weight, affine_bias, *ctx.codes)
-            if affine_weight is None:
-                grads = (grads[0], None, None)
-        return None, *grads, *(None,) * len(ctx.codes)
+def _keep(ctx, inputs, results):
+    ctx.save_for_backward(*inputs, *results)
 
 
-def _differentiable(ctx, x, affine_weight, affine_bias, grad):
+def _gradients(ctx, grad):
+    x, affine_weight, affine_bias, pooled, index = ctx.saved_tensors
+    if wants_graph():
+        grads = _differentiable(ctx, (x, affine_weight, affine_bias), grad)
+    else:
+        grads = below(BACKWARD[ctx.backend], grad, x, pooled, index, affine_weight, affine_bias, *ctx.codes)
+        if affine_weight is None:
+            grads = (grads[0], None, None)
+    return None, *grads
+
+
+def _differentiable(ctx, inputs, grad):
     pre_activation, mean_first, ties = ctx.codes
 
     def function(x, weight, bias):
@@ -64,11 +58,8 @@ def _differentiable(ctx, x, affine_weight, affine_bias, grad):
             pre_activation=ACTIVATION_NAMES[pre_activation],
         )
 
-    return differentiable_backward(function, (x, affine_weight, affine_bias), ctx.needs_input_grad[1:4], grad)
+    return differentiable_backward(function, inputs, ctx.needs_input_grad[1:], grad)
 
 
-def channel_pool(backend, *arguments) -> Tensor:
-    """(B, 2, *spatial) in x's dtype, contiguous; `arguments` as in the operator's schema."""
-    if needs_grad(*arguments[:3]):
-        return _ChannelPool.apply(backend, *arguments)
-    return FORWARD[backend](*arguments)[0]
+#: channel_pool(backend, *arguments): (B, 2, *spatial), contiguous, in x's dtype; `arguments` as in the schema.
+channel_pool = differentiable(FORWARD, BACKWARD, _keep, _gradients)

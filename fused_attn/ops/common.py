@@ -1,17 +1,27 @@
-"""What every op file needs: definition of an operator's overloads, layouts, and double backward.
+"""What every op file needs: definition of an operator's overloads, its gradients, layouts, and double backward.
 
 The schema and the fake kernel are defined here in Python, so that both exist where the native library does
 not. The native library registers `.cpu` and `.cuda`; `.triton` imports its kernel at the first call.
+
+Every operator has an Autograd kernel, so that a program which holds it (exported, compiled, traced) has the gradients
+of the function that it came from. That kernel is Python and costs as much as a small map; a caller in Python makes
+autograd's node itself, where one is needed, and calls past it (`below`). Both nodes are made of the same two functions:
+keep(ctx, inputs, results), which saves, and gradients(ctx, *grads), which returns None and then a gradient an input.
+The inputs are the arguments up to the codes behind them, lists flattened; ctx.codes and ctx.backend are set.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
 BACKENDS = ("cpu", "triton", "cuda")
@@ -19,8 +29,16 @@ BACKENDS = ("cpu", "triton", "cuda")
 #: What `fused_attn.backends.OPS` calls an op -> the operators that it is made of.
 OPERATORS: dict[str, list[str]] = {}
 
+#: One overload a backend.
+Overloads = dict[str, torch._ops.OpOverload]
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_in_dynamo = torch.compiler.is_dynamo_compiling
 
-def define(name: str, schema: str, fake: Callable, module: str | None = None) -> dict[str, torch._ops.OpOverload]:
+Keep = Callable[[Any, Sequence[Any], Any], None]
+Gradients = Callable[..., tuple[Tensor | None, ...]]
+
+
+def define(name: str, schema: str, fake: Callable, module: str | None = None) -> Overloads:
     """Define `fused_attn::name` with one overload a backend, all with this schema and fake kernel.
 
     The Triton kernel is the function of that name in `fused_attn.kernels.<module>`, by default the operator's own.
@@ -39,6 +57,197 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None) ->
         LIBRARY.impl(f"{name}.triton", triton_kernel, "CPU")
     packet = getattr(torch.ops.fused_attn, name)
     return {backend: getattr(packet, backend) for backend in BACKENDS}
+
+
+def below(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """op(*arguments) past its Autograd kernel. Dynamo's graph gets the operator itself, for gradients to come."""
+    if _in_dynamo():
+        return op(*arguments)
+    guard = _BelowAutograd()
+    try:
+        return op._op(*arguments)
+    finally:
+        del guard  # now, not when a traceback lets go of this frame
+
+
+class _Rule(NamedTuple):
+    """What the Autograd kernel of an operator does where a gradient is needed."""
+
+    op: torch._ops.OpOverload
+    backend: str
+    keep: Keep
+    gradients: Gradients
+    outputs: int
+    codes: int
+
+
+class _Call(NamedTuple):
+    rule: _Rule
+    spec: TreeSpec
+    results_spec: list[TreeSpec]  # empty before the call
+
+
+class _Operator(torch.autograd.Function):
+    """The node of an operator that was called by itself: all its results, lists flattened."""
+
+    @staticmethod
+    def forward(ctx, call, *leaves):
+        rule, spec, results_spec = call
+        results = below(rule.op, *tree_unflatten(list(leaves), spec))
+        last = len(leaves) - rule.codes
+        ctx.rule, ctx.spec, ctx.backend, ctx.codes = rule, spec, rule.backend, leaves[last:]
+        rule.keep(ctx, leaves[:last], results)
+        flat, found = tree_flatten(results)
+        results_spec.append(found)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*flat[rule.outputs :])
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grads = grads[: ctx.rule.outputs]
+        found = () if all(g is None for g in grads) else ctx.rule.gradients(ctx, *grads)
+        return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+
+
+def _codes_of(op: torch._ops.OpOverload) -> int:
+    """How many arguments stand behind the last tensor."""
+    is_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
+    return is_tensor[::-1].index(True)
+
+
+def register_gradients(overloads: Overloads, keep: Keep, gradients: Gradients, outputs: int) -> None:
+    """Give each overload its Autograd kernel. outputs: how many of the leading results have gradients."""
+
+    def register(backend: str, op: torch._ops.OpOverload) -> None:
+        rule = _Rule(op, backend, keep, gradients, outputs, _codes_of(op))
+
+        def kernel(*arguments):
+            leaves, spec = tree_flatten(arguments)
+            # A dual number goes to the node too, which says that it has no tangents.
+            if forward_ad._current_level < 0 and not needs_grad(*(t for t in leaves if isinstance(t, Tensor))):
+                return below(op, *arguments)
+            call = _Call(rule, spec, [])
+            return tree_unflatten(list(_Operator.apply(call, *leaves)), call.results_spec[0])
+
+        LIBRARY.impl(op._name.removeprefix("fused_attn::"), kernel, "Autograd")
+
+    for backend, op in overloads.items():
+        register(backend, op)
+
+
+def not_differentiable(overloads: Overloads) -> None:
+    """For an operator that writes over an argument: where a gradient is needed it raises, before it writes."""
+
+    def register(op: torch._ops.OpOverload) -> None:
+        def kernel(*arguments):
+            if needs_grad(*(t for t in arguments if isinstance(t, Tensor))):
+                raise RuntimeError(f"{op._name}: has no gradient, because it writes over a map")
+            return below(op, *arguments)
+
+        LIBRARY.impl(op._name.removeprefix("fused_attn::"), kernel, "Autograd")
+
+    for op in overloads.values():
+        register(op)
+
+
+def as_it_is(results: Any) -> Any:
+    return results
+
+
+def first(results: Any) -> Any:
+    return results[0]
+
+
+def differentiable(
+    overloads: Overloads,
+    backward: Overloads,
+    keep: Keep,
+    gradients: Gradients,
+    *,
+    outputs: int = 1,
+    shown: Callable[[Any], Any] = first,
+) -> Callable[..., Any]:
+    """Give the overloads their gradients, and return what Python calls them by: call(backend, *arguments).
+
+    Their arguments are tensors, then codes; a list of tensors, where there is one, is the first.
+
+    Args:
+        backward: the operator that `gradients` calls.
+        outputs: how many of the leading results have gradients.
+        shown: from the results to what `call` returns; `keep` marks what of that has no gradient.
+    """
+    register_gradients(overloads, keep, gradients, outputs)
+    differentiable_once(backward)
+    any_overload = next(iter(overloads.values()))
+    arguments = any_overload._schema.arguments
+    count, listed = len(arguments) - _codes_of(any_overload), str(arguments[0].type) == "List[Tensor]"
+
+    def forward(ctx, where, *inputs):
+        ctx.backend, ctx.codes = backend, codes = where
+        if listed:
+            results = below(overloads[backend], inputs[: 1 - count], *inputs[1 - count :], *codes)
+        else:
+            results = below(overloads[backend], *inputs, *codes)
+        keep(ctx, inputs, results)
+        return shown(results)
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    node: Any = type(any_overload._opname.title().replace("_", ""), (torch.autograd.Function,), functions)
+
+    def call(backend, *arguments):
+        if torch.is_grad_enabled():
+            inputs = (*arguments[0], *arguments[1:count]) if listed else arguments[:count]
+            for tensor in inputs:
+                if tensor is not None and tensor.requires_grad:
+                    if torch.compiler.is_compiling():
+                        return shown(overloads[backend](*arguments))
+                    return node.apply((backend, arguments[count:]), *inputs)
+        return shown(below(overloads[backend], *arguments))
+
+    return call
+
+
+def differentiable_by_reference(overloads: Overloads, function: Callable[..., Sequence[Tensor]], outputs: int) -> None:
+    """Gradients of an operator that no caller in Python differentiates by itself: those of plain PyTorch.
+
+    function: from the operator's arguments to its first `outputs` results.
+    """
+
+    def keep(ctx, inputs, results):
+        leaves = *inputs, *ctx.codes
+        ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    def gradients(ctx, *grads):
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if is_tensor else None for is_tensor in ctx.is_tensor]
+
+        def of_tensors(*tensors):
+            leaves = [other if t is None else t for t, other in zip(tensors, ctx.others, strict=True)]
+            results = function(*tree_unflatten(leaves, ctx.spec))
+            return [r for r, g in zip(results, grads, strict=True) if g is not None]
+
+        given = [g for g in grads if g is not None]
+        return None, *differentiable_backward(of_tensors, inputs, ctx.needs_input_grad[1:], given)
+
+    register_gradients(overloads, keep, gradients, outputs)
+
+
+def differentiable_once(overloads: Overloads) -> None:
+    """For operators of a backward: what is computed of their results' gradients raises, and is not zero in silence."""
+
+    def keep(ctx, inputs, results):
+        pass
+
+    def gradients(ctx, *grads):
+        raise RuntimeError(
+            f"{ctx.rule.op._name}: the gradient of a gradient is not in this graph; differentiate the function that it"
+            " was made from, with create_graph=True"
+        )
+
+    register_gradients(overloads, keep, gradients, sys.maxsize)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -71,17 +280,26 @@ def differentiable_backward(
     needs_grad: Sequence[bool],
     grads: Tensor | Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated again: the reference recomputed from the saved inputs.
+    """The reference's gradients, recomputed from the saved inputs; they too can be differentiated.
 
-    Only taken with `create_graph=True`; it costs what eager costs.
+    It costs what eager costs. needs_grad: of the inputs, and of what follows them.
     """
+    needs_grad = needs_grad[: len(inputs)]
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Each input under a name of its own: one that was computed from another (a gate from the map) would pass its
         # gradient on to that one here, and once more outside.
         inputs = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t, needed in zip(inputs, needs_grad, strict=True) if needed and t is not None]
         outputs = function(*inputs)
-        found = torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        grads = [grads] if isinstance(grads, Tensor) else grads
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        if not pairs:
+            return (None,) * len(inputs)
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+        )
     remaining = iter(found)
     return tuple(
         next(remaining) if needed and t is not None else None for t, needed in zip(inputs, needs_grad, strict=True)
@@ -93,6 +311,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def needs_node(*tensors: Tensor | None) -> bool:
+    """The same where an `autograd.Function` is made of several operators. An exported program has none: it holds the
+    operators, and differentiates them one by one."""
+    return needs_grad(*tensors) and not torch.compiler.is_exporting()
+
+
 def wants_graph() -> bool:
-    """Inside a backward: whether it was asked for with `create_graph=True`."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Inside a backward: whether what it does is differentiated: by `create_graph=True`, or by dual numbers."""
+    return (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling()

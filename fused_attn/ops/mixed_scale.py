@@ -6,12 +6,18 @@ gradients from the same pass.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from .. import reference
 from ..codes import COMBINES
-from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
+from .common import (
+    as_it_is,
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    like_or_none,
+    wants_graph,
+)
 
 COMBINE_NAMES = tuple(COMBINES)
 
@@ -37,22 +43,18 @@ BACKWARD = define(
 )
 
 
-class _MixedScale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, channel, spatial, rows, columns, combine):
-        ctx.save_for_backward(x, channel, spatial, rows, columns)
-        ctx.backend, ctx.combine = backend, combine
-        return FORWARD[backend](x, channel, spatial, rows, columns, combine)
+def _keep(ctx, inputs, y):
+    ctx.save_for_backward(*inputs)
 
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        if wants_graph():
-            grads = differentiable_backward(_reference(ctx.combine), inputs, ctx.needs_input_grad[1:6], grad)
-        else:
-            grads = BACKWARD[ctx.backend](grad, *inputs, ctx.combine)
-            grads = tuple(None if given is None else found for given, found in zip(inputs, grads, strict=True))
-        return None, *grads, None
+
+def _gradients(ctx, grad):
+    inputs = ctx.saved_tensors
+    if wants_graph():
+        grads = differentiable_backward(_reference(*ctx.codes), inputs, ctx.needs_input_grad[1:], grad)
+    else:
+        grads = below(BACKWARD[ctx.backend], grad, *inputs, *ctx.codes)
+        grads = tuple(None if given is None else found for given, found in zip(inputs, grads, strict=True))
+    return None, *grads
 
 
 def _reference(combine: int):
@@ -63,9 +65,6 @@ def _reference(combine: int):
     return function
 
 
-def mixed_scale(backend, x, channel, spatial, rows, columns, combine) -> Tensor:
-    """The scaled map, in x's dtype and layout; channel is (B, C)."""
-    arguments = (x, channel, spatial, rows, columns, combine)
-    if needs_grad(*arguments[:5]):
-        return _MixedScale.apply(backend, *arguments)
-    return FORWARD[backend](*arguments)
+#: mixed_scale(backend, x, channel, spatial, rows, columns, combine): the scaled map, in x's dtype and layout; channel
+#: is (B, C).
+mixed_scale = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=as_it_is)

@@ -14,8 +14,9 @@ From the sums come the gradient of g, through the excitation that of s, and with
 grad_bias = sum(dv), grad_weight = sum(dv xhat), grad_x = a (dv - grad_bias / n - xhat grad_weight / n).
 
 Autograd runs the excitation, so there are two functions: `_Normalise`, from x to s, and `_Gate`, from g to y. `_Gate`
-hands h and its sums to `_Normalise`, which then writes grad_x once: h as the gradient of x, which comes to it through
-`_Normalise`, and the sums as that of a carrier (a tensor without values).
+hands h and its sums to `_Normalise`, which then writes grad_x once: as the gradients of two carriers, tensors without
+values. Where gradients are differentiated again, each gives those of its own inputs by plain PyTorch and the carriers
+none. An exported program has neither, but the operators, whose own gradients are plain PyTorch, too.
 
 With a process group the statistics are those of all its processes, as SyncBatchNorm's: one all_gather of (mean, squared
 distances, count) forward, one all_reduce of the two sums backward; the parameters' gradients stay each process's own.
@@ -31,10 +32,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from .common import accumulator, define, empty_map, is_channels_last, needs_grad, wants_graph
-from .scale import IDENTITY, RELU
+from .. import reference
+from ..codes import FUNCTIONS
+from ..reference.squeeze import per_channel, prologue, space
+from .common import (
+    accumulator,
+    below,
+    define,
+    differentiable_backward,
+    differentiable_by_reference,
+    differentiable_once,
+    empty_map,
+    is_channels_last,
+    needs_node,
+    not_differentiable,
+    wants_graph,
+)
+from .scale import ACTIVATION_NAMES, IDENTITY, RELU
 from .squeeze import AVG
 from .squeeze import FORWARD as SQUEEZE
 
@@ -56,13 +73,16 @@ def _fake_coefficients(x, moments, weight, bias, eps, wants_descriptor):
     )
 
 
+def _lies_by_position(x: Tensor) -> bool:
+    """Whether the bits of a map lie in rows of channels, one a position, and not in rows of positions."""
+    return math.prod(x.shape[2:]) == 1 or (is_channels_last(x) and not x.is_contiguous())
+
+
 def _fake_bits(x, keep_bits):
     if not keep_bits:
         return x.new_empty(0, dtype=torch.uint8)
     (batch, channels), positions = x.shape[:2], math.prod(x.shape[2:])
-    rows, length = channels, positions
-    if positions == 1 or (is_channels_last(x) and not x.is_contiguous()):
-        rows, length = positions, channels
+    rows, length = (positions, channels) if _lies_by_position(x) else (channels, positions)
     return x.new_empty((batch, rows, (length + 7) // 8), dtype=torch.uint8)
 
 
@@ -151,18 +171,18 @@ GRADIENTS = define(
 Statistics = tuple[Tensor, Tensor]
 
 
-def _refuse_double_backward() -> None:
-    if wants_graph():
-        raise RuntimeError("norm_gate: its gradient cannot be differentiated again; use backend('reference') for that")
-
-
-def _group_statistics(moments: Tensor, positions: int, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean, biased variance, distance of each sample's mean from it, count) by Chan's formula: nothing cancels."""
+def _batch_statistics(moments: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, sum of squared distances, distance of each sample's mean from it) by Chan's formula: nothing cancels."""
     pivot, rest, squares = moments.unbind(1)
     offsets = (pivot - pivot[:1]) + rest
     middle = offsets.mean(0)
     distances = offsets - middle
-    mean, total = pivot[0] + middle, squares.sum(0) + positions * distances.square().sum(0)
+    return pivot[0] + middle, squares.sum(0) + positions * distances.square().sum(0), distances
+
+
+def _group_statistics(moments: Tensor, positions: int, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean, biased variance, distance of each sample's mean from it, count) of all processes."""
+    mean, total, distances = _batch_statistics(moments, positions)
     mine = torch.cat([mean, total, total.new_tensor([positions * moments.shape[0]])])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
@@ -171,7 +191,7 @@ def _group_statistics(moments: Tensor, positions: int, group: Any) -> tuple[Tens
     # From the first process's mean, for the same reason as from the first pivot.
     middle = ((means - means[0]) * counts).sum(0) / count
     total = totals.sum(0) + (counts * (means - means[0] - middle).square()).sum(0)
-    distances += mean - (means[0] + middle)
+    distances = distances + (mean - (means[0] + middle))
     return means[0] + middle, total / count, distances, count
 
 
@@ -182,14 +202,14 @@ def _normalise(
     the batch, which are returned."""
     if statistics is None and group is None:
         of_mean = wants_descriptor and activation == IDENTITY
-        norm, unbiased, s = COEFFICIENTS[backend](x, MOMENTS[backend](x), weight, bias, eps, of_mean)
+        norm, unbiased, s = below(COEFFICIENTS[backend], x, below(MOMENTS[backend], x), weight, bias, eps, of_mean)
         if wants_descriptor and not of_mean:
             a, b, *_ = norm.unbind()
-            s = SQUEEZE[backend](x, a, b, activation, AVG, 0)[0]
+            s = below(SQUEEZE[backend], x, a, b, activation, AVG, 0)[0]
         return norm, unbiased, s, None
     dtype, distances = accumulator(x.dtype), None
     if statistics is None:
-        mean, var, distances, count = _group_statistics(MOMENTS[backend](x), x.shape[2:].numel(), group)
+        mean, var, distances, count = _group_statistics(below(MOMENTS[backend], x), math.prod(x.shape[2:]), group)
         unbiased = var * (count / (count - 1))
     else:
         mean, var = (t.to(dtype, copy=True) for t in statistics)
@@ -203,7 +223,7 @@ def _normalise(
         s = a * distances
         s = (s if bias is None else s + bias.to(dtype)).to(x.dtype)
     else:
-        s = SQUEEZE[backend](x, a, b, activation, AVG, 0)[0]
+        s = below(SQUEEZE[backend], x, a, b, activation, AVG, 0)[0]
     return torch.stack([a, b, mean, rstd]), unbiased, s, count
 
 
@@ -211,7 +231,7 @@ def _group_factors(x, sums, grad_s, norm, count, group, needs_x) -> tuple[Tensor
     """`norm_factors` where the statistics are those of a process group; the last two are for the gradient of x."""
     a, rstd = norm[0], norm[3]
     _, h, h_c, slope, slope_c, gate = sums.unbind(1)
-    pooled = torch.zeros_like(gate) if grad_s is None else grad_s.to(norm.dtype) / x.shape[2:].numel()
+    pooled = torch.zeros_like(gate) if grad_s is None else grad_s.to(norm.dtype) / math.prod(x.shape[2:])
     to_bias = (gate * h + pooled * slope).sum(0)
     to_weight = rstd * (gate * h_c + pooled * slope_c).sum(0)
     totals = torch.stack([to_bias, to_weight])
@@ -221,15 +241,23 @@ def _group_factors(x, sums, grad_s, norm, count, group, needs_x) -> tuple[Tensor
     return to_weight, to_bias, torch.stack([gate, pooled], 1) * a, constants
 
 
+def _normalised(x, weight, bias, norm, eps: float | None) -> Tensor:
+    """BatchNorm in plain PyTorch; eps: with the batch's statistics, None: with those in norm."""
+    if eps is not None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    _, _, mean, rstd = norm
+    values = (x.to(norm.dtype) - per_channel(mean, x)) * per_channel(rstd, x)
+    values = values if weight is None else values * per_channel(weight, x)
+    return (values if bias is None else values + per_channel(bias, x)).to(x.dtype)
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, weight, bias, statistics, eps, activation, wants_descriptor, group):
-        norm, unbiased, s, ctx.count = _normalise(
-            backend, x, weight, bias, statistics, eps, activation, wants_descriptor, group
-        )
-        ctx.group = group
+    def forward(ctx, backend, x, weight, bias, options):
+        norm, unbiased, s, ctx.count = _normalise(backend, x, weight, bias, *options)
+        statistics, eps, activation, _, ctx.group = options
         ctx.save_for_backward(x, weight, bias, norm)
-        ctx.backend, ctx.activation, ctx.of_batch = backend, activation, statistics is None
+        ctx.backend, ctx.activation, ctx.eps = backend, activation, eps if statistics is None else None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(norm, unbiased)
         batch, channels = x.shape[:2]
@@ -238,64 +266,111 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_s, h, sums, *_):
-        _refuse_double_backward()
-        if h is None:
-            return (None,) * 9
         x, weight, bias, norm = ctx.saved_tensors
         grad_s = None if grad_s is None or grad_s.numel() == 0 else grad_s
+        if h is None:
+            if grad_s is None:
+                return (None,) * 5
+            _refuse_group(ctx.group)
+
+            def descriptor(x, weight, bias):
+                u = FUNCTIONS[ACTIVATION_NAMES[ctx.activation]](_normalised(x, weight, bias, norm, ctx.eps))
+                return u.mean(space(x))
+
+            needs = ctx.needs_input_grad[1:4]
+            return None, *differentiable_backward(descriptor, (x, weight, bias), needs, grad_s), None
         grad_x, needs_x = None, ctx.needs_input_grad[1]
         if ctx.group is None:
-            found = FACTORS[ctx.backend](x, sums, grad_s, norm, ctx.of_batch)
+            found = below(FACTORS[ctx.backend], x, sums, grad_s, norm, ctx.eps is not None)
         else:
             found = _group_factors(x, sums, grad_s, norm, ctx.count, ctx.group, needs_x)
         to_weight, to_bias, factors, constants = found
         if needs_x:
-            grad_x = GRADIENTS[ctx.backend](h, x, norm, factors, constants, ctx.activation)
+            grad_x = below(GRADIENTS[ctx.backend], h, x, norm, factors, constants, ctx.activation)
         grad_weight = None if weight is None else to_weight.to(weight.dtype)
         grad_bias = None if bias is None else to_bias.to(bias.dtype)
-        return None, grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return None, grad_x, grad_weight, grad_bias, None
+
+
+def _refuse_group(group: Any) -> None:
+    if group is not None:
+        raise RuntimeError(
+            "norm_gate: with a process group its gradient cannot be differentiated again; use backend('reference')"
+        )
 
 
 def _scale(backend, x, gate, norm, residual, over, activation, post_activation, keep_bits) -> tuple[Tensor, Tensor]:
     """(y, bits); over: the map that y is written over, None: a new one."""
     if over is None:
-        return SCALE[backend](x, gate, norm, residual, activation, post_activation, keep_bits)
-    bits = SCALE_INTO[backend](x, gate, norm, residual, over, activation, post_activation, keep_bits)
+        return below(SCALE[backend], x, gate, norm, residual, activation, post_activation, keep_bits)
+    bits = below(SCALE_INTO[backend], x, gate, norm, residual, over, activation, post_activation, keep_bits)
     if not over.is_inference():
         torch.autograd.graph.increment_version(over)  # whoever kept it for a backward is told so there
     return over, bits
 
 
 class _Gate(torch.autograd.Function):
+    """weight, bias and eps (None: running statistics) are for gradients that are differentiated again."""
+
     @staticmethod
-    def forward(ctx, backend, x, norm, gate, sums, residual, activation, post_activation, inplace):
+    def forward(ctx, backend, x, norm, gate, carrier, sums, residual, weight, bias, options):
+        ctx.eps, ctx.group, activation, post_activation, inplace = options
         relu = post_activation == RELU
         over = residual if inplace else None
         y, bits = _scale(backend, x, gate, norm, residual, over, activation, post_activation, relu)
         if inplace:
             ctx.mark_dirty(y)
         kept = None if relu or post_activation == IDENTITY else residual
-        ctx.save_for_backward(x, norm, gate, bits if relu else None, kept)
+        ctx.save_for_backward(x, norm, gate, bits if relu else None, kept, weight, bias)
         ctx.backend, ctx.codes = backend, (activation, post_activation)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_double_backward()
-        x, norm, gate, bits, residual = ctx.saved_tensors
-        sums, h = DOTS[ctx.backend](grad, x, bits, residual, norm, gate, *ctx.codes)
+        x, norm, gate, bits, residual, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if wants_graph():
+            _refuse_group(ctx.group)
+            inputs = x, weight, bias, gate, residual
+            to_x, to_weight, to_bias, to_gate, to_residual = _differentiable(ctx, inputs, norm, bits, grad)
+            return None, to_x, None, to_gate, None, None, to_residual, to_weight, to_bias, None
+        sums, h = below(DOTS[ctx.backend], grad, x, bits, residual, norm, gate, *ctx.codes)
         if ctx.codes[1] == IDENTITY:
             h = grad
-        needs = ctx.needs_input_grad
-        return (
-            None,
-            h if needs[1] else None,
-            None,
-            sums.select(1, 0).to(gate.dtype) if needs[3] else None,
-            sums if needs[4] else None,
-            h if needs[5] else None,
-            *(None, None, None),
-        )
+        to_gate = sums.select(1, 0).to(gate.dtype) if needs[3] else None
+        carriers = h if needs[4] else None, sums if needs[5] else None
+        return None, None, None, to_gate, *carriers, h if needs[6] else None, None, None, None
+
+
+def _differentiable(ctx, inputs, norm, bits, grad):
+    activation, post_activation = (ACTIVATION_NAMES[c] for c in ctx.codes)
+    _, needs_x, _, needs_gate, _, _, needs_residual, *needs_parameters = ctx.needs_input_grad[:9]
+    recomputed = post_activation not in ("identity", "relu")
+    if bits is not None:
+        grad = grad * _unpacked(bits, inputs[0]).to(grad.dtype)
+
+    def function(x, weight, bias, gate, residual):
+        u = FUNCTIONS[activation](_normalised(x, weight, bias, norm, ctx.eps))
+        return _epilogue(u, gate, residual, post_activation if recomputed else "identity")
+
+    needs = needs_x, *needs_parameters, needs_gate, needs_residual
+    *grads, to_residual = differentiable_backward(function, inputs, needs, grad)
+    return *grads, to_residual if recomputed or not needs_residual else grad
+
+
+def _epilogue(u: Tensor, gate: Tensor | None, residual: Tensor | None, post_activation: str) -> Tensor:
+    if gate is not None:
+        return reference.scale(u, gate, residual=residual, post_activation=post_activation)
+    return FUNCTIONS[post_activation](u if residual is None else u + residual)
+
+
+def _unpacked(bits: Tensor, x: Tensor) -> Tensor:
+    """The bits of `norm_scale`, one an element, 0 or 1, of x's shape."""
+    values = (bits.unsqueeze(3) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    channels, positions = x.shape[1], math.prod(x.shape[2:])
+    if _lies_by_position(x):
+        return values.flatten(2)[..., :channels].transpose(1, 2).reshape(x.shape)
+    return values.flatten(2)[..., :positions].reshape(x.shape)
 
 
 def norm_gate(
@@ -317,15 +392,49 @@ def norm_gate(
     written over, the residual, or x with gradients disabled."""
     if not (x.is_contiguous() or is_channels_last(x)):
         x = x.contiguous()  # once, and not in every pass
-    arguments = (backend, x, weight, bias, statistics, eps, activation, excitation is not None, group)
-    sums = None
-    if needs_grad(x, weight, bias):
-        s, x, sums, norm, unbiased = _Normalise.apply(*arguments)
+    options = statistics, eps, activation, excitation is not None, group
+    carrier = sums = None
+    if needs_node(x, weight, bias):
+        s, carrier, sums, norm, unbiased = _Normalise.apply(backend, x, weight, bias, options)
     else:
-        norm, unbiased, s, _ = _normalise(*arguments)
+        norm, unbiased, s, _ = _normalise(backend, x, weight, bias, *options)
     gate = None if excitation is None else excitation(s)
-    if needs_grad(gate, residual, sums):
-        y = _Gate.apply(backend, x, norm, gate, sums, residual, activation, post_activation, over is not None)
+    if needs_node(gate, residual, sums):
+        eps_of_batch = eps if statistics is None else None
+        options_of_gate = eps_of_batch, group, activation, post_activation, over is not None
+        y = _Gate.apply(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
     else:
         y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
     return y, norm, unbiased
+
+
+def _reference_moments(x):
+    values = x.flatten(2).to(accumulator(x.dtype))
+    pivot = values[..., 0]
+    offsets = values - pivot.unsqueeze(2)
+    rest = offsets.mean(2)
+    return [torch.stack([pivot, rest, (offsets - rest.unsqueeze(2)).square().sum(2)], 1)]
+
+
+def _reference_coefficients(x, moments, weight, bias, eps, wants_descriptor):
+    positions = math.prod(x.shape[2:])
+    mean, total, distances = _batch_statistics(moments, positions)
+    count = positions * x.shape[0]
+    rstd = (total / count + eps).rsqrt()
+    a = rstd if weight is None else weight * rstd
+    shift = torch.zeros_like(a) if bias is None else bias.to(a.dtype)
+    s = (a * distances + shift).to(x.dtype) if wants_descriptor else x.new_empty(0)
+    return [torch.stack([a, shift - mean * a, mean, rstd]), total / (count - 1), s]
+
+
+def _reference_scale(x, gate, norm, residual, activation, post_activation, keep_bits):
+    u = prologue(x, (norm[0], norm[1]), ACTIVATION_NAMES[activation])
+    return [_epilogue(u, gate, residual, ACTIVATION_NAMES[post_activation])]
+
+
+differentiable_by_reference(MOMENTS, _reference_moments, 1)
+differentiable_by_reference(COEFFICIENTS, _reference_coefficients, 3)
+differentiable_by_reference(SCALE, _reference_scale, 1)
+not_differentiable(SCALE_INTO)
+for _backward in (DOTS, FACTORS, GRADIENTS):
+    differentiable_once(_backward)

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import ACTIVATIONS
-from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
+from .common import (
+    as_it_is,
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    like_or_none,
+    wants_graph,
+)
 
 IDENTITY, RELU = ACTIVATIONS["identity"], ACTIVATIONS["relu"]
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
@@ -61,39 +70,33 @@ def before_epilogue(grad: Tensor, y: Tensor | None) -> Tensor:
     return grad if y is None else grad * (~(y <= 0)).to(grad.dtype)
 
 
-class _Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation):
-        y = FORWARD[backend](x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
-        ctx.save_for_backward(x, gate, affine_weight, affine_bias, *saved_for_epilogue(y, residual, post_activation))
-        ctx.backend, ctx.codes = backend, (pre_activation, post_activation)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gate, affine_weight, affine_bias, y, residual = ctx.saved_tensors
-        pre_activation, post_activation = ctx.codes
-        if wants_graph():
-            grads = _differentiable(ctx, grad)
-        else:
-            grad_x, grad_gate, grad_residual, grad_weight, grad_bias = BACKWARD[ctx.backend](
-                grad, x, y, gate, affine_weight, affine_bias, residual, pre_activation, post_activation
-            )
-            if affine_weight is None:
-                grad_weight = grad_bias = None
-            if not ctx.needs_input_grad[5]:
-                grad_residual = None
-            elif post_activation == IDENTITY:
-                grad_residual = grad
-            grads = grad_x, grad_gate, grad_weight, grad_bias, grad_residual
-        return None, *grads, None, None
+def _keep(ctx, inputs, y):
+    x, gate, affine_weight, affine_bias, residual = inputs
+    ctx.save_for_backward(x, gate, affine_weight, affine_bias, *saved_for_epilogue(y, residual, ctx.codes[-1]))
 
 
-def _differentiable(ctx, grad):
+def _gradients(ctx, grad):
     x, gate, affine_weight, affine_bias, y, residual = ctx.saved_tensors
+    if wants_graph():
+        grads = _differentiable(ctx, (x, gate, affine_weight, affine_bias, residual), y, grad)
+    else:
+        grad_x, grad_gate, grad_residual, grad_weight, grad_bias = below(
+            BACKWARD[ctx.backend], grad, x, y, gate, affine_weight, affine_bias, residual, *ctx.codes
+        )
+        if affine_weight is None:
+            grad_weight = grad_bias = None
+        if not ctx.needs_input_grad[5]:
+            grad_residual = None
+        elif ctx.codes[-1] == IDENTITY:
+            grad_residual = grad
+        grads = grad_x, grad_gate, grad_weight, grad_bias, grad_residual
+    return None, *grads
+
+
+def _differentiable(ctx, inputs, y, grad):
     pre_activation, post_activation = (ACTIVATION_NAMES[c] for c in ctx.codes)
-    needs = ctx.needs_input_grad[1:6]
-    recomputed = residual is not None or post_activation not in ("identity", "relu")
+    needs = ctx.needs_input_grad[1:]
+    recomputed = inputs[-1] is not None or post_activation not in ("identity", "relu")
     grad = before_epilogue(grad, y)
 
     def function(x, gate, weight, bias, residual):
@@ -106,14 +109,10 @@ def _differentiable(ctx, grad):
             post_activation=post_activation if recomputed else "identity",
         )
 
-    inputs = (x, gate, affine_weight, affine_bias, residual)
     grads = differentiable_backward(function, inputs, needs, grad)
     return grads if recomputed else (*grads[:4], grad if needs[4] else None)
 
 
-def scale(backend, x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation) -> Tensor:
-    """The scaled map, in x's dtype and layout."""
-    arguments = (x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
-    if needs_grad(*arguments[:5]):
-        return _Scale.apply(backend, *arguments)
-    return FORWARD[backend](*arguments)
+#: scale(backend, x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation): the scaled map, in
+#: x's dtype and layout.
+scale = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=as_it_is)

@@ -14,6 +14,8 @@ accumulator's dtype: the means of the sum, the hidden logits and the branch weig
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +25,18 @@ from .. import reference
 from ..codes import SELECTIONS
 from ..reference.select import branch_prologue
 from ..reference.squeeze import per_channel, space
-from .common import accumulator, define, differentiable_backward, like_or_none, needs_grad, wants_graph
+from .common import (
+    accumulator,
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    differentiable_by_reference,
+    differentiable_once,
+    like_or_none,
+    needs_node,
+    wants_graph,
+)
 from .scale import ACTIVATION_NAMES
 
 SELECTION_NAMES = tuple(SELECTIONS)
@@ -172,35 +185,27 @@ def _unless_absent(tensors, grads):
     return [None if t is None else g for t, g in zip(tensors, grads, strict=True)]
 
 
-class _Select(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, codes, weight1, bias1, weight2, bias2, affine_weight, affine_bias, *branches):
-        parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
-        y, state = FORWARD[backend](branches, *parameters, *codes)
-        ctx.save_for_backward(*parameters, state, *branches)
-        ctx.backend, ctx.codes = backend, codes
-        return y
+def _keep(ctx, inputs, results):
+    ctx.save_for_backward(*inputs, results[1])
 
-    @staticmethod
-    def backward(ctx, grad):
-        parameters, state, branches = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
-        if wants_graph():
-            inputs = *parameters, *branches
-            return None, None, *differentiable_backward(_reference(ctx.codes), inputs, ctx.needs_input_grad[2:], grad)
-        grads, *others = BACKWARD[ctx.backend](grad, branches, state, *parameters, *ctx.codes)
-        return None, None, *_unless_absent(parameters, others), *grads
+
+def _gradients(ctx, grad):
+    *inputs, state = ctx.saved_tensors
+    if wants_graph():
+        return None, *differentiable_backward(_reference(ctx.codes), inputs, ctx.needs_input_grad[1:], grad)
+    branches, parameters = inputs[:-6], inputs[-6:]
+    grads, *others = below(BACKWARD[ctx.backend], grad, branches, state, *parameters, *ctx.codes)
+    return None, *grads, *_unless_absent(parameters, others)
 
 
 def _reference(codes):
     paths, groups, activation, gate, pre_activation = codes
 
-    def function(weight1, bias1, weight2, bias2, affine_weight, affine_bias, *branches):
+    def function(*inputs):
+        *weights, affine_weight, affine_bias = inputs[-6:]
         return reference.select(
-            branch_views(branches, paths),
-            weight1,
-            bias1,
-            weight2,
-            bias2,
+            branch_views(inputs[:-6], paths),
+            *weights,
             groups=groups,
             activation=ACTIVATION_NAMES[activation],
             gate=SELECTION_NAMES[gate],
@@ -211,12 +216,8 @@ def _reference(codes):
     return function
 
 
-def select(backend, branches, weight1, bias1, weight2, bias2, affine_weight, affine_bias, *codes) -> Tensor:
-    """y; `branches` and the rest as in the operator's schema."""
-    parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
-    if needs_grad(*parameters, *branches):
-        return _Select.apply(backend, codes, *parameters, *branches)
-    return FORWARD[backend](branches, *parameters, *codes)[0]
+#: select(backend, branches, *parameters_and_codes): y; the arguments as in the operator's schema.
+select = differentiable(FORWARD, BACKWARD, _keep, _gradients)
 
 
 class _Squeeze(torch.autograd.Function):
@@ -229,7 +230,7 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, paths, pre_activation, affine_weight, affine_bias, *branches):
-        s = SQUEEZE[backend](branches, paths, affine_weight, affine_bias, pre_activation)
+        s = below(SQUEEZE[backend], branches, paths, affine_weight, affine_bias, pre_activation)
         ctx.save_for_backward(affine_weight, affine_bias, *branches)
         ctx.backend, ctx.paths, ctx.pre_activation = backend, paths, pre_activation
         ctx.set_materialize_grads(False)
@@ -240,7 +241,8 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_s, grad, weights):
-        affine_weight, affine_bias, *branches = ctx.saved_tensors
+        inputs = ctx.saved_tensors
+        *affine, branches = inputs[0], inputs[1], inputs[2:]
         u = branch_views(branches, ctx.paths)[0]
         if grad_s is None and grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -250,22 +252,21 @@ class _Squeeze(torch.autograd.Function):
             grad = u.new_zeros(u.shape)
             weights = u.new_zeros((u.shape[0], ctx.paths, u.shape[1]), dtype=accumulator(u.dtype))
         if wants_graph():
-            return None, None, None, *_differentiable_gradients(ctx, grad_s, grad, weights)
-        affine = affine_weight, affine_bias
-        grads, *grad_affine = GRADIENTS[ctx.backend](
-            grad, branches, weights, grad_s, ctx.paths, *affine, ctx.pre_activation
+            return None, None, None, *_differentiable_gradients(ctx, inputs, grad_s, grad, weights)
+        grads, *grad_affine = below(
+            GRADIENTS[ctx.backend], grad, branches, weights, grad_s, ctx.paths, *affine, ctx.pre_activation
         )
         return None, None, None, *_unless_absent(affine, grad_affine), *grads
 
 
-def _differentiable_gradients(ctx, grad_s, grad, weights):
+def _differentiable_gradients(ctx, inputs, grad_s, grad, weights):
     def prologues(affine_weight, affine_bias, *branches):
         maps = branch_views(branches, ctx.paths)
         return branch_prologue(maps, _affine(affine_weight, affine_bias), ACTIVATION_NAMES[ctx.pre_activation])
 
-    from_s = per_channel(grad_s, grad) / grad.shape[2:].numel()
+    from_s = per_channel(grad_s, grad) / math.prod(grad.shape[2:])
     grads = [grad * per_channel(a, grad).to(grad.dtype) + from_s for a in weights.unbind(1)]
-    return differentiable_backward(prologues, ctx.saved_tensors, ctx.needs_input_grad[3:], grads)
+    return differentiable_backward(prologues, inputs, ctx.needs_input_grad[3:], grads)
 
 
 class _Sum(torch.autograd.Function):
@@ -276,7 +277,7 @@ class _Sum(torch.autograd.Function):
         affine_weight, affine_bias, *branches = affine_and_branches
         ctx.save_for_backward(weights, *affine_and_branches)
         ctx.backend, ctx.paths, ctx.pre_activation = backend, paths, pre_activation
-        return SUM[backend](branches, weights, paths, affine_weight, affine_bias, pre_activation)
+        return below(SUM[backend], branches, weights, paths, affine_weight, affine_bias, pre_activation)
 
     @staticmethod
     def backward(ctx, grad):
@@ -288,7 +289,7 @@ class _Sum(torch.autograd.Function):
             maps = branch_prologue(maps, _affine(affine_weight, affine_bias), ACTIVATION_NAMES[ctx.pre_activation])
             dots = torch.stack([(grad * u).sum(space(u)) for u in maps], 1)
         else:
-            dots = DOTS[ctx.backend](grad, branches, ctx.paths, affine_weight, affine_bias, ctx.pre_activation)
+            dots = below(DOTS[ctx.backend], grad, branches, ctx.paths, affine_weight, affine_bias, ctx.pre_activation)
         to_squeeze = (grad, weights) if ctx.needs_input_grad[4] else (None, None)
         return None, None, None, dots, *to_squeeze, None, None, *(None for _ in branches)
 
@@ -304,13 +305,33 @@ def select_with(
 ) -> Tensor:
     """y; `excitation` takes descriptors (B, C) to branch weights (B, M, C)."""
     inputs = affine_weight, affine_bias, *branches
-    if not needs_grad(*inputs):
-        s = SQUEEZE[backend](branches, paths, affine_weight, affine_bias, pre_activation)
+    if needs_node(*inputs):
+        s, carrier_y, carrier_weights = _Squeeze.apply(backend, paths, pre_activation, *inputs)
         weights = excitation(s).contiguous()
-        if not needs_grad(weights):
-            return SUM[backend](branches, weights, paths, affine_weight, affine_bias, pre_activation)
+        return _Sum.apply(backend, paths, pre_activation, weights, carrier_y, carrier_weights, *inputs)
+    s = below(SQUEEZE[backend], branches, paths, affine_weight, affine_bias, pre_activation)
+    weights = excitation(s).contiguous()
+    if needs_node(weights):
         nothing = s.new_zeros(())
         return _Sum.apply(backend, paths, pre_activation, weights, nothing, nothing, *inputs)
-    s, carrier_y, carrier_weights = _Squeeze.apply(backend, paths, pre_activation, *inputs)
-    weights = excitation(s).contiguous()
-    return _Sum.apply(backend, paths, pre_activation, weights, carrier_y, carrier_weights, *inputs)
+    return below(SUM[backend], branches, weights, paths, affine_weight, affine_bias, pre_activation)
+
+
+def _reference_squeeze(branches, paths, affine_weight, affine_bias, pre_activation):
+    maps = branch_views(branches, paths)
+    maps = branch_prologue(maps, _affine(affine_weight, affine_bias), ACTIVATION_NAMES[pre_activation])
+    total = functools.reduce(torch.add, maps)
+    return [total.mean(space(total))]
+
+
+def _reference_sum(branches, weights, paths, affine_weight, affine_bias, pre_activation):
+    maps = branch_views(branches, paths)
+    maps = branch_prologue(maps, _affine(affine_weight, affine_bias), ACTIVATION_NAMES[pre_activation])
+    weighted = [u * per_channel(a, u).to(u.dtype) for u, a in zip(maps, weights.unbind(1), strict=True)]
+    return [functools.reduce(torch.add, weighted)]
+
+
+differentiable_by_reference(SQUEEZE, _reference_squeeze, 1)
+differentiable_by_reference(SUM, _reference_sum, 1)
+differentiable_once(DOTS)
+differentiable_once(GRADIENTS)

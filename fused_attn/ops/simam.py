@@ -6,11 +6,8 @@ grad_x = grad s + 2 c (q h - 4 q^2 sum(h c^2) / (n - 1)) - 2 q sum(h c) / n.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from .. import reference
-from .common import accumulator, define, differentiable_backward, empty_map, wants_graph
+from .common import accumulator, below, define, differentiable, differentiable_backward, empty_map, wants_graph
 
 
 def _fake(x, e_lambda):
@@ -27,30 +24,22 @@ FORWARD = define("simam", "(Tensor x, float e_lambda) -> (Tensor y, Tensor state
 BACKWARD = define("simam_backward", "(Tensor grad, Tensor x, Tensor state) -> Tensor", _fake_backward)
 
 
-class _SimAM(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, e_lambda):
-        y, state = FORWARD[backend](x, e_lambda)
-        ctx.save_for_backward(x, state)
-        ctx.backend, ctx.e_lambda = backend, e_lambda
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, state = ctx.saved_tensors
-        if wants_graph():
-
-            def function(x):
-                return reference.simam(x, e_lambda=ctx.e_lambda)
-
-            (grad_x,) = differentiable_backward(function, (x,), ctx.needs_input_grad[1:2], grad)
-        else:
-            grad_x = BACKWARD[ctx.backend](grad, x, state)
-        return None, grad_x, None
+def _keep(ctx, inputs, results):
+    ctx.save_for_backward(*inputs, results[1])
 
 
-def simam(backend, x, e_lambda) -> Tensor:
-    """The gated map, in x's dtype and layout."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _SimAM.apply(backend, x, e_lambda)
-    return FORWARD[backend](x, e_lambda)[0]
+def _gradients(ctx, grad):
+    x, state = ctx.saved_tensors
+    if wants_graph():
+
+        def function(x):
+            return reference.simam(x, e_lambda=ctx.codes[0])
+
+        (grad_x,) = differentiable_backward(function, (x,), ctx.needs_input_grad[1:], grad)
+    else:
+        grad_x = below(BACKWARD[ctx.backend], grad, x, state)
+    return None, grad_x
+
+
+#: simam(backend, x, e_lambda): the gated map, in x's dtype and layout.
+simam = differentiable(FORWARD, BACKWARD, _keep, _gradients)

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import ORDERS
-from .common import accumulator, define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
+from .common import (
+    accumulator,
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    like_or_none,
+    wants_graph,
+)
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
 from .squeeze import TIE_NAMES
 
@@ -63,38 +72,33 @@ BACKWARD = define(
 )
 
 
-class _SpatialGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, *arguments):
-        parameters, residual, codes = arguments[:6], arguments[6], arguments[7:]
-        y, *states = FORWARD[backend](x, *arguments)
-        ctx.save_for_backward(x, *parameters, *saved_for_epilogue(y, residual, codes[-1]), *states)
-        ctx.backend, ctx.codes = backend, codes
-        ctx.mark_non_differentiable(states[-1])
-        return y, states[-1]
+def _keep(ctx, inputs, results):
+    y, *states = results
+    ctx.save_for_backward(*inputs[:-1], *saved_for_epilogue(y, inputs[-1], ctx.codes[-1]), *states)
+    ctx.mark_non_differentiable(states[-1])
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        x, *parameters, y, residual, state, index, statistics = ctx.saved_tensors
-        if wants_graph():
-            grads = _differentiable(ctx, x, parameters, y, residual, grad)
-        else:
-            grad_x, grad_residual, *grads = BACKWARD[ctx.backend](
-                grad, x, y, state, index, statistics, *parameters, residual, *ctx.codes
-            )
-            if not ctx.needs_input_grad[8]:
-                grad_residual = None
-            elif ctx.codes[-1] == IDENTITY:
-                grad_residual = grad
-            absent = (p is None for p in parameters)
-            grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
-        return None, *grads, *(None,) * len(ctx.codes)
+
+def _gradients(ctx, grad, *_):
+    x, *parameters, y, residual, state, index, statistics = ctx.saved_tensors
+    if wants_graph():
+        grads = _differentiable(ctx, x, parameters, y, residual, grad)
+    else:
+        grad_x, grad_residual, *grads = below(
+            BACKWARD[ctx.backend], grad, x, y, state, index, statistics, *parameters, residual, *ctx.codes
+        )
+        if not ctx.needs_input_grad[8]:
+            grad_residual = None
+        elif ctx.codes[-1] == IDENTITY:
+            grad_residual = grad
+        absent = (p is None for p in parameters)
+        grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
+    return None, *grads
 
 
 def _differentiable(ctx, x, parameters, y, residual, grad):
     eps, mean_first, ties, *activations = ctx.codes
     gate, pre_activation, post_activation = (ACTIVATION_NAMES[c] for c in activations)
-    needs = ctx.needs_input_grad[1:9]
+    needs = ctx.needs_input_grad[1:]
     recomputed = residual is not None or post_activation not in ("identity", "relu")
     grad = before_epilogue(grad, y)
 
@@ -118,9 +122,6 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
     return grads if recomputed else (*grads[:7], grad if needs[7] else None)
 
 
-def spatial_gate(backend, *arguments) -> tuple[Tensor, Tensor]:
-    """(y, statistics): the gated map, in x's dtype and layout; `arguments` as in the operator's schema."""
-    if needs_grad(*arguments[:8]):
-        return _SpatialGate.apply(backend, *arguments)
-    y, _, _, statistics = FORWARD[backend](*arguments)
-    return y, statistics
+#: spatial_gate(backend, *arguments): (y, statistics), the gated map in x's dtype and layout; `arguments` as in the
+#: operator's schema.
+spatial_gate = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=lambda results: (results[0], results[-1]))

@@ -6,11 +6,8 @@ a kernel, because its convolutions are made for many channels; GPUs run PyTorch'
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from .. import reference
-from .common import define, differentiable_backward, like_or_none, needs_grad, wants_graph
+from .common import as_it_is, below, define, differentiable, differentiable_backward, like_or_none, wants_graph
 
 
 def _fake(pooled, weight, bias):
@@ -30,26 +27,19 @@ BACKWARD = define(
 )
 
 
-class _SpatialLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, pooled, weight, bias):
-        ctx.save_for_backward(pooled, weight, bias)
-        ctx.backend = backend
-        return FORWARD[backend](pooled, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        if wants_graph():
-            grads = differentiable_backward(reference.spatial_logits, inputs, ctx.needs_input_grad[1:], grad)
-        else:
-            grads = BACKWARD[ctx.backend](grad, *inputs)
-            grads = (*grads[:2], None if inputs[2] is None else grads[2])
-        return None, *grads
+def _keep(ctx, inputs, logits):
+    ctx.save_for_backward(*inputs)
 
 
-def spatial_logits(backend, pooled, weight, bias) -> Tensor:
-    """(B, 1, *spatial), contiguous, in pooled's dtype."""
-    if needs_grad(pooled, weight, bias):
-        return _SpatialLogits.apply(backend, pooled, weight, bias)
-    return FORWARD[backend](pooled, weight, bias)
+def _gradients(ctx, grad):
+    inputs = ctx.saved_tensors
+    if wants_graph():
+        grads = differentiable_backward(reference.spatial_logits, inputs, ctx.needs_input_grad[1:], grad)
+    else:
+        grads = below(BACKWARD[ctx.backend], grad, *inputs)
+        grads = (*grads[:2], None if inputs[2] is None else grads[2])
+    return None, *grads
+
+
+#: spatial_logits(backend, pooled, weight, bias): (B, 1, *spatial), contiguous, in pooled's dtype.
+spatial_logits = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=as_it_is)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import ACTIVATIONS, POOLS, TIES
-from .common import define, differentiable_backward, empty_map, like_or_none, needs_grad, wants_graph
+from .common import below, define, differentiable, differentiable_backward, empty_map, like_or_none, wants_graph
 
 AVG, MAX, BOTH = POOLS["avg"], POOLS["max"], POOLS["both"]
 POOL_NAMES, TIE_NAMES, ACTIVATION_NAMES = (tuple(table) for table in (POOLS, TIES, ACTIVATIONS))
@@ -41,35 +41,28 @@ BACKWARD = define(
 )
 
 
-class _Squeeze(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, x, affine_weight, affine_bias, pre_activation, pool, ties):
-        avg, peak, index = FORWARD[backend](x, affine_weight, affine_bias, pre_activation, pool, ties)
-        ctx.save_for_backward(x, affine_weight, affine_bias, peak, index)
-        ctx.backend, ctx.codes = backend, (pre_activation, pool, ties)
-        ctx.set_materialize_grads(False)
-        return avg, peak
-
-    @staticmethod
-    def backward(ctx, grad_avg, grad_max):
-        x, affine_weight, affine_bias, peak, index = ctx.saved_tensors
-        pre_activation, pool, ties = ctx.codes
-        grad_avg = None if pool == MAX else grad_avg
-        grad_max = None if pool == AVG else grad_max
-        if grad_avg is None and grad_max is None:
-            return (None,) * 7
-        if wants_graph():
-            grads = _differentiable(ctx, x, affine_weight, affine_bias, grad_avg, grad_max)
-        else:
-            grads = BACKWARD[ctx.backend](
-                grad_avg, grad_max, x, peak, index, affine_weight, affine_bias, pre_activation, pool, ties
-            )
-            if affine_weight is None:
-                grads = (grads[0], None, None)
-        return None, *grads, None, None, None
+def _keep(ctx, inputs, results):
+    ctx.save_for_backward(*inputs, *results[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _differentiable(ctx, x, affine_weight, affine_bias, grad_avg, grad_max):
+def _gradients(ctx, grad_avg, grad_max):
+    x, affine_weight, affine_bias, peak, index = ctx.saved_tensors
+    _, pool, _ = ctx.codes
+    grad_avg = None if pool == MAX else grad_avg
+    grad_max = None if pool == AVG else grad_max
+    if grad_avg is None and grad_max is None:
+        return (None,) * 4
+    if wants_graph():
+        grads = _differentiable(ctx, (x, affine_weight, affine_bias), grad_avg, grad_max)
+    else:
+        grads = below(BACKWARD[ctx.backend], grad_avg, grad_max, x, peak, index, affine_weight, affine_bias, *ctx.codes)
+        if affine_weight is None:
+            grads = (grads[0], None, None)
+    return None, *grads
+
+
+def _differentiable(ctx, inputs, grad_avg, grad_max):
     pre_activation, pool, ties = ctx.codes
 
     def function(x, weight, bias):
@@ -85,13 +78,9 @@ def _differentiable(ctx, x, affine_weight, affine_bias, grad_avg, grad_max):
         return [p for p, g in zip(outputs, grads, strict=True) if g is not None]
 
     grads = {0: (grad_avg,), 1: (grad_max,), 2: (grad_avg, grad_max)}[pool]
-    return differentiable_backward(
-        function, (x, affine_weight, affine_bias), ctx.needs_input_grad[1:4], [g for g in grads if g is not None]
-    )
+    return differentiable_backward(function, inputs, ctx.needs_input_grad[1:], [g for g in grads if g is not None])
 
 
-def squeeze(backend, x, affine_weight, affine_bias, pre_activation, pool, ties) -> tuple[Tensor, Tensor]:
-    """(avg, max), each (B, C) in x's dtype; the one that `pool` does not ask for has size (0,)."""
-    if needs_grad(x, affine_weight, affine_bias):
-        return _Squeeze.apply(backend, x, affine_weight, affine_bias, pre_activation, pool, ties)
-    return FORWARD[backend](x, affine_weight, affine_bias, pre_activation, pool, ties)[:2]
+#: squeeze(backend, x, affine_weight, affine_bias, pre_activation, pool, ties): (avg, max), each (B, C) in x's dtype;
+#: the one that `pool` does not ask for has size (0,).
+squeeze = differentiable(FORWARD, BACKWARD, _keep, _gradients, outputs=2, shown=lambda results: results[:2])

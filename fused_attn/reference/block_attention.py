@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -95,7 +96,7 @@ def run_normalised(norm: Any, x: Tensor, run: Callable[..., Any]) -> Tensor:
     y, mean, variance = run(batch_norm=(norm.weight, norm.bias, norm.eps))
     if norm.training and norm.track_running_stats:
         momentum = count_batch(norm)
-        count = x.shape[0] * x.shape[2:].numel()
+        count = x.shape[0] * math.prod(x.shape[2:])
         if count:
             variance = variance * (count / (count - 1))
             update_statistics(norm.running_mean, norm.running_var, mean, variance, momentum)

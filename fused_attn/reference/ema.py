@@ -31,7 +31,7 @@ class EMA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        group = x.reshape(len(x) * self.factor, self.channels // self.factor, height, width)
+        group = x.reshape(x.shape[0] * self.factor, self.channels // self.factor, height, width)
         rows, columns = group.mean(3, keepdim=True), group.mean(2, keepdim=True)
         strip = self.conv1x1(torch.cat([rows, columns.transpose(2, 3)], 2)).sigmoid()
         rows, columns = strip.split([height, width], 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from .block_attention import check_channels, optional_channels
@@ -13,7 +15,7 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
     """See `fused_attn.functional.simam`."""
     axes = space(x)
     distance = (x - x.mean(axes, keepdim=True)).square()
-    variance = distance.sum(axes, keepdim=True) / (x.shape[2:].numel() - 1)
+    variance = distance.sum(axes, keepdim=True) / (math.prod(x.shape[2:]) - 1)
     return x * (distance / (4 * (variance + e_lambda)) + 0.5).sigmoid()
 
 

@@ -59,10 +59,10 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        name="cbam-residual-alone-needs-no-gradient",
-        file="fused_attn/ops/cbam.py",
-        old="    if needs_grad(*arguments[:12]):",
-        new="    if needs_grad(*arguments[:11]):",
+        name="the-last-input-alone-needs-no-gradient",
+        file="fused_attn/ops/common.py",
+        old="            for tensor in inputs:",
+        new="            for tensor in inputs[:-1]:",
         tests=(
             "tests/ops/test_cbam.py tests/ops/test_every_op.py"
             ' -k "test_what_needs_no_gradient or test_epilogue or test_one_input_alone_requires_a_gradient"'
@@ -92,6 +92,77 @@ MUTANTS = [
         new="    if not x.is_contiguous():",
         tests='tests/ops/test_norm_gate.py -k "test_output_and_gradients_keep_the_layout or test_saved_bytes"',
     ),
+    # Operators in a program, and what is left to plain PyTorch.
+    Mutant(
+        name="operators-have-no-gradients",
+        file="fused_attn/ops/common.py",
+        old="            if forward_ad._current_level < 0 and not needs_grad(",
+        new="            if forward_ad._current_level < 0 or not needs_grad(",
+        tests='tests/ops/test_autograd.py -k "test_gradients_of_the_operators or test_gradients_of_a_program"',
+    ),
+    Mutant(
+        name="gradient-of-a-gradient-is-zero",
+        file="fused_attn/ops/common.py",
+        old="    register_gradients(overloads, keep, gradients, sys.maxsize)",
+        new="    register_gradients(overloads, keep, gradients, 0)",
+        tests="tests/ops/test_autograd.py -k test_a_gradient_of_a_backward_operator_raises",
+    ),
+    Mutant(
+        name="backward-drops-the-tangent-of-its-gradient",
+        file="fused_attn/ops/common.py",
+        old="    return (torch.is_grad_enabled() or forward_ad._current_level >= 0) and",
+        new="    return torch.is_grad_enabled() and",
+        tests="tests/ops/test_autograd.py -k test_dual_numbers_in_the_backward_alone",
+    ),
+    Mutant(
+        name="select-unpacks-twice",
+        file="fused_attn/ops/select.py",
+        old="    *inputs, state = ctx.saved_tensors\n",
+        new="    inputs, state = ctx.saved_tensors[:-1], ctx.saved_tensors[-1]\n",
+        tests='tests/ops/test_autograd.py -k "test_saved_tensors_are_unpacked_once or test_in_a_checkpoint"',
+    ),
+    Mutant(
+        name="norm-bits-read-as-the-gradient-lies",
+        file="fused_attn/ops/norm_gate.py",
+        old="_unpacked(bits, inputs[0])",
+        new="_unpacked(bits, grad)",
+        tests="tests/ops/test_norm_gate.py -k test_double_backward",
+    ),
+    Mutant(
+        name="descriptor-alone-has-no-gradient",
+        file="fused_attn/ops/norm_gate.py",
+        old="            if grad_s is None:",
+        new="            if grad_s is None or not torch.is_grad_enabled():",
+        tests="tests/ops/test_norm_gate.py -k test_double_backward",
+    ),
+    Mutant(
+        name="dual-numbers-are-ordinary",
+        file="fused_attn/backends.py",
+        old=" and forward_ad._current_level < 0",
+        new="",
+        tests='tests/ops/test_autograd.py tests/test_backends.py -k "test_dual_numbers or test_what_is_ordinary"',
+    ),
+    Mutant(
+        name="weights-are-not-looked-at",
+        file="fused_attn/functional.py",
+        old="if is_ordinary(x) and are_plain(*others)",
+        new="if is_ordinary(x)",
+        tests="tests/ops/test_autograd.py -k test_packed_tensors",
+    ),
+    Mutant(
+        name="unforced-is-everywhere",
+        file="fused_attn/backends.py",
+        old="class _Thread(threading.local):",
+        new="class _Thread:",
+        tests="tests/test_backends.py -k test_a_thread_free_of_the_forced_backend",
+    ),
+    Mutant(
+        name="open-sizes-are-counted",
+        file="fused_attn/functional.py",
+        old="    positions = math.prod(x.shape[2:])",
+        new="    positions = x.shape[2:].numel()",
+        tests="tests/ops/test_autograd.py -k test_export_with_open_sizes",
+    ),
     # Checks and dispatch.
     Mutant(
         name="one-even-side-of-a-kernel",
@@ -103,7 +174,7 @@ MUTANTS = [
     Mutant(
         name="spatial-logits-ignores-the-backend",
         file="fused_attn/functional.py",
-        old='    if _choose("spatial_gate", pooled) != "cpu":',
+        old='    if _choose("spatial_gate", pooled, weight, bias) != "cpu":',
         new='    if pooled.device.type != "cpu":',
         tests=(
             "tests/compose/test_compose.py tests/test_backends.py"
@@ -190,8 +261,8 @@ MUTANTS = [
     Mutant(
         name="simam-reference-of-one-position-finite",
         file="fused_attn/reference/simam.py",
-        old="(x.shape[2:].numel() - 1)",
-        new="max(x.shape[2:].numel() - 1, 1)",
+        old="(math.prod(x.shape[2:]) - 1)",
+        new="max(math.prod(x.shape[2:]) - 1, 1)",
         tests=(
             "tests/nn/test_simam.py tests/ops/test_simam.py"
             ' -k "test_equals_the_original or test_one_position_is_nan_as_in_the_original"'

@@ -656,12 +656,38 @@ def test_write_over_nothing(message):
     assert str(caught.value) == f"inplace: expected {message}"
 
 
-@needs_operators
-def test_double_backward_is_refused():
-    x = random(2, 4, 3, 3).requires_grad_()
-    y = functional.norm_gate(x, training=True, excitation=torch.sigmoid)
-    with pytest.raises(RuntimeError, match="norm_gate: its gradient cannot be differentiated again"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_double_backward(training, layout):
+    """Second gradients, too, and of maps of one position, of a residual written over, and of the descriptor alone."""
+    for shape in ((3, 5, 3, 7), (3, 9, 1, 1)):
+        for post, inplace in (("identity", True), ("relu", True), ("silu", False)):
+            found = []
+            for module in (functional, reference):
+                x = in_layout(random(*shape, dtype=torch.float64), layout).requires_grad_()
+                residual = in_layout(random(*shape, seed=1, dtype=torch.float64), layout).requires_grad_()
+                weight, bias = (random(shape[1], seed=i, dtype=torch.float64).requires_grad_() for i in (2, 3))
+                running, leaves = (torch.zeros(shape[1]).double(), torch.ones(shape[1]).double()), (x, weight, bias)
+                kept: list[torch.Tensor] = []
+
+                def excitation(s, kept=kept):
+                    kept.append(s)
+                    return s.sigmoid()
+
+                options = {"training": training, "activation": "silu", "excitation": excitation}
+                given = residual * 1 if module is functional else residual
+                options |= {"residual": given, "inplace": inplace and module is functional, "post_activation": post}
+                y = module.norm_gate(x, weight, bias, *running, **options)
+                grad = random(*shape, seed=4, dtype=torch.float64).requires_grad_()
+                first = torch.autograd.grad(y, (*leaves, residual), grad, create_graph=True)
+                penalty = sum(g.square().sum() for g in first)
+                second = torch.autograd.grad(
+                    penalty, (*leaves, residual, grad), retain_graph=True, materialize_grads=True
+                )
+                of_s = torch.autograd.grad(kept[0].square().sum(), leaves)
+                found.append([y, *first, *second, *of_s])
+            for mine, theirs in zip(*found, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
 @needs_operators

@@ -1,0 +1,114 @@
+"""What every block owes: second gradients, maps with metadata, programs of open sizes, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+from torch.utils.checkpoint import checkpoint
+
+import fused_attn.nn
+from fused_attn import reference
+from tests.checks import random, randomised
+from tests.ops.test_autograd import Marked
+
+#: Blocks of 8 channels from the module that has them.
+BLOCKS: dict[str, Callable] = {
+    "BAM": lambda m: m.BAM(8, reduction=2),
+    "CBAM": lambda m: m.CBAM(8, reduction=2),
+    "CBAM timm": lambda m: m.CBAM(8, reduction=2, order=("mean", "max"), ties="even", batch_norm=False),
+    "ChannelAttention": lambda m: m.ChannelAttention(8, reduction=2),
+    "CoordinateAttention": lambda m: m.CoordinateAttention(8, activation="silu"),
+    "ECA": lambda m: m.ECA(8),
+    "EMA": lambda m: m.EMA(8, factor=2),
+    "EffectiveSE": lambda m: m.EffectiveSE(8, gate="sigmoid"),  # eager has no second derivative of its default
+    "GatherExcite": lambda m: m.GatherExcite(8, pool="avgmax"),
+    "SCSE": lambda m: m.SCSE(8, reduction=2),
+    "SCSE max": lambda m: m.SCSE(8, reduction=2, combine="max"),
+    "SKConv": lambda m: m.SKConv(8, groups=4),
+    "SelectiveKernel": lambda m: m.SelectiveKernel(8, 8),
+    "SimAM": lambda m: m.SimAM(8),
+    "SpatialAttention": lambda m: m.SpatialAttention(8, kernel_size=3),
+    "SplitAttention": lambda m: m.SplitAttention(8),
+    "SqueezeExcite": lambda m: m.SqueezeExcite(8, reduction=2, activation="silu"),
+    "TripletAttention": lambda m: m.TripletAttention(kernel_size=3),
+}
+
+
+def pair(name: str, training: bool) -> tuple[nn.Module, nn.Module]:
+    original = randomised(BLOCKS[name](reference)).train(training)
+    block = BLOCKS[name](fused_attn.nn).double().train(training)
+    block.load_state_dict(copy.deepcopy(original.state_dict()))
+    return block, original
+
+
+def test_every_block_is_here():
+    assert {name.partition(" ")[0] for name in BLOCKS} == set(fused_attn.nn.__all__)
+
+
+def penalised(block: nn.Module, x: Tensor) -> list[Tensor]:
+    """The first gradients, those of a penalty on the first, and a Hessian-vector product."""
+    x = x.detach().requires_grad_()
+    leaves = [x, *block.parameters()]
+    y = block(x)
+    loss = (y * random(*y.shape, seed=1, dtype=y.dtype)).square().sum()
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    penalty = (first[0].flatten(1).norm(dim=1) - 1).square().mean()
+    product = (first[0] * random(*x.shape, seed=2, dtype=x.dtype)).sum()
+    seconds = (torch.autograd.grad(s, leaves, retain_graph=True, materialize_grads=True) for s in (penalty, product))
+    return [y, *first, *(g for second in seconds for g in second), *block.buffers()]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradient_penalty_and_hessian_vector_product(name, training):
+    x = random(3, 8, 6, 5, dtype=torch.float64)
+    for mine, theirs in zip(*(penalised(block, x) for block in pair(name, training)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_maps_with_metadata(name, training):
+    """The result has it, too, and a shortcut may be added to it in place; without gradients as well."""
+    values, found = random(3, 8, 6, 5, dtype=torch.float64), []
+    for block, kind in zip(pair(name, training), (Marked, Tensor), strict=True):
+        x = values.clone().requires_grad_()
+        leaf = x.as_subclass(kind)
+        leaf.mark = "affine"
+        y = block(leaf)
+        assert type(y) is kind
+        assert kind is Tensor or y.mark == "affine"
+        y += x
+        found.append([y.as_subclass(Tensor), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+        with torch.no_grad():
+            assert type(block(leaf)) is kind
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_export_with_open_sizes(name):
+    """Batch, height and width."""
+    block, original = pair(name, training=False)
+    sizes = ({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},)
+    program = export(block, (random(2, 8, 10, 9, dtype=torch.float64),), dynamic_shapes=sizes).module()
+    for shape in ((4, 8, 7, 12), (3, 8, 10, 5)):
+        x = random(*shape, dtype=torch.float64)
+        torch.testing.assert_close(program(x), original(x), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_in_a_checkpoint(name):
+    """One that is not reentrant: it lets every saved tensor go when it has been read."""
+    found = []
+    for block in pair(name, training=True):
+        x = random(3, 8, 6, 5, dtype=torch.float64).requires_grad_()
+        y = block(x) if found else checkpoint(block, x, use_reentrant=False)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
