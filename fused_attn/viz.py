@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -16,20 +16,10 @@ from torch import Tensor, nn
 
 from .codes import FUNCTIONS
 from .fusion.api import candidates, is_own
-from .fusion.own import own_recipe
-from .fusion.registry import (
-    TAILS,
-    CbamGate,
-    ChannelGate,
-    OwnLayers,
-    Recipe,
-    SpatialGate,
-    SplitGate,
-    known_class,
-    recognise,
-)
-from .fusion.report import describe
-from .fusion.swap import PLAN, host_class, intact
+from .fusion.changing.plan import intact, plan_of
+from .fusion.hosts.own import own_recipe
+from .fusion.recipes.describe import describe
+from .fusion.recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 from .reference.channel_gate import channel_logits
 from .reference.channel_pool import channel_pool
 from .reference.squeeze import per_channel, squeeze
@@ -82,12 +72,7 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
         return block.register_forward_pre_hook(hook, with_kwargs=True)
 
     modes = [(module, module.training) for module in model.modules()]
-    known = [
-        (part_name, part, recipe)
-        for name, block, found in candidates(model)
-        for part_name, part, part_found in ((name, block, found), *_in_tail(name, block))
-        if (recipe := _recipe(part, part_found))
-    ]
+    known = [(name, block, recipe) for name, block, found, _ in candidates(model) if (recipe := _recipe(block, found))]
     hooks: list[Any] = []
     try:
         for name, block, recipe in known:
@@ -106,22 +91,12 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
     return maps
 
 
-def _in_tail(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module, Recipe | str | None]]:
-    """The attention in a residual block whose tail is fused. While something listens to it the block runs its own
-    forward, and calls it."""
-    host = host_class(block)
-    if host is not None and known_class(host, TAILS) is not None:
-        for path in block.__dict__[PLAN].recipe.covers:
-            part = block.get_submodule(path)
-            yield f"{name}.{path}" if name else path, part, None if host_class(part) else recognise(part)
-
-
 def _recipe(block: nn.Module, found: Recipe | str | None) -> Recipe | None:
     """What a block runs; None: it is no attention block, or runs a forward of its own."""
     if is_own(block):
         return own_recipe(block)
-    if host_class(block) is not None:
-        plan = block.__dict__[PLAN]
+    plan = plan_of(block)
+    if plan is not None:
         found = plan.recipe if intact(block, plan) else None
     # What is OwnLayers has no gate that is one number a channel or position, or it is not known here.
     return None if isinstance(found, (str, OwnLayers)) else found

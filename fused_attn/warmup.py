@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fusion.api import candidates, is_own
-from .fusion.swap import host_class
+from .fusion.api import running
 
 
 def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
@@ -33,7 +32,7 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
         x = arguments[0] if arguments else next(iter(keywords.values()))
         seen.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, torch.randn_like(x)))
 
-    blocks = [block for _, block, _ in candidates(model) if host_class(block) is not None or is_own(block)]
+    blocks = list(running(model))
     modes = [(module, module.training) for module in model.modules()]
     hooks: list[Any] = []
     with torch.random.fork_rng():

@@ -6,9 +6,13 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_attn
 from fused_attn import backends, functional
@@ -53,6 +57,105 @@ def test_what_a_backend_has_no_kernel_for(monkeypatch):
             call()
         monkeypatch.setitem(backends.MEASURED, "cuda", "cuda")
         assert backends.default(name, "cuda") == ("reference", backends.MISSING["cuda", name])
+
+
+def test_a_thread_free_of_the_forced_backend():
+    """It alone, and only as long as it says so."""
+    x, ready, done, found = random(1, 4, 2, 2), threading.Event(), threading.Event(), {}
+    usual = backends.choose("cbam/batch_norm", x)
+
+    def work():
+        with backends.unforced():
+            found["free"] = backends.choose("cbam/batch_norm", x), backends.forced()
+            with backends.unforced():
+                pass
+            ready.set()
+            done.wait(10)
+            found["still free"] = backends.choose("cbam/batch_norm", x), backends.forced()
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve"):
+            backends.choose("cbam/batch_norm", x)
+        found["again"] = backends.forced()
+
+    with fused_attn.backend("cuda"):
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        ready.wait()
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve"):
+            backends.choose("cbam/batch_norm", x)
+        done.set()
+        thread.join()
+    assert found == {"free": (usual, None), "still free": (usual, None), "again": "cuda"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_context_free_of_the_forced_backend(compiled):
+    def name_of(x):
+        return x + backends.NAMES.index(backends.choose("simam", x))
+
+    function = torch.compile(name_of, backend="eager", fullgraph=True) if compiled else name_of
+    x = torch.zeros(1, 4, 2, 2)
+    usual = function(x)[0, 0, 0, 0].item()
+    assert backends.NAMES[int(usual)] == backends.default("simam", "cpu")[0]
+    with fused_attn.backend("reference"):
+        assert function(x).eq(backends.NAMES.index("reference")).all()
+        with backends.unforced():
+            assert function(x).eq(usual).all()
+        assert function(x).eq(backends.NAMES.index("reference")).all()
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@torch._dynamo.config.patch(recompile_limit=16)  # there are more kinds of tensors and contexts here than usual
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_ordinary(compiled):
+    """The same where dynamo traces the question."""
+
+    def asked(x):
+        return x + 1 if backends.is_ordinary(x) else x - 1
+
+    def called(function):
+        return torch.compile(function, backend="eager", fullgraph=True) if compiled else function
+
+    function, x = called(asked), torch.zeros(3)
+
+    def ordinary(y: torch.Tensor) -> bool:
+        return bool(function(y).sum() > 0)
+
+    assert ordinary(x) and ordinary(torch.nn.Parameter(x)) and ordinary(torch.nn.Buffer(x))
+    assert not ordinary(x.as_subclass(Subclass)) and not ordinary(torch.nn.Parameter(x.as_subclass(Subclass)))
+    with torch.inference_mode():
+        assert ordinary(x) and ordinary(torch.zeros(3))
+    with torch.autograd.forward_ad.dual_level():
+        assert not ordinary(x)
+    assert called(torch.func.vmap(asked))(x.view(1, 3)).sum() < 0
+    assert called(lambda x: torch.func.jvp(asked, (x,), (x,))[0])(x).sum() < 0
+    assert ordinary(x)
+
+
+def test_what_is_ordinary_in_tracing():
+    """torch's own tensors without values are; those of torch.jit are not."""
+    seen = []
+
+    def asked(x):
+        seen.append((backends.is_ordinary(x), type(x)))
+        return x + 1
+
+    with FakeTensorMode():
+        asked(torch.zeros(3))
+    torch.export.export(Asks(asked), (torch.zeros(3),))
+    make_fx(asked)(torch.zeros(3))
+    assert len(seen) >= 3 and all(ordinary for ordinary, _ in seen), seen
+    seen.clear()
+    torch.jit.trace(asked, torch.zeros(3), check_trace=False)
+    assert [ordinary for ordinary, _ in seen] == [False]
+
+
+class Asks(torch.nn.Module):
+    def __init__(self, asked):
+        super().__init__()
+        self.forward = asked
 
 
 def test_context_is_left_even_after_an_error():

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .. import fuse
-from ..fusion.registry import TAILS, known_class
-from ..fusion.swap import host_class
+from ..fusion.hosts.registry import TAILS, known_class
+from ..fusion.recipes.names import host_class
 from ..hosts import build_model
 from .measure import Figure, interleaved, peak_memory
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from ..reference import CBAM
-from .registry import FUSED_FORMS, OwnLayers, Recipe, SplitGate, recognise, recognise_with_tail
-from .swap import PLAN, bypassed_hooks, host_class, refuse_sharded, restore, swap
+from .changing.decide import decide
+from .changing.graphs import fuse_exported
+from .changing.plan import intact, plan_of
+from .changing.swap import restore, swap
+from .recipes.names import host_class
+from .recipes.own import FUSED_FORMS
+from .recipes.recipe import OwnLayers, Recipe, SplitGate
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,39 +24,53 @@ class FusionError(ValueError):
     """Raised by `fuse(strict=True)`: a known block was left alone."""
 
 
-def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
-    """The recipe to fuse a block by; a string: why it is left alone; None: not a block we know."""
-    recipe = recognise_with_tail(block) if tails else recognise(block)
-    if recipe is not None and not isinstance(recipe, str):
-        hooked = bypassed_hooks(block, recipe)
-        if hooked is not None:
-            return f"{hooked} carries a hook or a forward of its own, which the fused block would skip"
-    return recipe
-
-
 def is_own(block: nn.Module) -> bool:
     """Whether it is one of `fused_attn.nn`: fused as it is."""
-    return type(block).__module__.startswith("fused_attn.nn.")
+    return str(type(block).__module__).startswith("fused_attn.nn.") and host_class(block) is None
 
 
-def candidates(model: nn.Module, tails: bool = False) -> Iterator[tuple[str, nn.Module, Recipe | str | None]]:
-    """Every module and, where it is neither fused nor one of `fused_attn.nn`, its `decide`. The parts of
-    our own blocks, and of any block that is one op, are left out: they are served with it."""
+class Candidate(NamedTuple):
+    """A module with its name in the model. found: its `decide`, None where it runs fused already or is one of
+    `fused_attn.nn`. served: it is run by a block around it, as long as that one runs fused."""
+
+    name: str
+    block: nn.Module
+    found: Recipe | str | None
+    served: bool
+
+
+def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
+    """Every module but the parts of our own blocks, and of any block that is one op: they are served with it."""
     parts: tuple[str, ...] = ()
+    served: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if f"{name}.".startswith(parts):
             continue
-        done = is_own(module) or host_class(module) is not None
-        found = None if done else decide(module, tails)
-        yield name, module, found
-        recipe = module.__dict__[PLAN].recipe if host_class(module) is not None else found
+        plan = plan_of(module)
+        done = plan is not None and intact(module, plan)
+        found = None if done or is_own(module) else decide(module, tails or plan is not None)
+        yield Candidate(name, module, found, f"{name}.".startswith(served))
+        recipe = plan.recipe if plan is not None and done else found
+        prefix = f"{name}." if name else ""
+        if isinstance(recipe, OwnLayers):
+            served += tuple(f"{prefix}{part}." for part in recipe.covers)
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
-        one_op = one_op or (isinstance(recipe, OwnLayers) and recipe.whole)
-        if one_op or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            covered: Iterable[str] = dict(module.named_children())
-        else:
-            covered = recipe.covers if isinstance(recipe, OwnLayers) else ()
-        parts += tuple(f"{name}.{part}." if name else f"{part}." for part in covered)
+        whole = isinstance(recipe, OwnLayers) and recipe.whole
+        if one_op or whole or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
+            parts += tuple(f"{prefix}{part}." for part, _ in module.named_children())
+
+
+def running(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that run fused now, without those that are served by one around them."""
+    served: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        plan = plan_of(module)
+        if f"{name}.".startswith(served) or not (is_own(module) or (plan is not None and intact(module, plan))):
+            continue
+        yield module
+        own = plan is not None and isinstance(plan.recipe, OwnLayers) and not plan.recipe.whole
+        within = plan.recipe.covers if own and plan is not None else dict(module.named_children())  # type: ignore[union-attr]
+        served += tuple(f"{name}.{part}." if name else f"{part}." for part in within)
 
 
 def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
@@ -58,7 +78,8 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
 
     Parameters, buffers, hooks, `state_dict` keys, training mode, dtype and device stay as they are; a fused block
     is an instance of a subclass of its class. What is not exactly recognised is left alone; `explain(model)` lists
-    both. Fusing again changes nothing; `unfuse(model)` undoes it. Fuse before `fully_shard` and `torch.compile`.
+    both. What was changed since it was fused runs as it was written, until it is fused again; `unfuse(model)` undoes
+    it all. Fuse before `fully_shard` and `torch.compile`.
 
     Args:
         model: any module, or a block itself; or a program of torch.export, which is left as it is: what is returned is
@@ -76,24 +97,34 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
         TypeError: model is no `nn.Module`.
         FusionError: with strict, naming the blocks left alone and why; nothing is changed then.
     """
-    if type(model).__module__ == "torch.export.exported_program":
-        from .structure.compiled import fuse_exported
-
+    program: Any = model
+    if isinstance(program, ExportedProgram):
         left: list[str] = []
-        fused = fuse_exported(model, left)  # type: ignore[arg-type]
+        fused: Any = fuse_exported(program, left)
         if strict and left:
             raise FusionError("blocks left alone: " + "; ".join(left))
-        return fused  # type: ignore[return-value]
+        return fused
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
+    again = any(plan_of(block) is not None for block in model.modules())
     decisions = list(candidates(model, tails))
-    refused = [f"{name or '(the model)'}: {why}" for name, _, why in decisions if isinstance(why, str)]
+    refused = [f"{c.name or '(the model)'}: {c.found}" for c in decisions if isinstance(c.found, str)]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))
-    for _, block, recipe in reversed(decisions):  # what is inside first: the plan of a block says what is in it
-        if recipe is not None and not isinstance(recipe, str):
-            swap(block, recipe)
+    _swap(decisions, strict)
+    if again:  # a block around one that was planned anew knows another
+        _swap(candidates(model, tails), strict)
     return model
+
+
+def _swap(decisions: Iterable[Candidate], strict: bool) -> None:
+    for _, block, recipe, _ in reversed(list(decisions)):  # what is inside first: a plan says what is in its block
+        if recipe is not None and not isinstance(recipe, str):
+            try:
+                swap(block, recipe)
+            except TypeError as error:
+                if strict:
+                    raise FusionError(f"blocks left alone: {error}") from error
 
 
 def unfuse(model: Model) -> Model:
@@ -101,12 +132,9 @@ def unfuse(model: Model) -> Model:
 
     Raises:
         TypeError: model is no `nn.Module`.
-        RuntimeError: it was sharded (fully_shard) after it was fused; nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    for block in model.modules():
-        refuse_sharded(block)
     for block in model.modules():
         restore(block)
     return model

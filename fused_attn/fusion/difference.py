@@ -9,16 +9,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .registry import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
-from .swap import PLAN, host_class
+from .changing.plan import plan_of
+from .recipes.names import host_class
+from .recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
 
 
 def differences(model: nn.Module) -> Iterator[str]:
     """Unified diffs of the forwards of the fused blocks in a model, one a class and recipe."""
     seen: dict[str, list[str]] = {}
     for name, block in model.named_modules():
-        host = host_class(block)
-        if host is None:
+        host, plan = host_class(block), plan_of(block)
+        if host is None or plan is None:
             continue
         try:
             before = textwrap.dedent(inspect.getsource(host.forward)).splitlines()
@@ -28,7 +29,7 @@ def differences(model: nn.Module) -> Iterator[str]:
                 [f"def forward(self, x):  # of {host.__qualname__}; its source is not at hand"],
                 host.__module__,
             )
-        after = ["def forward(self, x):", *textwrap.indent(runs(block.__dict__[PLAN].recipe), "    ").splitlines()]
+        after = ["def forward(self, x):", *textwrap.indent(runs(plan.recipe), "    ").splitlines()]
         text = "\n".join(difflib.unified_diff(before, after, f"{file} {host.__qualname__}", "fused", lineterm="", n=99))
         seen.setdefault(text, []).append(name or "(the model)")
     for text, names in seen.items():

@@ -10,20 +10,13 @@ from torch import nn
 
 from .. import backends
 from ..reference import CBAM, SpatialAttention
-from .api import candidates, is_own
-from .own import own_functions
-from .registry import (
-    TAILS,
-    CbamGate,
-    ChannelGate,
-    OwnLayers,
-    Recipe,
-    SpatialGate,
-    SplitGate,
-    known_class,
-    qualified_name,
-)
-from .swap import PLAN, host_class, intact
+from .api import Candidate, candidates, is_own
+from .changing.plan import changes, intact, plan_of
+from .hosts.registry import TAILS, known_class
+from .recipes.describe import describe
+from .recipes.names import class_name, host_of
+from .recipes.own import own_functions
+from .recipes.recipe import ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 
 
 @dataclass(frozen=True)
@@ -54,35 +47,6 @@ class Report(list[Row]):
         return "\n".join([*lines, f"{fused} of {len(self)} blocks run fused"])
 
 
-def describe(block: nn.Module, recipe: Recipe) -> str:
-    """Such as "SqueezeExcite(256 -> 16, relu, sigmoid)"."""
-    residual = ", adds its input" if recipe.adds_input else ""
-    if isinstance(recipe, OwnLayers):
-        return recipe.name + (", adds its input" if recipe.adds_input else "")
-    if isinstance(recipe, SpatialGate):
-        return f"SpatialAttention({_describe_spatial(block, recipe)}{residual})"
-    if isinstance(recipe, CbamGate):
-        channel = describe(block, recipe.channel)
-        return f"CBAM({channel}, {_describe_spatial(block, recipe.spatial)}{residual})"
-    pool = {"avg": "", "both": ", both pools"}.get(recipe.pool, f", {recipe.pool} pool")
-    if isinstance(recipe, SplitGate):
-        return f"squeeze, its own layers, scale{pool and f' ({pool[2:]})'}"
-    if recipe.weight1 is None:
-        return f"gate({recipe.gate}{pool}{residual})"
-    shape = block.get_parameter(recipe.weight1).shape
-    if recipe.layer != "dense":
-        return f"ECA(kernel {shape[-1]}, {recipe.layer}, {recipe.gate}{pool}{residual})"
-    if recipe.weight2 is None:
-        return f"EffectiveSE({shape[1]}, {recipe.gate}{pool}{residual})"
-    return f"SqueezeExcite({shape[1]} -> {shape[0]}, {recipe.activation}, {recipe.gate}{pool}{residual})"
-
-
-def _describe_spatial(block: nn.Module, recipe: SpatialGate) -> str:
-    size = " x ".join(str(k) for k in block.get_parameter(f"{recipe.layers[0]}.weight").shape[2:])
-    pools = "mean of both pools" if recipe.merged else " and ".join(recipe.order)
-    return f"kernel {size}, {pools}, {recipe.gate}"
-
-
 def explain(model: nn.Module, *, tails: bool = False) -> Report:
     """A printable report of the attention blocks in a model, fused or not: what each is and what serves it.
 
@@ -95,25 +59,26 @@ def explain(model: nn.Module, *, tails: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    return Report(row for found in candidates(model, tails) if (row := _row(*found)) is not None)
+    return Report(row for found in candidates(model, tails) if (row := _row(found)) is not None)
 
 
-def _row(name: str, block: nn.Module, found: Recipe | str | None) -> Row | None:
-    name = name or "(the model)"
+def _row(candidate: Candidate) -> Row | None:
+    block, found = candidate.block, candidate.found
+    name, cls = candidate.name or "(the model)", class_name(block)
     if is_own(block):
         served, why = _own_backend(block)
-        return Row(name, type(block).__name__, qualified_name(type(block)), True, served, why)
-    host = host_class(block)
-    if host is not None:
-        plan = block.__dict__[PLAN]
-        if not intact(block, plan):
-            return Row(name, "", qualified_name(host), False, "its own forward", "changed since fuse")
+        return Row(name, type(block).__name__, cls, True, served, why)
+    if candidate.served:
+        return None
+    plan = plan_of(block)
+    if plan is not None:
+        if "forward" in block.__dict__ or not intact(block, plan):
+            return Row(name, "", cls, False, "its own forward", changes(block, plan))
         served, why = _backend(block, _ops(plan.recipe))
-        return Row(name, describe(block, plan.recipe), qualified_name(host), True, served, why)
+        return Row(name, describe(block, plan.recipe), cls, True, served, why)
     if found is None:
         return None
-    cls = qualified_name(type(block))
-    call = "model, tails=True" if known_class(type(block), TAILS) else "model"
+    call = "model, tails=True" if known_class(host_of(type(block)), TAILS) else "model"
     if isinstance(found, str):
         return Row(name, "", cls, False, "its own forward", found)
     return Row(name, describe(block, found), cls, False, "its own forward", f"not fused yet: fused_attn.fuse({call})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_attn.bench import blocks
 from fused_attn.bench.measure import Figure, Timing, interleaved
 
 
@@ -27,3 +28,10 @@ def test_candidates_take_turns():
     assert "".join(calls) == "aaabbb" + "baab" * 2  # once warm, neither is always the second
     assert [len(timing.seconds) for timing in timings.values()] == [4, 4]
     assert len(interleaved(candidates, torch.device("cpu"), budget=60.0, most=3)["a"].seconds) == 3
+
+
+def test_a_look_at_a_fused_block_costs_little():
+    """At most 1 µs a watched value."""
+    found = blocks.look("cbam-batch-norm")
+    assert found["watched"] > 20 and found["look"] < 1e-6 * found["watched"]
+    assert blocks.look("norm-gate") == {}  # which fuse does not know

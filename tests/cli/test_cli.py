@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from fused_attn import backends, cli, demo, verify
 from fused_attn.bench import blocks
 from fused_attn.bench.measure import Figure, Timing, copy_bandwidth, geometric_means
+from fused_attn.fusion.recipes.names import host_class
 from fused_attn.hosts import build_model
 
 PNG = b"\x89PNG"
@@ -67,7 +68,7 @@ def test_demo_is_quick_and_writes_a_picture(tmp_path):
 def test_demo_trains_the_same_network(tmp_path, monkeypatch):
     original, fused = demo.train(steps=3, batch=8)
     torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
-    assert [type(fused.model.stages[i]).__name__ for i in (3, 7, 11)] == ["FusedSEBlock", "FusedCBAM", "FusedSEBlock"]
+    assert [host_class(fused.model.stages[i]).__name__ for i in (3, 7, 11)] == ["SEBlock", "CBAM", "SEBlock"]
     original.seconds, fused.seconds = [0.03, 0.5, 0.03], [0.012, 0.012, 0.001]
     monkeypatch.setattr(demo, "train", lambda *args, **options: (original, fused))
     text = run("demo", "--out", str(tmp_path / "demo.png"))

@@ -143,6 +143,15 @@ def test_export(strict):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_block_itself(strict):
+    """Tracing without dynamo replaces the call of all modules, and the forward of the one that is exported."""
+    block, x = fuse(fused_attn.reference.SqueezeExcite(16, reduction=4)), random(2, 16, 6, 6)
+    program = torch.export.export(block, (x,), strict=strict)
+    assert "fused_attn.channel_gate" in str(program.graph)
+    torch.testing.assert_close(program.module()(x), block(x))
+
+
 def test_export_of_the_reference_is_plain_aten():
     """For runtimes without our operators (ONNX, TensorRT): reductions over space, no adaptive pooling."""
     with fused_attn.backend("reference"):

@@ -12,7 +12,7 @@ from torch import nn
 from fused_attn import explain, fuse, reference, unfuse
 from fused_attn import nn as fused_nn
 from fused_attn.fusion import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate
-from fused_attn.fusion.registry import recognise
+from fused_attn.fusion.hosts.registry import recognise
 from tests.checks import LAYOUTS, assert_equivalent, assert_same_block, in_layout, random
 from tests.fusion import look_alikes
 from tests.ops.test_cbam import separated
@@ -604,7 +604,7 @@ def test_options_of_a_part_changed_after_fusing_count():
     x = random(2, C, 5, 5)
     block.spatial.order = ("mean", "max")
     assert torch.equal(block(x), reference.CBAM.forward(block, x))
-    assert explain(block)[0].reason == "changed since fuse"
+    assert explain(block)[0].reason == "changed since fuse: order"
 
 
 def test_another_rank_goes_to_the_original():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fused_attn import explain, fuse, unfuse
 from fused_attn.fusion import FusionError
-from fused_attn.fusion.registry import recognise
-from fused_attn.fusion.swap import host_class
+from fused_attn.fusion.hosts.registry import recognise
+from fused_attn.fusion.recipes.names import host_class
 from fused_attn.hosts import UnknownModel, build_model
 from tests.checks import assert_same_block, in_layout, random, randomised
 

@@ -1,0 +1,1 @@
+"""How a model is changed: its blocks, their parents, what stands around them, and graphs."""

@@ -1,0 +1,491 @@
+"""The same matcher on graphs: a backend of torch.compile that puts fused blocks in front of Inductor, and exported
+programs. Blocks are found wherever they lie in a graph, with what stands around them: an eval BatchNorm and its
+activation before, a residual sum and an activation after. Each is checked numerically before it is used (`trial`)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
+
+from ... import functional
+from ... import nn as fused_nn
+from ...codes import ACTIVATIONS
+from ...reference.block_attention import folded_affine
+from ..reading import templates
+from ..reading.canonical import MAX_TERMS, Node, Value
+from ..reading.capture import BATCH, SPACE
+from ..reading.context import in_its_own_context
+from ..reading.followed import Followed, follow, is_whole
+from ..reading.match import Match, reached, unify
+from ..reading.region import Region, region
+from ..reading.templates import Template
+from ..reading.trial import Trial
+from . import calls
+
+logger = logging.getLogger(__name__)
+
+_ADDS = {torch.add, operator.add, operator.iadd, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
+
+
+def backend(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable:
+    """For `torch.compile(model, backend="fused_attn")`: blocks in the graph fused, the rest compiled by Inductor.
+
+    Args:
+        mode, options: as `torch.compile` takes them for Inductor.
+
+    Raises:
+        RuntimeError: there is no such mode or option.
+    """
+    inductor = torch._TorchCompileInductorWrapper(mode, options, dynamic=None)  # dynamic only sets the graph's sizes
+    rewrite(graph, inputs)
+    compiled: Callable = inductor(graph, list(inputs))
+    return compiled
+
+
+def fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram:
+    """An exported program with its blocks fused, exported again: of the same inputs, with the same open sizes and
+    `state_dict`. The program itself where it has no block. left: gets what was left alone, and why."""
+    if program.example_inputs is None:
+        left.append("the program has no example inputs, with which it is exported again")
+        return program
+    return in_its_own_context(lambda: _fuse_exported(program, left))
+
+
+def _fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram:
+    module: Any = program.module(check_guards=False)
+    holders = module.graph.find_nodes(op="placeholder")
+    if not rewrite(module, [n.meta.get("val") for n in holders], left):
+        return program
+    assert program.example_inputs is not None
+    dims: dict[Any, Any] = {}
+    sizes = [_open(n.meta.get("val"), program.range_constraints, dims) for n in holders]
+    args, kwargs = tree_unflatten(sizes, tree_structure(program.example_inputs))
+    shapes = (*args, *kwargs.values())
+    try:
+        return torch.export.export(module, *program.example_inputs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        left.append(f"the fused program cannot be exported: {type(error).__name__}: {error}")
+        return program
+
+
+def _open(value: Any, ranges: Any, known: dict[Any, Any]) -> Any:
+    """The open sizes of an input of an exported program as `torch.export.export` takes them. known: those so far."""
+    if isinstance(value, Tensor):
+        return {i: _dimension(n, ranges, known) for i, n in enumerate(value.shape)}
+    return torch.export.Dim.DYNAMIC if isinstance(value, torch.SymInt) else None
+
+
+def _dimension(n: Any, ranges: Any, known: dict[Any, Any]) -> Any:
+    if isinstance(n, int):
+        return torch.export.Dim.STATIC
+    symbol = n.node.expr
+    if symbol not in known:
+        bounds = ranges.get(symbol)
+        if not symbol.is_symbol or bounds is None:
+            known[symbol] = torch.export.Dim.AUTO
+        else:
+            highest = {"max": int(bounds.upper)} if bounds.upper.is_Integer and bounds.upper < 2**31 else {}
+            known[symbol] = torch.export.Dim(str(symbol), min=int(bounds.lower), **highest)
+    return known[symbol]
+
+
+def rewrite(module: fx.GraphModule, inputs: Sequence[Any], left: list[str] | None = None) -> int:
+    """Fuse the blocks in a graph, which will run under the autocast of the moment; how many there were. A graph that
+    cannot be followed is left as it is. left: as in `fuse_exported`."""
+    left = [] if left is None else left
+    device = next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
+    device = device if torch.amp.is_autocast_available(device) else "cpu"
+    autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device))
+    return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left))
+
+
+def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], autocast: torch.autocast, left: list[str]) -> int:
+    for node in module.graph.find_nodes(op="call_function", target=operator.getitem):
+        if not node.users:  # such as the indices of a maximum, which would keep it, and what it reads
+            module.graph.erase_node(node)
+    try:
+        seen = follow(module, inputs, autocast)
+    except Exception as error:
+        left.append(f"a graph is left as it is: {type(error).__name__}: {error}")
+        logger.info(left[-1])
+        return 0
+    trial = Trial(seen)
+    count = 0
+    for node in reversed(list(module.graph.nodes)):
+        if node in seen.values:  # no longer so for what a block has replaced
+            try:
+                count += _replace(seen, trial, node, left)
+            except Exception as error:
+                left.append(f"{node} is left as it is: {type(error).__name__}: {error}")
+                logger.warning(left[-1])
+    if count:
+        module.graph.lint()
+        module.recompile()
+    return count
+
+
+@dataclass
+class Found:
+    """A block: the map it reads, and the call that computes it.
+
+    tensors: names of arguments -> canonical values; one that is a dictionary of them, or a tuple, is passed as such.
+    around: whether the function takes a BatchNorm before and a sum after it.
+    """
+
+    function: Callable
+    x: Node
+    tensors: dict[str, Any]
+    options: dict[str, Any]
+    around: bool = True
+
+
+def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bool:
+    value = seen.values[last]
+    products = value.node.op == "maximum" or (
+        value.node.op == "poly" and any(len(factors) > 1 for _, factors in value.node.attrs)
+    )
+    if not products or not is_whole(value) or not last.users or len(value.shape) not in (3, 4, 5):
+        return False
+    if any(seen.values.get(n) == value for n in last.all_input_nodes):
+        return False  # a copy in another layout, which is wanted
+    reason = ""
+    for found in _matches(seen, value):
+        for before, after in ((True, True), (False, True), (True, False), (False, False)):
+            if found.around or not (before or after):
+                why = _try(seen, trial, last, found, before, after)
+                if why is None:
+                    return True
+                reason = reason or f"{found.function.__name__}: {why}" if why else reason
+    if reason:
+        left.append(f"{last} is no block that is known, though it looks like one: {reason}")
+        logger.warning(left[-1])
+    return False
+
+
+def _try(seen: Followed, trial: Trial, last: fx.Node, found: Found, before: bool, after: bool) -> str | None:
+    """Put a block's call into the graph, with what stands before and after it; or why not, "" where there is nothing
+    to be said."""
+    tensors = fx.node.map_aggregate(found.tensors, lambda n: seen.leaf(n) if isinstance(n, Node) else n)
+    leaves: list[Any] = [seen.leaf(n) for n in tree_leaves(found.tensors) if isinstance(n, Node)]
+    norm = _normalised(seen, last, found.x) if before else None
+    end, options = _epilogue(seen, last) if after else (last, {})
+    if None in leaves or (before and norm is None) or (after and end is last):
+        return ""
+    around = [options["residual"]] if "residual" in options else []
+    if norm is not None:
+        around += [norm.x, *(t for t in norm.tensors if t is not None)]
+    for x in reversed(seen.holders(found.x, last)):
+        block = region(seen, end, (*leaves, *around, *((x,) if norm is None else ())))
+        if block is None or (norm is not None and x not in block.gone) or _is_counted_elsewhere(seen, block):
+            continue
+        if _is_typed(seen, block, tensors, x if norm is None else norm.x, options.get("residual")):
+            return _insert(seen, trial, block, x, norm, found.function, {**tensors, **found.options, **options})
+    return ""
+
+
+def _insert(
+    seen: Followed, trial: Trial, block: Region, x: fx.Node, norm: _Norm | None, function: Callable, arguments: Any
+) -> str | None:
+    """A call in place of a block; or why it is none."""
+    seen.other_sizes()  # while there is nothing new in the graph
+    end, graph = block.end, block.end.graph
+    new: list[fx.Node] = []
+    with graph.inserting_before(end):
+        if norm is not None:
+            new.append(graph.call_function(folded_affine, (*norm.tensors, norm.eps)))
+            x, arguments["affine"], arguments["pre_activation"] = norm.x, new[-1], norm.activation
+        new.append(graph.call_function(function, (x,), arguments))
+    buffers = _statistics(seen, block)
+    sixths = any(n.op == "act" and str(n.attrs[0]).startswith("hard_") for n in reached(seen.values[end].node))
+    try:
+        reason = trial.why_not(block, x, new, buffers, sixths)
+    except Exception as error:
+        reason = f"the check raises {type(error).__name__}: {error}"
+    if reason is not None:
+        for node in reversed(new):
+            graph.erase_node(node)
+        return reason
+    for node in block.sizes:
+        known = node.meta.get("example_value")
+        if isinstance(known, torch.SymFloat):
+            float(known)  # an option that is now written into the graph: another one compiles anew
+    for name in ("example_value", "val", "stack_trace", "nn_module_stack"):
+        if name in end.meta:
+            new[-1].meta[name] = end.meta[name]
+    end.replace_all_uses_with(new[-1])
+    seen.replace(end, new, block.gone)
+    for node in sorted(block.gone, reverse=True):
+        graph.erase_node(node)
+    return None
+
+
+def _statistics(seen: Followed, block: Region, live: bool = False) -> dict[fx.Node, bool]:
+    """The running statistics that a block reads, and whether they are variances. live: those that are written."""
+    given = {seen.values[s].node: s for s in block.stops}
+    norms = [n for n in reached(seen.values[block.end].node) if n.op == "batch_norm" and n.attrs[2][2:] == (True, True)]
+    found = [pair for n in norms if n.attrs[1] or not live for pair in zip(n.inputs[-2:], (False, True), strict=True)]
+    return {given[n]: variance for n, variance in found if n in given}
+
+
+def _is_counted_elsewhere(seen: Followed, block: Region) -> bool:
+    """Whether a BatchNorm in training is used outside too, before the end: its statistics are then written in turns."""
+    written = _statistics(seen, block, live=True)
+    return any(user < block.end and user not in block.gone for s in written for user in s.users)
+
+
+# Which block
+
+
+#: Modules whose form says how large the map is: they divide by a number of positions, or split what they put together.
+_SIZED = ("CoordinateAttention", "SimAM")
+
+
+@functools.cache
+def _variant(template: Template, training: bool, batch: int, space: tuple[int, ...]) -> Template | None:
+    """A template for another map; in training only where it has a BatchNorm."""
+    variant = replace(template, training=training, batch=batch, space=space)
+    try:
+        norm = any(n.op == "batch_norm" for n in reached(variant.output))
+    except Exception:  # it raises for the statistics of one value
+        return None
+    return variant if norm or not training else None
+
+
+def _templates(kind: str, shape: tuple[int, ...], modes: set[bool], wanted: Callable) -> Iterator[Template]:
+    """For maps of a shape, of which a single sample has an axis less. modes: whether they are in training."""
+    batch = 1 if shape[0] == 1 else BATCH
+    for template in getattr(templates, kind)(len(shape) - 2):
+        if wanted(template):  # only then is it captured
+            for training in modes:
+                space = shape[2:] if template.name in _SIZED else SPACE
+                variant = _variant(template, training, batch, space)
+                if variant is not None:
+                    yield variant
+
+
+def _matches(seen: Followed, value: Value) -> Iterator[Found]:
+    node, shape = value.node, value.shape
+    inside = reached(node)
+    modes = {False} | {n.attrs[1] for n in inside if n.op == "batch_norm"}
+    maxima = any(n.op == "max" for n in inside)
+
+    def pooled(template: Template) -> bool:
+        return maxima or template.options["pool"] == "avg"
+
+    def channel_gates(of: Node) -> Iterator[tuple[Template, Match]]:
+        for template in _templates("channel_gates", shape, {False}, pooled):
+            for match in unify(template.output, of, seen.graph, Match()):
+                if _plain(match):
+                    yield template, match
+
+    if node.op == "poly" and maxima:
+        for template in _templates("spatial_gates", shape, modes, lambda template: True):
+            for match in unify(template.output, node, seen.graph, Match()):
+                yield from _spatial(template, match, channel_gates)
+    if node.op == "poly":
+        for template, match in channel_gates(node):
+            yield Found(functional.channel_gate, match.nodes[template.input], *_channel(template, match))
+    for template in _templates("modules", shape, modes, lambda template: _may_be(template.name, node)):
+        for match in unify(template.output, node, seen.graph, Match()):
+            found = _block(template, match)
+            if found is not None:
+                yield found
+
+
+def _may_be(name: str, node: Node) -> bool:
+    """Whether a node has the outer shape of a block; there are many templates, which take time to capture."""
+    if node.op != "poly":
+        return name == "SCSE"
+    terms = [factors for _, factors in node.terms]
+    least = min(map(len, terms))
+    if name == "BAM":
+        gates = [n.inputs[0] for factors in terms for n, _ in factors if n.op == "act"]
+        return len(terms) > 1 and any(g.op == "poly" and any(len(f) > 1 for _, f in g.terms) for g in gates)
+    if name in ("SCSE", "TripletAttention"):
+        return len(terms) > 1 and least > 1
+    return least > {"CoordinateAttention": 2, "SimAM": 1}.get(name, MAX_TERMS)
+
+
+def _plain(match: Match) -> bool:
+    """Whether the convolutions are neither dilated nor grouped, and odd."""
+    convs = [c.options for t, c in match.nodes.items() if t.op == "conv"]
+    return all(set(dilation) == {1} and groups == 1 and _odd(kernel) for dilation, groups, kernel in convs)
+
+
+def _odd(kernel: tuple[int, ...]) -> bool:
+    return all(k % 2 for k in kernel)
+
+
+def _channel(template: Template, match: Match) -> tuple[dict[str, Node], dict[str, Any]]:
+    options = {**template.options, "gate": match.options["gate"]}
+    options["activation"] = match.options.get("activation", "identity")
+    return _leaves(match), options
+
+
+def _leaves(match: Match) -> dict[str, Node]:
+    return {t.name: c for t, c in match.nodes.items() if t.op == "leaf"}
+
+
+def _spatial(template: Template, match: Match, channel_gates: Callable) -> Iterator[Found]:
+    """A spatial gate, or both gates where it reads the result of a channel gate."""
+    gated = match.nodes.get(template.input)
+    if gated is None or not _plain(match):
+        return
+    tensors: dict[str, Any] = {
+        name.rpartition(".")[2]: node for name, node in _leaves(match).items() if ".bn." not in name
+    }
+    options = {k: template.options[k] for k in ("order", "ties")} | {"gate": match.options["gate"]}
+    norm: dict[str, Any] = {}
+    if template.options["norm"]:
+        (layer,) = (c for t, c in match.nodes.items() if t.op == "batch_norm")
+        tensors["norm"] = layer.inputs[1:]
+        eps, momentum = layer.options
+        norm = {"training": template.training, "eps": eps, "momentum": momentum}
+    if gated.op == "poly":
+        both: Callable = calls.cbam_with_batch_norm if norm else functional.cbam
+        for inner, second in channel_gates(gated):
+            yield Found(both, second.nodes[inner.input], *_both(tensors, options, inner, second, norm))
+    function: Callable = calls.spatial_gate_with_batch_norm if norm else functional.spatial_gate
+    yield Found(function, gated, tensors, {**options, **norm})
+
+
+def _both(
+    spatial: dict[str, Any], options: dict[str, Any], inner: Template, match: Match, norm: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `cbam`: those of its gates under other names."""
+    tensors, channel = _channel(inner, match)
+    renamed = {f"spatial_{k}" if k in ("weight", "bias") else k: v for k, v in spatial.items()}
+    return {**tensors, **renamed}, {
+        **{k: v for k, v in channel.items() if k in ("pool", "layer", "activation")},
+        "channel_ties": channel.get("ties", "first"),
+        "channel_gate": channel["gate"],
+        "order": options["order"],
+        "spatial_ties": options["ties"],
+        "spatial_gate": options["gate"],
+        **norm,
+    }
+
+
+def _block(template: Template, match: Match) -> Found | None:
+    """A module of `fused_attn.nn` that takes the tensors of the graph."""
+    x = match.nodes[template.input]
+    layers = {
+        t.inputs[1].name.removesuffix(".weight"): c.options
+        for t, c in match.nodes.items()
+        if t.op in ("conv", "batch_norm")
+    }
+    if template.name == "TripletAttention" and not _plain(match):
+        return None
+    if not all(_odd(c.options[2]) for t, c in match.nodes.items() if t.op == "conv"):
+        return None
+    options = tuple(sorted({**template.options, **match.options}.items()))
+    channels = x.sizes[1 - (template.batch == 1)]
+    call = _module(template.name, options, tuple(sorted(layers.items())), channels, template.training)
+    return Found(call, x, {"tensors": _leaves(match)}, {}, around=False)
+
+
+@functools.cache
+def _module(name: str, options: tuple, layers: tuple, channels: int, training: bool) -> calls.Block:
+    chosen = dict(options)
+    bare = chosen.pop("bare")
+    with torch.device("meta"):
+        module: Any = templates.without_bias(
+            getattr(fused_nn, name), bare, channels=templates.CHANNELS, **chosen
+        ).train(training)
+    module.channels = channels if name == "SCSE" else None
+    for part in module.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.num_batches_tracked = None  # the graph counts them itself
+    for path, given in layers:
+        layer: Any = module.get_submodule(path)
+        if len(given) == 2:
+            layer.eps, layer.momentum = given
+        else:
+            layer.dilation, layer.groups, layer.kernel_size = given
+            layer.padding = tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return calls.Block(module)
+
+
+def _is_typed(seen: Followed, block: Region, tensors: Any, x: fx.Node, residual: fx.Node | None) -> bool:
+    """Whether the fused call takes tensors of these dtypes, and gives the dtype that the nodes give; they round to none
+    of less precision on the way."""
+    given = [x, block.end] if residual is None else [x, block.end, residual]
+    if seen.modes[block.end][1] is None:  # under autocast parameters are read as they are
+        given += [n for n in tree_leaves(tensors) if isinstance(n, fx.Node)]
+        own = [d for n in block.nodes if (d := seen.dtype(n)) is not None and d.is_floating_point]
+        if any(torch.finfo(d).eps > torch.finfo(own[-1]).eps for d in own):
+            return False
+    return len({seen.dtype(n) for n in given}) == 1
+
+
+# What stands around it
+
+
+def _epilogue(seen: Followed, last: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
+    """The end of a block with the sum and the activation that follow it, and the arguments that stand for them."""
+    end, found = last, {}
+    added = _sum_after(seen, end)
+    if added is not None:
+        end, found["residual"] = added
+    user = _only_user(end)
+    if user is not None and user in seen.values and end in seen.values and len(user.all_input_nodes) == 1:
+        value, before = seen.values[user], seen.values[end]
+        of_end = value.node.op == "act" and value == Value(value.node, before.layout)
+        if of_end and value.node.inputs[0] is before.node and value.node.attrs[0] in ACTIVATIONS:
+            end, found["post_activation"] = user, value.node.attrs[0]
+    return end, found
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _sum_after(seen: Followed, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The sum with another map of the same shape that is the only use of a node, and that map."""
+    user = _only_user(node)
+    if user is None or user not in seen.values:
+        return None
+    method = user.op == "call_method" and user.target in ("add", "add_")
+    if not (method or (user.op == "call_function" and user.target in _ADDS)) or user.kwargs or len(user.args) != 2:
+        return None
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(other, fx.Node) or other is node or other not in seen.values:
+        return None
+    return (user, other) if seen.values[other].shape == seen.values[node].shape else None
+
+
+@dataclass
+class _Norm:
+    x: fx.Node
+    tensors: tuple[fx.Node | None, ...]
+    eps: float
+    activation: str
+
+
+def _normalised(seen: Followed, last: fx.Node, source: Node) -> _Norm | None:
+    """Where the map is an eval BatchNorm's, perhaps activated: what that was computed from, and the BatchNorm."""
+    activation, norm = "identity", source
+    if norm.op == "act" and norm.attrs[0] in ACTIVATIONS:
+        activation, norm = norm.attrs[0], norm.inputs[0]
+    if norm.op != "batch_norm" or norm.attrs[1]:
+        return None
+    axis, _, present = norm.attrs
+    below = seen.holders(norm.inputs[0], last)
+    if not below or present[2:] != (True, True) or axis != 1 - (seen.results[below[-1]].shape[0] == 1):
+        return None
+    leaves = iter([seen.leaf(n) for n in norm.inputs[1:]])
+    tensors = [next(leaves) if there else None for there in present]
+    if any(there and t is None for there, t in zip(present, tensors, strict=True)):
+        return None
+    return _Norm(below[-1], tuple(tensors), norm.options[0], activation)

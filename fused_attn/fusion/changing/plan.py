@@ -1,0 +1,320 @@
+"""How one fused block is run, and what must be unchanged for that to be the same function."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..reading.reads import MISSING, Watched, is_plain, reads_of
+from ..recipes.names import HOST, host_of
+from ..recipes.recipe import OwnLayers, Recipe, SplitGate
+from ..recipes.run import Parameters, Paths, layer_at, parameter_paths, parameters_of
+
+#: The only thing a fused block has that the original has not; `restore` takes it away.
+PLAN = "_fused_attn_plan"
+
+
+class Glance(NamedTuple):
+    """The same as in a plan for one look that costs little: attributes of a dictionary at once, against what they were.
+
+    places: dictionaries, what reads them, what it read, and their lengths; None is the block's own. owners, names,
+    values: attributes of what is no module. hooks: dictionaries that are empty.
+    """
+
+    places: tuple[tuple[Mapping[str, Any] | None, Callable[[Any], Any], Any, int], ...]
+    kind: type
+    layers: tuple[nn.Module, ...]
+    kinds: tuple[type, ...]
+    owners: tuple[Any, ...]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    hooks: tuple[dict[Any, Any], ...]
+    contents: tuple[tuple[Any, Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """children: parent, name, layer and its class. unhooked: layers that are bypassed. A parent or owner None is the
+    block itself, which must not be in its own plan: a cycle would keep its memory. No tuple, which torch.export would
+    look into and put back with other tensors in it."""
+
+    recipe: Recipe
+    paths: Paths
+    places: tuple[tuple[dict[str, Any], str] | None, ...]  # where the parameters at the paths are
+    children: tuple[tuple[nn.Module | None, str, nn.Module, type], ...]
+    names: tuple[tuple[nn.Module | None, tuple[str, ...]], ...]  # those of each one's children, in order
+    unhooked: tuple[nn.Module, ...]
+    norms: tuple[nn.Module, ...]  # BatchNorms that are bypassed, which may have another dtype than the map
+    kind: type  # its fused class; what is called may be derived from that
+    members: int  # of the fused class
+    watched: Watched
+    glance: Glance
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy is planned anew."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _unplanned, ()
+
+
+def _unplanned() -> None:
+    return None
+
+
+def plan_of(block: nn.Module) -> Plan | None:
+    """The plan by which a block runs fused; None where it does not."""
+    found: Plan | None = block.__dict__.get(PLAN)
+    return found
+
+
+def is_bypassed(path: str, recipe: Recipe) -> bool:
+    return not isinstance(recipe, (SplitGate, OwnLayers)) or path in recipe.bypassed
+
+
+def is_hooked(layer: Any) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
+
+
+def why_bound(block: nn.Module, recipe: Recipe) -> str | None:
+    """Why a layer cannot be bypassed: it carries a hook, or a forward or call of its own, which would be skipped."""
+    for name, layer in block.named_modules():
+        if layer is not block and is_bypassed(name, recipe):
+            if is_hooked(layer):
+                return f"{name} carries a hook or a forward of its own, which the fused block would skip"
+            cls = host_of(type(layer))
+            if cls.__call__ is not nn.Module.__call__ and not cls.__module__.startswith("torch."):
+                return f"{name} is a {type(layer).__name__}, which has a __call__ of its own"
+    return None
+
+
+def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
+    modules: dict[str, nn.Module | None] = dict(block.named_modules(remove_duplicate=False))
+    modules[""] = None
+    children = tuple(
+        (modules[name.rpartition(".")[0]], name.rpartition(".")[2], layer, type(layer))
+        for name, layer in modules.items()
+        if layer is not None
+    )
+    names = tuple((module, tuple((block if module is None else module)._modules)) for module in modules.values())
+    bypassed = tuple(layer for name, layer in modules.items() if layer is not None and is_bypassed(name, recipe))
+    watched = _watched(block, bypassed)
+    kind = next(cls for cls in type(block).__mro__ if HOST in vars(cls))
+    glance = _glance(block, kind, children, bypassed, watched)
+    paths = parameter_paths(recipe)
+    places = tuple(_place(block, path) for path in paths)
+    norms = tuple(layer for layer in bypassed if isinstance(layer, _BatchNorm))
+    return Plan(recipe, paths, places, children, names, bypassed, norms, kind, len(vars(kind)), watched, glance)
+
+
+def _watched(block: nn.Module, bypassed: tuple[nn.Module, ...]) -> Watched:
+    """What the block's code read, but for layers that run as they are: these see their own changes."""
+    own = {id(layer) for layer in bypassed}
+
+    def is_seen(entry: tuple[Any, ...]) -> bool:
+        return not isinstance(entry[0], nn.Module) or id(entry[0]) in own
+
+    return Watched(*(tuple(filter(is_seen, entries)) for entries in reads_of(block).watched))
+
+
+def _place(block: nn.Module, path: tuple[str, str] | None) -> tuple[dict[str, Any], str] | None:
+    if path is None:
+        return None
+    layer, name = layer_at(block, path[0]), path[1]
+    place: dict[str, Any] = layer._buffers if name in layer._buffers else layer._parameters
+    return place, name
+
+
+def parameters_in(block: nn.Module, plan: Plan) -> Parameters:
+    """The parameters of a block that is intact."""
+    if not torch.compiler.is_compiling():
+        try:
+            return tuple([None if place is None else place[0][place[1]] for place in plan.places])
+        except KeyError:
+            pass
+    return parameters_of(block, plan.paths)
+
+
+def is_mixed(plan: Plan, x: Tensor) -> bool:
+    """Whether a BatchNorm has parameters of another dtype than the map, as in half models: only PyTorch takes that."""
+    for norm in plan.norms:
+        weight = norm.running_mean if norm.weight is None else norm.weight
+        if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+            return not torch.is_autocast_enabled(x.device.type)
+    return False
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _glance(block: nn.Module, kind: type, children: Any, bypassed: tuple[nn.Module, ...], watched: Watched) -> Glance:
+    own = block.__dict__
+    keys: dict[int, dict[str, None]] = {}
+    dictionaries: dict[int, dict[str, Any]] = {}
+
+    def note(place: dict[str, Any], *names: str) -> None:
+        dictionaries[id(place)] = place
+        keys.setdefault(id(place), {}).update(dict.fromkeys(names))
+
+    parts = list(dict.fromkeys((block, *(layer for _, _, layer, _ in children))))
+    counted: list[tuple[Any, Callable[[Any], Any]]] = []
+    for part in parts:
+        note(part.__dict__, "_modules", "_parameters", "_buffers", *(_HOOKS if part is not block else ()))
+        if part._modules:
+            note(part._modules, *part._modules)
+        if len(part._modules) > 1:  # some run them in the order in which they have them
+            counted.append((part._modules, list))
+    others: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    for owner, name, value in (*watched.options, *watched.parts):
+        part = block if owner is None else owner
+        if not isinstance(part, nn.Module):
+            others[id(part), name] = part, name, value
+        elif name in part.__dict__:
+            note(part.__dict__, name)
+        else:  # it has it from its class, or not at all; one of its own would make its dictionary longer
+            others[id(type(part)), name] = type(part), name, value
+            if value is MISSING:
+                counted += [(part.__dict__[place], len) for place in ("_modules", "_parameters", "_buffers")]
+    for owner, name in watched.empty:
+        note((block if owner is None else owner)._parameters, name)
+    places = []
+    for i, names in keys.items():
+        read: Callable[[Any], Any] = operator.itemgetter(*names)
+        place = dictionaries[i]
+        length = len(place) + (place is own and PLAN not in place)
+        places.append((None if place is own else place, read, read(place), length))
+    counted.append((vars(kind), len))  # what is set on the fused class is no attribute of the host's
+    places += [(place, read, read(place), len(place)) for place, read in counted]
+    return Glance(
+        tuple(places),
+        kind,
+        tuple(parts[1:]),
+        tuple(map(type, parts[1:])),
+        tuple(owner for owner, _, _ in others.values()),
+        tuple(name for _, name, _ in others.values()),
+        tuple(value for _, _, value in others.values()),
+        tuple(layer.__dict__[place] for layer in bypassed for place in _HOOKS),
+        watched.contents,
+    )
+
+
+def _unchanged(block: nn.Module, glance: Glance) -> bool:
+    own = block.__dict__
+    for place, read, expected, length in glance.places:
+        here = own if place is None else place
+        if len(here) != length or read(here) != expected:
+            return False
+    if type(block) is not glance.kind or any(glance.hooks) or tuple(map(type, glance.layers)) != glance.kinds:
+        return False
+    if tuple(map(getattr, glance.owners, glance.names, itertools.repeat(MISSING))) != glance.values:
+        return False
+    for container, copied in glance.contents:  # noqa: SIM110
+        if container != copied:
+            return False
+    return True
+
+
+def intact(block: nn.Module, plan: Plan) -> bool:
+    """Whether block and layers are those seen at `fuse`: none put in (LoRA), added, hooked or set differently since,
+    and nothing else changed that their code reads."""
+    if not torch.compiler.is_compiling():
+        try:
+            if _unchanged(block, plan.glance):
+                return True
+        except Exception:  # something is gone, or cannot be compared
+            pass
+    return _intact(block, plan)
+
+
+def _intact(block: nn.Module, plan: Plan) -> bool:
+    """As `intact`, one by one: so that what does not matter may have changed, and that compilers can follow."""
+    for parent, name, layer, kind in plan.children:
+        if (block if parent is None else parent)._modules.get(name) is not layer or type(layer) is not kind:
+            return False
+    if not (torch.compiler.is_compiling() or _is_of_its_class(block, plan)):
+        return False
+    for parent, names in plan.names:
+        if tuple((block if parent is None else parent)._modules) != names:
+            return False
+    for layer in plan.unhooked:
+        if is_hooked(layer):
+            return False
+    options, parts, absent, empty, contents = plan.watched
+    for owner, name, value in options:
+        if not _is_equal(getattr(block if owner is None else owner, name, MISSING), value):
+            return False
+    compiling = torch.compiler.is_compiling()
+    for owner, name, value in parts:
+        if compiling and name == "__call__":  # which torch.export replaces for all modules while it traces
+            continue
+        if getattr(block if owner is None else owner, name, MISSING) is not value:
+            return False
+    for parent, name in absent:
+        if name in (block if parent is None else parent).__dict__:
+            return False
+    for parent, name in empty:
+        if getattr(block if parent is None else parent, name, None) is not None:
+            return False
+    for container, copied in contents:  # noqa: SIM110
+        if not _holds(container, copied):
+            return False
+    return True
+
+
+def _is_equal(found: Any, value: Any) -> bool:
+    """Also of what cannot be compared, or is equal and another thing: a tensor in a number's place."""
+    if found is value or type(found) is not type(value):
+        return found is value
+    if type(value) in (tuple, list, dict):
+        return _holds(found, value)
+    return (is_plain(value) or isinstance(value, types.MethodType)) and bool(found == value)
+
+
+def _holds(container: Any, copied: Any) -> bool:
+    """Whether the same is in a container as in its copy."""
+    if isinstance(copied, dict):
+        return container.keys() == copied.keys() and all(_is_equal(container[k], v) for k, v in copied.items())
+    if isinstance(copied, (list, tuple)):
+        return len(container) == len(copied) and all(_is_equal(c, v) for c, v in zip(container, copied, strict=True))
+    return bool(container == copied)
+
+
+def _is_of_its_class(block: nn.Module, plan: Plan) -> bool:
+    """Whether it has the class that it was fused as, unchanged, or one derived from it (by fully_shard, for a
+    parametrisation) that has nothing else under the names that were read."""
+    cls, host = type(block), host_of(plan.kind)
+    if len(vars(plan.kind)) != plan.members or not issubclass(cls, plan.kind):
+        return False
+    read = (name for owner, name, _ in (*plan.watched.options, *plan.watched.parts) if owner is host)
+    added = [vars(c) for c in cls.__mro__[: cls.__mro__.index(plan.kind)]]
+    return not any(name in members for name in read if name != "forward" for members in added)
+
+
+def changes(block: nn.Module, plan: Plan) -> str:
+    """What of a block that is not intact has changed first, to be read."""
+    if "forward" in block.__dict__:
+        return "its forward was replaced on the instance"
+    options, parts, absent, _, _ = plan.watched
+    for owner, name, value in options:
+        if not _is_equal(getattr(block if owner is None else owner, name, MISSING), value):
+            return f"changed since fuse: {name}"
+    for owner, name, value in parts:
+        if getattr(block if owner is None else owner, name, MISSING) is not value:
+            return f"changed since fuse: {name}"
+    for owner, name in absent:
+        if name in (block if owner is None else owner).__dict__:
+            return f"changed since fuse: {name}"
+    return "changed since fuse"

@@ -1,0 +1,166 @@
+"""Changing what a block runs, not what it owns: the instance gets a subclass of its class with a fused forward."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+
+from ...backends import is_ordinary
+from ..reading.reads import token
+from ..recipes.names import HOST, host_class
+from ..recipes.own import FUSED_FORMS
+from ..recipes.recipe import OwnLayers, Recipe
+from ..recipes.run import run
+from .decide import decide
+from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in, plan_of
+
+#: Hooks for the calls of all modules, which layers that are bypassed would not get.
+_EVERYBODYS = (
+    _torch_module._global_forward_hooks,
+    _torch_module._global_forward_pre_hooks,
+    _torch_module._global_backward_hooks,
+    _torch_module._global_backward_pre_hooks,
+)
+
+#: By the host's token: a class lives as long as an instance of it, and keeps its host's alive no longer.
+_CLASSES: weakref.WeakValueDictionary[int | None, type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def fused_class(host: type[nn.Module]) -> type[nn.Module]:
+    """The one fused subclass of a host's class."""
+    found = _CLASSES.get(token(host))
+    return _CLASSES.setdefault(token(host), _make_fused_class(host)) if found is None else found
+
+
+def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a host's class whose instances run fused where they have a plan, and else as the host's. They are
+    called, copied, pickled, traced and scripted as instances of the host's class."""
+
+    functions = _fused_functions(host)
+
+    def as_written(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return host.forward(_as_host(self, host) if functions else self, *args, **kwargs)
+
+    def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan: Plan | None = self.__dict__.get(PLAN)
+        if plan is None or len(args) != 1 or kwargs:  # by keyword: hosts name it differently
+            return as_written(self, *args, **kwargs)
+        (x,) = args
+        # What is no tensor is torch.fx's proxy, or an error that is the host's to raise.
+        if not (
+            isinstance(x, Tensor)
+            and plan.recipe.rank in (None, x.dim())
+            and is_ordinary(x)
+            and not any(_EVERYBODYS)
+            and intact(self, plan)
+        ):
+            return as_written(self, x)
+        if isinstance(plan.recipe, OwnLayers):
+            if is_mixed(plan, x):
+                return as_written(self, x)
+            return run(self, plan.recipe, parameters_in(self, plan), x)
+        try:
+            return run(self, plan.recipe, parameters_in(self, plan), x)
+        except (TypeError, ValueError):  # a map that the host may take and the fused function does not
+            return as_written(self, x)
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return call(self, args, kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        reduced = host.__reduce_ex__(self, protocol)
+        if type(self) is not fused_class(host) or not isinstance(reduced, tuple):
+            return reduced
+        function, args, *rest = reduced
+        places = tuple(i for i, arg in enumerate(args) if arg is type(self))
+        plain = tuple(host if i in places else arg for i, arg in enumerate(args))
+        rest = [_without_plan(part) for part in rest]
+        if function is type(self):
+            return host, plain, *rest
+        return (_rebuilt, (function, host, places, plain), *rest) if places else (function, args, *rest)
+
+    def __setstate__(self: nn.Module, state: Any) -> None:
+        host.__setstate__(self, state)
+        self.__dict__.pop(PLAN, None)
+        recipe = decide(self, tails=True)  # it was fused: as what it is, or else for its tail
+        if recipe is not None and not isinstance(recipe, str):
+            self.__dict__[PLAN] = make_plan(self, recipe)
+
+    attributes = {
+        **functions,
+        "forward": _as_written_by(host, forward),
+        "__reduce_ex__": __reduce_ex__,
+        "__setstate__": __setstate__,
+        "__module__": host.__module__,
+        "__qualname__": host.__qualname__,
+        "__doc__": host.__doc__,
+        "__annotations__": inspect.get_annotations(host),  # TorchScript looks at those of a class alone
+        HOST: host,
+    }
+    # Past metaclasses and `__init_subclass__`, which may keep a list of classes: the base is set afterwards.
+    made: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), attributes)
+    made.__bases__ = (host,)
+    return made
+
+
+def _as_written_by(host: Any, function: Any) -> Any:
+    """With the signature, the source and the globals of the host's forward, which tracers and compilers look at."""
+    space = getattr(host.forward, "__globals__", function.__globals__)
+    found = types.FunctionType(function.__code__, space, "forward", function.__defaults__, function.__closure__)
+    return functools.wraps(host.forward)(found)
+
+
+def _fused_functions(host: type[nn.Module]) -> dict[str, Any]:
+    """What `fused_attn.nn` puts into a module of `fused_attn.reference` in place of the plain functions there."""
+    ours = next((FUSED_FORMS[base] for base in host.__mro__ if base in FUSED_FORMS), nn.Module)
+    return {name: value for name, value in vars(ours).items() if isinstance(value, staticmethod)}
+
+
+def _as_host(block: nn.Module, host: type[nn.Module]) -> nn.Module:
+    """The same block with the functions that its host has, which the fused class has others for."""
+    view: nn.Module = object.__new__(host)
+    object.__setattr__(view, "__dict__", block.__dict__)
+    return view
+
+
+def _without_plan(part: Any) -> Any:
+    if isinstance(part, tuple):
+        return tuple(map(_without_plan, part))
+    return {k: v for k, v in part.items() if k != PLAN} if type(part) is dict and PLAN in part else part
+
+
+def _rebuilt(function: Any, host: type[nn.Module], places: tuple[int, ...], args: tuple[Any, ...]) -> Any:
+    """function(*args), with the fused class of a host's in some places: what copy and pickle make."""
+    cls = fused_class(host)
+    return function(*(cls if i in places else arg for i, arg in enumerate(args)))
+
+
+def swap(block: nn.Module, recipe: Recipe) -> None:
+    """
+    Raises:
+        TypeError: the class of this block cannot be changed.
+    """
+    if host_class(block) is None:  # else it has the fused class, or one derived from that
+        block.__class__ = fused_class(type(block))  # without a plan it is as the host's
+    block.__dict__[PLAN] = make_plan(block, recipe)
+
+
+def restore(block: nn.Module) -> None:
+    """Undo `swap`. What was made of the class since, as by fully_shard or a parametrisation, keeps the fused class as a
+    base, which without a plan is the host's."""
+    host = host_class(block)
+    if host is not None:
+        if type(block) is fused_class(host):
+            block.__class__ = host
+        block.__dict__.pop(PLAN, None)
+
+
+def is_fused(block: nn.Module) -> bool:
+    """Whether it has a plan; whether that is used, `intact` says."""
+    return plan_of(block) is not None and host_class(block) is not None

@@ -1,0 +1,1 @@
+"""How the blocks of known libraries are recognised: one file a library."""

@@ -1,0 +1,116 @@
+"""This library's own reference modules, which `fuse` runs as their fused forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention
+from ..reading.layers import paths_but
+from ..recipes.own import AS_IN_NN, FUSED_FORMS, own_functions
+from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
+from .registry import register
+
+_MODULE = "fused_attn.reference"
+_EPILOGUE = "returns its gate alone or has an epilogue; use fused_attn.nn"
+
+
+@register(
+    f"{_MODULE}.squeeze_excite.SqueezeExcite",
+    f"{_MODULE}.squeeze_excite.EffectiveSE",
+    f"{_MODULE}.squeeze_excite.ECA",
+    f"{_MODULE}.block_attention.ChannelAttention",
+)
+def channel_attention(block: Any) -> Recipe | str:
+    if block.return_gate or block.post_activation != "identity":
+        return _EPILOGUE
+    return _channel_gate(block, "")
+
+
+def _channel_gate(block: Any, prefix: str) -> ChannelGate:
+    """Of a block at this path, "" or with a dot at its end."""
+    layers = [name for name, _ in block.named_children()]
+    present = dict(block.named_parameters())
+    parameters: dict[str, Any] = {
+        f"{kind}{i}": prefix + path
+        for i, layer in enumerate(layers, 1)
+        for kind in ("weight", "bias")
+        if (path := f"{layer}.{kind}") in present
+    }
+    return ChannelGate(
+        **parameters,
+        layer=block.layer,
+        pool=block.pool,
+        ties=block.ties,
+        activation=block.activation,
+        gate=block.gate,
+        rank=None,
+    )
+
+
+@register(f"{_MODULE}.block_attention.SpatialAttention")
+def spatial_attention(block: Any) -> Recipe | str:
+    if block.return_gate or block.post_activation != "identity":
+        return _EPILOGUE
+    return _spatial_gate(block, "")
+
+
+def _spatial_gate(block: Any, prefix: str) -> SpatialGate:
+    _, norm = block._layers()
+    return SpatialGate(
+        (f"{prefix}conv",) if norm is None else (f"{prefix}conv.conv", f"{prefix}conv.bn"),
+        order=block.order,
+        ties=block.ties,
+        gate=block.gate,
+        rank=block.rank + 2,
+    )
+
+
+@register(f"{_MODULE}.block_attention.CBAM")
+def cbam(block: Any) -> Recipe | str:
+    channel, spatial = block.channel, block.spatial
+    if type(channel) is not ChannelAttention or type(spatial) not in (SpatialAttention, type(None)):
+        return "its parts are not plain ChannelAttention and SpatialAttention"
+    last = channel if spatial is None else spatial
+    if channel.return_gate or last.return_gate or last.post_activation != "identity":
+        return _EPILOGUE
+    gate = _channel_gate(channel, "channel.")
+    return gate if spatial is None else CbamGate(gate, _spatial_gate(spatial, "spatial."))
+
+
+@register(f"{_MODULE}.gather_excite.GatherExcite")
+def gather_excite(block: Any) -> Recipe | str:
+    if block.extent:
+        return "its pool is not global"
+    return ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)
+
+
+@register(*AS_IN_NN)
+def as_in_nn(block: Any) -> Recipe | str:
+    (cls,) = (cls for cls in AS_IN_NN if isinstance(block, cls))
+    functions, rank = AS_IN_NN[cls]
+    bypassed: tuple[str, ...] = ()
+    if "select" in functions:  # the convolutions run; in eval the BatchNorms and the excitation do not
+        bypassed = paths_but(block, *(path for path, layer in block.named_modules() if is_branch(path, layer)))
+    return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank, bypassed=bypassed)
+
+
+def is_branch(path: str, layer: nn.Module) -> bool:
+    """Whether it is a convolution that makes branches of a block that selects between them."""
+    return type(layer) is nn.Conv2d and path.partition(".")[0] in ("conv", "paths")
+
+
+def own_recipe(block: Any) -> Recipe | None:
+    """The gate of one of the blocks above or of `fused_attn.nn`, whatever becomes of it; None: it has none, its
+    pool is windows or it is neither of the squeeze-excite nor of the CBAM family."""
+    if own_functions(block) is not None:
+        return None
+    if isinstance(block, CBAM):
+        gate = _channel_gate(block.channel, "channel.")
+        return gate if block.spatial is None else CbamGate(gate, _spatial_gate(block.spatial, "spatial."))
+    if isinstance(block, SpatialAttention):
+        return _spatial_gate(block, "")
+    if isinstance(block, GatherExcite):
+        return None if block.extent else ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)
+    return _channel_gate(block, "")

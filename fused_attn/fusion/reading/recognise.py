@@ -1,0 +1,332 @@
+"""Recognising a module by its computation: capture, match, watch, check; shared between equal modules."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...reference.block_attention import CONVOLUTIONS
+from ..recipes.names import host_of
+from ..recipes.recipe import ChannelGate, Recipe
+from .canonical import Node
+from .capture import BATCH, SPACE, Captured, Refused, capture
+from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, check_block
+from .context import in_its_own_context
+from .find import Found, find
+from .layers import swapped_layer
+from .match import reached
+from .reads import Reads, reads_of
+from .selections import why_no_selection
+
+MAX_PARTS = 60
+
+
+@dataclass
+class Outcome:
+    """What is known of all modules that are equal to one: found; or why not; or neither, no block at all."""
+
+    found: Found | None = None
+    reason: str | None = None
+    channels: int = 0
+    rank: int = 2
+
+
+_outcomes: weakref.WeakKeyDictionary[type, dict[Hashable, Outcome]] = weakref.WeakKeyDictionary()
+
+
+def is_candidate(block: nn.Module) -> bool:
+    """Whether it may be a block of somebody's: not too large, with a forward of its own."""
+    return has_own_forward(block) and sum(1 for _ in block.modules()) <= MAX_PARTS
+
+
+def has_own_forward(block: nn.Module) -> bool:
+    """Whether it is of somebody's class, with a forward of its own that one argument is enough for."""
+    cls = host_of(type(block))
+    if _is_torch(cls) or "forward" in block.__dict__ or cls.__call__ is not nn.Module.__call__:
+        return False
+    forward: Any = cls.forward
+    if forward is nn.Module.forward or not inspect.isfunction(forward) or _is_torch(forward):
+        return False
+    if isinstance(block, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        return False
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    positional = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    rest = [p for p in parameters if p.default is p.empty and p not in positional and p.kind is p.KEYWORD_ONLY]
+    return len(positional) == 1 and not rest
+
+
+def _is_torch(thing: Any) -> bool:
+    return str(thing.__module__).partition(".")[0] == "torch"
+
+
+def outcome_of(block: nn.Module) -> Outcome:
+    """What a module is. One that lacks something to be looked at, or cannot be, is asked again next time."""
+    if not is_candidate(block):
+        return Outcome()
+    try:
+        read = reads_of(block)
+    except Exception:  # somebody's module in a way that was not thought of is left alone
+        return Outcome()
+    known = _outcomes.setdefault(host_of(type(block)), {})
+    if read.key not in known:
+        try:
+            outcome = in_its_own_context(lambda: _examine(block, read))
+        except Exception:
+            return Outcome()
+        known[read.key] = outcome
+    return known[read.key]
+
+
+def recipe_of(block: nn.Module) -> Recipe | str | None:
+    """The recipe of a recognised block, why it is left alone, or None."""
+    outcome = outcome_of(block)
+    if outcome.found is None:
+        return outcome.reason
+    recipe = outcome.found.recipe(block)
+    return recipe if isinstance(recipe, str) else swapped_layer(block, recipe) or recipe
+
+
+def channel_guesses(block: nn.Module) -> list[int]:
+    found: list[int] = []
+    for part in block.modules():
+        for name in ("in_channels", "in_features", "num_features", "num_channels", "normalized_shape"):
+            value = getattr(part, name, None)
+            if isinstance(value, int):
+                found.append(value)
+    for part in block.modules():
+        found += [
+            p.shape[-1] if p.dim() < 3 else p.shape[1]
+            for p in (*part._parameters.values(), *part._buffers.values())
+            if p is not None and p.dim()
+        ]
+    found += [v for v in block.__dict__.values() if isinstance(v, int) and not isinstance(v, bool) and v > 2]
+    usual = [n for n in dict.fromkeys(found) if n > 2][:6]
+    return [*usual, 12, *([2] if 2 in found else [])]
+
+
+def _ranks(block: nn.Module) -> list[int]:
+    names = {type(part).__name__[-2:] for part in block.modules()}
+    if "3d" in names:
+        return [3]
+    return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1]
+
+
+def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
+    """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
+    for rank in _ranks(block):
+        for channels in channel_guesses(block):
+            try:
+                yield rank, channels, capture(block, (BATCH, channels, *SPACE[:rank]))
+                break
+            except Refused as refusal:
+                yield rank, channels, refusal
+                break
+            except Exception:
+                continue
+
+
+def _examine(block: nn.Module, read: Reads) -> Outcome:
+    if read.remark is not None:  # then it is not run, so that what it is can only be guessed
+        return Outcome(None, read.remark if _may_be_gate(block, read) else None)
+    first_reason: Outcome | None = None
+    rectangles = False
+    for rank, channels, captured in _captures(block):
+        rectangles = True
+        if isinstance(captured, Refused):
+            if captured.graph is not None and any(_is_gate(n) for n in captured.graph.nodes() if n.op == "act"):
+                first_reason = first_reason or Outcome(None, str(captured), channels, rank)
+            continue
+        reason = None
+        for found in find(captured, rank):
+            reason = _unsafe(block, found, channels, rank, captured)
+            if reason is None:
+                return Outcome(_of_any_rank(block, found, rank), None, channels, rank)
+        reason = reason or why_not(captured)
+        if reason is not None and first_reason is None:
+            first_reason = Outcome(None, reason, channels, rank)
+    return first_reason or (Outcome() if rectangles else _square_only(block))
+
+
+def _of_any_rank(block: nn.Module, found: Found, rank: int) -> Found:
+    """A channel gate that is the same for maps of one, two and three axes, as one for all."""
+    recipe = found.recipe(block)
+    others = [r for r in (1, 2, 3) if r != rank]
+    if not isinstance(recipe, ChannelGate) or not set(others) <= set(_ranks(block)):
+        return found
+    general = replace(recipe, rank=None)
+    for other, channels, captured in _captures(block):
+        if other in others and isinstance(captured, Captured):
+            for match in find(captured, other):
+                same = match.recipe(block)
+                if isinstance(same, ChannelGate) and replace(same, rank=None) == general:
+                    if _unsafe(block, match, channels, other, captured) is None:
+                        others.remove(other)
+                    break
+    return found if others else Found(found.kind, lambda block: general, found.mask)
+
+
+_POOLS = ("mean", "amax", "max", "adaptive_avg_pool2d", "avg_pool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d")
+_SELECTING = ("softmax", "Softmax")
+_GATE_NAMES = ("sigmoid", "hardsigmoid", "tanh", "Sigmoid", "Hardsigmoid", *_SELECTING)
+
+
+def _may_be_gate(block: nn.Module, read: Reads) -> bool:
+    """Whether its layers and what its code names are those of a gate or a selection, and of nothing larger."""
+    parts = list(block.modules())
+    wide = [p for p in parts if isinstance(p, CONVOLUTIONS) and p.out_channels > 1 and max(p.kernel_size) > 1]
+    named = read.names | {type(part).__name__ for part in parts}
+    gates = _SELECTING if wide else _GATE_NAMES
+    return len(wide) < 5 and any(n in named for n in _POOLS) and any(n in named for n in gates)
+
+
+def _square_only(block: nn.Module) -> Outcome:
+    """Of a module that raises for maps that are not square."""
+    for channels in channel_guesses(block):
+        try:
+            captured = capture(block, (BATCH, channels, 13, 13))
+        except Exception:
+            continue
+        if next(find(captured, 2), None) is not None:
+            return Outcome(None, "takes square maps only", channels)
+    return Outcome()
+
+
+def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: Captured) -> str | None:
+    """Why a match may not be used; None where it may."""
+    recipe = found.recipe(block)
+    if isinstance(recipe, str):
+        return recipe
+    bent = swapped_layer(block, recipe)
+    if bent:
+        return bent
+    if captured.remarks:
+        return captured.remarks[0]
+    sizes = [
+        (1, *(1, 1, 1)[:rank]),
+        (2, *(7, 7, 7)[:rank]),
+        (4, *(56, 56, 16)[:rank]),
+        (8, *(224, 160, 24)[:rank]),
+        (2, *(5, 64, 9)[:rank]),
+    ]
+    for training in (False, True):
+        try:
+            watched = capture(block, (BATCH, channels, *SPACE[:rank]), training=training)
+            others = [
+                capture(block, (BATCH, channels, *SPACE[:rank]), training=training, dtype=dtype)
+                for dtype in (torch.bfloat16, torch.float16, torch.float64)
+            ]
+        except Exception as error:
+            return f"raises {type(error).__name__} in {'training' if training else 'evaluation'} mode or half precision"
+        if watched.remarks:
+            return watched.remarks[0]
+        if [other.dtype for other in others] != [torch.bfloat16, torch.float16, torch.float64]:
+            return "returns another dtype than it gets"
+        if any(_skeleton(other.output.node) != _skeleton(watched.output.node) for other in others):
+            return "branches on the dtype"
+        if training and _skeleton(watched.output.node) != _skeleton(captured.output.node):
+            return "computes something else in training"
+        for batch, *space in sizes:
+            try:
+                other = capture(block, (batch, channels, *space), training=training)
+            except Exception:
+                if batch > 1 and space[0] > 1:
+                    return f"raises on maps of {'×'.join(map(str, space))}"
+                continue
+            if batch > 1 and space[0] > 1 and _skeleton(other.output.node) != _skeleton(watched.output.node):
+                return "branches on the size of the map"
+    sixths = any(n.op == "act" and n.attrs[0] in ("hard_sigmoid", "hard_swish") for n in reached(captured.output.node))
+    if _branches_on_channels(block, channels, rank, captured):
+        return "branches on the number of channels"
+    return check_block(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE)
+
+
+def _branches_on_channels(block: nn.Module, channels: int, rank: int, captured: Captured) -> bool:
+    """Of a block that takes maps of other channels."""
+    for other in (2 * channels, channels // 2 + 1):
+        try:
+            found = capture(block, (BATCH, other, *SPACE[:rank]))
+        except Exception:
+            continue
+        if _skeleton(found.output.node) != _skeleton(captured.output.node):
+            return True
+    return False
+
+
+def _skeleton(node: Node) -> Any:
+    """A computation without what may depend on the sizes of the map, and without the mode of a BatchNorm."""
+    memo: dict[int, Any] = {}
+
+    def walk(n: Node) -> Any:
+        if id(n) not in memo:
+            attrs: Any = n.attrs
+            if n.op == "poly":
+                attrs = tuple(factors for _, factors in n.attrs)
+            elif n.op == "batch_norm":
+                attrs = (n.attrs[0], n.attrs[2])
+            elif n.op in ("slice", "opaque", "unflatten"):
+                attrs = n.attrs[:1]
+            children = tuple(walk(i) for i in n.inputs)
+            if n.op == "poly":
+                attrs, children = len(n.attrs), tuple(sorted(children, key=repr))
+            memo[id(n)] = hash((n.op, attrs, children))
+        return memo[id(n)]
+
+    return walk(node)
+
+
+_GATES = {"sigmoid", "hard_sigmoid", "tanh", "relu6"}
+
+
+def why_not(captured: Captured) -> str | None:
+    """Where the output is a map times something computed from it by pooling: what keeps it from being a known block.
+    None: it looks like none."""
+    output = captured.output
+    selected = why_no_selection(captured)
+    if selected is not None:
+        return [*captured.remarks, *captured.strange, selected][0]
+    if output.node.op == "poly":
+        gates = [
+            [n for n, _ in factors if n.op != "input"]
+            for _, factors in output.node.terms
+            if any(n.op == "input" for n, _ in factors)
+        ]
+        found = [n for factors in gates for n in factors if _is_gate(n)]
+        if not found:
+            return None
+        for factors in gates:
+            if len(set(factors)) < len(factors):
+                return "second use of the gate"
+    elif output.node.op == "act" and output.node.attrs[0] in _GATES and len(output.node.sizes) < 4:
+        found = [output.node]
+        if not _is_gate(output.node):
+            return None
+    else:
+        return None
+    if captured.remarks:
+        return captured.remarks[0]
+    if captured.strange:
+        return captured.strange[0]
+    inside = reached(found[0])
+    if any(n.op == "act" and n.attrs[0] == "detach" for n in inside):
+        return "detaches a branch"
+    if any(n.op == "batch_norm" for n in inside) and not any(n.op == "conv" for n in inside):
+        return "a BatchNorm inside its excitation"
+    if not any(n.op in ("mean", "max") for n in inside):
+        return "its pool is not global"
+    return "its gate is none that we know"
+
+
+def _is_gate(node: Node) -> bool:
+    """Something that goes through a gate's function and is pooled from the input."""
+    inside = reached(node)
+    pooled = any(n.op in ("mean", "max") or (n.op == "opaque" and "pool" in str(n.attrs[0])) for n in inside)
+    through = any((n.op == "act" and n.attrs[0] in _GATES) or n.op == "softmax" for n in inside)
+    return pooled and through and any(n.op == "input" for n in inside)

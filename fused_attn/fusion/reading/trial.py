@@ -1,0 +1,152 @@
+"""The numerical check of a block in a graph: which sizes are tried, and how its nodes are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, Run, random_tensor
+from .followed import MOVES, Followed
+from .region import Region
+
+#: What stands for the batch and the sizes of a map in a graph without open sizes.
+SPACE = (2, 6, 5, 4)
+#: Elements of a map up to which more than one setting is tried, and up to which any is.
+SMALL, MOST_ELEMENTS = 2**19, 2**23
+
+#: The running statistics that a block reads, which have no gradient; whether each is a variance, and so positive.
+Buffers = dict[fx.Node, bool]
+
+_CASTS = {"float", "half", "bfloat16", "double"}
+
+
+class Trial:
+    """Checks blocks of one graph. Equal ones, which is what a network has many of, are checked once."""
+
+    def __init__(self, seen: Followed) -> None:
+        self.seen = seen
+        self._verdicts: dict[Any, str | None] = {}
+
+    def why_not(self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, sixths: bool) -> str | None:
+        """Why the new nodes do not compute what the block does with its map x; None where they do."""
+        key = self._form(block, x, new, buffers)
+        if key not in self._verdicts:
+            tolerance = TOLERANCE_OF_SIXTHS if sixths else TOLERANCE
+            self._verdicts[key] = self._compare(block, x, new, buffers, tolerance)
+        return self._verdicts[key]
+
+    def _form(self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers) -> Any:
+        """Nodes, options and shapes, without names."""
+        number = {x: 0}
+
+        def numbered(n: fx.Node) -> str:
+            return f"%{number.setdefault(n, len(number))}"
+
+        lines = [
+            (n.op, n.target, repr(fx.node.map_arg((n.args, dict(n.kwargs)), lambda a: _Name(numbered(a)))), numbered(n))
+            for n in (*block.nodes, *new)
+        ]
+        results = self.seen.results
+        shapes = [tuple(r.shape) if isinstance(r := results[n], Tensor) else r for n in number if n in results]
+        return tuple(lines), tuple(shapes), frozenset((number.get(n), var) for n, var in buffers.items())
+
+    def _compare(
+        self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, tolerance: float
+    ) -> str | None:
+        generator = torch.Generator().manual_seed(0)
+
+        def difference(setting: _Setting, ties: bool) -> str | None:
+            values = dict(setting.values)
+            for n, like in values.items():
+                if isinstance(like, Tensor):
+                    is_map = n not in buffers and like.shape == setting.values[x].shape
+                    kind: Any = {"spread": 5, "ties": ties} if is_map else {"positive": buffers.get(n, False)}
+                    values[n] = random_tensor(like.shape, generator, **kind)
+            try:
+                expected = _run(block.nodes, values, buffers, setting.numbers)
+            except Exception as error:
+                return f"its own nodes raise {type(error).__name__}"
+            try:
+                different = _run(new, values, buffers, {}).difference(expected, tolerance)
+            except Exception as error:
+                return f"the fused form raises {type(error).__name__}: {error}"
+            return different and f"another {different}"
+
+        reason: str | None = "it is too large to be checked"
+        for i, setting in enumerate(self._settings(block, x)):
+            reason = difference(setting, False) or (difference(setting, True) if i == 0 else None)
+            if setting.decides == (reason is not None):
+                return reason
+        return reason
+
+    def _settings(self, block: Region, x: fx.Node) -> Iterator[_Setting]:
+        results = self.seen.results
+        own = {n: results[n] for n in (*block.stops, *block.sizes)}
+        others = self.seen.other_sizes()
+        for sizes in others if own[x].numel() <= SMALL else others[:1]:
+            yield _Setting({n: sizes[n] for n in own}, {}, True)
+        if others:
+            return
+        shape = own[x].shape
+        if not block.sizes and not self.seen.is_dynamic:
+            for kept in ((), shape[:1]):
+                fresh = iter(SPACE)
+                numbers = {n: n for n in kept}
+                numbers |= {n: next(fresh) for n in dict.fromkeys((shape[0], *shape[2:])) if n not in numbers and n > 1}
+                space = [numbers.get(n, n) for n in shape[2:]]
+                small = own[x].new_empty((numbers.get(shape[0], shape[0]), shape[1], *space))
+                numbers.setdefault(shape[2:].numel(), small.shape[2:].numel())
+                yield _Setting({n: small if v.shape == shape else v for n, v in own.items()}, numbers, False)
+        if shape.numel() <= MOST_ELEMENTS:
+            yield _Setting(own, {}, True)
+
+
+@dataclass
+class _Setting:
+    """Tensors without data, or numbers, for all that a block reads; and what stands for the sizes of the graph where
+    its nodes have them written down. decides: a failure with these sizes is one of the block."""
+
+    values: dict[fx.Node, Any]
+    numbers: dict[int, int]
+    decides: bool
+
+
+class _Name(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _run(nodes: Sequence[fx.Node], values: dict[fx.Node, Any], buffers: Buffers, numbers: dict[int, int]) -> Run:
+    """The last node's result, the gradients of all maps and parameters, and the buffers. numbers: what stands for those
+    that are written down."""
+    env = {n: t.clone() if isinstance(t, Tensor) else t for n, t in values.items()}
+    leaves = {n: t.requires_grad_() for n, t in env.items() if isinstance(t, Tensor) and n not in buffers}
+    env |= {n: t.clone() for n, t in leaves.items()}  # in-place operators may not write into leaves
+
+    def here(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return env[value]
+        if isinstance(value, torch.dtype):
+            return torch.float64 if value.is_floating_point else value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return numbers.get(value, value)  # type: ignore[arg-type]
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    def result() -> Tensor:
+        for node in nodes:
+            given: Any = fx.node.map_aggregate((node.args, dict(node.kwargs)), here)
+            args, kwargs = given
+            if node.op == "call_function":
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif node.target in _CASTS or node.target in MOVES:
+                env[node] = args[0].double() if node.target in _CASTS else args[0]
+            else:
+                env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        found: Tensor = env[nodes[-1]]
+        return found
+
+    return Run.of(result, list(leaves.values()), [env[n] for n in buffers])

@@ -1,0 +1,1 @@
+"""What a block is, and what it runs then: nothing here looks at anybody's code."""

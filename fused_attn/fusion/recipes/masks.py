@@ -1,0 +1,62 @@
+"""What blocks run that are no single op: a gate alone, or a module of fused_attn.nn with the block's own layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ... import functional
+from ...codes import FUNCTIONS
+from ...reference.channel_gate import excite, gate_alone
+from .recipe import ChannelGate, SpatialGate
+from .run import layer_at, parameter_at, parameter_paths
+
+
+def channel_mask(block: nn.Module, gate: ChannelGate, x: Tensor) -> Tensor:
+    """The (B, C) gate of a channel attention, one pass over x."""
+    weights = [parameter_at(block, path) for path in parameter_paths(gate)]
+
+    def logits(descriptor: Tensor) -> Tensor:
+        return excite(descriptor, *weights, layer=gate.layer, activation=gate.activation)
+
+    return gate_alone(x, functional.squeeze, logits, pool=gate.pool, ties=gate.ties, gate=gate.gate)
+
+
+class ChannelMask:
+    """A module that returns the gate of a channel attention: "flat" (B, C), "kept" (B, C, 1, ...) or "expanded"."""
+
+    def __init__(self, gate: ChannelGate, shape: str) -> None:
+        self.gate, self.shape = gate, shape
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        mask = channel_mask(block, self.gate, x)
+        if self.shape == "flat":
+            return mask
+        mask = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:]))
+        return mask.expand_as(x) if self.shape == "expanded" else mask
+
+
+class SpatialMask:
+    """A module that returns the gate of a spatial attention: "kept" (B, 1, *spatial) or "expanded"."""
+
+    def __init__(self, gate: SpatialGate, shape: str) -> None:
+        self.gate, self.shape = gate, shape
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        conv, *norms = (layer_at(block, path) for path in self.gate.layers)
+        z = functional.spatial_logits(
+            functional.channel_pool(x, order=self.gate.order, ties=self.gate.ties), conv.weight, conv.bias
+        )
+        for norm in norms:
+            z = norm(z)
+        mask = FUNCTIONS[self.gate.gate](z)
+        return mask.expand_as(x) if self.shape == "expanded" else mask
+
+
+class Shell:
+    """Runs a module of `fused_attn.nn` that has the block's own layers in it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        return type(self.module).forward(self.module, x)

@@ -1,0 +1,31 @@
+"""The modules of this library that are no single fused function, and the functions in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ... import nn as fused_nn
+from ... import reference
+
+#: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it, and the rank of their maps.
+AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
+    reference.BAM: (("mixed_scale", "squeeze"), None),
+    reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
+    reference.EMA: (("scale/space",), 4),
+    reference.SCSE: (("mixed_scale", "squeeze"), None),
+    reference.SKConv: (("select", "select/with"), 4),
+    reference.SelectiveKernel: (("select", "select/with"), 4),
+    reference.SimAM: (("simam",), None),
+    reference.SplitAttention: (("select", "select/with"), 4),
+    reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
+}
+
+#: Modules of `fused_attn.reference` -> their classes in `fused_attn.nn`, whose functions the fused ones get.
+FUSED_FORMS: dict[type[nn.Module], type[nn.Module]] = {cls: getattr(fused_nn, cls.__name__) for cls in AS_IN_NN}
+
+
+def own_functions(block: Any) -> tuple[str, ...] | None:
+    """The fused functions in a block of `fused_attn.nn` that is not one of them alone; None for others."""
+    return next((functions for cls, (functions, _) in AS_IN_NN.items() if isinstance(block, cls)), None)
