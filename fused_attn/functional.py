@@ -375,12 +375,24 @@ def norm_gate(
             inplace=over is not None,
         )
     statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
-    y, norm, variance = ops.norm_gate(
-        backend, x, weight, bias, statistics, excite, residual, float(eps), *codes, group, over
+
+    def keep(mean: Tensor, variance: Tensor) -> None:
+        update_statistics(running_mean, running_var, mean, variance, momentum)
+
+    return ops.norm_gate(
+        backend,
+        x,
+        weight,
+        bias,
+        statistics,
+        excite,
+        residual,
+        float(eps),
+        *codes,
+        group=group,
+        over=over,
+        keep=keep if training else None,
     )
-    if training:
-        update_statistics(running_mean, running_var, norm[2], variance, momentum)
-    return y
 
 
 def channel_pool(

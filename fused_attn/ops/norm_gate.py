@@ -386,10 +386,12 @@ def norm_gate(
     post_activation: int,
     group: Any = None,
     over: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, norm, unbiased variance). statistics: (mean, variance) to normalise with, None: those of the batch, which are
-    returned, the mean as norm[2]. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C). over: what y is
-    written over, the residual, or x with gradients disabled."""
+    keep: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """The map y. statistics: (mean, variance) to normalise with, None: those of the batch, of which `keep` gets mean
+    and unbiased variance before the gate is computed, as a BatchNorm keeps them: so a checkpoint that recomputes no
+    further than it must updates them as often. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C).
+    over: what y is written over, the residual, or x with gradients disabled."""
     if not (x.is_contiguous() or is_channels_last(x)):
         x = x.contiguous()  # once, and not in every pass
     options = statistics, eps, activation, excitation is not None, group
@@ -398,6 +400,8 @@ def norm_gate(
         s, carrier, sums, norm, unbiased = _Normalise.apply(backend, x, weight, bias, options)
     else:
         norm, unbiased, s, _ = _normalise(backend, x, weight, bias, *options)
+    if keep is not None:
+        keep(norm[2], unbiased)
     gate = None if excitation is None else excitation(s)
     if needs_node(gate, residual, sums):
         eps_of_batch = eps if statistics is None else None
@@ -405,7 +409,7 @@ def norm_gate(
         y = _Gate.apply(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
     else:
         y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
-    return y, norm, unbiased
+    return y
 
 
 def _reference_moments(x):

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_attn import explain, fuse, unfuse
 from fused_attn.fusion import FusionError
@@ -369,6 +370,19 @@ def test_gradients_of_several_batches_add_up():
         torch.testing.assert_close(mine.grad, theirs.grad)
     for mine, theirs in zip(block.buffers(), original.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_updates_statistics_as_often(reentrant):
+    """One that recomputes no further than it must stops in the op: by then its BatchNorm has been kept, as in eager."""
+    plain = bottleneck().double().train()
+    tails = fuse(copy.deepcopy(plain), tails=True)
+    assert host_class(tails) is not None
+    for model in (plain, tails):
+        x = random(3, 64, 5, 4, dtype=torch.float64).requires_grad_()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for (name, a), b in zip(tails.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
