@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -144,6 +146,28 @@ def test_gradients_of_a_program(name, program):
     made = program(Module(name, inputs, post), given(inputs))
     assert operators_in(made)
     assert_same(results(made, given(inputs)), results(Module(name, inputs, post, module=reference), given(inputs)))
+
+
+@needs_operators
+@pytest.mark.parametrize("name", ALL)
+def test_compiled_training_calls_the_operators_own_backward(name):
+    """In one graph each way, and not the reference's."""
+    post, inputs = next(variants(name))
+    called: list[list[str]] = []
+
+    def record(graph, _):
+        called.append(operators_in(graph))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()  # it compiles one `forward` for all ops
+    module = Module(name, inputs, post)
+    found = results(
+        torch.compile(module, backend=aot_autograd(fw_compiler=record), fullgraph=True), given(inputs), twice=False
+    )
+    assert_same(found, results(module, given(inputs), twice=False))
+    forward, backward = ({call.split(".")[1] for call in graph} for graph in called)
+    assert forward and not forward & BACKWARD
+    assert backward and backward <= BACKWARD
 
 
 @pytest.fixture(scope="module")

@@ -142,9 +142,13 @@ def parameters_in(block: nn.Module, plan: Plan) -> Parameters:
     """The parameters of a block that is intact."""
     if not torch.compiler.is_compiling():
         try:
-            return tuple([None if place is None else place[0][place[1]] for place in plan.places])
+            found = tuple([None if place is None else place[0][place[1]] for place in plan.places])
         except KeyError:
-            pass
+            return parameters_of(block, plan.paths)
+        for weight, place in zip(found[::2], plan.places[::2], strict=True):
+            if weight is None and place is not None:  # without one the op is another block, and the host raises
+                raise TypeError(f"{place[1]}: expected a parameter; got None")
+        return found
     return parameters_of(block, plan.paths)
 
 
@@ -298,6 +302,8 @@ def _is_of_its_class(block: nn.Module, plan: Plan) -> bool:
     cls, host = type(block), host_of(plan.kind)
     if len(vars(plan.kind)) != plan.members or not issubclass(cls, plan.kind):
         return False
+    if cls is plan.kind:
+        return True
     read = (name for owner, name, _ in (*plan.watched.options, *plan.watched.parts) if owner is host)
     added = [vars(c) for c in cls.__mro__[: cls.__mro__.index(plan.kind)]]
     return not any(name in members for name in read if name != "forward" for members in added)
