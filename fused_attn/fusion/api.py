@@ -52,7 +52,7 @@ def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
         yield Candidate(name, module, found, f"{name}.".startswith(served))
         recipe = plan.recipe if plan is not None and done else found
         prefix = f"{name}." if name else ""
-        if isinstance(recipe, OwnLayers):
+        if isinstance(recipe, OwnLayers) and (done or plan is None):
             served += tuple(f"{prefix}{part}." for part in recipe.covers)
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         whole = isinstance(recipe, OwnLayers) and recipe.whole

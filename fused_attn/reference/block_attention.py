@@ -57,9 +57,9 @@ def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Ten
     Float32 for half precision, where a rounded factor would cost every logit digits.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    factor = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    shift = norm.running_mean.to(dtype) if bias is None else norm.running_mean.to(dtype) - bias.to(dtype)
-    return weight.to(dtype) * factor, norm.bias.to(dtype) - shift * factor
+    factor, shift = folded_affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    factor, shift = factor.to(dtype), shift.to(dtype)
+    return weight.to(dtype) * factor, shift if bias is None else shift + bias.to(dtype) * factor
 
 
 def folded_affine(

@@ -402,7 +402,7 @@ def test_dual_numbers_in_the_backward_alone(name):
     """The forward ran before; its gradient is asked for a tangent."""
     post, inputs = next(variants(name))
     if name == "norm_gate":
-        inputs |= dict.fromkeys(("weight1", "weight2"))  # whose excitation has a silu
+        inputs = inputs | dict.fromkeys(("weight1", "weight2"))  # whose excitation has a silu
     found = []
     for module in (functional, reference):
         leaves = given(inputs)

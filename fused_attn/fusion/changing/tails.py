@@ -23,7 +23,7 @@ from ..reading.layers import activation_name
 from ..recipes.names import class_name, qualified_name
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 from ..recipes.run import Paths, layer_at, parameter_paths, parameters_of, run_gate
-from .plan import is_hooked, plan_of
+from .plan import intact, is_hooked, plan_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d", "SyncBatchNormAct"))
@@ -174,7 +174,8 @@ def _find(
     recipe: Any = None
     if attention is not None:
         plan = plan_of(attention)
-        recipe = recognise(attention) if plan is None else plan.recipe
+        known = plan is not None and intact(attention, plan)
+        recipe = plan.recipe if plan is not None and known else recognise(attention)
         behind = isinstance(recipe, (ChannelGate, SpatialGate, CbamGate)) and names[0] == "identity"
         if not (behind or _is_in_norm_gate(recipe)) or recipe.adds_input:
             why = f": {recipe}" if isinstance(recipe, str) else ""
