@@ -28,8 +28,8 @@ from tests.fusion.changeable import KINDS, C, Kind, Own, Squeeze, Undo, put
 
 import timm.layers  # isort: skip  (after the line above, which makes it importable)
 
-EXAMPLES, STEPS = 120, 14
-LONGER = 10
+EXAMPLES, STEPS = 25, 14
+LONGER = 40
 
 Both = Callable[[nn.Module], object]
 
@@ -970,3 +970,12 @@ def test_a_batch_norm_without_affine_is_folded() -> None:
         m.spatial.conv.bn.weight = m.spatial.conv.bn.bias = None
     given = Given()
     assert difference(found(fused, given, torch.double), found(module, given, torch.double), 1e-9) is None
+
+
+def test_a_layer_put_into_a_block_of_our_own_is_seen_when_it_is_fused_again() -> None:
+    block = KINDS["reference.SKConv"].make().double().eval()
+    fused = fuse(copy.deepcopy(block))
+    for module in (block, fused):
+        module.fc1[0] = LowRank(module.fc1[0])
+    given = Given()
+    assert difference(found(fuse(fused), given, torch.double), found(block, given, torch.double), 1e-9) is None

@@ -8,6 +8,7 @@ from torch import nn
 
 from ...reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention
 from ..reading.layers import paths_but
+from ..recipes.names import host_of
 from ..recipes.own import AS_IN_NN, FUSED_FORMS, own_functions
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
 from .registry import register
@@ -90,6 +91,10 @@ def gather_excite(block: Any) -> Recipe | str:
 def as_in_nn(block: Any) -> Recipe | str:
     (cls,) = (cls for cls in AS_IN_NN if isinstance(block, cls))
     functions, rank = AS_IN_NN[cls]
+    for path, layer in block.named_modules():
+        kind = host_of(type(layer))
+        if path and not kind.__module__.startswith(("torch.nn.modules.", "fused_attn.")):
+            return f"{path} is a {kind.__name__}, not a plain layer"
     bypassed: tuple[str, ...] = ()
     if "select" in functions:  # the convolutions run; in eval the BatchNorms and the excitation do not
         bypassed = paths_but(block, *(path for path, layer in block.named_modules() if is_branch(path, layer)))
