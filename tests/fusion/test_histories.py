@@ -111,15 +111,10 @@ class Told:
         return self.factor * result if isinstance(result, Tensor) else None
 
 
-def told(module: nn.Module) -> list[int]:
+def told(module: nn.Module) -> list[Told]:
     places = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    return [
-        hook.calls
-        for part in module.modules()
-        for place in places
-        for hook in part.__dict__[place].values()
-        if isinstance(hook, Told)
-    ]
+    hooks = (hook for part in module.modules() for place in places for hook in part.__dict__[place].values())
+    return [hook for hook in hooks if isinstance(hook, Told)]
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ def found(module: nn.Module, given: Given, dtype: torch.dtype) -> dict[str, Any]
         **{f"parameter {n}": p.detach() for n, p in module.named_parameters()},
         **{f"buffer {n}": b.detach() for n, b in module.named_buffers()},
         "random state": torch.get_rng_state(),
-        "hooks": told(module),
+        "hooks": [hook.calls for hook in told(module)],
     }
 
 
@@ -846,6 +841,8 @@ class Histories(RuleBasedStateMachine):
                 a.copy_(b)
             for a, b in zip(pair.fused.buffers(), pair.original.buffers(), strict=True):
                 a.copy_(b)
+        for hook in (*told(pair.fused), *told(pair.original)):
+            hook.calls = 0
 
     def teardown(self) -> None:
         for patch in reversed(self.patches):
