@@ -51,13 +51,17 @@ def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
         found = None if done or is_own(module) else decide(module, tails or plan is not None)
         yield Candidate(name, module, found, f"{name}.".startswith(served))
         recipe = plan.recipe if plan is not None and done else found
-        prefix = f"{name}." if name else ""
         if isinstance(recipe, OwnLayers) and (done or plan is None):
-            served += tuple(f"{prefix}{part}." for part in recipe.covers)
+            served += _within(name, recipe.covers)
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         whole = isinstance(recipe, OwnLayers) and recipe.whole
         if one_op or whole or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            parts += tuple(f"{prefix}{part}." for part, _ in module.named_children())
+            parts += _within(name, module._modules)
+
+
+def _within(name: str, parts: Iterable[str]) -> tuple[str, ...]:
+    """How the names begin of parts of a module, and of what is in them."""
+    return tuple(f"{name}.{part}." if name else f"{part}." for part in parts)
 
 
 def running(model: nn.Module) -> Iterator[nn.Module]:
@@ -68,9 +72,11 @@ def running(model: nn.Module) -> Iterator[nn.Module]:
         if f"{name}.".startswith(served) or not (is_own(module) or (plan is not None and intact(module, plan))):
             continue
         yield module
-        own = plan is not None and isinstance(plan.recipe, OwnLayers) and not plan.recipe.whole
-        within = plan.recipe.covers if own and plan is not None else dict(module.named_children())  # type: ignore[union-attr]
-        served += tuple(f"{name}.{part}." if name else f"{part}." for part in within)
+        recipe = None if plan is None else plan.recipe
+        if isinstance(recipe, OwnLayers) and not recipe.whole:
+            served += _within(name, recipe.covers)
+        else:
+            served += _within(name, module._modules)
 
 
 def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:

@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from .. import reference
 from .channel_gate import LAYER_NAMES, empty_state
-from .common import below, define, differentiable, differentiable_backward, empty_map, like_or_none, wants_graph
-from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
+from .common import (
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    like_or_none,
+    unless_absent,
+    wants_graph,
+)
+from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue
 from .spatial_gate import ORDER_NAMES
 from .spatial_gate import empty_state as empty_spatial_state
 from .squeeze import POOL_NAMES, TIE_NAMES
@@ -67,12 +76,7 @@ def _gradients(ctx, grad, *_):
         grad_x, grad_residual, *grads = below(
             BACKWARD[ctx.backend], grad, x, y, *states, *parameters, residual, *ctx.codes
         )
-        if not ctx.needs_input_grad[12]:
-            grad_residual = None
-        elif ctx.codes[-1] == IDENTITY:
-            grad_residual = grad
-        absent = (p is None for p in parameters)
-        grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
+        grads = grad_x, *unless_absent(parameters, grads), of_residual(ctx, 12, grad, grad_residual)
     return None, *grads
 
 

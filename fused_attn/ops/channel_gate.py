@@ -21,9 +21,10 @@ from .common import (
     differentiable_backward,
     empty_map,
     like_or_none,
+    unless_absent,
     wants_graph,
 )
-from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, saved_for_epilogue
+from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue
 from .squeeze import AVG, BOTH, POOL_NAMES, TIE_NAMES
 
 LAYER_NAMES = tuple(LAYERS)
@@ -123,12 +124,7 @@ def _gradients(ctx, grad):
         grad_x, grad_residual, *grads = below(
             BACKWARD[ctx.backend], grad, x, y, state, index, *parameters, residual, *ctx.codes
         )
-        if not ctx.needs_input_grad[8]:
-            grad_residual = None
-        elif ctx.codes[-1] == IDENTITY:
-            grad_residual = grad
-        absent = (p is None for p in parameters)
-        grads = grad_x, *(None if a else g for a, g in zip(absent, grads, strict=True)), grad_residual
+        grads = grad_x, *unless_absent(parameters, grads), of_residual(ctx, 8, grad, grad_residual)
     return None, *grads
 
 

@@ -274,6 +274,11 @@ def like_or_none(tensor: Tensor | None, x: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def unless_absent(tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients that a backward operator wrote, without those of optional inputs that are not there."""
+    return [None if t is None else g for t, g in zip(tensors, grads, strict=True)]
+
+
 def differentiable_backward(
     function: Callable[..., Tensor | Sequence[Tensor]],
     inputs: Sequence[Tensor | None],

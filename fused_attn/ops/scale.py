@@ -5,6 +5,8 @@ The gate is (B, C), one a channel, or (B, 1, *spatial), one a position.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from .common import (
     differentiable_backward,
     empty_map,
     like_or_none,
+    unless_absent,
     wants_graph,
 )
 
@@ -65,6 +68,13 @@ def saved_for_epilogue(y: Tensor, residual: Tensor | None, post_activation: int)
     return (y, None) if post_activation == RELU else (None, residual)
 
 
+def of_residual(ctx: Any, at: int, grad: Tensor, written: Tensor) -> Tensor | None:
+    """The gradient of the residual, the input at this place: the incoming one itself where nothing follows the sum."""
+    if not ctx.needs_input_grad[at]:
+        return None
+    return grad if ctx.codes[-1] == IDENTITY else written
+
+
 def before_epilogue(grad: Tensor, y: Tensor | None) -> Tensor:
     """ReLU's epilogue taken off a gradient, for double backward (its second derivative is 0)."""
     return grad if y is None else grad * (~(y <= 0)).to(grad.dtype)
@@ -83,13 +93,8 @@ def _gradients(ctx, grad):
         grad_x, grad_gate, grad_residual, grad_weight, grad_bias = below(
             BACKWARD[ctx.backend], grad, x, y, gate, affine_weight, affine_bias, residual, *ctx.codes
         )
-        if affine_weight is None:
-            grad_weight = grad_bias = None
-        if not ctx.needs_input_grad[5]:
-            grad_residual = None
-        elif ctx.codes[-1] == IDENTITY:
-            grad_residual = grad
-        grads = grad_x, grad_gate, grad_weight, grad_bias, grad_residual
+        affine = unless_absent((affine_weight, affine_bias), (grad_weight, grad_bias))
+        grads = grad_x, grad_gate, *affine, of_residual(ctx, 5, grad, grad_residual)
     return None, *grads
 
 

@@ -35,6 +35,7 @@ from .common import (
     differentiable_once,
     like_or_none,
     needs_node,
+    unless_absent,
     wants_graph,
 )
 from .scale import ACTIVATION_NAMES
@@ -181,10 +182,6 @@ def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]
     return None if weight is None or bias is None else (weight, bias)
 
 
-def _unless_absent(tensors, grads):
-    return [None if t is None else g for t, g in zip(tensors, grads, strict=True)]
-
-
 def _keep(ctx, inputs, results):
     ctx.save_for_backward(*inputs, results[1])
 
@@ -195,7 +192,7 @@ def _gradients(ctx, grad):
         return None, *differentiable_backward(_reference(ctx.codes), inputs, ctx.needs_input_grad[1:], grad)
     branches, parameters = inputs[:-6], inputs[-6:]
     grads, *others = below(BACKWARD[ctx.backend], grad, branches, state, *parameters, *ctx.codes)
-    return None, *grads, *_unless_absent(parameters, others)
+    return None, *grads, *unless_absent(parameters, others)
 
 
 def _reference(codes):
@@ -256,7 +253,7 @@ class _Squeeze(torch.autograd.Function):
         grads, *grad_affine = below(
             GRADIENTS[ctx.backend], grad, branches, weights, grad_s, ctx.paths, *affine, ctx.pre_activation
         )
-        return None, None, None, *_unless_absent(affine, grad_affine), *grads
+        return None, None, None, *unless_absent(affine, grad_affine), *grads
 
 
 def _differentiable_gradients(ctx, inputs, grad_s, grad, weights):

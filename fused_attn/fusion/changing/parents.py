@@ -29,6 +29,7 @@ from ..recipes.describe import describe
 from ..recipes.names import host_of
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate
 from ..recipes.run import layer_at, parameter_paths, parameters_of, run
+from .plan import watched_with
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, IN_PLACE["imul"]}
@@ -121,7 +122,7 @@ def _rewritten(block: nn.Module, gates: dict[str, bool], read: Reads) -> OwnLaye
     covers = tuple(dict.fromkeys(path for region in regions for path, _ in region.gates))
     names = [name for name, _ in block.named_modules() if name]
     skipped = {n for n in names if n in rewriter.owned or enters(n) or any(f"{n}.".startswith(f"{p}.") for p in covers)}
-    if _watched(block, read, skipped) > MOST:
+    if sum(map(len, watched_with(read.watched, map(block.get_submodule, skipped)))) > MOST:
         return None
     ranks = {region.recipe.rank for region in regions} - {None}
     if len(ranks) > 1:
@@ -145,13 +146,6 @@ def _rewritten(block: nn.Module, gates: dict[str, bool], read: Reads) -> OwnLaye
         bypassed=tuple(n for n in names if n in skipped),
         covers=covers,
     )
-
-
-def _watched(block: nn.Module, read: Reads, skipped: set[str]) -> int:
-    """How much has to be watched: what the layers read that run as they are, they see themselves."""
-    owners = {id(block.get_submodule(path)) for path in skipped}
-    entries = [entry[0] for kind in read.watched for entry in kind]
-    return sum(not isinstance(owner, nn.Module) or id(owner) in owners for owner in entries)
 
 
 def _compiled(graph: fx.Graph, name: str) -> Callable[[Any, Tensor], Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
     )
     names = tuple((module, tuple((block if module is None else module)._modules)) for module in modules.values())
     bypassed = tuple(layer for name, layer in modules.items() if layer is not None and is_bypassed(name, recipe))
-    watched = _watched(block, bypassed)
+    watched = watched_with(reads_of(block).watched, bypassed)
     kind = next(cls for cls in type(block).__mro__ if HOST in vars(cls))
     glance = _glance(block, kind, children, bypassed, watched)
     paths = parameter_paths(recipe)
@@ -120,14 +120,14 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
     return Plan(recipe, paths, places, children, names, bypassed, norms, kind, len(vars(kind)), watched, glance)
 
 
-def _watched(block: nn.Module, bypassed: tuple[nn.Module, ...]) -> Watched:
-    """What the block's code read, but for layers that run as they are: these see their own changes."""
+def watched_with(watched: Watched, bypassed: Iterable[nn.Module]) -> Watched:
+    """What a block's code read, but for layers that run as they are: these see their own changes."""
     own = {id(layer) for layer in bypassed}
 
     def is_seen(entry: tuple[Any, ...]) -> bool:
         return not isinstance(entry[0], nn.Module) or id(entry[0]) in own
 
-    return Watched(*(tuple(filter(is_seen, entries)) for entries in reads_of(block).watched))
+    return Watched(*(tuple(filter(is_seen, entries)) for entries in watched))
 
 
 def _place(block: nn.Module, path: tuple[str, str] | None) -> tuple[dict[str, Any], str] | None:
@@ -256,26 +256,31 @@ def _intact(block: nn.Module, plan: Plan) -> bool:
     for layer in plan.unhooked:
         if is_hooked(layer):
             return False
-    options, parts, absent, empty, contents = plan.watched
+    return _changed(block, plan.watched) is None
+
+
+def _changed(block: nn.Module, watched: Watched) -> str | None:
+    """The name of what was read and has changed since, "" where that has none; None: nothing has."""
+    options, parts, absent, empty, contents = watched
     for owner, name, value in options:
         if not _is_equal(getattr(block if owner is None else owner, name, MISSING), value):
-            return False
+            return name
     compiling = torch.compiler.is_compiling()
     for owner, name, value in parts:
         if compiling and name == "__call__":  # which torch.export replaces for all modules while it traces
             continue
         if getattr(block if owner is None else owner, name, MISSING) is not value:
-            return False
+            return name
     for parent, name in absent:
         if name in (block if parent is None else parent).__dict__:
-            return False
+            return name
     for parent, name in empty:
         if getattr(block if parent is None else parent, name, None) is not None:
-            return False
-    for container, copied in contents:  # noqa: SIM110
+            return ""
+    for container, copied in contents:
         if not _holds(container, copied):
-            return False
-    return True
+            return ""
+    return None
 
 
 def _is_equal(found: Any, value: Any) -> bool:
@@ -313,14 +318,5 @@ def changes(block: nn.Module, plan: Plan) -> str:
     """What of a block that is not intact has changed first, to be read."""
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
-    options, parts, absent, _, _ = plan.watched
-    for owner, name, value in options:
-        if not _is_equal(getattr(block if owner is None else owner, name, MISSING), value):
-            return f"changed since fuse: {name}"
-    for owner, name, value in parts:
-        if getattr(block if owner is None else owner, name, MISSING) is not value:
-            return f"changed since fuse: {name}"
-    for owner, name in absent:
-        if name in (block if owner is None else owner).__dict__:
-            return f"changed since fuse: {name}"
-    return "changed since fuse"
+    name = _changed(block, plan.watched)
+    return f"changed since fuse: {name}" if name else "changed since fuse"

@@ -18,7 +18,7 @@ from ..recipes.own import FUSED_FORMS
 from ..recipes.recipe import OwnLayers, Recipe
 from ..recipes.run import run
 from .decide import decide
-from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in, plan_of
+from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in
 
 #: Hooks for the calls of all modules, which layers that are bypassed would not get.
 _EVERYBODYS = (
@@ -159,8 +159,3 @@ def restore(block: nn.Module) -> None:
         if type(block) is fused_class(host):
             block.__class__ = host
         block.__dict__.pop(PLAN, None)
-
-
-def is_fused(block: nn.Module) -> bool:
-    """Whether it has a plan; whether that is used, `intact` says."""
-    return plan_of(block) is not None and host_class(block) is not None

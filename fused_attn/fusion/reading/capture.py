@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,17 @@ class Refused(Exception):
     graph: Graph | None = None
 
 
+Mode = TypeVar("Mode", bound=type[TorchDispatchMode])
+
+
+def never_compiled(mode: Mode) -> Mode:
+    """Decorator of a dispatch mode: without a wrapper of torch, which imports the compiler (seconds) in order not to
+    be compiled."""
+    mode.__torch_dispatch__ = getattr(mode.__torch_dispatch__, "__wrapped__", mode.__torch_dispatch__)  # type: ignore[method-assign]
+    return mode
+
+
+@never_compiled
 class Recorder(TorchDispatchMode):
     """Gives every tensor that goes by its canonical value."""
 
@@ -161,9 +172,6 @@ class Recorder(TorchDispatchMode):
             if other != id(tensor):
                 self._values[other] = None
 
-
-# torch has wrapped this method in one that imports its compiler (seconds) in order not to be compiled; it never is.
-Recorder.__torch_dispatch__ = getattr(Recorder.__torch_dispatch__, "__wrapped__", Recorder.__torch_dispatch__)  # type: ignore[method-assign]
 
 #: Operators that compute nothing.
 _SILENT = {"device", "sym_size", "sym_stride", "sym_numel", "is_same_size"}

@@ -365,11 +365,11 @@ class _Reader:
             self._structure(path, part)
         for part in self.modules:
             cls = host_of(type(part))
-            self._part(cls, "forward", getattr(cls, "forward", None), visit=not _is_torch(cls))
-            own_call = cls.__call__ is not nn.Module.__call__ and not _is_torch(cls)
+            self._part(cls, "forward", getattr(cls, "forward", None), visit=not is_torch(cls))
+            own_call = cls.__call__ is not nn.Module.__call__ and not is_torch(cls)
             self._part(cls, "__call__", cls.__call__, visit=own_call)
             for name in ("__getattr__", "__getattribute__", "__setattr__"):
-                if not _is_torch(cls) and getattr(cls, name) is not getattr(nn.Module, name):
+                if not is_torch(cls) and getattr(cls, name) is not getattr(nn.Module, name):
                     self.remarks.append(f"{cls.__name__} has a {name} of its own")
         done = -1
         while done != len(self.done):  # what is found last may name what those looked at first have
@@ -397,12 +397,12 @@ class _Reader:
 
     def _names_for(self, owner: Any) -> Iterable[str]:
         cls: Any = host_of(type(owner)) if isinstance(owner, nn.Module) else type(owner)
-        if isinstance(owner, nn.Module) and _is_torch(cls):
+        if isinstance(owner, nn.Module) and is_torch(cls):
             return (*self.names, *_names_of_layer(cls))
         if not self.everything or isinstance(owner, types.FunctionType):
             return tuple(self.names)
         classes = (owner if isinstance(owner, type) else cls).__mro__
-        of_class = (n for c in classes if not _is_torch(c) and not _is_builtin_class(c) for n in vars(c))
+        of_class = (n for c in classes if not is_torch(c) and not _is_builtin_class(c) for n in vars(c))
         own = () if isinstance(owner, type) else getattr(owner, "__dict__", ())
         return (*self.names, *(n for n in (*own, *of_class) if not n.startswith("__")))
 
@@ -416,7 +416,7 @@ class _Reader:
             if name in own:
                 if not name.startswith("_fused_attn"):
                     self._value(owner, name, own[name])
-            elif _is_torch(cls):
+            elif is_torch(cls):
                 function = getattr(cls, name, None)
                 if isinstance(function, types.FunctionType) and name in _names_of_layer(cls):
                     self._part(cls, name, function, visit=False)
@@ -448,7 +448,7 @@ class _Reader:
     def _of_class(self, owner: Any, cls: Any, name: str) -> None:
         """An attribute that an object has from its class."""
         bases = [base for base in cls.__mro__ if name in vars(base) and not _is_builtin_class(base)]
-        found = [(base, vars(base)[name]) for base in bases if not _is_torch(base)]
+        found = [(base, vars(base)[name]) for base in bases if not is_torch(base)]
         if not found:
             for meta in (m for m in type(cls).__mro__ if name in vars(m) and not _is_library(m.__module__)):
                 self._value(meta, name, vars(meta)[name])  # `type(self).name`
@@ -590,7 +590,7 @@ class _Reader:
             for name in ("forward", "backward", "setup_context", "vjp", "jvp"):
                 function = inspect.getattr_static(cls, name, None)
                 function = getattr(function, "__func__", function)
-                if isinstance(function, types.FunctionType) and not _is_torch(cls):
+                if isinstance(function, types.FunctionType) and not is_torch(cls):
                     self._function(function, keeps=True)  # what it keeps is in its context
 
     def _function(self, function: types.FunctionType, keeps: bool = False) -> None:
@@ -670,8 +670,9 @@ def _is_builtin_class(cls: type) -> bool:
     return cls.__module__ == "builtins"
 
 
-def _is_torch(cls: type) -> bool:
-    return _root(cls.__module__) == "torch"
+def is_torch(thing: Any) -> bool:
+    """Whether a class or function is torch's own."""
+    return _root(thing.__module__) == "torch"
 
 
 def _is_builtin(value: Any) -> bool:

@@ -21,7 +21,7 @@ from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
 from .match import reached
-from .reads import Reads, reads_of
+from .reads import Reads, is_torch, reads_of
 from .selections import why_no_selection
 
 MAX_PARTS = 60
@@ -48,10 +48,10 @@ def is_candidate(block: nn.Module) -> bool:
 def has_own_forward(block: nn.Module) -> bool:
     """Whether it is of somebody's class, with a forward of its own that one argument is enough for."""
     cls = host_of(type(block))
-    if _is_torch(cls) or "forward" in block.__dict__ or cls.__call__ is not nn.Module.__call__:
+    if is_torch(cls) or "forward" in block.__dict__ or cls.__call__ is not nn.Module.__call__:
         return False
     forward: Any = cls.forward
-    if forward is nn.Module.forward or not inspect.isfunction(forward) or _is_torch(forward):
+    if forward is nn.Module.forward or not inspect.isfunction(forward) or is_torch(forward):
         return False
     if isinstance(block, (torch.fx.GraphModule, torch.jit.ScriptModule)):
         return False
@@ -61,10 +61,6 @@ def has_own_forward(block: nn.Module) -> bool:
     ]
     rest = [p for p in parameters if p.default is p.empty and p not in positional and p.kind is p.KEYWORD_ONLY]
     return len(positional) == 1 and not rest
-
-
-def _is_torch(thing: Any) -> bool:
-    return str(thing.__module__).partition(".")[0] == "torch"
 
 
 def outcome_of(block: nn.Module) -> Outcome:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from .capture import never_compiled
 from .check import TOLERANCE, Copies, Runner, differences, is_same, put_buffers, random_tensor
 from .recognise import channel_guesses
 from .twin import twin
@@ -170,6 +171,7 @@ class _Drawn(Exception):
     pass
 
 
+@never_compiled
 class _NoRandom(TorchDispatchMode):
     """Raises where random numbers would be drawn: the generator is everybody's."""
 
@@ -177,10 +179,6 @@ class _NoRandom(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in function.tags:
             raise _Drawn
         return function(*args, **(kwargs or {}))
-
-
-# torch has wrapped this method in one that imports its compiler (seconds) in order not to be compiled; it never is.
-_NoRandom.__torch_dispatch__ = getattr(_NoRandom.__torch_dispatch__, "__wrapped__", _NoRandom.__torch_dispatch__)  # type: ignore[method-assign]
 
 
 def _as_one(result: Any) -> Tensor:
