@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fused_attn import explain, fuse, unfuse
 from tests.fusion import changeable
 from tests.fusion.changeable import KINDS, C, Kind, Own, Squeeze, Undo, put
+from tests.fusion.counting import FusedOperators
 
 import timm.layers  # isort: skip  (after the line above, which makes it importable)
 
@@ -35,16 +35,6 @@ Both = Callable[[nn.Module], object]
 
 
 # What two runs are compared by
-
-
-class Operators(TorchDispatchMode):
-    """Counts the fused operators that run."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function.namespace == "fused_attn"
-        return function(*args, **(kwargs or {}))
 
 
 _SIXTHS = (nn.Hardsigmoid, nn.Hardswish, nn.ReLU6, timm.layers.HardSigmoid)  # float32 sixths in torch's own backward
@@ -808,7 +798,7 @@ class Histories(RuleBasedStateMachine):
         different = difference(actual, expected, tolerance(original, pair.dtype))
         assert different is None, different
         rows = explain(fused)
-        with torch.no_grad(), Operators() as operators:
+        with torch.no_grad(), FusedOperators() as operators:
             torch.manual_seed(4)
             fused(self.given.map(pair.dtype))
         if not any(row.fused for row in rows):
@@ -921,7 +911,7 @@ def test_a_gate_that_runs_alone_is_said_to() -> None:
     block = fuse(KINDS["timm.InvertedResidual"].make(), tails=True)
     assert [row.fused for row in explain(block)] == [True]
     parametrize.register_parametrization(block.conv_pw, "weight", Doubled())
-    with torch.no_grad(), Operators() as operators:
+    with torch.no_grad(), FusedOperators() as operators:
         block(Given().map(torch.float))
     assert operators.count == 1
     assert [(row.name, row.fused) for row in explain(block)] == [("(the model)", False), ("se", True)]

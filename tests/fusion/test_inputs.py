@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn import explain, fuse, reference
 from tests.checks import in_layout, random, randomised
+from tests.fusion.counting import FusedOperators
 
 X = random(2, 8, 6, 5, dtype=torch.float64)
 
@@ -446,20 +446,12 @@ def test_narrower_maps_of_an_elastic_network():
         close(model(X[:, :channels]), original(X[:, :channels]))
 
 
-class Operators(TorchDispatchMode):
-    seen = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen += "fused_attn" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
 def test_ordinary_maps_run_fused(pair):
     """So that the host's own forward does not serve everything here."""
     model, original = pair
-    with torch.no_grad(), Operators() as operators:
+    with torch.no_grad(), FusedOperators() as operators:
         y = model(X)
-    assert operators.seen
+    assert operators.count
     close(y, original(X))
 
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_attn
 from fused_attn import explain, fuse, reference, unfuse
 from tests.checks import random, randomised
+from tests.fusion.counting import said_to_run_fused
 
 X = random(2, 8, 6, 5, dtype=torch.float64)
 
@@ -77,10 +78,6 @@ def parent_class() -> type[nn.Module]:
 
 
 CLASSES = {"block": block_class, "parent": parent_class}
-
-
-def count(model: nn.Module) -> int:
-    return sum(row.fused for row in explain(model))
 
 
 class Plain(TorchDispatchMode):
@@ -148,7 +145,7 @@ def test_the_moment_of_fuse_decides_nothing(moment, kind):
         fuse(model)
     later = fuse(randomised(cls()))
     for fused in (model, later):
-        assert count(fused) >= 1, explain(fused)
+        assert said_to_run_fused(fused) >= 1, explain(fused)
         x = X.clone().requires_grad_()
         y = fused(x)
         torch.testing.assert_close(y, original(x), rtol=1e-9, atol=1e-9)
@@ -160,8 +157,8 @@ def test_the_moment_of_fuse_decides_nothing(moment, kind):
 def test_built_and_fused_at_the_same_moment(moment):
     cls = block_class()
     with MOMENTS[moment]():
-        assert count(fuse(cls())) == 1
-    assert count(fuse(cls())) == 1
+        assert said_to_run_fused(fuse(cls())) == 1
+    assert said_to_run_fused(fuse(cls())) == 1
 
 
 def test_the_profile_of_a_script_goes_on():
@@ -175,7 +172,7 @@ def test_the_profile_of_a_script_goes_on():
     profile.disable()
     text = io.StringIO()
     pstats.Stats(profile, stream=text).print_stats("marker")
-    assert "(marker)" in text.getvalue() and count(model) == 1
+    assert "(marker)" in text.getvalue() and said_to_run_fused(model) == 1
 
 
 def test_nothing_of_the_process_is_left_changed():
@@ -258,12 +255,12 @@ def test_a_helper_defined_anew_in_the_same_namespace():
     space: dict[str, Any] = {"nn": nn, "torch": torch, "F": F, "__name__": "__main__"}
     exec(CELL.format(gate="torch.sigmoid(y)", after=""), space)
     old = fuse(randomised(space["Block"]()))
-    assert count(old) == 1
+    assert said_to_run_fused(old) == 1
     space["gate"] = lambda y: torch.tanh(y)
     new = randomised(space["Block"]())
     for block in (old, fuse(copy.deepcopy(new))):
         torch.testing.assert_close(block(X), new(X), rtol=1e-9, atol=1e-9)
-    assert count(old) == 0
+    assert said_to_run_fused(old) == 0
 
 
 def test_what_is_refused_for_the_moment_is_asked_again():
@@ -279,11 +276,11 @@ def test_what_is_refused_for_the_moment_is_asked_again():
 
     original = Lazy()
     model = fuse(copy.deepcopy(original))
-    assert count(model) == 0
+    assert said_to_run_fused(model) == 0
     x = random(2, 8, 6, 5)
     original(x), model(x)
     model.load_state_dict(original.state_dict())
-    assert count(fuse(model)) == 1
+    assert said_to_run_fused(fuse(model)) == 1
     torch.testing.assert_close(model(x), original(x))
 
 
@@ -361,7 +358,7 @@ def test_fuse_beside_inference(kind):
         try:
             for _ in range(6):
                 other = fuse(CLASSES[kind]()())
-                assert count(other) >= 1, explain(other)
+                assert said_to_run_fused(other) >= 1, explain(other)
                 copy.deepcopy(model), explain(model), unfuse(other)
         finally:
             done.set()
@@ -381,7 +378,7 @@ def test_fuse_beside_fuse(kind):
             model = make()
             model.double().load_state_dict(original.state_dict())
             fuse(model)
-            assert count(model) >= 1, explain(model)
+            assert said_to_run_fused(model) >= 1, explain(model)
             with torch.no_grad():
                 torch.testing.assert_close(model(X), expected, rtol=1e-9, atol=1e-9)
 
@@ -392,7 +389,7 @@ def test_one_model_fused_by_two_threads():
     original = randomised(nn.Sequential(*(block_class()() for _ in range(4))))
     model = copy.deepcopy(original)
     run_all(*[lambda: fuse(model)] * 3)
-    assert count(model) == 4
+    assert said_to_run_fused(model) == 4
     torch.testing.assert_close(model(X), original(X), rtol=1e-9, atol=1e-9)
 
 
@@ -400,7 +397,7 @@ def test_fused_in_a_thread_used_in_another():
     original = randomised(block_class()())
     model = copy.deepcopy(original)
     run_all(lambda: fuse(model))
-    assert count(model) == 1
+    assert said_to_run_fused(model) == 1
 
     def train():
         with torch.enable_grad():

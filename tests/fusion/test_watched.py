@@ -28,23 +28,13 @@ import torch.backends.cudnn as cudnn
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn import explain, fuse
 from fused_attn.fusion.recipes.names import host_of
 from tests.checks import random, randomised
+from tests.fusion.counting import FusedOperators
 
 X = random(2, 8, 6, 5, dtype=torch.float64)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the fused operators that run."""
-
-    seen = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen += "fused_attn" in str(function)
-        return function(*args, **(kwargs or {}))
 
 
 def results(module: nn.Module, training: bool, x: Tensor = X) -> list[Tensor | None]:
@@ -82,13 +72,13 @@ def assert_same(model: nn.Module, original: nn.Module, x: Tensor = X) -> None:
 
 def runs_fused(model: nn.Module) -> bool:
     """Whether fused operators run, which `explain` has to say."""
-    with torch.no_grad(), Operators() as operators:
+    with torch.no_grad(), FusedOperators() as operators:
         try:
             model.eval()(X)
         except Exception:
-            assert not operators.seen
-    assert any(row.fused for row in explain(model)) == bool(operators.seen), explain(model)
-    return bool(operators.seen)
+            assert not operators.count
+    assert any(row.fused for row in explain(model)) == bool(operators.count), explain(model)
+    return bool(operators.count)
 
 
 Change = Callable[[Any, pytest.MonkeyPatch], Any]

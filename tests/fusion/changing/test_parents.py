@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from fused_attn import explain, fuse, unfuse
@@ -21,6 +20,7 @@ from fused_attn.fusion.changing import parents
 from fused_attn.fusion.changing.parents import composite_of
 from fused_attn.fusion.changing.plan import PLAN
 from tests.checks import random
+from tests.fusion.counting import FusedOperators
 from tests.fusion.reading.pasted import ChannelAttention, SpatialAttention, SpatialGate
 from tests.fusion.reading.pasted import ChannelGate as GatingChannel
 
@@ -694,14 +694,6 @@ def test_threads_fuse_while_others_infer():
     assert not wrong
 
 
-class Fused(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "fused_attn" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
 Conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -762,7 +754,7 @@ def test_every_rank_runs_fused(make, rank):
     net = fuse(copy.deepcopy(plain))
     x = random(2, 8, *(6, 5, 4)[:rank], dtype=torch.float64)
     assert explain(net)[0].fused
-    with torch.no_grad(), Fused() as mode:
+    with torch.no_grad(), FusedOperators() as mode:
         actual = net(x)
     assert mode.count > 0
     torch.testing.assert_close(actual, plain(x), rtol=1e-9, atol=1e-10)
