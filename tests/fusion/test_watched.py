@@ -540,6 +540,89 @@ def test_what_is_set_on_the_class_that_fuse_made():
     assert not runs_fused(model)
 
 
+# A tensor in the place of an equal number
+
+Learned = Callable[[Any, Tensor, pytest.MonkeyPatch], Any]
+LEARNED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any] | None, Learned]] = {
+    "attribute": (lambda s: s.f, keep("f", lambda: 1.0), lambda s, t, _: setattr(s, "f", t)),
+    "list": (lambda s: s.l[0], keep("l", lambda: [1.0]), lambda s, t, _: operator.setitem(s.l, 0, t)),
+    "another list": (lambda s: s.l[0], keep("l", lambda: [1.0]), lambda s, t, _: setattr(s, "l", [t])),
+    "tuple": (lambda s: s.t[0][0], keep("t", lambda: ((1.0,),)), lambda s, t, _: setattr(s, "t", ((t,),))),
+    "dict": (lambda s: s.d["f"], keep("d", lambda: {"f": 1.0}), lambda s, t, _: operator.setitem(s.d, "f", t)),
+    "dataclass": (lambda s: s.c.inner.factor, keep("c", Config), lambda s, t, _: setattr(s.c.inner, "factor", t)),
+    "another dataclass": (
+        lambda s: s.c.inner.factor, keep("c", Config), lambda s, t, _: setattr(s.c, "inner", Inner(t))
+    ),
+    "global": (lambda s: FACTOR, None, lambda s, t, patch: patch.setitem(globals(), "FACTOR", t)),
+    "global list": (lambda s: FACTORS[0], None, lambda s, t, patch: patch.setitem(globals(), "FACTORS", [t])),
+    "class": (lambda s: Base.factor, None, lambda s, t, patch: patch.setattr(Base, "factor", t)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", LEARNED)
+def test_a_tensor_for_an_equal_number(where, monkeypatch):
+    """It is the same value, and has a gradient."""
+    read, init, change = LEARNED[where]
+    original = randomised(reading(read, init)())
+    model = fuse(copy.deepcopy(original))
+    assert runs_fused(model)
+    gradients = []
+    for module in (original, model):
+        with monkeypatch.context() as patch:
+            factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+            change(module, factor, patch)
+            module(X).square().sum().backward()
+            gradients.append(factor.grad)
+            assert module is original or not runs_fused(module)
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_dictionary_in_another_order():
+    def read(s):
+        y = 1.0
+        for value in s.d.values():
+            y = y * 2 + value
+        return y
+
+    original = randomised(reading(read, keep("d", lambda: {"a": 0.0, "b": -3.0}))())
+    model = fuse(copy.deepcopy(original))
+    assert runs_fused(model)
+    for module in (original, model):
+        module.d["a"] = module.d.pop("a")
+    assert_same(model, original)
+    assert not runs_fused(model)
+
+
+def test_another_dictionary_of_parameters():
+    """As `model.__dict__.update` puts it in: with the same parameters at first."""
+    original = randomised(Layers())
+    model = fuse(copy.deepcopy(original))
+    assert runs_fused(model)
+    for module in (original, model):
+        module.down.__dict__["_parameters"] = dict(module.down._parameters)
+    assert_same(model, original)
+    for module in (original, model):
+        module.down.weight = nn.Parameter(module.down.weight.detach() * 2)
+    assert_same(model, original)
+
+
+@pytest.mark.parametrize("path", ["down.weight", "up.weight"])
+def test_a_weight_that_is_none(path):
+    original = randomised(Layers())
+    model = fuse(copy.deepcopy(original))
+    for module in (original, model):
+        operator.attrgetter(path.rpartition(".")[0])(module).weight = None
+    assert_same(model, original)
+    assert not runs_fused(model)
+
+
+def test_a_weight_that_is_none_in_front_of_a_spatial_gate():
+    model = fuse(randomised(Spatial()))
+    model.conv.weight = None
+    assert not runs_fused(model)
+
+
 # What cannot be watched is left alone
 
 ENVIRONMENT = os.environ

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..reading.reads import MISSING, Watched, is_plain, reads_of
+from ..reading.reads import MISSING, Watched, is_plain, is_torch, reads_of
 from ..recipes.names import HOST, host_of
 from ..recipes.recipe import OwnLayers, Recipe, SplitGate
-from ..recipes.run import Parameters, Paths, layer_at, parameter_paths, parameters_of
+from ..recipes.run import Parameters, Paths, layer_at, parameter_paths, parameters_of, weight_paths
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -25,19 +26,25 @@ PLAN = "_fused_attn_plan"
 class Glance(NamedTuple):
     """The same as in a plan for one look that costs little: attributes of a dictionary at once, against what they were.
 
-    places: dictionaries, what reads them, what it read, and their lengths; None is the block's own. owners, names,
-    values: attributes of what is no module. hooks: dictionaries that are empty.
+    places: dictionaries of attributes, what reads them, what it read, and their lengths; None is the block's own.
+    same: owners that are no modules, names of their attributes, and values. contents: containers or their views, and
+    what was in them. All of these by identity: a tensor may be equal to a number. equals and alike: as places and as
+    same, but by equality, which costs a fifth: what is equal to nothing but itself, and options of torch's own layers,
+    which make numbers of such a tensor. filled: attributes of a layer, its parameters, and the name of one that is not
+    None. hooks: dictionaries that are empty.
     """
 
     places: tuple[tuple[Mapping[str, Any] | None, Callable[[Any], Any], Any, int], ...]
+    equals: tuple[tuple[Mapping[str, Any], Callable[[Any], Any], Any, int], ...]
     kind: type
     layers: tuple[nn.Module, ...]
     kinds: tuple[type, ...]
-    owners: tuple[Any, ...]
-    names: tuple[str, ...]
-    values: tuple[Any, ...]
+    same: tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]
+    alike: tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]
+    filled: tuple[tuple[Mapping[str, Any], Mapping[str, Any], str], ...]
     hooks: tuple[dict[Any, Any], ...]
-    contents: tuple[tuple[Any, Any], ...]
+    contents: tuple[tuple[Any, tuple[Any, ...]], ...]
+    sets: tuple[tuple[Any, Any], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +56,7 @@ class Plan:
     recipe: Recipe
     paths: Paths
     places: tuple[tuple[dict[str, Any], str] | None, ...]  # where the parameters at the paths are
+    filled: tuple[tuple[nn.Module | None, str], ...]  # weights without which it is another function
     children: tuple[tuple[nn.Module | None, str, nn.Module, type], ...]
     names: tuple[tuple[nn.Module | None, tuple[str, ...]], ...]  # those of each one's children, in order
     unhooked: tuple[nn.Module, ...]
@@ -113,11 +121,14 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
     bypassed = tuple(layer for name, layer in modules.items() if layer is not None and is_bypassed(name, recipe))
     watched = watched_with(reads_of(block).watched, bypassed)
     kind = next(cls for cls in type(block).__mro__ if HOST in vars(cls))
-    glance = _glance(block, kind, children, bypassed, watched)
     paths = parameter_paths(recipe)
     places = tuple(_place(block, path) for path in paths)
+    filled = tuple((modules[layer], name) for layer, name in weight_paths(recipe))
+    places_of_weights = [(block if layer is None else layer, name) for layer, name in filled]
+    glance = _glance(block, kind, children, bypassed, watched, places_of_weights)
     norms = tuple(layer for layer in bypassed if isinstance(layer, _BatchNorm))
-    return Plan(recipe, paths, places, children, names, bypassed, norms, kind, len(vars(kind)), watched, glance)
+    members = len(vars(kind))
+    return Plan(recipe, paths, places, filled, children, names, bypassed, norms, kind, members, watched, glance)
 
 
 def watched_with(watched: Watched, bypassed: Iterable[nn.Module]) -> Watched:
@@ -142,13 +153,9 @@ def parameters_in(block: nn.Module, plan: Plan) -> Parameters:
     """The parameters of a block that is intact."""
     if not torch.compiler.is_compiling():
         try:
-            found = tuple([None if place is None else place[0][place[1]] for place in plan.places])
+            return tuple([None if place is None else place[0][place[1]] for place in plan.places])
         except KeyError:
-            return parameters_of(block, plan.paths)
-        for weight, place in zip(found[::2], plan.places[::2], strict=True):
-            if weight is None and place is not None:  # without one the op is another block, and the host raises
-                raise TypeError(f"{place[1]}: expected a parameter; got None")
-        return found
+            pass
     return parameters_of(block, plan.paths)
 
 
@@ -164,7 +171,14 @@ def is_mixed(plan: Plan, x: Tensor) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _glance(block: nn.Module, kind: type, children: Any, bypassed: tuple[nn.Module, ...], watched: Watched) -> Glance:
+def _glance(
+    block: nn.Module,
+    kind: type,
+    children: Any,
+    bypassed: tuple[nn.Module, ...],
+    watched: Watched,
+    filled: list[tuple[nn.Module, str]],
+) -> Glance:
     own = block.__dict__
     keys: dict[int, dict[str, None]] = {}
     dictionaries: dict[int, dict[str, Any]] = {}
@@ -194,38 +208,76 @@ def _glance(block: nn.Module, kind: type, children: Any, bypassed: tuple[nn.Modu
                 counted += [(part.__dict__[place], len) for place in ("_modules", "_parameters", "_buffers")]
     for owner, name in watched.empty:
         note((block if owner is None else owner)._parameters, name)
-    places = []
+    counted.append((vars(kind), len))  # what is set on the fused class is no attribute of the host's
+    equal = {id(part.__dict__) for part in parts if is_torch(host_of(type(part)))}
+    equal |= {id(part._modules) for part in parts if all(map(_is_itself, part._modules.values()))}
+    places, equals = [], [(place, read, read(place), len(place)) for place, read in counted]
     for i, names in keys.items():
-        read: Callable[[Any], Any] = operator.itemgetter(*names)
+        read: Callable[[Any], Any] = operator.itemgetter(*names, next(iter(names)))  # of one alone it makes no tuple
         place = dictionaries[i]
         length = len(place) + (place is own and PLAN not in place)
-        places.append((None if place is own else place, read, read(place), length))
-    counted.append((vars(kind), len))  # what is set on the fused class is no attribute of the host's
-    places += [(place, read, read(place), len(place)) for place, read in counted]
+        if i in equal:
+            equals.append((place, read, read(place), length))
+        else:
+            places.append((None if place is own else place, read, read(place), length))
+    alike = [entry for entry in others.values() if _is_itself(entry[2])]
+    same = [entry for entry in others.values() if not _is_itself(entry[2])]
+    contents: list[tuple[Any, tuple[Any, ...]]] = []
+    for container, copied in watched.contents:
+        if isinstance(copied, dict):
+            contents += [(container.keys(), tuple(copied)), (container.values(), tuple(copied.values()))]
+        elif isinstance(copied, (list, deque)):
+            contents.append((container, tuple(copied)))
     return Glance(
         tuple(places),
+        tuple(equals),
         kind,
         tuple(parts[1:]),
         tuple(map(type, parts[1:])),
-        tuple(owner for owner, _, _ in others.values()),
-        tuple(name for _, name, _ in others.values()),
-        tuple(value for _, _, value in others.values()),
+        _columns(same),
+        _columns(alike),
+        tuple((part.__dict__, part._parameters, name) for part, name in filled),
         tuple(layer.__dict__[place] for layer in bypassed for place in _HOOKS),
-        watched.contents,
+        tuple(contents),
+        tuple((container, copied) for container, copied in watched.contents if isinstance(copied, set)),
     )
+
+
+def _columns(entries: list[tuple[Any, str, Any]]) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]:
+    return tuple(e[0] for e in entries), tuple(e[1] for e in entries), tuple(e[2] for e in entries)
+
+
+def _is_itself(value: Any) -> bool:
+    """Whether nothing but the same is equal to it. Bound methods are made when they are asked for, equal each time."""
+    if isinstance(value, (str, types.NoneType, types.MethodType)):
+        return True
+    return getattr(type(value), "__eq__") is object.__eq__  # noqa: B009 (mypy takes it for a bound one)
 
 
 def _unchanged(block: nn.Module, glance: Glance) -> bool:
     own = block.__dict__
     for place, read, expected, length in glance.places:
         here = own if place is None else place
-        if len(here) != length or read(here) != expected:
+        if len(here) != length or not all(map(operator.is_, read(here), expected)):
+            return False
+    for counted, read, expected, length in glance.equals:
+        if len(counted) != length or read(counted) != expected:
             return False
     if type(block) is not glance.kind or any(glance.hooks) or tuple(map(type, glance.layers)) != glance.kinds:
         return False
-    if tuple(map(getattr, glance.owners, glance.names, itertools.repeat(MISSING))) != glance.values:
+    owners, names, values = glance.alike
+    if tuple(map(getattr, owners, names, itertools.repeat(MISSING))) != values:
         return False
-    for container, copied in glance.contents:  # noqa: SIM110
+    owners, names, values = glance.same
+    if owners and not all(map(operator.is_, map(getattr, owners, names, itertools.repeat(MISSING)), values)):
+        return False
+    for attributes, weights, name in glance.filled:
+        if attributes["_parameters"] is not weights or weights.get(name, MISSING) is None:
+            return False
+    for container, copied in glance.contents:
+        if len(container) != len(copied) or not all(map(operator.is_, container, copied)):
+            return False
+    for container, copied in glance.sets:  # noqa: SIM110
         if container != copied:
             return False
     return True
@@ -248,8 +300,11 @@ def _intact(block: nn.Module, plan: Plan) -> bool:
     for parent, name, layer, kind in plan.children:
         if (block if parent is None else parent)._modules.get(name) is not layer or type(layer) is not kind:
             return False
-    if not (torch.compiler.is_compiling() or _is_of_its_class(block, plan)):
+    if not (torch.compiler.is_compiling() or (_is_of_its_class(block, plan) and _are_in_place(block, plan))):
         return False
+    for owner, name in plan.filled:
+        if getattr(block if owner is None else owner, name, MISSING) is None:
+            return False
     for parent, names in plan.names:
         if tuple((block if parent is None else parent)._modules) != names:
             return False
@@ -295,10 +350,20 @@ def _is_equal(found: Any, value: Any) -> bool:
 def _holds(container: Any, copied: Any) -> bool:
     """Whether the same is in a container as in its copy."""
     if isinstance(copied, dict):
-        return container.keys() == copied.keys() and all(_is_equal(container[k], v) for k, v in copied.items())
-    if isinstance(copied, (list, tuple)):
+        return list(container) == list(copied) and all(_is_equal(container[k], v) for k, v in copied.items())
+    if isinstance(copied, (list, tuple, deque)):
         return len(container) == len(copied) and all(_is_equal(c, v) for c, v in zip(container, copied, strict=True))
     return bool(container == copied)
+
+
+def _are_in_place(block: nn.Module, plan: Plan) -> bool:
+    """Whether the dictionaries in which a plan finds parameters are those of the layers."""
+    for path, place in zip(plan.paths, plan.places, strict=True):
+        if path is not None and place is not None:
+            layer = layer_at(block, path[0])
+            if place[0] is not layer._parameters and place[0] is not layer._buffers:
+                return False
+    return True
 
 
 def _is_of_its_class(block: nn.Module, plan: Plan) -> bool:
