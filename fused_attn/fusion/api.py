@@ -40,23 +40,30 @@ class Candidate(NamedTuple):
 
 
 def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
-    """Every module but the parts of our own blocks, and of any block that is one op: they are served with it."""
-    parts: tuple[str, ...] = ()
-    served: tuple[str, ...] = ()
+    """Every module but the parts of our own blocks, and of any block that is one op: they are served with it. Where
+    such a block runs as it is written, those of its parts that run fused are there too."""
+    parts: dict[bool, tuple[str, ...]] = {True: (), False: ()}  # by whether the block around them runs fused
+    served = dict(parts)
     for name, module in model.named_modules():
-        if f"{name}.".startswith(parts):
+        inside = f"{name}."
+        if inside.startswith(parts[True]):
             continue
         plan = plan_of(module)
         done = plan is not None and intact(module, plan)
-        found = None if done or is_own(module) else decide(module, tails or plan is not None)
-        yield Candidate(name, module, found, f"{name}.".startswith(served))
+        runs = done or is_own(module)
+        if inside.startswith(parts[False]) and not runs:
+            continue
+        found = None if runs else decide(module, tails or plan is not None)
+        yield Candidate(
+            name, module, found, inside.startswith(served[True] if runs else (*served[True], *served[False]))
+        )
         recipe = plan.recipe if plan is not None and done else found
-        if isinstance(recipe, OwnLayers) and (done or plan is None):
-            served += _within(name, recipe.covers)
+        if isinstance(recipe, OwnLayers):
+            served[runs] += _within(name, recipe.covers)
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         whole = isinstance(recipe, OwnLayers) and recipe.whole
         if one_op or whole or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            parts += _within(name, module._modules)
+            parts[runs] += _within(name, module._modules)
 
 
 def _within(name: str, parts: Iterable[str]) -> tuple[str, ...]:

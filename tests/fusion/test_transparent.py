@@ -762,6 +762,27 @@ def test_a_changed_block_changed_back():
     assert_same(model, original)
 
 
+def test_explain_names_a_gate_inside_a_changed_block():
+    """The block around it would be one op again as it is now; until it is fused again, the gate in it runs."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.block, self.scale = nn.Conv2d(8, 8, 1), Block(), 1.0
+
+        def forward(self, x):
+            return self.block(self.conv(x)) * self.scale
+
+    model = fuse(randomised(Around()))
+    assert [row.name for row in explain(model) if row.fused] == ["block"]
+    model.conv = nn.Identity()
+    fuse(model)
+    assert [row.name for row in explain(model) if row.fused] == ["(the model)"]
+    model.scale = 2.0
+    assert [row.name for row in explain(model) if row.fused] == ["block"]
+    assert fused_operators(lambda: model(X))
+
+
 def test_explain_says_what_runs_for_every_rank():
     layers = {
         1: (nn.Conv1d, nn.AdaptiveAvgPool1d),
