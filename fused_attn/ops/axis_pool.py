@@ -14,6 +14,7 @@ from .common import (
     empty_map,
     needs_node,
     register_gradients,
+    shape_of,
     wants_graph,
 )
 from .squeeze import TIE_NAMES
@@ -58,7 +59,8 @@ BACKWARD = define(
 
 
 def _keep(ctx, inputs, kept):
-    ctx.save_for_backward(*inputs, *kept)
+    (x,), (maxima, *_) = inputs, ctx.codes
+    ctx.save_for_backward(x if maxima else shape_of(x), *kept)
     ctx.set_materialize_grads(False)
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
-from .common import below, define, differentiable, differentiable_backward, empty_map, like_or_none, wants_graph
+from ..reference.channel_pool import channel_max
+from ..reference.squeeze import prologue
+from .common import (
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    like_or_none,
+    shape_of,
+    wants_graph,
+)
 from .scale import ACTIVATION_NAMES
-from .spatial_gate import ORDER_NAMES
-from .squeeze import TIE_NAMES
+from .squeeze import EVEN, IDENTITY
 
 _ARGUMENTS = "Tensor? affine_weight, Tensor? affine_bias, int pre_activation, int mean_first, int ties"
 
@@ -32,13 +41,17 @@ BACKWARD = define(
 
 
 def _keep(ctx, inputs, results):
-    ctx.save_for_backward(*inputs, *results)
+    x, affine_weight, affine_bias = inputs
+    pre_activation, _, ties = ctx.codes
+    if affine_weight is None and pre_activation == IDENTITY and ties != EVEN:
+        x = shape_of(x)
+    ctx.save_for_backward(x, affine_weight, affine_bias, *results)
 
 
 def _gradients(ctx, grad):
     x, affine_weight, affine_bias, pooled, index = ctx.saved_tensors
     if wants_graph():
-        grads = _differentiable(ctx, (x, affine_weight, affine_bias), grad)
+        grads = _differentiable(ctx, (x, affine_weight, affine_bias), index, grad)
     else:
         grads = below(BACKWARD[ctx.backend], grad, x, pooled, index, affine_weight, affine_bias, *ctx.codes)
         if affine_weight is None:
@@ -46,17 +59,14 @@ def _gradients(ctx, grad):
     return None, *grads
 
 
-def _differentiable(ctx, inputs, grad):
+def _differentiable(ctx, inputs, index, grad):
     pre_activation, mean_first, ties = ctx.codes
 
     def function(x, weight, bias):
-        return reference.channel_pool(
-            x,
-            order=ORDER_NAMES[mean_first],
-            ties=TIE_NAMES[ties],
-            affine=None if weight is None else (weight, bias),
-            pre_activation=ACTIVATION_NAMES[pre_activation],
-        )
+        u = prologue(x, None if weight is None else (weight, bias), ACTIVATION_NAMES[pre_activation])
+        peak = channel_max(u, "even") if ties == EVEN else u.gather(1, index.long().unsqueeze(1))
+        pools = peak, u.mean(1, keepdim=True)
+        return torch.cat(pools[::-1] if mean_first else pools, 1)
 
     return differentiable_backward(function, inputs, ctx.needs_input_grad[1:], grad)
 

@@ -279,6 +279,12 @@ def unless_absent(tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> 
     return [None if t is None else g for t, g in zip(tensors, grads, strict=True)]
 
 
+def shape_of(x: Tensor) -> Tensor:
+    """x, to save where a backward reads its shape and layout alone, because the function is linear in it: what is
+    written into x before that is no error."""
+    return x.data
+
+
 def differentiable_backward(
     function: Callable[..., Tensor | Sequence[Tensor]],
     inputs: Sequence[Tensor | None],
@@ -295,6 +301,9 @@ def differentiable_backward(
         # Each input under a name of its own: one that was computed from another (a gate from the map) would pass its
         # gradient on to that one here, and once more outside.
         inputs = [None if t is None else t.view_as(t) for t in inputs]
+        for t, needed in zip(inputs, needs_grad, strict=True):
+            if needed and t is not None and not t.requires_grad:  # a `shape_of`
+                t.requires_grad_()
         wanted = [t for t, needed in zip(inputs, needs_grad, strict=True) if needed and t is not None]
         outputs = function(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs

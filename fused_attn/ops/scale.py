@@ -20,6 +20,7 @@ from .common import (
     differentiable_backward,
     empty_map,
     like_or_none,
+    shape_of,
     unless_absent,
     wants_graph,
 )
@@ -82,6 +83,10 @@ def before_epilogue(grad: Tensor, y: Tensor | None) -> Tensor:
 
 def _keep(ctx, inputs, y):
     x, gate, affine_weight, affine_bias, residual = inputs
+    pre_activation, post_activation = ctx.codes
+    before = affine_weight is not None or pre_activation != IDENTITY
+    if not (before or ctx.needs_input_grad[2] or post_activation not in (IDENTITY, RELU)):
+        x = shape_of(x)
     ctx.save_for_backward(x, gate, affine_weight, affine_bias, *saved_for_epilogue(y, residual, ctx.codes[-1]))
 
 

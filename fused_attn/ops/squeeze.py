@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from .. import reference
 from ..codes import ACTIVATIONS, POOLS, TIES
-from .common import below, define, differentiable, differentiable_backward, empty_map, like_or_none, wants_graph
+from ..reference.squeeze import global_max, prologue, space
+from .common import (
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    like_or_none,
+    shape_of,
+    wants_graph,
+)
 
 AVG, MAX, BOTH = POOLS["avg"], POOLS["max"], POOLS["both"]
+IDENTITY, EVEN = ACTIVATIONS["identity"], TIES["even"]
 POOL_NAMES, TIE_NAMES, ACTIVATION_NAMES = (tuple(table) for table in (POOLS, TIES, ACTIVATIONS))
 
 
@@ -42,7 +51,11 @@ BACKWARD = define(
 
 
 def _keep(ctx, inputs, results):
-    ctx.save_for_backward(*inputs, *results[1:])
+    x, affine_weight, affine_bias = inputs
+    pre_activation, pool, _ = ctx.codes
+    if affine_weight is None and pre_activation == IDENTITY and pool == AVG:  # torch's own maxima keep it
+        x = shape_of(x)
+    ctx.save_for_backward(x, affine_weight, affine_bias, *results[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -63,22 +76,15 @@ def _gradients(ctx, grad_avg, grad_max):
 
 
 def _differentiable(ctx, inputs, grad_avg, grad_max):
-    pre_activation, pool, ties = ctx.codes
+    pre_activation, _, ties = ctx.codes
 
     def function(x, weight, bias):
-        affine = None if weight is None else (weight, bias)
-        pooled = reference.squeeze(
-            x,
-            POOL_NAMES[pool],
-            ties=TIE_NAMES[ties],
-            affine=affine,
-            pre_activation=ACTIVATION_NAMES[pre_activation],
-        )
-        outputs = (pooled,) if isinstance(pooled, Tensor) else pooled
-        return [p for p, g in zip(outputs, grads, strict=True) if g is not None]
+        u = prologue(x, None if weight is None else (weight, bias), ACTIVATION_NAMES[pre_activation])
+        means = () if grad_avg is None else (u.mean(space(u)),)
+        return means if grad_max is None else (*means, global_max(u, TIE_NAMES[ties]))
 
-    grads = {0: (grad_avg,), 1: (grad_max,), 2: (grad_avg, grad_max)}[pool]
-    return differentiable_backward(function, inputs, ctx.needs_input_grad[1:], [g for g in grads if g is not None])
+    grads = [g for g in (grad_avg, grad_max) if g is not None]
+    return differentiable_backward(function, inputs, ctx.needs_input_grad[1:], grads)
 
 
 #: squeeze(backend, x, affine_weight, affine_bias, pre_activation, pool, ties): (avg, max), each (B, C) in x's dtype;

@@ -186,6 +186,43 @@ def test_a_shortcut_added_in_place(kind, make, training):
     close(*found)
 
 
+class SpatialMask(Spatial):
+    def forward(self, x):
+        z = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
+        return torch.sigmoid(self.norm(self.conv(z)))
+
+
+class MaskedInPlace(nn.Module):
+    """Its masks are computed without keeping the map, into which the product is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.channels, self.space = nn.Conv2d(8, 8, 1), Mask(), SpatialMask()
+
+    def forward(self, x):
+        y = self.conv(x)
+        y *= self.channels(y)
+        y *= self.space(y)
+        return y
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_product_written_into_the_map(create_graph):
+    original = randomised(MaskedInPlace())
+    model = fuse(copy.deepcopy(original))
+    found = []
+    for module in (original, model):
+        with FusedOperators() as operators:
+            x = X.clone().requires_grad_()
+            leaves = [x, *module.parameters()]
+            grads = torch.autograd.grad(module(x).square().sum(), leaves, create_graph=create_graph)
+            if create_graph:
+                grads += torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+            found.append(grads)
+        assert (operators.count > 0) is (module is model)
+    close(*found)
+
+
 def test_a_parameter_of_a_subclass(pair):
     model, original = pair
     for block in pair:

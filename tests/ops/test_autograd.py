@@ -458,3 +458,39 @@ def test_transforms_of_torch_func_compiled(name):
     gradient = torch.func.grad(lambda x: block(x, *values[1:]).square().sum())
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(values[0]), gradient(values[0]))
+
+
+#: What keeps no map for its backward, in torch either.
+LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "squeeze": lambda x: functional.squeeze(x),
+    "channel_pool": lambda x: functional.channel_pool(x),
+    "axis_pool": lambda x: torch.cat([p.flatten(1) for p in functional.axis_pool(x)[1:]], 1),
+    "scale by a constant": lambda x: functional.scale(x, torch.full(x.shape[:2], 0.5, dtype=x.dtype)),
+    "scale and ReLU": lambda x: functional.scale(
+        x, torch.full(x.shape[:2], 0.5, dtype=x.dtype), post_activation="relu"
+    ),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_map_that_is_written_over_before_the_backward(name, create_graph):
+    found = []
+    for writes in (False, True):
+        x = random(*SHAPE, dtype=torch.float64).requires_grad_()
+        y = x * 1
+        result = LINEAR[name](y)
+        if writes:
+            y.neg_()
+        (grad,) = torch.autograd.grad(result.square().sum(), x, create_graph=create_graph)
+        found.append(torch.autograd.grad(grad.square().sum(), x) if create_graph else grad)
+    torch.testing.assert_close(*found)
+
+
+def test_a_map_whose_values_are_needed_is_not_written_over():
+    x = random(*SHAPE, dtype=torch.float64).requires_grad_()
+    y = x * 1
+    result = functional.squeeze(y, pre_activation="silu")
+    y.neg_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
