@@ -6,8 +6,10 @@ keeps the two together.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,6 +39,20 @@ COMBINES: dict[str, int] = {"product": 0, "sum": 1, "max": 2, "sigmoid": 3}
 #: How the weights of several branches come of their logits, see `fused_attn.functional.select`.
 SELECTIONS: dict[str, int] = {"softmax": 0, "sigmoid": 1}
 
+#: What torch multiplies by in the backward of hardsigmoid, in float64 too.
+(_SIXTH,) = struct.unpack("f", struct.pack("f", 1 / 6))
+
+
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    """F.hardsigmoid has no second derivative, and min(max(x + 3, 0), 6) / 6 as people write it has."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.hardsigmoid(x)
+    clamped = F.hardtanh(x, -3.0, 3.0)
+    if x.dtype == torch.float64:
+        return F.hardsigmoid(x.detach()) + (clamped - clamped.detach()) * _SIXTH
+    return clamped.add(3).div(6)
+
+
 #: What each activation is, as PyTorch computes it (the slope of leaky_relu is torch's default, 0.01).
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -46,7 +62,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "hard_swish": F.hardswish,
     "sigmoid": lambda x: x.sigmoid(),
-    "hard_sigmoid": F.hardsigmoid,
+    "hard_sigmoid": _hard_sigmoid,
     "tanh": lambda x: x.tanh(),
     "leaky_relu": F.leaky_relu,
     "relu6": F.relu6,
