@@ -226,7 +226,7 @@ FACTOR = 1.0
 FACTORS = [1.0]
 TABLE = {"factor": 1.0}
 NAME = "factor"
-NAMES = {"x": "factor"}
+NAMES = {"x": "factor", "own": "own"}
 
 
 def helper():
@@ -621,6 +621,92 @@ def test_a_weight_that_is_none_in_front_of_a_spatial_gate():
     model = fuse(randomised(Spatial()))
     model.conv.weight = None
     assert not runs_fused(model)
+
+
+# What a block's code reads of a child that runs as it is
+
+
+class Child(nn.Module):
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.own = nn.Conv2d(8, 8, 1), 1.0
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Odd(nn.Module):
+    factor = 1.0
+
+    def forward(self, x):
+        return torch.relu(x) + 0.1 * torch.tanh(x)
+
+
+class GateOnly(Gate):
+    def forward(self, x):
+        return torch.sigmoid(self.excite(x))
+
+
+def parent_of(child: Callable[[], nn.Module], read: Callable[[Any], Any]) -> type[nn.Module]:
+    """A class of parents with a gate in their forward, which multiply by what they read of another child."""
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child, self.gate = child(), GateOnly()
+
+        def forward(self, x):
+            y = self.child(x)
+            return self.gate(y) * y * read(self)
+
+    return Parent
+
+
+class OddInside(Gate):
+    def __init__(self):
+        super().__init__()
+        self.odd = Odd()
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.up(self.odd(self.down(x.mean((2, 3), keepdim=True))))) * self.odd.factor
+
+
+class Wider(nn.Conv2d):
+    factor = 1.0
+
+
+CHILDREN: dict[str, tuple[Callable[[], nn.Module], Change]] = {
+    "attribute": (parent_of(Child, lambda s: s.child.own), put("child.own")),
+    "class attribute": (parent_of(Child, lambda s: s.child.factor), patched(Child, "factor")),
+    "class attribute, on the instance": (parent_of(Child, lambda s: s.child.factor), put("child.factor")),
+    "of a class derived from torch's": (
+        parent_of(lambda: Wider(8, 8, 1), lambda s: s.child.factor), patched(Wider, "factor")
+    ),
+    "of its layer": (parent_of(Child, lambda s: s.child.conv.padding[0] + 1.0), put("child.conv.padding", (1, 1))),
+    "by a name in a dict": (parent_of(Child, lambda s: getattr(s.child, NAMES["own"])), put("child.own")),
+    "a bias that is None": (
+        parent_of(Child, lambda s: 1.0 if s.child.conv.bias is None else 2.0), put("child.conv.bias", None)
+    ),
+    "inside an excitation": (OddInside, patched(Odd, "factor")),
+    "inside an excitation, on the instance": (OddInside, put("odd.factor")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHILDREN)
+def test_what_is_read_of_a_child(what, monkeypatch):
+    make, change = CHILDREN[what]
+    original = randomised(make())
+    model = fuse(copy.deepcopy(original))
+    assert runs_fused(model)
+    before = found(original)
+    change(original, monkeypatch)
+    change(model, monkeypatch)
+    assert found(original) != before, "the change has no effect: nothing is tested"
+    assert_same(model, original)
+    fuse(model)
+    assert_same(model, original)
 
 
 # What cannot be watched is left alone

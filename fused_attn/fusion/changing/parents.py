@@ -20,7 +20,7 @@ from ...backends import is_ordinary
 from ..hosts.registry import known_class
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.context import in_its_own_context
-from ..reading.reads import MOST, Reads, reads_of
+from ..reading.reads import reads_of
 from ..reading.recognise import has_own_forward, outcome_of, recipe_of
 from ..reading.rewritten import check_rewritten
 from ..reading.trace import IN_PLACE, Untraceable, trace, unpacked
@@ -29,7 +29,6 @@ from ..recipes.describe import describe
 from ..recipes.names import host_of
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate
 from ..recipes.run import layer_at, parameter_paths, parameters_of, run
-from .plan import watched_with
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, IN_PLACE["imul"]}
@@ -90,7 +89,7 @@ def composite_of(block: nn.Module) -> OwnLayers | None:
     key = read.key, tuple(gates.items())
     if key not in known:
         try:
-            known[key] = in_its_own_context(lambda: _rewritten(block, gates, read))
+            known[key] = in_its_own_context(lambda: _rewritten(block, gates))
         except Exception:
             return None
     return known[key]
@@ -108,7 +107,7 @@ def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[_Gate]:
                 yield path, found.mask
 
 
-def _rewritten(block: nn.Module, gates: dict[str, bool], read: Reads) -> OwnLayers | None:
+def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
     def enters(path: str) -> bool:
         return type(block.get_submodule(path)) is nn.Sequential and any(p.startswith(f"{path}.") for p in gates)
 
@@ -122,7 +121,7 @@ def _rewritten(block: nn.Module, gates: dict[str, bool], read: Reads) -> OwnLaye
     covers = tuple(dict.fromkeys(path for region in regions for path, _ in region.gates))
     names = [name for name, _ in block.named_modules() if name]
     skipped = {n for n in names if n in rewriter.owned or enters(n) or any(f"{n}.".startswith(f"{p}.") for p in covers)}
-    if sum(map(len, watched_with(read.watched, map(block.get_submodule, skipped)))) > MOST:
+    if reads_of(block, map(block.get_submodule, skipped)).remark is not None:
         return None
     ranks = {region.recipe.rank for region in regions} - {None}
     if len(ranks) > 1:

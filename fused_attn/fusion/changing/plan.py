@@ -6,7 +6,7 @@ import itertools
 import operator
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..reading.reads import MISSING, Watched, is_plain, is_torch, reads_of
 from ..recipes.names import HOST, host_of
 from ..recipes.recipe import OwnLayers, Recipe, SplitGate
-from ..recipes.run import Parameters, Paths, layer_at, parameter_paths, parameters_of, weight_paths
+from ..recipes.run import Parameters, Paths, layer_at, parameter_paths, parameters_of
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -30,8 +30,8 @@ class Glance(NamedTuple):
     same: owners that are no modules, names of their attributes, and values. contents: containers or their views, and
     what was in them. All of these by identity: a tensor may be equal to a number. equals and alike: as places and as
     same, but by equality, which costs a fifth: what is equal to nothing but itself, and options of torch's own layers,
-    which make numbers of such a tensor. filled: attributes of a layer, its parameters, and the name of one that is not
-    None. hooks: dictionaries that are empty.
+    which make numbers of such a tensor. filled: attributes of a layer, where its parameters
+    or buffers are, these, and the name of one that is not None. hooks: dictionaries that are empty.
     """
 
     places: tuple[tuple[Mapping[str, Any] | None, Callable[[Any], Any], Any, int], ...]
@@ -41,7 +41,7 @@ class Glance(NamedTuple):
     kinds: tuple[type, ...]
     same: tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]
     alike: tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]
-    filled: tuple[tuple[Mapping[str, Any], Mapping[str, Any], str], ...]
+    filled: tuple[tuple[Mapping[str, Any], str, Mapping[str, Any], str], ...]
     hooks: tuple[dict[Any, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
     sets: tuple[tuple[Any, Any], ...]
@@ -56,7 +56,6 @@ class Plan:
     recipe: Recipe
     paths: Paths
     places: tuple[tuple[dict[str, Any], str] | None, ...]  # where the parameters at the paths are
-    filled: tuple[tuple[nn.Module | None, str], ...]  # weights without which it is another function
     children: tuple[tuple[nn.Module | None, str, nn.Module, type], ...]
     names: tuple[tuple[nn.Module | None, tuple[str, ...]], ...]  # those of each one's children, in order
     unhooked: tuple[nn.Module, ...]
@@ -117,35 +116,32 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
         for name, layer in modules.items()
         if layer is not None
     )
-    names = tuple((module, tuple((block if module is None else module)._modules)) for module in modules.values())
+    names = tuple((module, tuple(_of(block, module)._modules)) for module in modules.values())
     bypassed = tuple(layer for name, layer in modules.items() if layer is not None and is_bypassed(name, recipe))
-    watched = watched_with(reads_of(block).watched, bypassed)
+    watched = reads_of(block, bypassed).watched
     kind = next(cls for cls in type(block).__mro__ if HOST in vars(cls))
     paths = parameter_paths(recipe)
     places = tuple(_place(block, path) for path in paths)
-    filled = tuple((modules[layer], name) for layer, name in weight_paths(recipe))
-    places_of_weights = [(block if layer is None else layer, name) for layer, name in filled]
-    glance = _glance(block, kind, children, bypassed, watched, places_of_weights)
+    glance = _glance(block, kind, children, bypassed, watched)
     norms = tuple(layer for layer in bypassed if isinstance(layer, _BatchNorm))
     members = len(vars(kind))
-    return Plan(recipe, paths, places, filled, children, names, bypassed, norms, kind, members, watched, glance)
+    return Plan(recipe, paths, places, children, names, bypassed, norms, kind, members, watched, glance)
 
 
-def watched_with(watched: Watched, bypassed: Iterable[nn.Module]) -> Watched:
-    """What a block's code read, but for layers that run as they are: these see their own changes."""
-    own = {id(layer) for layer in bypassed}
+def _of(block: nn.Module, owner: Any) -> Any:
+    """The owner of something in a plan, in which the block itself is None."""
+    return block if owner is None else owner
 
-    def is_seen(entry: tuple[Any, ...]) -> bool:
-        return not isinstance(entry[0], nn.Module) or id(entry[0]) in own
 
-    return Watched(*(tuple(filter(is_seen, entries)) for entries in watched))
+def _where(part: nn.Module, name: str) -> str:
+    return "_buffers" if name in part._buffers else "_parameters"
 
 
 def _place(block: nn.Module, path: tuple[str, str] | None) -> tuple[dict[str, Any], str] | None:
     if path is None:
         return None
     layer, name = layer_at(block, path[0]), path[1]
-    place: dict[str, Any] = layer._buffers if name in layer._buffers else layer._parameters
+    place: dict[str, Any] = layer.__dict__[_where(layer, name)]
     return place, name
 
 
@@ -177,7 +173,6 @@ def _glance(
     children: Any,
     bypassed: tuple[nn.Module, ...],
     watched: Watched,
-    filled: list[tuple[nn.Module, str]],
 ) -> Glance:
     own = block.__dict__
     keys: dict[int, dict[str, None]] = {}
@@ -197,7 +192,7 @@ def _glance(
             counted.append((part._modules, list))
     others: dict[tuple[int, str], tuple[Any, str, Any]] = {}
     for owner, name, value in (*watched.options, *watched.parts):
-        part = block if owner is None else owner
+        part = _of(block, owner)
         if not isinstance(part, nn.Module):
             others[id(part), name] = part, name, value
         elif name in part.__dict__:
@@ -207,7 +202,9 @@ def _glance(
             if value is MISSING:
                 counted += [(part.__dict__[place], len) for place in ("_modules", "_parameters", "_buffers")]
     for owner, name in watched.empty:
-        note((block if owner is None else owner)._parameters, name)
+        part = _of(block, owner)
+        note(part.__dict__[_where(part, name)], name)
+    filled = [(_of(block, owner), name) for owner, name in watched.filled]
     counted.append((vars(kind), len))  # what is set on the fused class is no attribute of the host's
     equal = {id(part.__dict__) for part in parts if is_torch(host_of(type(part)))}
     equal |= {id(part._modules) for part in parts if all(map(_is_itself, part._modules.values()))}
@@ -236,7 +233,7 @@ def _glance(
         tuple(map(type, parts[1:])),
         _columns(same),
         _columns(alike),
-        tuple((part.__dict__, part._parameters, name) for part, name in filled),
+        tuple((p.__dict__, _where(p, name), p.__dict__[_where(p, name)], name) for p, name in filled),
         tuple(layer.__dict__[place] for layer in bypassed for place in _HOOKS),
         tuple(contents),
         tuple((container, copied) for container, copied in watched.contents if isinstance(copied, set)),
@@ -271,8 +268,8 @@ def _unchanged(block: nn.Module, glance: Glance) -> bool:
     owners, names, values = glance.same
     if owners and not all(map(operator.is_, map(getattr, owners, names, itertools.repeat(MISSING)), values)):
         return False
-    for attributes, weights, name in glance.filled:
-        if attributes["_parameters"] is not weights or weights.get(name, MISSING) is None:
+    for attributes, where, tensors, name in glance.filled:
+        if attributes[where] is not tensors or tensors.get(name, MISSING) is None:
             return False
     for container, copied in glance.contents:
         if len(container) != len(copied) or not all(map(operator.is_, container, copied)):
@@ -298,15 +295,12 @@ def intact(block: nn.Module, plan: Plan) -> bool:
 def _intact(block: nn.Module, plan: Plan) -> bool:
     """As `intact`, one by one: so that what does not matter may have changed, and that compilers can follow."""
     for parent, name, layer, kind in plan.children:
-        if (block if parent is None else parent)._modules.get(name) is not layer or type(layer) is not kind:
+        if _of(block, parent)._modules.get(name) is not layer or type(layer) is not kind:
             return False
     if not (torch.compiler.is_compiling() or (_is_of_its_class(block, plan) and _are_in_place(block, plan))):
         return False
-    for owner, name in plan.filled:
-        if getattr(block if owner is None else owner, name, MISSING) is None:
-            return False
     for parent, names in plan.names:
-        if tuple((block if parent is None else parent)._modules) != names:
+        if tuple(_of(block, parent)._modules) != names:
             return False
     for layer in plan.unhooked:
         if is_hooked(layer):
@@ -316,22 +310,25 @@ def _intact(block: nn.Module, plan: Plan) -> bool:
 
 def _changed(block: nn.Module, watched: Watched) -> str | None:
     """The name of what was read and has changed since, "" where that has none; None: nothing has."""
-    options, parts, absent, empty, contents = watched
+    options, parts, absent, empty, filled, contents = watched
     for owner, name, value in options:
-        if not _is_equal(getattr(block if owner is None else owner, name, MISSING), value):
+        if not _is_equal(getattr(_of(block, owner), name, MISSING), value):
             return name
     compiling = torch.compiler.is_compiling()
     for owner, name, value in parts:
         if compiling and name == "__call__":  # which torch.export replaces for all modules while it traces
             continue
-        if getattr(block if owner is None else owner, name, MISSING) is not value:
+        if getattr(_of(block, owner), name, MISSING) is not value:
             return name
     for parent, name in absent:
-        if name in (block if parent is None else parent).__dict__:
+        if name in _of(block, parent).__dict__:
             return name
     for parent, name in empty:
-        if getattr(block if parent is None else parent, name, None) is not None:
-            return ""
+        if getattr(_of(block, parent), name, None) is not None:
+            return name
+    for parent, name in filled:
+        if getattr(_of(block, parent), name, MISSING) is None:
+            return name
     for container, copied in contents:
         if not _holds(container, copied):
             return ""

@@ -38,14 +38,15 @@ class Watched(NamedTuple):
     """What must be unchanged for a block to be the same function. An owner None is the block itself.
 
     options: attributes with plain values, MISSING where there is none. parts: attributes by identity. absent: modules
-    and names that are no attributes of their own. empty: modules and names of parameters that are None. contents:
-    containers and what was in them.
+    and names that are no attributes of their own. empty and filled: modules and names of parameters and buffers that
+    are None, and that are not. contents: containers and what was in them.
     """
 
     options: tuple[tuple[Any, str, Any], ...] = ()
     parts: tuple[tuple[Any, str, Any], ...] = ()
     absent: tuple[tuple[nn.Module | None, str], ...] = ()
     empty: tuple[tuple[nn.Module | None, str], ...] = ()
+    filled: tuple[tuple[nn.Module | None, str], ...] = ()
     contents: tuple[tuple[Any, Any], ...] = ()
 
 
@@ -59,9 +60,13 @@ class Reads(NamedTuple):
     names: frozenset[str]
 
 
-def reads_of(block: nn.Module, most: int = MOST) -> Reads:
-    """All that is read by a block's forward and by what that calls. most: what may be watched."""
-    reader = _Reader(block)
+def reads_of(block: nn.Module, replaced: Iterable[nn.Module] | None = None, most: int = MOST) -> Reads:
+    """All that is read by a block's forward and by what that calls. most: what may be watched.
+
+    replaced: the parts whose forward does not run, beside the block's own; the others see their own changes, and of
+    them only what the code of these reads. None: all parts.
+    """
+    reader = _Reader(block, replaced)
     reader.read()
     watched = Watched(*(tuple(dict(entries).values()) for entries in reader.entries))
     if sum(map(len, watched)) > most:
@@ -343,13 +348,14 @@ _ASIDE = {
 
 
 class _Reader:
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, replaced: Iterable[nn.Module] | None) -> None:
         self.block = block
         self.modules = list(block.modules())
+        self.replaced = {id(part) for part in (self.modules if replaced is None else (block, *replaced))}
         self.remarks: list[str] = []
         self.key: list[Hashable] = []
-        #: options, parts, absent, empty, contents: a key that names the entry once, and the entry.
-        self.entries: tuple[list[tuple[Any, Any]], ...] = ([], [], [], [], [])
+        #: As in `Watched`: a key that names the entry once, and the entry.
+        self.entries: tuple[list[tuple[Any, Any]], ...] = ([], [], [], [], [], [])
         self.names: dict[str, None] = {}
         self.asked: dict[str, None] = {}  # of these, those that may be no attribute
         self.everything = False
@@ -363,7 +369,7 @@ class _Reader:
     def read(self) -> None:
         for path, part in self.block.named_modules(remove_duplicate=False):
             self._structure(path, part)
-        for part in self.modules:
+        for part in (m for m in self.modules if id(m) in self.replaced):
             cls = host_of(type(part))
             self._part(cls, "forward", getattr(cls, "forward", None), visit=not is_torch(cls))
             own_call = cls.__call__ is not nn.Module.__call__ and not is_torch(cls)
@@ -391,19 +397,18 @@ class _Reader:
             for name, p in part.__dict__[place].items()
         ]
         self.key.append(any(part.__dict__.get(h) for h in STATE if "hooks" in h) or "forward" in part.__dict__)
-        for name, p in part.__dict__["_parameters"].items():
-            if p is None:
-                self.entries[3].append(((id(part), name), (self._owner(part), name)))
 
     def _names_for(self, owner: Any) -> Iterable[str]:
         cls: Any = host_of(type(owner)) if isinstance(owner, nn.Module) else type(owner)
         if isinstance(owner, nn.Module) and is_torch(cls):
-            return (*self.names, *_names_of_layer(cls))
+            return (*self.names, *(_names_of_layer(cls) if id(owner) in self.replaced else ()))
         if not self.everything or isinstance(owner, types.FunctionType):
             return tuple(self.names)
         classes = (owner if isinstance(owner, type) else cls).__mro__
         of_class = (n for c in classes if not is_torch(c) and not _is_builtin_class(c) for n in vars(c))
         own = () if isinstance(owner, type) else getattr(owner, "__dict__", ())
+        if isinstance(owner, nn.Module):
+            own = (*own, *owner._parameters, *owner._buffers)
         return (*self.names, *(n for n in (*own, *of_class) if not n.startswith("__")))
 
     def _named(self, owner: Any, name: str) -> None:
@@ -411,7 +416,17 @@ class _Reader:
         self.done.add((id(owner), name))
         if isinstance(owner, nn.Module):
             own, cls = owner.__dict__, host_of(type(owner))
-            if name in STATE or any(name in own[place] for place in ("_parameters", "_buffers", "_modules")):
+            for place in ("_parameters", "_buffers"):
+                if name in own[place]:
+                    entry = (id(owner), name), (self._owner(owner), name)
+                    if own[place][name] is None:
+                        self.entries[3].append(entry)
+                    elif (
+                        name == "weight" or name in self.names
+                    ):  # layers of torch's may lose a bias, as what is run may
+                        self.entries[4].append(entry)
+                    return
+            if name in STATE or name in own["_modules"]:
                 return
             if name in own:
                 if not name.startswith("_fused_attn"):
@@ -571,7 +586,7 @@ class _Reader:
             copied = (
                 dict(value) if isinstance(value, dict) else type(value)(value) if _is_builtin(value) else list(value)
             )
-            self.entries[4].append((id(value), (value, copied)))
+            self.entries[5].append((id(value), (value, copied)))
         if not _is_builtin(value):
             self._owned(value)
         self.key += [type(value).__name__, len(value)]

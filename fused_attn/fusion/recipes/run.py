@@ -32,13 +32,6 @@ def parameter_paths(recipe: Recipe) -> Paths:
     return tuple(split_path(path) for path in (gate.weight1, gate.bias1, gate.weight2, gate.bias2))
 
 
-def weight_paths(recipe: Recipe) -> tuple[tuple[str, str], ...]:
-    """Of the parameters, in the excitation and in front of a spatial gate, that are not None as a bias may be."""
-    spatial = recipe.spatial if isinstance(recipe, CbamGate) else recipe
-    convolutions = [(path, "weight") for path in spatial.layers[:1]] if isinstance(spatial, SpatialGate) else []
-    return tuple(path for path in parameter_paths(recipe)[::2] if path is not None) + tuple(convolutions)
-
-
 def parameter_at(block: nn.Module, path: tuple[str, str] | None) -> Tensor | None:
     if path is None:
         return None
