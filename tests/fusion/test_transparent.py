@@ -555,6 +555,11 @@ class Generating(Block):
         yield x * self.fc(self.pool(x))
 
 
+class Awaited(Block):
+    async def forward(self, x):
+        return x * self.fc(self.pool(x))
+
+
 class Cyclic(Block):
     def __init__(self):
         super().__init__()
@@ -583,9 +588,10 @@ class Properties(Block):
     forward = property(lambda self: lambda x: x * self.fc(self.pool(x)))
 
 
-STRANGE = [RaisingProperty, NotEqual, KeywordOnly, NoArguments, Generating, Cyclic, NoneChild, Properties]
+STRANGE = [RaisingProperty, NotEqual, KeywordOnly, NoArguments, Generating, Awaited, Cyclic, NoneChild, Properties]
 
 
+@pytest.mark.filterwarnings("error:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("cls", STRANGE, ids=lambda c: c.__name__)
 def test_fuse_takes_strange_modules(cls):
     block = cls().double()

@@ -55,6 +55,8 @@ def has_own_forward(block: nn.Module) -> bool:
         return False
     if isinstance(block, (torch.fx.GraphModule, torch.jit.ScriptModule)):
         return False
+    if forward.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return False
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     positional = [
         p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
