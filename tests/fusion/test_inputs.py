@@ -92,6 +92,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "simam": reference.SimAM,
     "triplet": reference.TripletAttention,
     "coordinate": lambda: reference.CoordinateAttention(8),
+    "gather excite": lambda: reference.GatherExcite(8),
 }
 
 
@@ -412,14 +413,8 @@ def _inference() -> Tensor:
         return X * 1
 
 
-#: What only a pasted block takes: those of this library say what they expect.
-ODD = {
-    "of no rank", "float32 for float64", "half for float64", "complex", "another rank", "one sample without a batch",
-}  # fmt: skip
-OWN = ("scse", "simam", "triplet", "coordinate")
-
-
-@pytest.mark.parametrize("kind,what", [(k, w) for k in BLOCKS for w in MAPS if not (k in OWN and w in ODD)])
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("what", MAPS)
 def test_any_map(kind, what):
     model, original = pair_of(kind)
     with torch.no_grad():

@@ -6,8 +6,10 @@ import functools
 import inspect
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
@@ -119,7 +121,26 @@ def _as_written_by(host: Any, function: Any) -> Any:
 def _fused_functions(host: type[nn.Module]) -> dict[str, Any]:
     """What `fused_attn.nn` puts into a module of `fused_attn.reference` in place of the plain functions there."""
     ours = next((FUSED_FORMS[base] for base in host.__mro__ if base in FUSED_FORMS), nn.Module)
-    return {name: value for name, value in vars(ours).items() if isinstance(value, staticmethod)}
+    return {
+        name: staticmethod(_with_resort(value.__func__, getattr(host, name)))
+        for name, value in vars(ours).items()
+        if isinstance(value, staticmethod)
+    }
+
+
+def _with_resort(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The fused function, and the plain one for maps that it does not take."""
+
+    @functools.wraps(fused)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return fused(*args, **kwargs)
+        try:
+            return fused(*args, **kwargs)
+        except (TypeError, ValueError):
+            return plain(*args, **kwargs)
+
+    return function
 
 
 def _as_host(block: nn.Module, host: type[nn.Module]) -> nn.Module:

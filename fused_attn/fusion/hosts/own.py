@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ...reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention
+from ...reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention, channel_gate
+from ...reference.block_attention import check_channels
 from ..reading.layers import paths_but
+from ..recipes.describe import describe
 from ..recipes.names import host_of
 from ..recipes.own import AS_IN_NN, FUSED_FORMS, own_functions
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
+from ..recipes.run import run
 from .registry import register
 
 _MODULE = "fused_attn.reference"
@@ -84,7 +87,18 @@ def cbam(block: Any) -> Recipe | str:
 def gather_excite(block: Any) -> Recipe | str:
     if block.extent:
         return "its pool is not global"
-    return ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)
+    gate = ChannelGate(pool=block.pool, ties=block.ties, gate=block.gate, rank=None)
+    if block.channels is None:
+        return gate
+
+    def forward(block: Any, x: Tensor) -> Tensor:  # no weight says how many channels there are
+        check_channels(block.channels, x)
+        try:
+            return run(block, gate, (), x)
+        except (TypeError, ValueError):  # a map that only plain PyTorch takes
+            return channel_gate(x, pool=block.pool, ties=block.ties, gate=block.gate)
+
+    return OwnLayers(forward, describe(block, gate), ("channel_gate",), rank=None)
 
 
 @register(*AS_IN_NN)
