@@ -21,7 +21,7 @@ expected and what came.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -427,12 +427,17 @@ def channel_pool(
     return ops.channel_pool(backend, x, weight, bias, *codes)
 
 
+def _statistics_to(keep: Callable[[Tensor, Tensor], None] | None) -> Callable[[Any], None] | None:
+    return None if keep is None else lambda results: keep(results[1][0], results[1][1])
+
+
 def spatial_gate(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     batch_norm: BatchNorm | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
     order: Order = ("max", "mean"),
     ties: str = "first",
     gate: str = "sigmoid",
@@ -453,6 +458,8 @@ def spatial_gate(
         batch_norm: (weight, bias, eps), weight and bias (1,): a BatchNorm between convolution and gate that takes its
             statistics from the batch, as in training. (One that uses its running statistics is folded into the
             convolution.)
+        keep: gets the mean and the biased variance that it used before the backward's tensors are saved: a checkpoint
+            that recomputes no further than these tells it as often as eager updates the buffers of a BatchNorm.
         order: the two input channels of the convolution, ("max", "mean") or ("mean", "max").
         affine: (weight, bias), each (C,): a folded BatchNorm.
         residual: a map of x's shape and dtype, any strides.
@@ -484,6 +491,7 @@ def spatial_gate(
             weight,
             bias,
             batch_norm=batch_norm,
+            keep=keep,
             order=order,
             ties=ties,
             gate=gate,
@@ -492,7 +500,7 @@ def spatial_gate(
             residual=residual,
             post_activation=post_activation,
         )
-    y, statistics = ops.spatial_gate(backend, x, *tensors, eps, *codes)
+    y, statistics = ops.spatial_gate(backend, x, *tensors, eps, *codes, told=_statistics_to(keep))
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 
@@ -506,6 +514,7 @@ def cbam(
     spatial_bias: Tensor | None = None,
     *,
     batch_norm: BatchNorm | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
     layer: str = "dense",
     pool: str = "both",
     channel_ties: str = "first",
@@ -530,7 +539,7 @@ def cbam(
         weight1, bias1, weight2, bias2: the excitation, as in `channel_gate`.
         spatial_weight: the convolution's, as in `spatial_gate`; required.
         spatial_bias: (1,).
-        batch_norm: as in `spatial_gate`.
+        batch_norm, keep: as in `spatial_gate`.
         order, spatial_ties: as `order` and `ties` in `spatial_gate`.
         affine: (weight, bias), each (C,): a folded BatchNorm.
         residual: a map of x's shape and dtype, any strides.
@@ -570,6 +579,7 @@ def cbam(
             spatial_weight,
             spatial_bias,
             batch_norm=batch_norm,
+            keep=keep,
             layer=layer,
             pool=pool,
             channel_ties=channel_ties,
@@ -583,7 +593,7 @@ def cbam(
             residual=residual,
             post_activation=post_activation,
         )
-    y, statistics = ops.cbam(backend, x, *tensors, eps, *codes)
+    y, statistics = ops.cbam(backend, x, *tensors, eps, *codes, told=_statistics_to(keep))
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 

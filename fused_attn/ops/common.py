@@ -168,14 +168,15 @@ def differentiable(
     outputs: int = 1,
     shown: Callable[[Any], Any] = first,
 ) -> Callable[..., Any]:
-    """Give the overloads their gradients, and return what Python calls them by: call(backend, *arguments).
+    """Give the overloads their gradients, and return what Python calls them by: call(backend, *arguments, told=None).
 
     Their arguments are tensors, then codes; a list of tensors, where there is one, is the first.
 
     Args:
         backward: the operator that `gradients` calls.
         outputs: how many of the leading results have gradients.
-        shown: from the results to what `call` returns; `keep` marks what of that has no gradient.
+        shown: from the results to what `call` returns; `keep` marks what of that has no gradient. told: gets that
+            before anything is kept for the backward, where a checkpoint's recomputation may end.
     """
     register_gradients(overloads, keep, gradients, outputs)
     differentiable_once(backward)
@@ -184,26 +185,33 @@ def differentiable(
     count, listed = len(arguments) - _codes_of(any_overload), str(arguments[0].type) == "List[Tensor]"
 
     def forward(ctx, where, *inputs):
-        ctx.backend, ctx.codes = backend, codes = where
+        ctx.backend, ctx.codes, told = backend, codes, _ = where
         if listed:
             results = below(overloads[backend], inputs[: 1 - count], *inputs[1 - count :], *codes)
         else:
             results = below(overloads[backend], *inputs, *codes)
+        found = told_of(results, told)
         keep(ctx, inputs, results)
-        return shown(results)
+        return found
 
     functions = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     node: Any = type(any_overload._opname.title().replace("_", ""), (torch.autograd.Function,), functions)
 
-    def call(backend, *arguments):
+    def told_of(results, told):
+        found = shown(results)
+        if told is not None:
+            told(found)
+        return found
+
+    def call(backend, *arguments, told=None):
         if torch.is_grad_enabled():
             inputs = (*arguments[0], *arguments[1:count]) if listed else arguments[:count]
             for tensor in inputs:
                 if tensor is not None and tensor.requires_grad:
                     if torch.compiler.is_compiling():
-                        return shown(overloads[backend](*arguments))
-                    return node.apply((backend, arguments[count:]), *inputs)
-        return shown(below(overloads[backend], *arguments))
+                        return told_of(overloads[backend](*arguments), told)
+                    return node.apply((backend, arguments[count:], told), *inputs)
+        return told_of(below(overloads[backend], *arguments), told)
 
     return call
 

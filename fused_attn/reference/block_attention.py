@@ -89,17 +89,20 @@ def count_batch(norm: Any) -> float:
 
 
 def run_normalised(norm: Any, x: Tensor, run: Callable[..., Any]) -> Tensor:
-    """run(batch_norm=...), a map gated by position, whose statistics go into the buffers of the BatchNorm `norm` as
-    its own forward would put them; run() where norm is None."""
+    """run(batch_norm=..., keep=...), a map gated by position, whose statistics go into the buffers of the BatchNorm
+    `norm` as its own forward would put them; run() where norm is None."""
     if norm is None:
         return run()
-    y, mean, variance = run(batch_norm=(norm.weight, norm.bias, norm.eps))
-    if norm.training and norm.track_running_stats:
+
+    def keep(mean: Tensor, variance: Tensor) -> None:
         momentum = count_batch(norm)
         count = x.shape[0] * math.prod(x.shape[2:])
         if count:
             variance = variance * (count / (count - 1))
             update_statistics(norm.running_mean, norm.running_var, mean, variance, momentum)
+
+    keeps = norm.training and norm.track_running_stats
+    y, *_ = run(batch_norm=(norm.weight, norm.bias, norm.eps), keep=keep if keeps else None)
     return y
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .channel_gate import channel_gate as gate_channels
@@ -21,6 +23,7 @@ def cbam(
     spatial_bias: Tensor | None = None,
     *,
     batch_norm: BatchNorm | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
     layer: str = "dense",
     pool: str = "both",
     channel_ties: str = "first",
@@ -55,6 +58,7 @@ def cbam(
         spatial_weight,
         spatial_bias,
         batch_norm=batch_norm,
+        keep=keep,
         order=order,
         ties=spatial_ties,
         gate=spatial_gate,

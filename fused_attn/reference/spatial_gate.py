@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +38,7 @@ def spatial_gate(
     bias: Tensor | None = None,
     *,
     batch_norm: BatchNorm | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
     order: Order = ("max", "mean"),
     ties: str = "first",
     gate: str = "sigmoid",
@@ -50,4 +53,6 @@ def spatial_gate(
     if batch_norm is None:
         return scale(x, FUNCTIONS[gate](logits), residual=residual, post_activation=post_activation)
     logits, mean, variance = normalised(logits, batch_norm)
+    if keep is not None:
+        keep(mean, variance)
     return scale(x, FUNCTIONS[gate](logits), residual=residual, post_activation=post_activation), mean, variance
