@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
 from ..reference.block_attention import affine_of, uses_batch_statistics
@@ -30,6 +31,16 @@ def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     return weight.to(factor.dtype) * factor[:, None], bias
 
 
+def _runs_itself(norm: Any) -> bool:
+    """Whether a norm cannot be folded: it takes statistics from its input, or is what somebody put in its place."""
+    return not isinstance(norm, _BatchNorm) or uses_batch_statistics(norm)
+
+
+def _is_one_op(excitation: Layers) -> bool:
+    layers = isinstance(excitation.fc1, torch.nn.Conv2d) and isinstance(excitation.fc2, torch.nn.Conv2d)
+    return layers and (excitation.norm is None or not _runs_itself(excitation.norm))
+
+
 def call(norm: Any, x: Tensor) -> Tensor:
     return norm(x)
 
@@ -44,7 +55,7 @@ def selection(
 ) -> Tensor:
     """As `fused_attn.reference.selection`; normalise(norm, x) runs a branch's BatchNorm alone, without activation."""
     affine = None
-    if any(uses_batch_statistics(norm) for norm in norms):
+    if any(map(_runs_itself, norms)):
         if isinstance(branches, Tensor):
             branches = normalise(norms[0], branches)
         else:
@@ -56,7 +67,7 @@ def selection(
         else:
             affine = pairs[0][0].view(paths, -1), pairs[0][1].view(paths, -1)
     options: dict[str, Any] = {"paths": paths, "affine": affine, "pre_activation": activation}
-    if not isinstance(excitation, Layers) or (excitation.norm is not None and uses_batch_statistics(excitation.norm)):
+    if not isinstance(excitation, Layers) or not _is_one_op(excitation):
         return functional.select_with(branches, excitation, **options)
     return functional.select(
         branches,

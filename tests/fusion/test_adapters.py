@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_attn import explain, fuse, reference, unfuse
 from fused_attn import nn as fused_nn
@@ -565,9 +567,9 @@ def test_own_modules_get_the_functions_of_nn(kind):
     assert names
     for cls in (plain, type("Mine", (plain,), {})):
         block = fuse(cls(C))
-        assert all(getattr(block, name) is getattr(fused_form, name) for name in names)
+        assert all(getattr(block, name).__wrapped__ is getattr(fused_form, name) for name in names)
         copied = copy.deepcopy(block)
-        assert all(getattr(copied, name) is getattr(fused_form, name) for name in names)
+        assert all(getattr(copied, name).__wrapped__ is getattr(fused_form, name) for name in names)
         unfuse(block)
         assert type(block) is cls and all(getattr(block, name) is getattr(plain, name) for name in names)
 
@@ -649,3 +651,50 @@ def test_a_map_given_by_keyword():
     block = tv_misc.SqueezeExcitation(C, 8)
     x = random(2, C, 5, 5)
     assert torch.equal(fuse(block)(input=x), tv_misc.SqueezeExcitation.forward(block, x))
+
+
+OWN_BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "SqueezeExcite": lambda: reference.SqueezeExcite(32),
+    "EffectiveSE": lambda: reference.EffectiveSE(32),
+    "ECA": lambda: reference.ECA(32),
+    "CBAM": lambda: reference.CBAM(32),
+    "BAM": lambda: reference.BAM(32),
+    "CoordinateAttention": lambda: reference.CoordinateAttention(32),
+    "EMA": lambda: reference.EMA(32),
+    "SCSE": lambda: reference.SCSE(32),
+    "SKConv": lambda: reference.SKConv(32),
+    "SelectiveKernel": lambda: reference.SelectiveKernel(32),
+    "SplitAttention": lambda: reference.SplitAttention(32),
+    "TripletAttention": lambda: reference.TripletAttention(),
+}
+PUT_IN: dict[str, Callable[[Any], nn.Module]] = {
+    "in a Sequential": lambda layer: nn.Sequential(copy.deepcopy(layer)),
+    "GroupNorm": lambda layer: nn.GroupNorm(1, getattr(layer, "num_features", getattr(layer, "out_channels", 1))),
+    "Identity": lambda layer: nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("what", PUT_IN)
+@pytest.mark.parametrize("name", OWN_BLOCKS)
+def test_another_layer_in_a_block_of_this_library(name, what):
+    """Where its original raises it does too."""
+
+    def run(module: nn.Module) -> list[Tensor] | None:
+        x = random(2, 32, 6, 5, dtype=torch.float64).requires_grad_()
+        try:
+            y = module(x)
+            return [y.detach(), *torch.autograd.grad(y.square().sum(), x)]
+        except Exception:
+            return None
+
+    plain = with_random_values(OWN_BLOCKS[name]()).double()
+    for path, layer in plain.named_modules():
+        if not path or list(layer.children()):
+            continue
+        original = copy.deepcopy(plain)
+        original.set_submodule(path, PUT_IN[what](layer).double())
+        for training in (False, True):
+            expected = run(original.train(training))
+            actual = run(fuse(copy.deepcopy(original)))
+            assert (actual is None) == (expected is None), path
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m, path=path: f"{path}: {m}")

@@ -670,7 +670,9 @@ class Histories(RuleBasedStateMachine):
     def both(self, function: Callable[[nn.Module], nn.Module], keep: bool = False) -> None:
         """A pair made of this one."""
         original = attempt(lambda: function(self.pair.original))
-        if isinstance(original, Exception):
+        if isinstance(original, Exception):  # perhaps with half of it done
+            attempt(lambda: function(self.pair.fused))
+            self.resynchronise()
             return
         new = Pair(self.pair.kind, original, function(self.pair.fused), self.pair.dtype)
         self.pairs = [*self.pairs[-1:], new] if keep else [*self.pairs[:-1], new]

@@ -29,7 +29,15 @@ _EPILOGUE = "returns its gate alone or has an epilogue; use fused_attn.nn"
 def channel_attention(block: Any) -> Recipe | str:
     if block.return_gate or block.post_activation != "identity":
         return _EPILOGUE
-    return _channel_gate(block, "")
+    return _odd_layer(block) or _channel_gate(block, "")
+
+
+def _odd_layer(block: Any) -> str | None:
+    """Why an excitation is not the one that its block is made with."""
+    for name, layer in block.named_children():
+        if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            return f"{name} is a {type(layer).__name__}"
+    return None
 
 
 def _channel_gate(block: Any, prefix: str) -> ChannelGate:
@@ -79,6 +87,9 @@ def cbam(block: Any) -> Recipe | str:
     last = channel if spatial is None else spatial
     if channel.return_gate or last.return_gate or last.post_activation != "identity":
         return _EPILOGUE
+    odd = _odd_layer(channel)
+    if odd is not None:
+        return f"channel.{odd}"
     gate = _channel_gate(channel, "channel.")
     return gate if spatial is None else CbamGate(gate, _spatial_gate(spatial, "spatial."))
 
