@@ -66,8 +66,10 @@ class BranchMaps {
         const Tensor& u = views_[0];
         std::vector<int64_t> shape(u.sizes().begin(), u.sizes().end());
         if (!channels_last) return empty_of<T>(u, shape);
+        if (is_dense_channels_last(u)) return empty_map<T>(u);
         std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
-        return axis_moved(empty_of<T>(u, shape), u.dim() - 1, 1);
+        // Like the view, and none itself: autograd refuses to write into a view that a node returned.
+        return empty_map<T>(axis_moved(empty_tensor(u, shape, u.scalar_type()), u.dim() - 1, 1));
     }
     // As many as there are inputs. A stacked one is (B, M, C, ..) in memory, or (B, M, .., C), or (B, .., M, C) where
     // the branches share their pixels.
@@ -86,8 +88,7 @@ class BranchMaps {
     }
     // `other` in the layout of the sum: itself where it has it, else one copy.
     Tensor as_sum(const Tensor& other) const {
-        const bool same = other.numel() == 0 || (other.is_contiguous() && !channels_last) ||
-                          (channels_last && pixel_pitch(other) == other.size(1) && is_dense_batch(other));
+        const bool same = other.numel() == 0 || (channels_last ? is_dense_channels_last(other) : other.is_contiguous());
         if (same) return other;
         Tensor copy = empty_sum();
         torch::stable::copy_(copy, other);
@@ -95,6 +96,9 @@ class BranchMaps {
     }
 
   private:
+    static bool is_dense_channels_last(const Tensor& map) {
+        return pixel_pitch(map) == map.size(1) && is_dense_batch(map);
+    }
     bool is_separate() const { return static_cast<int64_t>(tensors_.size()) == paths_; }
     void take_views() {
         views_ = tensors_;

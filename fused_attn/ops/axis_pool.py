@@ -59,8 +59,11 @@ BACKWARD = define(
 
 
 def _keep(ctx, inputs, kept):
-    (x,), (maxima, *_) = inputs, ctx.codes
-    ctx.save_for_backward(x if maxima else shape_of(x), *kept)
+    (x,), (maxima, _, ties) = inputs, ctx.codes
+    pools, indices = kept[:3], kept[3:]
+    if not (maxima and TIE_NAMES[ties] == "even"):
+        pools = map(shape_of, pools)
+    ctx.save_for_backward(x if maxima else shape_of(x), *pools, *indices)
     ctx.set_materialize_grads(False)
 
 

@@ -45,7 +45,8 @@ def _keep(ctx, inputs, results):
     pre_activation, _, ties = ctx.codes
     if affine_weight is None and pre_activation == IDENTITY and ties != EVEN:
         x = shape_of(x)
-    ctx.save_for_backward(x, affine_weight, affine_bias, *results)
+    pooled, index = results
+    ctx.save_for_backward(x, affine_weight, affine_bias, pooled if ties == EVEN else shape_of(pooled), index)
 
 
 def _gradients(ctx, grad):

@@ -288,8 +288,8 @@ def unless_absent(tensors: Sequence[Tensor | None], grads: Sequence[Tensor]) -> 
 
 
 def shape_of(x: Tensor) -> Tensor:
-    """x, to save where a backward reads its shape and layout alone, because the function is linear in it: what is
-    written into x before that is no error."""
+    """A tensor to save where a backward reads its shape and layout alone: what is written into it before that is no
+    error."""
     return x.data
 
 

@@ -52,10 +52,11 @@ BACKWARD = define(
 
 def _keep(ctx, inputs, results):
     x, affine_weight, affine_bias = inputs
-    pre_activation, pool, _ = ctx.codes
+    pre_activation, pool, ties = ctx.codes
+    _, peak, index = results
     if affine_weight is None and pre_activation == IDENTITY and pool == AVG:  # torch's own maxima keep it
         x = shape_of(x)
-    ctx.save_for_backward(x, affine_weight, affine_bias, *results[1:])
+    ctx.save_for_backward(x, affine_weight, affine_bias, peak if ties == EVEN else shape_of(peak), index)
     ctx.set_materialize_grads(False)
 
 

@@ -280,6 +280,26 @@ def test_special_values(name, layout):
     check_special_values(name, layout)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
+def test_what_it_returns_may_be_written_over(name, layout):
+    """As by a shortcut that is added in place."""
+    op = ALL[name]
+    inputs = {k: in_layout(v, layout) if v.dim() == 4 else v for k, v in op.inputs.items()}
+    found = []
+    for write in (lambda y: y.mul_(2), lambda y: y * 2):
+        leaves = leaves_of(inputs)
+        outputs = op.call(functional, "silu", "identity")(**leaves)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        if name.startswith("axis_pool"):
+            del outputs[0]  # the map itself
+        outputs = [write(y) for y in outputs if y.requires_grad]
+        torch.autograd.backward(outputs, gradients_for(tuple(outputs)))
+        found.append([*outputs, *(leaf.grad for leaf in leaves.values())])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
+
+
 class Calls(TorchDispatchMode):
     """The library's operators that are called, with what they are given."""
 
