@@ -232,7 +232,7 @@ class SpatialAttention(OtherNames):
     def _falls_apart(self) -> bool:
         """Whether the BatchNorm takes its statistics from the batch in a way that the op does not (SyncBatchNorm)."""
         norm = self._live_norm()
-        return norm is not None and (type(norm) not in NORMS or norm.weight is None)
+        return norm is not None and (type(norm) not in NORMS or norm.weight is None or norm.bias is None)
 
     def _convolution(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, with the BatchNorm folded in if it uses its running statistics."""

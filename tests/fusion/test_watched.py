@@ -617,6 +617,19 @@ def test_a_weight_that_is_none(path):
     assert not runs_fused(model)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_without_a_bias_behind_a_spatial_gate(training):
+    original = randomised(Spatial(norm=nn.BatchNorm2d(1)))
+    model = fuse(copy.deepcopy(original))
+    for module in (original, model):
+        module.norm.bias = None
+    assert_same(model, original)
+    model.train(training)
+    with FusedOperators() as operators:
+        model(X)
+    assert operators.count and any(row.fused for row in explain(model))
+
+
 def test_a_weight_that_is_none_in_front_of_a_spatial_gate():
     model = fuse(randomised(Spatial()))
     model.conv.weight = None

@@ -106,7 +106,7 @@ def _spatial_convolution(block: nn.Module, recipe: SpatialGate) -> tuple[Tensor,
     for norm in norms:
         if not uses_batch_statistics(norm):
             weight, bias = fold_batch_norm(weight, bias, norm)
-        elif norm is norms[-1] and norm.weight is not None:
+        elif norm is norms[-1] and norm.weight is not None and norm.bias is not None:
             live = norm
         else:
             return None
