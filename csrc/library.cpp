@@ -36,6 +36,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("select_gradients.cpu", TORCH_BOX(&fused_attn::cpu::select_gradients));
     m.impl("select.cpu", TORCH_BOX(&fused_attn::cpu::select));
     m.impl("select_backward.cpu", TORCH_BOX(&fused_attn::cpu::select_backward));
+    m.impl("position_attention.cpu", TORCH_BOX(&fused_attn::cpu::position_attention));
+    m.impl("position_attention_backward.cpu", TORCH_BOX(&fused_attn::cpu::position_attention_backward));
     m.impl("cbam.cpu", TORCH_BOX(&fused_attn::cpu::cbam));
     m.impl("cbam_backward.cpu", TORCH_BOX(&fused_attn::cpu::cbam_backward));
 }

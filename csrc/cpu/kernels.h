@@ -238,6 +238,35 @@ struct NormKernels {
     void (*spread)(const T* grad, const T* x, Panel, Norm<A>, NormFactors<A>, int activation, T* grad_x);
 };
 
+// c = a b, or c = c * factors + a b where it adds. a: `row` and `step` are the strides of its rows and of the sum's
+// steps. b and c lie in panels of AttentionKernels::panel columns, each with its rows one after another: b_panel and
+// c_panel are what lies between panels. factors: one a column, null for ones.
+template <class A>
+struct Product {
+    const A* a;
+    int64_t row, step;
+    const A* b;
+    int64_t b_panel;
+    A* c;
+    int64_t c_panel;
+    int64_t rows, steps, panels;
+    bool adds = false;
+    const A* factors = nullptr;
+};
+// Attention between positions: attention.inl says what each does.
+template <class T>
+struct AttentionKernels {
+    using A = Accumulator<T>;
+    int64_t panel;
+    void (*product)(const Product<A>&);
+    void (*pack)(const T* from, int64_t lane, int64_t step, int64_t lanes, int64_t steps, A factor, A* out);
+    void (*copy_rows)(const T* from, int64_t stride, int64_t rows, int64_t length, A* out, int64_t pitch);
+    void (*soften)(A* scores, int64_t keys, A* peak, A* sum, A* factor);
+    void (*probabilities)(A* scores, int64_t queries, const A* logsum);
+    void (*score_gradients)(A* gradients, const A* p, int64_t queries, const A* dot);
+    void (*write)(const A* panel, const A* factors, int64_t rows, int64_t lanes, T* out, int64_t row, int64_t lane);
+};
+
 // The excitation: dense layers on a few samples at a time, so that a weight is read once for all of them.
 template <class A>
 struct DenseKernels {
@@ -270,6 +299,8 @@ template <class T>
 const SimamKernels<T>& simam_kernels();
 template <class T>
 const NormKernels<T>& norm_kernels();
+template <class T>
+const AttentionKernels<T>& attention_kernels();
 template <class A>
 const DenseKernels<A>& dense_kernels();
 const char* instruction_set();

@@ -549,6 +549,7 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
+#include "attention.inl"
 #include "norm.inl"
 #include "select.inl"
 #include "simam.inl"

@@ -79,6 +79,11 @@ std::tuple<Tensor, Tensor> channel_pool(const Tensor& x, const OptionalTensor& a
                                         const OptionalTensor& affine_bias, int64_t pre_activation, int64_t mean_first,
                                         int64_t ties);
 
+std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                              double scale);
+std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& grad, const Tensor& query,
+                                                               const Tensor& key, const Tensor& value,
+                                                               const Tensor& out, const Tensor& logsum, double scale);
 std::tuple<Tensor, Tensor, Tensor> channel_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& pooled,
                                                          const Tensor& index, const OptionalTensor& affine_weight,
                                                          const OptionalTensor& affine_bias, int64_t pre_activation,

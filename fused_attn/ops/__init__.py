@@ -6,6 +6,7 @@ from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
+from .position_attention import position_attention
 from .scale import scale
 from .select import MOST_BRANCHES, select, select_with
 from .simam import simam
@@ -21,6 +22,7 @@ __all__ = [
     "channel_pool",
     "mixed_scale",
     "norm_gate",
+    "position_attention",
     "scale",
     "select",
     "select_with",

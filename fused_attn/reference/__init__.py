@@ -15,6 +15,7 @@ from .ema import EMA
 from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
+from .position_attention import position_attention
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
@@ -52,6 +53,7 @@ __all__ = [
     "eca_kernel_size",
     "mixed_scale",
     "norm_gate",
+    "position_attention",
     "scale",
     "select",
     "select_with",

@@ -1,0 +1,262 @@
+// position_attention: for blocks of queries the scores against blocks of keys, their softmax while it goes (online),
+// and the values' sum. No matrix of queries by keys is written; what lies between the products of a block stays in
+// cache. Kept for the backward: the logarithm of each query's sum. position_attention_backward: for blocks of keys
+// against blocks of queries the scores once more, and from them the gradients of keys and values, which one thread
+// owns, and of the queries, which each piece of the keys has a sum of its own for.
+#include <cmath>
+
+#include "ops.h"
+#include "passes.h"
+
+namespace fused_attn::cpu {
+namespace {
+
+constexpr int64_t kQueries = 128, kKeys = 192;        // of a block of the forward
+constexpr int64_t kQueriesBack = 96, kKeysBack = 96;  // and of the backward
+constexpr int64_t kMostPieces = 8;                    // of the keys, each with a sum the size of the queries
+
+// A map as a matrix of channels by positions, in memory as it is.
+template <class T>
+struct Matrix {
+    T* data;
+    int64_t channels, positions, channel, position;  // the last two: strides
+
+    Matrix(const MapView<T>& map, int64_t sample)
+        : data(map.data + sample * map.sample_size()),
+          channels(map.channels),
+          positions(map.positions),
+          channel(map.channels_last ? 1 : map.positions),
+          position(map.channels_last ? map.channels : 1) {}
+    T* at(int64_t first) const { return data + first * position; }
+};
+
+// Some positions of a map in the accumulator's type, in rows that do not all fall on the same lines of the cache.
+template <class T>
+class Block {
+  public:
+    using A = Accumulator<T>;
+    Block(int64_t channels, int64_t most) : numbers_((channels + 16) * (most + 16)) {}
+    void read(const Matrix<T>& map, int64_t first, int64_t count) {
+        const bool by_channel = map.position == 1;
+        const int64_t length = by_channel ? count : map.channels, pitch = length + 16;
+        attention_kernels<T>().copy_rows(map.at(first), by_channel ? map.channel : map.position,
+                                         by_channel ? map.channels : count, length, numbers_.data(), pitch);
+        channel = by_channel ? pitch : 1;
+        position = by_channel ? 1 : pitch;
+    }
+    const A* data() const { return numbers_.data(); }
+    int64_t channel = 0, position = 0;  // strides
+
+  private:
+    std::vector<A> numbers_;
+};
+
+int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
+
+template <class T>
+struct Inputs {
+    using A = Accumulator<T>;
+    Tensor query_dense, key_dense, value_dense;
+    MapView<T> query, key, value;
+    Inputs(const Tensor& q, const Tensor& k, const Tensor& v)
+        : query_dense(dense_map(q)),
+          key_dense(dense_map(k)),
+          value_dense(dense_map(v)),
+          query(query_dense),
+          key(key_dense),
+          value(value_dense) {}
+    int64_t work() const { return query.batch * query.positions * key.positions * (query.channels + value.channels); }
+};
+
+// Like the value where it has the query's positions, so that a map keeps its layout.
+template <class T>
+Tensor empty_result(const Inputs<T>& in) {
+    std::vector<int64_t> shape(in.query_dense.sizes().begin(), in.query_dense.sizes().end());
+    shape[1] = in.value.channels;
+    const auto of_value = in.value_dense.sizes();
+    if (std::equal(shape.begin(), shape.end(), of_value.begin(), of_value.end())) return empty_map<T>(in.value_dense);
+    Tensor out = empty_tensor(in.query_dense, shape, in.query_dense.scalar_type());
+    prefer_huge_pages(out, sizeof(T));
+    return out;
+}
+
+template <class T>
+void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, Accumulator<T> scale,
+            const Matrix<T>& out, Accumulator<T>* logsum) {
+    using A = Accumulator<T>;
+    const AttentionKernels<T>& run = attention_kernels<T>();
+    const int64_t width = run.panel, panels = panels_of(count, width), wide = panels * width;
+    const Matrix<T> query(in.query, sample), key(in.key, sample), value(in.value, sample);
+    const int64_t depth = query.channels, channels = value.channels;
+    std::vector<A> queries(wide * depth), scores(wide * kKeys), sums(wide * channels);
+    std::vector<A> peak(wide, -std::numeric_limits<A>::infinity()), sum(wide, A(0)), factor(wide, A(1));
+    Block<T> keys(depth, kKeys), values(channels, kKeys);
+    run.pack(query.at(first), query.position, query.channel, count, depth, scale, queries.data());
+    for (int64_t k = 0; k < key.positions; k += kKeys) {
+        const int64_t here = std::min(kKeys, key.positions - k);
+        keys.read(key, k, here);
+        Product<A> score{keys.data(),   keys.position, keys.channel, queries.data(), depth * width,
+                         scores.data(), kKeys * width, here,         depth,          panels};
+        run.product(score);
+        for (int64_t p = 0; p < panels; ++p)
+            run.soften(&scores[p * kKeys * width], here, &peak[p * width], &sum[p * width], &factor[p * width]);
+        values.read(value, k, here);
+        Product<A> weighted{values.data(), values.channel,   values.position, scores.data(), kKeys * width,
+                            sums.data(),   channels * width, channels,        here,          panels};
+        weighted.adds = k > 0;
+        weighted.factors = factor.data();
+        run.product(weighted);
+    }
+    for (int64_t i = 0; i < count; ++i) logsum[i] = peak[i] + std::log(sum[i]);
+    for (A& s : sum) s = A(1) / s;
+    for (int64_t p = 0; p < panels; ++p)
+        run.write(&sums[p * channels * width], &sum[p * width], channels, std::min(width, count - p * width),
+                  out.at(first + p * width), out.channel, out.position);
+}
+
+// Each position's product of two maps, summed over the channels.
+template <class T>
+void dots(const MapView<T>& a, const MapView<T>& b, std::vector<Accumulator<T>>& out) {
+    using A = Accumulator<T>;
+    parallel(a.batch, a.batch * a.sample_size(), [&](int64_t sample) {
+        const Matrix<T> left(a, sample), right(b, sample);
+        A* sums = &out[sample * a.positions];
+        std::fill_n(sums, a.positions, A(0));
+        auto add = [&](int64_t c, int64_t p) {
+            sums[p] += static_cast<A>(left.data[c * left.channel + p * left.position]) *
+                       static_cast<A>(right.data[c * right.channel + p * right.position]);
+        };
+        if (left.position == 1) {
+            for (int64_t c = 0; c < a.channels; ++c)
+                for (int64_t p = 0; p < a.positions; ++p) add(c, p);
+        } else {
+            for (int64_t p = 0; p < a.positions; ++p)
+                for (int64_t c = 0; c < a.channels; ++c) add(c, p);
+        }
+    });
+}
+
+// The gradients that a piece of a sample's keys gives: of these keys and their values, and `queries`, which is added
+// to: (panels of the depth, queries, width).
+template <class T>
+void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample, int64_t from, int64_t to,
+                 Accumulator<T> scale, const Accumulator<T>* logsum, const Accumulator<T>* dot,
+                 const Matrix<T>& grad_key, const Matrix<T>& grad_value, Accumulator<T>* queries) {
+    using A = Accumulator<T>;
+    const AttentionKernels<T>& run = attention_kernels<T>();
+    const int64_t width = run.panel, most = panels_of(kKeysBack, width) * width;
+    const Matrix<T> query(in.query, sample), key(in.key, sample), value(in.value, sample), grad(grad_map, sample);
+    const int64_t depth = query.channels, channels = value.channels, positions = query.positions;
+    const int64_t depth_panels = panels_of(depth, width);
+    std::vector<A> keys(most * depth), values(most * channels), of_keys(most * depth), of_values(most * channels);
+    std::vector<A> turned(depth_panels * width * kKeysBack), scores(most * kQueriesBack), slopes(scores.size());
+    const std::vector<A> ones(width, A(1)), scales(width, scale);
+    Block<T> some_queries(depth, kQueriesBack), some_grads(channels, kQueriesBack);
+    for (int64_t k = from; k < to; k += kKeysBack) {
+        const int64_t here = std::min(kKeysBack, to - k), panels = panels_of(here, width);
+        run.pack(key.at(k), key.position, key.channel, here, depth, scale, keys.data());
+        run.pack(value.at(k), value.position, value.channel, here, channels, A(1), values.data());
+        run.pack(key.at(k), key.channel, key.position, depth, here, A(1), turned.data());
+        for (int64_t q = 0; q < positions; q += kQueriesBack) {
+            const int64_t count = std::min(kQueriesBack, positions - q), step = kQueriesBack * width;
+            some_queries.read(query, q, count);
+            some_grads.read(grad, q, count);
+            const A *a = some_queries.data(), *g = some_grads.data();
+            run.product({a, some_queries.position, some_queries.channel, keys.data(), depth * width, scores.data(),
+                         step, count, depth, panels});
+            for (int64_t p = 0; p < panels; ++p) run.probabilities(&scores[p * step], count, logsum + q);
+            run.product({g, some_grads.channel, some_grads.position, scores.data(), step, of_values.data(),
+                         channels * width, channels, count, panels, q > 0});
+            run.product({g, some_grads.position, some_grads.channel, values.data(), channels * width, slopes.data(),
+                         step, count, channels, panels});
+            for (int64_t p = 0; p < panels; ++p)
+                run.score_gradients(&slopes[p * step], &scores[p * step], count, dot + q);
+            run.product({a, some_queries.channel, some_queries.position, slopes.data(), step, of_keys.data(),
+                         depth * width, depth, count, panels, q > 0});
+            for (int64_t p = 0; p < panels; ++p)
+                run.product({&slopes[p * step], width, 1, &turned[p * width * width], here * width, queries + q * width,
+                             positions * width, count, std::min(width, here - p * width), depth_panels, true});
+        }
+        for (int64_t p = 0; p < panels; ++p) {
+            const int64_t lanes = std::min(width, here - p * width);
+            run.write(&of_keys[p * depth * width], scales.data(), depth, lanes, grad_key.at(k + p * width),
+                      grad_key.channel, grad_key.position);
+            run.write(&of_values[p * channels * width], ones.data(), channels, lanes, grad_value.at(k + p * width),
+                      grad_value.channel, grad_value.position);
+        }
+    }
+}
+
+void zero(const Tensor& tensor, int64_t itemsize) { std::memset(tensor.data_ptr(), 0, tensor.numel() * itemsize); }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                              double scale) {
+    return dispatch(query, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        const Inputs<T> in(query, key, value);
+        const int64_t positions = in.query.positions, blocks = panels_of(positions, kQueries);
+        Tensor out = empty_result(in);
+        Tensor logsum = empty_tensor(query, {in.query.batch, positions}, kScalarType<A>);
+        if (in.key.positions == 0) zero(out, sizeof(T));
+        if (in.key.positions == 0) zero(logsum, sizeof(A));
+        if (out.numel() == 0 || in.key.positions == 0) return std::make_tuple(out, logsum);
+        const MapView<T> view(out);
+        parallel(in.query.batch * blocks, in.work(), [&](int64_t unit) {
+            const int64_t sample = unit / blocks, first = unit % blocks * kQueries;
+            attend(in, sample, first, std::min(kQueries, positions - first), static_cast<A>(scale),
+                   Matrix<T>(view, sample), static_cast<A*>(logsum.data_ptr()) + sample * positions + first);
+        });
+        return std::make_tuple(out, logsum);
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& grad, const Tensor& query,
+                                                               const Tensor& key, const Tensor& value,
+                                                               const Tensor& out, const Tensor& logsum, double scale) {
+    return dispatch(query, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        using A = Accumulator<T>;
+        const Inputs<T> in(query, key, value);
+        Tensor grad_query = empty_map<T>(in.query_dense), grad_key = empty_map<T>(in.key_dense);
+        Tensor grad_value = empty_map<T>(in.value_dense);
+        const int64_t batch = in.query.batch, positions = in.query.positions, keys = in.key.positions;
+        if (grad.numel() == 0 || keys == 0) {
+            zero(grad_query, sizeof(T)), zero(grad_key, sizeof(T)), zero(grad_value, sizeof(T));
+            return std::make_tuple(grad_query, grad_key, grad_value);
+        }
+        const Tensor out_dense = dense_map(out), grad_dense = in_layout_of<T>(out_dense, grad);
+        const MapView<T> result(out_dense), gradient(grad_dense);
+        std::vector<A> dot(batch * positions);
+        dots(gradient, result, dot);
+        const AttentionKernels<T>& run = attention_kernels<T>();
+        const int64_t width = run.panel, depth_panels = panels_of(in.query.channels, width);
+        const int64_t size = depth_panels * width * positions, blocks = panels_of(keys, kKeysBack);
+        const int64_t pieces = std::min<int64_t>(pieces_of(batch, blocks, in.work()), kMostPieces);
+        std::vector<A> sums(batch * pieces * size, A(0));
+        const MapView<T> query_view(grad_query), key_view(grad_key), value_view(grad_value);
+        const A* logsums = static_cast<const A*>(logsum.data_ptr());
+        parallel(batch * pieces, in.work(), [&](int64_t unit) {
+            const int64_t sample = unit / pieces, piece = unit % pieces;
+            attend_back(in, gradient, sample, blocks * piece / pieces * kKeysBack,
+                        std::min(keys, blocks * (piece + 1) / pieces * kKeysBack), static_cast<A>(scale),
+                        logsums + sample * positions, &dot[sample * positions], Matrix<T>(key_view, sample),
+                        Matrix<T>(value_view, sample), &sums[unit * size]);
+        });
+        const std::vector<A> scales(width, static_cast<A>(scale));
+        parallel(batch * depth_panels, batch * size, [&](int64_t unit) {
+            const int64_t sample = unit / depth_panels, panel = unit % depth_panels;
+            A* total = &sums[sample * pieces * size + panel * width * positions];
+            for (int64_t piece = 1; piece < pieces; ++piece)
+                for (int64_t i = 0; i < width * positions; ++i) total[i] += total[piece * size + i];
+            const Matrix<T> to(query_view, sample);
+            run.write(total, scales.data(), positions, std::min(width, to.channels - panel * width),
+                      to.data + panel * width * to.channel, to.position, to.channel);
+        });
+        return std::make_tuple(grad_query, grad_key, grad_value);
+    });
+}
+
+}  // namespace fused_attn::cpu

@@ -1,0 +1,57 @@
+"""Op `position_attention`: for every position of the query the softmax over the key's positions of scale * q . k, and
+the sum of the values by that.
+
+With p the softmax, o the result and g its gradient: ds = p (g . v - g . o), grad_q = scale ds k, grad_k = scale ds^T q,
+grad_v = p^T g. The matrix p is made again block by block, from the logarithm of each row's sum.
+"""
+
+from __future__ import annotations
+
+from .. import reference
+from .common import accumulator, below, define, differentiable, differentiable_backward, empty_map, wants_graph
+
+
+def _fake(query, key, value, scale):
+    shape = query.shape[0], value.shape[1], *query.shape[2:]
+    out = empty_map(value) if value.shape == shape else query.new_empty(shape)
+    return out, query.new_empty((query.shape[0], query.shape[2:].numel()), dtype=accumulator(query.dtype))
+
+
+def _fake_backward(grad, query, key, value, out, logsum, scale):
+    return empty_map(query), empty_map(key), empty_map(value)
+
+
+FORWARD = define(
+    "position_attention",
+    "(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor out, Tensor logsum)",
+    _fake,
+)
+BACKWARD = define(
+    "position_attention_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsum, float scale)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    _fake_backward,
+)
+
+
+def _keep(ctx, inputs, results):
+    ctx.save_for_backward(*inputs, *results)
+
+
+def _gradients(ctx, grad):
+    query, key, value, out, logsum = ctx.saved_tensors
+    (scale,) = ctx.codes
+    if wants_graph():
+
+        def function(query, key, value):
+            return reference.position_attention(query, key, value, scale=scale)
+
+        grads = differentiable_backward(function, (query, key, value), ctx.needs_input_grad[1:], grad)
+    else:
+        grads = below(BACKWARD[ctx.backend], grad, query, key, value, out, logsum, scale)
+    return None, *grads
+
+
+#: position_attention(backend, query, key, value, scale): (B, E, *positions of the query), in the value's layout where
+#: it has as many positions.
+position_attention = differentiable(FORWARD, BACKWARD, _keep, _gradients)
