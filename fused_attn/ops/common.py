@@ -33,6 +33,7 @@ OPERATORS: dict[str, list[str]] = {}
 Overloads = dict[str, torch._ops.OpOverload]
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _in_dynamo = torch.compiler.is_dynamo_compiling
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 Keep = Callable[[Any, Sequence[Any], Any], None]
 Gradients = Callable[..., tuple[Tensor | None, ...]]
@@ -339,6 +340,11 @@ def needs_node(*tensors: Tensor | None) -> bool:
     return needs_grad(*tensors) and not torch.compiler.is_exporting()
 
 
-def wants_graph() -> bool:
-    """Inside a backward: whether what it does is differentiated: by `create_graph=True`, or by dual numbers."""
-    return (torch.is_grad_enabled() or forward_ad._current_level >= 0) and not torch.compiler.is_compiling()
+def wants_graph(*grads: Tensor | None) -> bool:
+    """Inside a backward: whether what it does is seen through, and so has to be plain PyTorch: differentiated by
+    `create_graph=True` or by dual numbers, or mapped over by `is_grads_batched=True`: these, where an operator
+    has a list of tensors, which torch does not map over."""
+    if torch.compiler.is_compiling():
+        return False
+    seen = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return seen or any(g is not None and _is_batched(g) for g in grads)

@@ -188,7 +188,7 @@ def _keep(ctx, inputs, results):
 
 def _gradients(ctx, grad):
     *inputs, state = ctx.saved_tensors
-    if wants_graph():
+    if wants_graph(grad):
         return None, *differentiable_backward(_reference(ctx.codes), inputs, ctx.needs_input_grad[1:], grad)
     branches, parameters = inputs[:-6], inputs[-6:]
     grads, *others = below(BACKWARD[ctx.backend], grad, branches, state, *parameters, *ctx.codes)
@@ -248,7 +248,7 @@ class _Squeeze(torch.autograd.Function):
         if grad is None or weights is None:  # y was not used, the descriptor was
             grad = u.new_zeros(u.shape)
             weights = u.new_zeros((u.shape[0], ctx.paths, u.shape[1]), dtype=accumulator(u.dtype))
-        if wants_graph():
+        if wants_graph(grad, grad_s):
             return None, None, None, *_differentiable_gradients(ctx, inputs, grad_s, grad, weights)
         grads, *grad_affine = below(
             GRADIENTS[ctx.backend], grad, branches, weights, grad_s, ctx.paths, *affine, ctx.pre_activation
@@ -281,7 +281,7 @@ class _Sum(torch.autograd.Function):
         weights, affine_weight, affine_bias, *branches = ctx.saved_tensors
         if not ctx.needs_input_grad[3]:
             dots = None
-        elif wants_graph():
+        elif wants_graph(grad):
             maps = branch_views(branches, ctx.paths)
             maps = branch_prologue(maps, _affine(affine_weight, affine_bias), ACTIVATION_NAMES[ctx.pre_activation])
             dots = torch.stack([(grad * u).sum(space(u)) for u in maps], 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import torch
 from torch import nn
 
@@ -11,6 +13,9 @@ def of(module: str):
 
     def rename(cls: type) -> type:
         cls.__module__ = module
+        for member in vars(cls).values():
+            if isinstance(member, types.FunctionType):
+                member.__module__ = module
         return cls
 
     return rename

@@ -31,6 +31,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fused_attn import explain, fuse
 from fused_attn.fusion.recipes.names import host_of
+from fused_attn.hosts import import_host
 from tests.checks import random, randomised
 from tests.fusion.counting import FusedOperators
 
@@ -203,6 +204,30 @@ class Mode(enum.Enum):
     ONE, TWO = 1.0, 2.0
 
 
+class Runner:
+    def run(self):
+        return 1.0
+
+
+class Gain(enum.Enum):
+    ONE = 1
+
+    @property
+    def gain(self):
+        return GAINS[self]
+
+
+GAINS = {Gain.ONE: 1.0}
+
+
+class Beta(float):
+    gain = 1.0
+
+
+def patched_beta(block, patch):
+    patch.setattr(Beta, "gain", 2.0)
+
+
 class Base:
     factor = 1.0
 
@@ -325,6 +350,13 @@ PLACES: dict[str, Rows] = {
     "object": Rows(lambda s: s.c.factor, keep("c", Item), put("c.factor")),
     "object's class": Rows(lambda s: s.c.factor, keep("c", Item), patched(Item, "factor")),
     "object with slots": Rows(lambda s: s.c.factor, keep("c", Slots), put("c.factor")),
+    "method set on an object": Rows(
+        lambda s: s.c.run(), keep("c", lambda: Runner()), lambda s, _: setattr(s.c, "run", lambda: 2.0)
+    ),
+    "property of an enum": Rows(
+        lambda s: s.mode.gain, keep("mode", lambda: Gain.ONE), lambda s, patch: patch.setitem(GAINS, Gain.ONE, 2.0)
+    ),
+    "a float with attributes": Rows(lambda s: s.beta.gain, keep("beta", lambda: Beta(1)), patched_beta),
     "object in a list": Rows(
         lambda s: s.c[0].factor, keep("c", lambda: [Item()]), lambda s, _: setattr(s.c[0], "factor", 2.0)
     ),
@@ -517,6 +549,23 @@ FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Change]] = {
     ),
     "call of every module": (Squeezed, patched(nn.Module, "__call__", twice(nn.Module.__call__))),
     "torch's function": (reading(lambda s: 1.0), patched(torch, "sigmoid", torch.tanh)),
+    "torch.nn.functional, of a layer": (
+        type(
+            "Layered",
+            (Gate,),
+            {
+                "__init__": lambda self: (Gate.__init__(self), setattr(self, "act", nn.ReLU()))[0],
+                "forward": lambda self, x: (
+                    x * torch.sigmoid(self.up(self.act(self.down(x.mean((2, 3), keepdim=True)))))
+                ),
+            },
+        ),
+        patched(F, "relu", lambda x, inplace=False: x),
+    ),
+    "how a layer convolves": (
+        reading(lambda s: 1.0),
+        lambda s, patch: setattr(s.down, "_conv_forward", lambda x, w, b: F.conv2d(x, 2 * w, b)),
+    ),
     "torch.nn.functional": (
         type("Hard", (Gate,), {"forward": lambda self, x: x * F.hardsigmoid(self.excite(x))}),
         patched(F, "hardsigmoid", torch.tanh),
@@ -720,6 +769,150 @@ def test_what_is_read_of_a_child(what, monkeypatch):
     assert_same(model, original)
     fuse(model)
     assert_same(model, original)
+
+
+# What it computes depends on what no trial map has, or on more than a map's values
+
+
+class Sized(Gate):
+    def gated(self, x):
+        return x * torch.sigmoid(self.excite(x))
+
+
+SIZES: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], Tensor]]] = {
+    "large batches": (lambda s, x: s.gated(x) if len(x) < 64 else s.gated(x) * 2, lambda: random(70, 8, 3, 3)),
+    "the first of a batch": (lambda s, x: s.gated(x[:32]), lambda: random(40, 8, 3, 3)),
+    "a factor of the batch": (lambda s, x: s.gated(x) * max(1, x.shape[0] // 50), lambda: random(120, 8, 3, 3)),
+    "high maps": (lambda s, x: s.gated(x) * (1 + (x.shape[2] >= 300)), lambda: random(1, 8, 301, 2)),
+    "one size": (lambda s, x: s.gated(x) * (1 + (tuple(x.shape[-2:]) == (14, 14))), lambda: random(1, 8, 14, 14)),
+    "many numbers": (lambda s, x: s.gated(x) * (1 + (x.numel() > 1_000_000)), lambda: random(2, 8, 300, 300)),
+    "no numbers": (lambda s, x: None if x.numel() == 0 else s.gated(x), lambda: random(0, 8, 3, 3)),
+    "layout": (lambda s, x: s.gated(x) * (1 + x.is_contiguous()), lambda: random(2, 8, 5, 6).transpose(2, 3)),
+    "strides": (lambda s, x: s.gated(x) * x.stride()[3], lambda: random(2, 8, 5, 6).transpose(2, 3)),
+    "an attribute": (lambda s, x: s.gated(x) * getattr(x, "gain", 1.0), lambda: with_gain(random(2, 8, 5, 6))),
+    "whether it has one": (lambda s, x: s.gated(x) * (1 + hasattr(x, "gain")), lambda: with_gain(random(2, 8, 5, 6))),
+    "its class": (lambda s, x: s.gated(x) * (1 + (type(x) is Tensor)), lambda: nn.Parameter(random(2, 8, 5, 6))),
+}
+
+
+def with_gain(x):
+    x.gain = 3.0
+    return x
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_branches_on_a_map_that_no_trial_has(what):
+    forward, make = SIZES[what]
+    original = type("Branching", (Sized,), {"forward": forward})().float()
+    model = fuse(copy.deepcopy(original))
+    x = make()
+    torch.testing.assert_close(model(x), original(x))
+    assert not any(row.fused for row in explain(model))
+
+
+class Meter:
+    def __init__(self):
+        self.seen, self.counts, self.last = set(), {"calls": 0}, collections.deque([0, 1])
+
+
+METER, SEEN = Meter(), [0]
+
+
+def told(meter, x):
+    meter.seen.add(tuple(x.shape))
+    meter.counts.update(calls=meter.counts["calls"] + 1)
+
+
+def alias(x):
+    seen = SEEN
+    seen += [1]
+
+
+TOLD: dict[str, Callable[[Any, Any], Any]] = {
+    "an object": lambda s, x: (told(s.meter, x), s.gated(x))[1],
+    "a global": lambda s, x: (told(METER, x), s.gated(x))[1],
+    "by map": lambda s, x: (list(map(METER.seen.add, [1])), s.gated(x))[1],
+    "by an operator": lambda s, x: (operator.iadd(SEEN, [1]), s.gated(x))[1],
+    "by another name": lambda s, x: (alias(x), s.gated(x))[1],
+    "in another order": lambda s, x: (METER.last.rotate(), s.gated(x))[1],
+}
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_nobody_is_told_of_trials(what):
+    """Of calls they are, as often as by the original."""
+
+    def state(meter):
+        return sorted(meter.seen, key=str), dict(meter.counts), list(meter.last), list(SEEN)
+
+    model = type("Telling", (Sized,), {"forward": TOLD[what]})()
+    model.meter = Meter()
+    before = state(METER), state(model.meter)
+    fuse(model)
+    assert (state(METER), state(model.meter)) == before
+    model(random(2, 8, 5, 6))
+    assert (state(METER), state(model.meter)) != before
+
+
+class Named(Gate):
+    """Asks what class it is of."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.excite(x)) * self.scale if type(self) is Named else x
+
+
+def test_the_class_that_a_block_finds_itself_to_be():
+    original = randomised(Named())
+    model = fuse(copy.deepcopy(original))
+    torch.testing.assert_close(model(x=X), original(x=X))
+    model.scale = original.scale = 2.0
+    assert_same(model, original)
+
+
+def test_a_patched_class_of_a_library(monkeypatch):
+    SEModule = import_host("timm.layers").SEModule
+    forward = SEModule.forward
+    fused_before = fuse(SEModule(8).double())
+    monkeypatch.setattr(SEModule, "forward", lambda self, x: 2 * forward(self, x))
+    original = SEModule(8).double()
+    fused_before.load_state_dict(original.state_dict())
+    for model in (fuse(copy.deepcopy(original)), fused_before, fuse(fused_before), copy.deepcopy(fused_before)):
+        assert_same(model, original)
+        assert not runs_fused(model)
+
+
+class Batched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm, self.up = nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 8)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.up(torch.relu(self.norm(self.down(x.mean((2, 3)))))))[..., None, None]
+
+
+def test_a_layer_that_raises_has_run_once():
+    model = fuse(randomised(Batched()))
+    assert runs_fused(model)
+    before = int(model.norm.num_batches_tracked)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        model.train()(X[:1])
+    assert model.norm.num_batches_tracked == before + 1
+
+
+def test_a_closure_under_compile():
+    factor = 1.0
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    original = randomised(reading(lambda s: factor)())
+    model = fuse(copy.deepcopy(original))
+    assert runs_fused(model)
+    change(2.0)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(X), original(X))
 
 
 # What cannot be watched is left alone

@@ -110,8 +110,8 @@ MUTANTS = [
     Mutant(
         name="backward-drops-the-tangent-of-its-gradient",
         file="fused_attn/ops/common.py",
-        old="    return (torch.is_grad_enabled() or forward_ad._current_level >= 0) and",
-        new="    return torch.is_grad_enabled() and",
+        old="    seen = torch.is_grad_enabled() or forward_ad._current_level >= 0\n",
+        new="    seen = torch.is_grad_enabled()\n",
         tests="tests/ops/test_autograd.py -k test_dual_numbers_in_the_backward_alone",
     ),
     Mutant(

@@ -20,7 +20,7 @@ from ...backends import is_ordinary
 from ..hosts.registry import known_class
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.context import in_its_own_context
-from ..reading.reads import reads_of
+from ..reading.reads import reads_of, restore
 from ..reading.recognise import has_own_forward, outcome_of, recipe_of
 from ..reading.rewritten import check_rewritten
 from ..reading.trace import IN_PLACE, Untraceable, trace, unpacked
@@ -89,9 +89,10 @@ def composite_of(block: nn.Module) -> OwnLayers | None:
     key = read.key, tuple(gates.items())
     if key not in known:
         try:
-            known[key] = in_its_own_context(lambda: _rewritten(block, gates))
+            found = in_its_own_context(lambda: _rewritten(block, gates))
         except Exception:
             return None
+        known[key] = None if restore(read.watched) else found
     return known[key]
 
 

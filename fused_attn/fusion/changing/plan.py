@@ -62,6 +62,8 @@ class Plan:
     norms: tuple[nn.Module, ...]  # BatchNorms that are bypassed, which may have another dtype than the map
     kind: type  # its fused class; what is called may be derived from that
     members: int  # of the fused class
+    again: bool  # whether a run that raises has run none of its layers, so that its forward may run after it
+    closures: bool  # whether anything is in the cell of a closure, which compilers do not follow
     watched: Watched
     glance: Glance
 
@@ -125,7 +127,11 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
     glance = _glance(block, kind, children, bypassed, watched)
     norms = tuple(layer for layer in bypassed if isinstance(layer, _BatchNorm))
     members = len(vars(kind))
-    return Plan(recipe, paths, places, children, names, bypassed, norms, kind, members, watched, glance)
+    again = not isinstance(recipe, (SplitGate, OwnLayers)) or len(bypassed) == len(children)
+    closures = any(isinstance(owner, types.CellType) for owner, *_ in (*watched.options, *watched.parts))
+    return Plan(
+        recipe, paths, places, children, names, bypassed, norms, kind, members, again, closures, watched, glance
+    )
 
 
 def _of(block: nn.Module, owner: Any) -> Any:
@@ -201,6 +207,9 @@ def _glance(
             others[id(type(part)), name] = type(part), name, value
             if value is MISSING:
                 counted += [(part.__dict__[place], len) for place in ("_modules", "_parameters", "_buffers")]
+    for owner, _ in watched.absent:
+        if not isinstance(owner, (nn.Module, types.NoneType)) and hasattr(owner, "__dict__"):
+            counted.append((vars(owner), len))
     for owner, name in watched.empty:
         part = _of(block, owner)
         note(part.__dict__[_where(part, name)], name)
@@ -294,6 +303,8 @@ def intact(block: nn.Module, plan: Plan) -> bool:
 
 def _intact(block: nn.Module, plan: Plan) -> bool:
     """As `intact`, one by one: so that what does not matter may have changed, and that compilers can follow."""
+    if plan.closures and torch.compiler.is_compiling():
+        return False
     for parent, name, layer, kind in plan.children:
         if _of(block, parent)._modules.get(name) is not layer or type(layer) is not kind:
             return False

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from ...backends import is_ordinary
-from ..reading.reads import token
+from ..reading.reads import asks_for_its_class, token
 from ..recipes.names import HOST, host_class
 from ..recipes.own import FUSED_FORMS
 from ..recipes.recipe import OwnLayers, Recipe
-from ..recipes.run import run
+from ..recipes.run import Unsuited, run
 from .decide import decide
 from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in
 
@@ -45,9 +45,10 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
     called, copied, pickled, traced and scripted as instances of the host's class."""
 
     functions = _fused_functions(host)
+    views = bool(functions) or asks_for_its_class(host)
 
     def as_written(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return host.forward(_as_host(self, host) if functions else self, *args, **kwargs)
+        return host.forward(_as_host(self, host) if views else self, *args, **kwargs)
 
     def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan: Plan | None = self.__dict__.get(PLAN)
@@ -63,14 +64,14 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
             and intact(self, plan)
         ):
             return as_written(self, x)
-        if isinstance(plan.recipe, OwnLayers):
-            if is_mixed(plan, x):
-                return as_written(self, x)
-            return run(self, plan.recipe, parameters_in(self, plan), x)
+        if isinstance(plan.recipe, OwnLayers) and is_mixed(plan, x):
+            return as_written(self, x)
         try:
             return run(self, plan.recipe, parameters_in(self, plan), x)
-        except (TypeError, ValueError):  # a map that the host may take and the fused function does not
-            return as_written(self, x)
+        except (TypeError, ValueError) as error:  # a map that the host may take and the fused function does not
+            if plan.again or isinstance(error, Unsuited):
+                return as_written(self, x)
+            raise
 
     def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         return call(self, args, kwargs)
@@ -144,7 +145,7 @@ def _with_resort(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callab
 
 
 def _as_host(block: nn.Module, host: type[nn.Module]) -> nn.Module:
-    """The same block with the functions that its host has, which the fused class has others for."""
+    """The same block as an instance of its host's class, which may have other functions than the fused one."""
     view: nn.Module = object.__new__(host)
     object.__setattr__(view, "__dict__", block.__dict__)
     return view

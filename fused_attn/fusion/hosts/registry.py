@@ -8,6 +8,7 @@ A class is known by itself, or, where its library must not be imported for it, b
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 
 from torch import nn
@@ -57,7 +58,7 @@ def recognise(block: nn.Module, adapters: dict[type | str, Adapter] = ADAPTERS) 
     known block."""
     cls = host_of(type(block))
     known = known_class(cls, adapters)
-    if known is None:
+    if known is None or is_patched(known):
         return recipe_of(block) if adapters is ADAPTERS else None
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
@@ -68,6 +69,18 @@ def recognise(block: nn.Module, adapters: dict[type | str, Adapter] = ADAPTERS) 
     assert adapter is not None
     recipe = adapter(block)
     return recipe if isinstance(recipe, str) else swapped_layer(block, recipe) or recipe
+
+
+def is_patched(known: type) -> bool:
+    """Whether a class has methods that somebody put in since it was written: then it is what it computes."""
+    for base in known.__mro__[: known.__mro__.index(nn.Module)]:
+        for member in vars(base).values():
+            function = member.fget if isinstance(member, property) else member
+            if isinstance(function, types.FunctionType):
+                written = function.__module__ == base.__module__
+                if not (written and function.__qualname__.startswith(f"{base.__qualname__}.")):
+                    return True
+    return False
 
 
 def changed_by_subclass(cls: type, known: type) -> str | None:

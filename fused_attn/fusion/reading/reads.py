@@ -44,7 +44,7 @@ class Watched(NamedTuple):
 
     options: tuple[tuple[Any, str, Any], ...] = ()
     parts: tuple[tuple[Any, str, Any], ...] = ()
-    absent: tuple[tuple[nn.Module | None, str], ...] = ()
+    absent: tuple[tuple[Any, str], ...] = ()
     empty: tuple[tuple[nn.Module | None, str], ...] = ()
     filled: tuple[tuple[nn.Module | None, str], ...] = ()
     contents: tuple[tuple[Any, Any], ...] = ()
@@ -72,6 +72,31 @@ def reads_of(block: nn.Module, replaced: Iterable[nn.Module] | None = None, most
     if sum(map(len, watched)) > most:
         reader.remarks.append(TOO_MANY)
     return Reads(watched, reader.remarks[0] if reader.remarks else None, tuple(reader.key), frozenset(reader.names))
+
+
+def restore(watched: Watched) -> bool:
+    """Put back what running the code has changed of what it reads beside modules. Whether there was anything."""
+    changed = False
+    for container, copied in watched.contents:
+        if list(map(id, _items(container))) == list(map(id, _items(copied))):
+            continue
+        changed = True
+        container.clear()
+        add = container.update if isinstance(container, (dict, set)) else container.extend
+        add(copied)
+    for owner, name, value in (*watched.options, *watched.parts):
+        if not isinstance(owner, (nn.Module, type(None))) and getattr(owner, name, MISSING) is not value:
+            if isinstance(value, types.MethodType):
+                continue
+            changed = True
+            delattr(owner, name) if value is MISSING else setattr(owner, name, value)
+    return changed
+
+
+def _items(container: Any) -> Iterator[Any]:
+    if isinstance(container, dict):
+        return itertools.chain(container.keys(), container.values())
+    return iter(sorted(container, key=id) if isinstance(container, (set, frozenset)) else container)
 
 
 # What one function names
@@ -121,6 +146,13 @@ _REMARKS = {
     **dict.fromkeys(("get_world_size", "get_rank", "is_initialized", "device_count"), "asks for a setting"),
     **dict.fromkeys(("setattr", "delattr", "register_buffer", "register_parameter", "add_module"), "keeps state"),
     **dict.fromkeys(("data_ptr", "_version", "untyped_storage", "storage"), "looks into a tensor's memory"),
+    **dict.fromkeys(("is_contiguous", "dim_order", "storage_offset"), "asks how a tensor lies in memory"),
+    **dict.fromkeys(("_base", "_is_view", "is_shared", "is_pinned"), "looks into a tensor's memory"),
+    **dict.fromkeys(("is_neg", "is_conj"), "looks into a tensor's memory"),
+    **dict.fromkeys(("_backward_hooks", "grad"), "asks for gradients"),
+    **dict.fromkeys(("__setitem__", "__delitem__", "__setattr__", "__delattr__", "__iadd__", "__ior__"), "keeps state"),
+    **dict.fromkeys(("setitem", "delitem", "iadd", "iconcat", "ior", "iand"), "keeps state"),
+    **dict.fromkeys(("move_to_end", "reverse", "rotate", "subtract"), "keeps state"),
     **dict.fromkeys(("manual_seed", "get_rng_state", "set_rng_state", "fork_rng"), "draws random numbers"),
 }  # fmt: skip
 #: As globals: functions that find or make names that no string says.
@@ -161,8 +193,12 @@ def _names_of(code: types.CodeType) -> _Names:
             dynamic |= name in _DYNAMIC
             if name == "getattr":
                 dynamic |= _is_made(steps[i:])
+            if name in ("getattr", "hasattr", "type") and _is_argument(code, steps[i + 1 : i + 3]):
+                remark = remark or "asks what a tensor has or is"
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             attributes.add(name)
+            if name == "stride" and _is_method(step):
+                remark = remark or "asks how a tensor lies in memory"
             remark = remark or _REMARKS.get(name) or _looks(steps[i : i + 5]) or _mutates(steps, i, changed)
             dynamic |= name in _DYNAMIC
         elif _catches(steps, i):
@@ -225,6 +261,17 @@ def _is_made(steps: list[dis.Instruction]) -> bool:
     return True
 
 
+def _is_argument(code: types.CodeType, steps: list[dis.Instruction]) -> bool:
+    """Whether an argument behind the first is loaded, which in a method is no module but a map."""
+    loaded = next((s.argval for s in steps if s.opname.startswith("LOAD_FAST")), None)
+    return loaded in code.co_varnames[1 : code.co_argcount]
+
+
+def _is_method(step: dis.Instruction) -> bool:
+    """Whether an attribute is loaded to be called."""
+    return step.opname == "LOAD_METHOD" or (sys.version_info >= (3, 12) and bool((step.arg or 0) & 1))
+
+
 def _catches(steps: list[dis.Instruction], i: int) -> bool:
     """Whether an instruction begins to handle an error that may say that there is no such attribute."""
     if steps[i].opname in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH"):
@@ -263,20 +310,33 @@ def _is_local(steps: list[dis.Instruction], name: str) -> bool:
     return before[-1].opname in ("CALL", "CALL_FUNCTION", "END_FOR", "SWAP") and (comprehended or called)
 
 
+def asks_for_its_class(cls: type) -> bool:
+    """Whether a method of a class asks what the class of an object is."""
+    members = [member for base in cls.__mro__ if not is_torch(base) for member in vars(base).values()]
+    names = [_names_of(member.__code__) for member in members if isinstance(member, types.FunctionType)]
+    return any("type" in n.globals or "__class__" in n.attributes for n in names)
+
+
 @functools.lru_cache(maxsize=512)
 def _names_of_layer(cls: type) -> frozenset[str]:
     """The attributes that the forward of one of torch's own layers names, and what that calls of its class."""
-    found: set[str] = set()
-    waiting = ["forward"]
+    return frozenset().union(*(_names_of(f.__code__).attributes for f in _functions_of_layer(cls)))
+
+
+def _functions_of_layer(cls: type) -> list[types.FunctionType]:
+    """The forward of one of torch's own layers and what it calls of its class."""
+    found: dict[types.FunctionType, None] = {}
+    waiting, seen = ["forward"], {"forward"}
     while waiting:
         name = waiting.pop()
         functions = [f for base in cls.__mro__ if inspect.isfunction(f := vars(base).get(name))]
         if base_is_module(functions):
             continue
+        found.update(dict.fromkeys(functions))
         for names in (_names_of(f.__code__).attributes for f in functions):
-            waiting += names - found
-            found |= names
-    return frozenset(found)
+            waiting += names - seen
+            seen |= names
+    return list(found)
 
 
 def base_is_module(functions: list[Any]) -> bool:
@@ -292,7 +352,7 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, frozenset)) and type(value) in (tuple, frozenset, torch.Size):
         return all(map(is_plain, value))
     if isinstance(value, float):
-        return value == value
+        return value == value and (type(value) is float or type(value).__module__ == "numpy")
     return type(value) in _PLAIN or isinstance(value, enum.Enum)
 
 
@@ -372,6 +432,10 @@ class _Reader:
         for part in (m for m in self.modules if id(m) in self.replaced):
             cls = host_of(type(part))
             self._part(cls, "forward", getattr(cls, "forward", None), visit=not is_torch(cls))
+            if is_torch(cls):
+                for function in _functions_of_layer(cls):
+                    for chain in sorted(_names_of(function.__code__).chains):
+                        self._chain(function.__globals__.get(chain[0]), chain[1:])
             own_call = cls.__call__ is not nn.Module.__call__ and not is_torch(cls)
             self._part(cls, "__call__", cls.__call__, visit=own_call)
             for name in ("__getattr__", "__getattribute__", "__setattr__"):
@@ -435,18 +499,24 @@ class _Reader:
                 function = getattr(cls, name, None)
                 if isinstance(function, types.FunctionType) and name in _names_of_layer(cls):
                     self._part(cls, name, function, visit=False)
+                    self.entries[2].append(((id(owner), name), (self._owner(owner), name)))
                 self._absent(owner, name)
             else:
                 self._of_class(owner, cls, name)
         elif isinstance(owner, types.ModuleType):
             if name in vars(owner):
                 self._value(owner, name, vars(owner)[name])
+            elif "__getattr__" in vars(owner):
+                self.remarks.append(f"reads {owner.__name__}, which makes what it is asked for")
             else:
                 self._absent(owner, name)
         elif isinstance(owner, types.FunctionType):
             if name in vars(owner):
                 self._value(owner, name, vars(owner)[name])
         elif isinstance(owner, type):
+            metas: Any = type(owner)
+            if any("__getattr__" in vars(m) and not _is_library(m.__module__) for m in metas.__mro__):
+                self.remarks.append(f"reads {owner.__name__}, which makes what it is asked for")
             if not name.startswith("__"):
                 self._of_class(owner, owner, name)
         elif name in getattr(owner, "__dict__", ()) or name in _slots(type(owner)):
@@ -503,6 +573,7 @@ class _Reader:
     def _value(self, owner: Any, name: str, value: Any) -> None:
         self.key.append(name)
         if is_plain(value):
+            self._member(value)
             self.key.append((type(value).__name__, value))
             self.entries[0].append(((id(owner), name), (self._owner(owner), name, value)))
         else:
@@ -515,8 +586,23 @@ class _Reader:
         else:
             self.key.append(token(value))
 
+    def _member(self, value: Any) -> None:
+        """What an enumeration's members have beside their names, which may read more."""
+        if not isinstance(value, enum.Enum) or id(value) in self.seen:
+            return
+        self.seen.add(id(value))
+        self.keep.append(value)
+        if not is_plain(value.value):
+            self._visit(value.value)
+        for cls in (c for c in type(value).__mro__ if not _is_library(c.__module__)):
+            for name, member in vars(cls).items():
+                if not name.startswith("_") and isinstance(member, (types.FunctionType, property)):
+                    self._watch_method(cls, name)
+                    self._visit(member.fget if isinstance(member, property) else member)
+
     def _visit(self, value: Any, name: str = "") -> None:
         if is_plain(value):
+            self._member(value)
             self.key.append((type(value).__name__, value))
         elif id(value) in self.seen:
             self.key.append(next(i for i, v in enumerate(self.keep) if v is value))

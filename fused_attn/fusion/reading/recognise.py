@@ -21,7 +21,7 @@ from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
 from .match import reached
-from .reads import Reads, is_torch, reads_of
+from .reads import Reads, is_torch, reads_of, restore
 from .selections import why_no_selection
 
 MAX_PARTS = 60
@@ -79,7 +79,7 @@ def outcome_of(block: nn.Module) -> Outcome:
             outcome = in_its_own_context(lambda: _examine(block, read))
         except Exception:
             return Outcome()
-        known[read.key] = outcome
+        known[read.key] = Outcome(None, "keeps state") if restore(read.watched) else outcome
     return known[read.key]
 
 
@@ -241,9 +241,44 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
             if batch > 1 and space[0] > 1 and _skeleton(other.output.node) != _skeleton(watched.output.node):
                 return "branches on the size of the map"
     sixths = any(n.op == "act" and n.attrs[0] in ("hard_sigmoid", "hard_swish") for n in reached(captured.output.node))
+    if _branches_on_sizes(block, channels, rank):
+        return "branches on the size of the map"
     if _branches_on_channels(block, channels, rank, captured):
         return "branches on the number of channels"
     return check_block(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE)
+
+
+#: Batches (of one, axes are left out) and spaces with as many positions, so that a block that divides by their number
+#: does so by the same: what its computations differ in then comes of a branch.
+_PAIRS = (
+    ((2, 14, 14, 4), (4000, 14, 14, 4)),
+    ((2, 14, 14, 4), (33, 28, 7, 4)),
+    ((2, 28, 28, 4), (9, 112, 7, 4)),
+    ((3, 30, 30, 4), (2, 300, 3, 4)),
+    ((4, 60, 55, 4), (2, 3, 1100, 4)),
+    ((2, 660, 1000, 2), (70, 1100, 600, 2)),
+    ((8, 224, 160, 4), (16, 256, 140, 4)),
+)
+
+
+def _branches_on_sizes(block: nn.Module, channels: int, rank: int) -> bool:
+    for pair in _PAIRS:
+        alike = [(batch, channels, *space[:rank]) for batch, *space in pair]
+        if rank == 1:
+            alike[1] = (alike[1][0], *alike[0][1:])
+        try:
+            first, second = (_skeleton(capture(block, shape).output.node, exact=True) for shape in alike)
+        except Exception:
+            return True
+        if first != second:
+            return True
+    try:
+        capture(block, (0, channels, *SPACE[:rank]))
+    except Refused:  # where the others are not
+        return True
+    except Exception:  # as of a maximum
+        return False
+    return False
 
 
 def _branches_on_channels(block: nn.Module, channels: int, rank: int, captured: Captured) -> bool:
@@ -258,8 +293,9 @@ def _branches_on_channels(block: nn.Module, channels: int, rank: int, captured: 
     return False
 
 
-def _skeleton(node: Node) -> Any:
-    """A computation without what may depend on the sizes of the map, and without the mode of a BatchNorm."""
+def _skeleton(node: Node, exact: bool = False) -> Any:
+    """A computation without what may depend on the sizes of the map, and without the mode of a BatchNorm. exact: with
+    the numbers in it, which may depend on how many positions there are."""
     memo: dict[int, Any] = {}
 
     def walk(n: Node) -> Any:
@@ -273,7 +309,8 @@ def _skeleton(node: Node) -> Any:
                 attrs = n.attrs[:1]
             children = tuple(walk(i) for i in n.inputs)
             if n.op == "poly":
-                attrs, children = len(n.attrs), tuple(sorted(children, key=repr))
+                numbers = sorted(float(f"{c:.9e}") for c, _ in n.attrs) if exact else ()
+                attrs, children = (len(n.attrs), *numbers), tuple(sorted(children, key=repr))
             memo[id(n)] = hash((n.op, attrs, children))
         return memo[id(n)]
 

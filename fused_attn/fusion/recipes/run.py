@@ -45,6 +45,10 @@ def layer_at(block: nn.Module, path: str) -> Any:
     return owner
 
 
+class Unsuited(TypeError):
+    """Raised before any layer of a block has run: for a map that its own forward may take."""
+
+
 #: The tensors at `parameter_paths`.
 Parameters = tuple[Tensor | None, ...]
 
@@ -59,7 +63,10 @@ def run(block: nn.Module, recipe: Recipe, parameters: Parameters, x: Tensor) -> 
         return recipe.forward(block, x)
     residual = x if recipe.adds_input else None
     if isinstance(recipe, SplitGate):
-        pooled = functional.squeeze(x, recipe.pool, ties=recipe.ties)
+        try:
+            pooled = functional.squeeze(x, recipe.pool, ties=recipe.ties)
+        except (TypeError, ValueError) as error:
+            raise Unsuited(str(error)) from error
         descriptor = pooled if isinstance(pooled, Tensor) else 0.5 * pooled[0] + 0.5 * pooled[1]
         return functional.scale(x, recipe.excite(block, descriptor), residual=residual)
     return run_gate(block, recipe, parameters, x, residual=residual)
