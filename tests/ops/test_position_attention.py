@@ -1,0 +1,193 @@
+"""position_attention against its reference: forward and gradients, on the backend that serves this machine's CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_attn import functional, reference
+from fused_attn.backends import choose
+from fused_attn.ops.position_attention import BACKWARD, FORWARD
+from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random
+from tests.ops.test_channel_gate import CHECKED, STRIDES, strided
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+#: Batch, width of query and key, width of the value, space of the query, space of the keys: blocks end in the middle,
+#: begin anew, and are smaller than a vector.
+SHAPES = (
+    (2, 8, 24, (5, 7), (5, 7)),
+    (1, 3, 5, (13, 11), (2, 9)),
+    (2, 16, 33, (20, 21), (20, 21)),
+    (3, 1, 1, (1,), (1,)),
+    (2, 40, 70, (17, 13), (31, 20)),
+    (1, 20, 10, (130,), (390,)),
+    (2, 4, 6, (3, 4, 5), (2, 3, 4)),
+    (1, 2, 200, (7, 28), (1, 1)),
+)
+needs_operators = pytest.mark.skipif(
+    choose("position_attention", torch.empty(2, 4, 3, 3)) == "reference",
+    reason="no native library on this machine, or the reference was asked for: nothing here is an operator",
+)
+
+
+def inputs_of(shape: tuple, dtype: torch.dtype = torch.float32, layout: str = "nchw") -> dict[str, Tensor]:
+    batch, width, out, space, other = shape
+    sizes = {"query": (width, *space), "key": (width, *other), "value": (out, *other)}
+    return {
+        name: in_layout(random(batch, *size, seed=i, dtype=dtype), layout) for i, (name, size) in enumerate(sizes.items())
+    }
+
+
+def check(inputs: dict[str, Tensor], grad: Tensor | None = None, scale: float = 0.3) -> None:
+    query, value = inputs["query"], inputs["value"]
+    shape = value.shape[0], value.shape[1], *query.shape[2:]
+    grad = random(*shape, seed=9, dtype=value.dtype) if grad is None else grad
+    assert_equivalent(
+        lambda **t: functional.position_attention(**t, scale=scale),
+        lambda **t: reference.position_attention(**t, scale=scale),
+        inputs,
+        [grad],
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_dtypes_layouts(shape, dtype, layout):
+    inputs = inputs_of(shape, dtype, layout)
+    check(inputs)
+    if shape[3] == shape[4]:
+        out = functional.position_attention(**inputs)
+        assert out.stride() == inputs["value"].stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", ["query", "key", "value"])
+def test_another_layout_of_one(of, layout):
+    inputs = inputs_of(SHAPES[2])
+    inputs[of] = in_layout(inputs[of], "nchw" if layout == "channels_last" else "channels_last")
+    check(inputs)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -2.0, 30.0])
+def test_scales(scale):
+    """Large ones leave one key for a query, whose softmax keeps its digits."""
+    check(inputs_of(SHAPES[0], torch.float64), scale=scale)
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("of", ["query", "key", "value", "grad"])
+def test_strides(of, strides):
+    inputs = inputs_of((2, 12, 12, (6, 7), (6, 7)))
+    other = strided(random(2, 12, 6, 7, seed=3))[strides]
+    if of == "grad":
+        check(inputs, other)
+    else:
+        check({**inputs, of: other})
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 6, (3, 4), (3, 4)), (2, 4, 0, (3, 4), (3, 4)), (2, 4, 6, (0, 4), (3, 4)), (2, 4, 6, (3, 4), (0, 4))]
+)
+def test_empty(shape):
+    check(inputs_of(shape, torch.float64))
+
+
+def test_no_width_is_a_mean():
+    inputs = inputs_of((2, 1, 6, (3, 4), (5, 2)), torch.float64)
+    inputs["query"] = inputs["query"] * 0
+    expected = inputs["value"].mean((2, 3), keepdim=True).expand(2, 6, 3, 4)
+    torch.testing.assert_close(functional.position_attention(**inputs), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("of", ["query", "key", "value"])
+def test_special_values(of, value):
+    inputs = inputs_of((2, 4, 6, (9, 11), (9, 11)))
+    inputs[of][1, 1, 2, 3] = value
+    out, expected = functional.position_attention(**inputs), reference.position_attention(**inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@CHECKED
+def test_gradcheck(layout):
+    gradcheck(lambda **t: functional.position_attention(**t, scale=0.7), inputs_of(SHAPES[1], torch.float64, layout))
+
+
+def test_second_derivatives():
+    inputs = inputs_of((1, 2, 3, (2, 3), (3, 2)), torch.float64)
+    gradcheck(lambda **t: functional.position_attention(**t, scale=0.7), inputs, twice=True)
+
+
+@needs_operators
+def test_two_runs_are_equal_to_the_bit():
+    inputs = {k: v.requires_grad_() for k, v in inputs_of((2, 16, 33, (40, 21), (40, 21))).items()}
+    runs = []
+    for _ in range(2):
+        out = functional.position_attention(**inputs)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@needs_operators
+def test_what_is_kept():
+    """The inputs, the result and a number a position: no matrix of pairs."""
+    inputs = {k: v.requires_grad_() for k, v in inputs_of((2, 8, 16, (12, 10), (12, 10))).items()}
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t):
+        out = functional.position_attention(**inputs)
+    assert sum(kept.values()) == sum(t.numel() for t in inputs.values()) + out.numel() + 2 * 120
+
+
+MEMORY = """
+import resource, torch
+from fused_attn import functional
+torch.set_num_threads(1)
+def run(side):
+    q, k, v = (torch.randn(1, c, side, side, requires_grad=True) for c in (8, 8, 16))
+    functional.position_attention(q, k, v).square().sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = run(8)
+print(run({side}) - small)
+"""
+
+
+@needs_operators
+@pytest.mark.slow
+def test_memory_is_linear_in_positions():
+    """A matrix of pairs would be 64 MiB at 64 x 64, and 1 GiB at 128 x 128."""
+    used = {}
+    for side in (64, 128):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY.format(side=side)], capture_output=True, text=True, check=True
+        )
+        used[side] = float(done.stdout)
+    assert used[64] < 16 and used[128] < 4 * 16, used
+
+
+@needs_operators
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_kernels(layout):
+    inputs = inputs_of(SHAPES[2], layout=layout)
+    for op, arguments in (
+        (FORWARD["cpu"], (*inputs.values(), 0.5)),
+        (
+            BACKWARD["cpu"],
+            (random(2, 33, 20, 21), *inputs.values(), random(2, 33, 20, 21), random(2, 420), 0.5),
+        ),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_operators
+def test_compiles_in_one_graph():
+    inputs = {k: v.requires_grad_() for k, v in inputs_of(SHAPES[0]).items()}
+    compiled = torch.compile(functional.position_attention, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(**inputs, scale=0.5), functional.position_attention(**inputs, scale=0.5)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(y.square().sum(), list(inputs.values())) for y in (out, expected)]
+    torch.testing.assert_close(*grads)
