@@ -158,6 +158,13 @@ BLOCKS = {
         OwnLayers,
     ),
     "reference EMA": (lambda: reference.EMA(C, factor=8), 2, OwnLayers),
+    "reference NonLocal": (lambda: reference.NonLocal(C), 2, OwnLayers),
+    "reference NonLocal, dot, 3-D": (lambda: reference.NonLocal(C, mode="dot", rank=3), 3, OwnLayers),
+    "reference PositionAttention": (lambda: reference.PositionAttention(C), 2, OwnLayers),
+    "reference SelfAttention2d": (lambda: reference.SelfAttention2d(C), 2, OwnLayers),
+    "reference ChannelSelfAttention": (lambda: reference.ChannelSelfAttention(C), 2, OwnLayers),
+    "reference ChannelSelfAttention, 1-D": (lambda: reference.ChannelSelfAttention(), 1, OwnLayers),
+    "reference DualAttention": (lambda: reference.DualAttention(C, hidden=C), 2, OwnLayers),
     "reference CBAM, channel only": (lambda: reference.CBAM(C, no_spatial=True), 2, ChannelGate),
 }
 
@@ -165,6 +172,7 @@ BLOCKS = {
 #: Modules whose reference runs as the class of the same name in `fused_attn.nn`.
 AS_IN_NN = ["BAM", "CoordinateAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
 AS_IN_NN += ["SKConv", "SelectiveKernel", "SplitAttention"]
+AS_IN_NN += ["ChannelSelfAttention", "DualAttention", "NonLocal", "PositionAttention", "SelfAttention2d"]
 
 
 def selective_kernel(*args, **options):
@@ -317,6 +325,8 @@ NORMS = {
     "reference CoordinateAttention": "bn1",
     "reference TripletAttention": "hc.conv.bn",
     "reference BAM": "channel_att.gate_c.gate_c_bn_1",
+    "reference NonLocal": "norm",
+    "reference DualAttention": "conv51.1",
     "reference SpatialAttention": "conv.bn",
     "reference CBAM": "spatial.conv.bn",
 }
