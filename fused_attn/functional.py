@@ -597,6 +597,30 @@ def cbam(
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 
+def position_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Attention between positions: for each of the query's the softmax over the key's of scale * query . key, times
+    the values.
+
+    Args:
+        query: (B, D, *space), one to three spatial axes.
+        key: (B, D, *other_space).
+        value: (B, E, *other_space). D and E may differ.
+        scale: of the products; the softmax is of them as they are otherwise.
+
+    Returns:
+        (B, E, *space) in value's dtype, and in its layout where it has the query's space. Backward keeps the inputs,
+        the result and a number a position; no matrix of pairs is written, in either direction.
+
+    Equivalent to `scaled_dot_product_attention` over `t.flatten(2).transpose(1, 2)` of each, with that scale. (Where
+    the value has another width than query and key, torch's own writes that matrix on a CPU.)
+    """
+    _check_attention(query, key, value, scale)
+    backend = _choose("position_attention", query, key, value)
+    if backend == "reference" or not query.dtype == key.dtype == value.dtype:
+        return reference.position_attention(query, key, value, scale=scale)
+    return ops.position_attention(backend, query, key, value, float(scale))
+
+
 def spatial_logits(pooled: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution inside `spatial_gate` by itself: of two pooled maps to one, zero-padded to the same size.
 
@@ -1047,3 +1071,22 @@ def _check_excitation(
         _check_parameter("bias1", bias1, (hidden,), x, autocast)
     if bias2 is not None:
         _check_parameter("bias2", bias2, (channels,), x, autocast)
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    autocast = _check_map(query, "query")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number; got {scale!r}")
+    for argument, tensor in (("key", key), ("value", value)):
+        _check_tensor(argument, tensor, query)
+        if not 3 <= tensor.dim() <= 5:
+            expected = "one to three spatial axes"
+            raise ValueError(f"{argument}: expected {expected}; got shape {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype and not autocast:
+            raise TypeError(f"{argument}: expected query's dtype, {query.dtype} (or autocast); got {tensor.dtype}")
+    batch, width = query.shape[:2]
+    if key.shape[:2] != (batch, width):
+        raise ValueError(f"key: expected shape ({batch}, {width}, *other_space); got {tuple(key.shape)}")
+    if value.shape[0] != batch or value.shape[2:] != key.shape[2:]:
+        expected = f"({batch}, E, {', '.join(map(str, key.shape[2:]))})"
+        raise ValueError(f"value: expected shape {expected}; got {tuple(value.shape)}")

@@ -143,6 +143,20 @@ BAD_CALLS = [
         TypeError,
         lambda: functional.select_with([x, x], lambda s: None),
     ),
+    ("query: expected (B, C, *spatial)", ValueError, lambda: functional.position_attention(x[..., 0, 0], x, x)),
+    ("key: expected a tensor; got None", TypeError, lambda: functional.position_attention(x, None, x)),
+    ("value: expected one to three spatial", ValueError, lambda: functional.position_attention(x, x, x[..., 0, 0])),
+    ("key: expected query's dtype", TypeError, lambda: functional.position_attention(x, x.double(), x)),
+    ("value: expected query's dtype", TypeError, lambda: functional.position_attention(x, x, x.half())),
+    ("key: expected shape (2, 8, *other_space)", ValueError, lambda: functional.position_attention(x, x[:1], x)),
+    ("key: expected shape (2, 8, *other_space)", ValueError, lambda: functional.position_attention(x, x[:, :7], x)),
+    ("value: expected shape (2, E, 4, 4)", ValueError, lambda: functional.position_attention(x, x, x[..., :3])),
+    ("value: expected shape (2, E, 4, 4)", ValueError, lambda: functional.position_attention(x, x, x[:1])),
+    (
+        "scale: expected a finite number; got nan",
+        ValueError,
+        lambda: functional.position_attention(x, x, x, scale=float("nan")),
+    ),
     ("reduction: 16 leaves no hidden channel of 8", ValueError, lambda: nn.SqueezeExcite(8)),
     ("reduction: expected a finite number", ValueError, lambda: nn.SqueezeExcite(8, reduction=float("nan"))),
     ("reduction: expected a positive number", ValueError, lambda: nn.SqueezeExcite(8, reduction=-1)),
@@ -170,7 +184,8 @@ def test_reference_has_the_same_signatures():
     import inspect
 
     names = ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam", "mixed_scale", "simam")
-    for name in (*names, "axis_pool", "axis_pool_with_map", "select", "select_with", "norm_gate"):
+    names += ("axis_pool", "axis_pool_with_map", "select", "select_with", "norm_gate", "position_attention")
+    for name in names:
         assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
     for name in nn.__all__:
         assert inspect.signature(getattr(nn, name)) == inspect.signature(getattr(reference, name)), name

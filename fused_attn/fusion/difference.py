@@ -56,7 +56,8 @@ def runs(recipe: Recipe) -> str:
         weights = [*(_excitation(recipe.channel) + ["None"] * 4)[:4], *_convolution(recipe.spatial)]
         return _call("cbam", weights, {**channel, **spatial}, recipe.adds_input)
     if isinstance(recipe, OwnLayers):
-        return f"... {recipe.name}, with its own layers, by {', '.join(f'functional.{f}' for f in recipe.functions)}"
+        by = ", ".join(f"functional.{f}" for f in recipe.functions) or "fewer passes over its map"
+        return f"... {recipe.name}, with its own layers, by {by}"
     return "... functional.squeeze, its own layers, functional.scale"
 
 

@@ -5,8 +5,10 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .non_local import NonLocal
 from .scse import SCSE
 from .selective_kernel import SelectiveKernel, SKConv
+from .self_attention import ChannelSelfAttention, DualAttention, PositionAttention, SelfAttention2d
 from .simam import SimAM
 from .split_attention import SplitAttention
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
@@ -16,11 +18,16 @@ __all__ = [
     "BAM",
     "CBAM",
     "ChannelAttention",
+    "ChannelSelfAttention",
     "CoordinateAttention",
+    "DualAttention",
     "ECA",
     "EMA",
     "EffectiveSE",
     "GatherExcite",
+    "NonLocal",
+    "PositionAttention",
+    "SelfAttention2d",
     "SimAM",
     "SCSE",
     "SKConv",

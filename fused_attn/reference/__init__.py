@@ -14,12 +14,14 @@ from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
+from .non_local import NonLocal
 from .norm_gate import norm_gate
 from .position_attention import position_attention
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
 from .selective_kernel import SelectiveKernel, SKConv
+from .self_attention import ChannelSelfAttention, DualAttention, PositionAttention, SelfAttention2d
 from .simam import SimAM, simam
 from .spatial_gate import spatial_gate, spatial_logits
 from .split_attention import SplitAttention
@@ -31,14 +33,19 @@ __all__ = [
     "BAM",
     "CBAM",
     "ChannelAttention",
+    "ChannelSelfAttention",
     "CoordinateAttention",
+    "DualAttention",
     "ECA",
     "EMA",
     "EffectiveSE",
     "GatherExcite",
+    "NonLocal",
+    "PositionAttention",
     "SCSE",
     "SKConv",
     "SelectiveKernel",
+    "SelfAttention2d",
     "SimAM",
     "SpatialAttention",
     "SplitAttention",

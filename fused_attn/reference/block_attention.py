@@ -46,6 +46,12 @@ def check_channels(channels: int | None, x: Tensor) -> None:
         raise ValueError(f"x: expected {channels} channels; got shape {tuple(x.shape)}")
 
 
+def check_rank(rank: int, x: Tensor) -> None:
+    if x.dim() != rank + 2:
+        shape = ("(B, C, L)", "(B, C, H, W)", "(B, C, D, H, W)")[rank - 1]
+        raise ValueError(f"x: expected {shape}; got shape {tuple(x.shape)}")
+
+
 def uses_batch_statistics(norm: Any) -> bool:
     """Whether a BatchNorm takes mean and variance from its input, not from what it has seen before."""
     return norm.training or norm.running_mean is None

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 
 class OtherNames(nn.Module):
-    """A module that loads checkpoints in which its layers have other names, `other_names[theirs] = ours`.
+    """A module that loads checkpoints in which its layers or tensors have other names, `other_names[theirs] = ours`.
 
-    Linear weights and those of 1x1 convolutions, equal up to trailing axes of size 1, are taken for each other.
-    What is saved has our names and shapes.
+    Of several names that fit a key the first is taken. Linear weights and those of 1x1 convolutions, equal up to
+    trailing axes of size 1, are taken for each other, and so are a number and a tensor of one. What is saved has our
+    names and shapes.
     """
 
     other_names: ClassVar[dict[str, str]] = {}
@@ -22,10 +23,11 @@ class OtherNames(nn.Module):
     ) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
             for theirs, ours in self.other_names.items():
-                found = f"{prefix}{theirs}."
-                wanted = f"{prefix}{ours}.{key[len(found) :]}"
-                if key.startswith(found) and wanted not in state_dict:
+                found = prefix + theirs
+                wanted = prefix + ours + key[len(found) :]
+                if (key == found or key.startswith(found + ".")) and wanted not in state_dict:
                     state_dict[wanted] = state_dict.pop(key)
+                    break
         for name, parameter in self.named_parameters():
             tensor = state_dict.get(prefix + name)
             if isinstance(tensor, Tensor) and _trimmed(tensor) == _trimmed(parameter):
@@ -34,8 +36,8 @@ class OtherNames(nn.Module):
 
 
 def _trimmed(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without trailing axes of size 1 after the first two."""
-    shape = tuple(tensor.shape)
+    """The shape without trailing axes of size 1 after the first two; of a number, that of a vector of one."""
+    shape = tuple(tensor.shape) or (1,)
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

@@ -78,6 +78,8 @@ BLOCKS = {
         2,
         OwnLayers,
     ),
+    "timm NonLocalAttn": (lambda: timm_layers.NonLocalAttn(C), 2, OwnLayers),
+    "timm NonLocalAttn, no scale": (lambda: timm_layers.NonLocalAttn(C, use_scale=False), 2, OwnLayers),
     "timm SelectiveKernel": (lambda: selective_kernel(C), 2, OwnLayers),
     "timm SelectiveKernel, options": (
         lambda: selective_kernel(C, kernel_size=[3, 5, 7], split_input=False, groups=4, act_layer=nn.SiLU),
@@ -158,6 +160,13 @@ BLOCKS = {
         OwnLayers,
     ),
     "reference EMA": (lambda: reference.EMA(C, factor=8), 2, OwnLayers),
+    "reference NonLocal": (lambda: reference.NonLocal(C), 2, OwnLayers),
+    "reference NonLocal, dot, 3-D": (lambda: reference.NonLocal(C, mode="dot", rank=3), 3, OwnLayers),
+    "reference PositionAttention": (lambda: reference.PositionAttention(C), 2, OwnLayers),
+    "reference SelfAttention2d": (lambda: reference.SelfAttention2d(C), 2, OwnLayers),
+    "reference ChannelSelfAttention": (lambda: reference.ChannelSelfAttention(C), 2, OwnLayers),
+    "reference ChannelSelfAttention, 1-D": (lambda: reference.ChannelSelfAttention(), 1, OwnLayers),
+    "reference DualAttention": (lambda: reference.DualAttention(C, hidden=C), 2, OwnLayers),
     "reference CBAM, channel only": (lambda: reference.CBAM(C, no_spatial=True), 2, ChannelGate),
 }
 
@@ -165,6 +174,7 @@ BLOCKS = {
 #: Modules whose reference runs as the class of the same name in `fused_attn.nn`.
 AS_IN_NN = ["BAM", "CoordinateAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
 AS_IN_NN += ["SKConv", "SelectiveKernel", "SplitAttention"]
+AS_IN_NN += ["ChannelSelfAttention", "DualAttention", "NonLocal", "PositionAttention", "SelfAttention2d"]
 
 
 def selective_kernel(*args, **options):
@@ -308,6 +318,7 @@ NORMS = {
     "timm LightCbamModule": "spatial.conv.bn",
     "timm SpatialAttn": "conv.bn",
     "timm CoordAttn": "bn1",
+    "timm NonLocalAttn": "norm",
     "timm SelectiveKernel": "paths.1.bn",
     "timm SplitAttn": "bn1",
     "timm SplitAttn, mish": "bn0",
@@ -317,6 +328,8 @@ NORMS = {
     "reference CoordinateAttention": "bn1",
     "reference TripletAttention": "hc.conv.bn",
     "reference BAM": "channel_att.gate_c.gate_c_bn_1",
+    "reference NonLocal": "norm",
+    "reference DualAttention": "conv51.1",
     "reference SpatialAttention": "conv.bn",
     "reference CBAM": "spatial.conv.bn",
 }
@@ -440,6 +453,16 @@ REFUSED = {
     "timm's strips of another width": (
         "timm CoordAttn",
         changed("", conv_h=nn.Conv2d(8, 1, 1)),
+        "its layers are not timm's",
+    ),
+    "timm's keys of another width": (
+        "timm NonLocalAttn",
+        changed("", p=nn.Conv2d(C, 4, 1)),
+        "its layers are not timm's",
+    ),
+    "timm's values of a larger kernel": (
+        "timm NonLocalAttn",
+        changed("", g=nn.Conv2d(C, 8, 3, padding=1)),
         "its layers are not timm's",
     ),
     "another gate of strips": ("timm CoordAttn", changed("", gate=nn.Softmax(1)), "its gate is not one we fuse"),
@@ -599,6 +622,19 @@ def test_layers_that_run_keep_their_hooks(name):
 def test_one_sample_in_training_is_the_hosts_error(name):
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         fuse(randomised(name).train())(random(1, C, 5, 5))
+
+
+@pytest.mark.parametrize("pool", ["before", "after"])
+def test_layers_that_a_concatenation_only_reads_keep_their_hooks(pool):
+    """A block with one of them runs as it is."""
+    x = random(2, C, 6, 6)
+    for path in ("theta", "phi", "g", "out"):
+        block = with_random_values(reference.NonLocal(C, mode="concatenation", pool=pool)).eval()
+        block.get_submodule(path).register_forward_hook(lambda module, inputs, output: output + 1)
+        fused = fuse(copy.deepcopy(block))
+        torch.testing.assert_close(fused(x), block(x))
+        runs = path in ("g", "out") or (path == "phi" and pool == "after")
+        assert explain(fused)[0].fused == runs
 
 
 def test_options_of_a_part_changed_after_fusing_count():

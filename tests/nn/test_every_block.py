@@ -22,21 +22,32 @@ BLOCKS: dict[str, Callable] = {
     "CBAM": lambda m: m.CBAM(8, reduction=2),
     "CBAM timm": lambda m: m.CBAM(8, reduction=2, order=("mean", "max"), ties="even", batch_norm=False),
     "ChannelAttention": lambda m: m.ChannelAttention(8, reduction=2),
+    "ChannelSelfAttention": lambda m: m.ChannelSelfAttention(8),
     "CoordinateAttention": lambda m: m.CoordinateAttention(8, activation="silu"),
+    "DualAttention": lambda m: m.DualAttention(8, hidden=8, reduction=2),
     "ECA": lambda m: m.ECA(8),
     "EMA": lambda m: m.EMA(8, factor=2),
     "EffectiveSE": lambda m: m.EffectiveSE(8, gate="sigmoid"),  # eager has no second derivative of its default
     "GatherExcite": lambda m: m.GatherExcite(8, pool="avgmax"),
+    "NonLocal": lambda m: m.NonLocal(8),
+    "NonLocal Gaussian": lambda m: m.NonLocal(8, mode="gaussian", pool="after", batch_norm=False),
+    "NonLocal dot": lambda m: m.NonLocal(8, mode="dot", pool=None, hidden=2),
+    "NonLocal concatenation": lambda m: m.NonLocal(8, mode="concatenation"),
+    "PositionAttention": lambda m: m.PositionAttention(8, reduction=2),
     "SCSE": lambda m: m.SCSE(8, reduction=2),
     "SCSE max": lambda m: m.SCSE(8, reduction=2, combine="max"),
     "SKConv": lambda m: m.SKConv(8, groups=4),
     "SelectiveKernel": lambda m: m.SelectiveKernel(8, 8),
+    "SelfAttention2d": lambda m: m.SelfAttention2d(8, reduction=2),
     "SimAM": lambda m: m.SimAM(8),
     "SpatialAttention": lambda m: m.SpatialAttention(8, kernel_size=3),
     "SplitAttention": lambda m: m.SplitAttention(8),
     "SqueezeExcite": lambda m: m.SqueezeExcite(8, reduction=2, activation="silu"),
     "TripletAttention": lambda m: m.TripletAttention(kernel_size=3),
 }
+
+#: Those that pool 2x2 positions, in programs of which torch tells one from many.
+POOLED = ("NonLocal", "NonLocal Gaussian", "NonLocal concatenation", "SelfAttention2d")
 
 
 def pair(name: str, training: bool) -> tuple[nn.Module, nn.Module]:
@@ -95,7 +106,8 @@ def test_maps_with_metadata(name, training):
 def test_export_with_open_sizes(name):
     """Batch, height and width."""
     block, original = pair(name, training=False)
-    sizes = ({0: Dim("batch"), 2: Dim("height"), 3: Dim("width")},)
+    least = 4 if name in POOLED else None
+    sizes = ({0: Dim("batch"), 2: Dim("height", min=least), 3: Dim("width", min=least)},)
     program = export(block, (random(2, 8, 10, 9, dtype=torch.float64),), dynamic_shapes=sizes).module()
     for shape in ((4, 8, 7, 12), (3, 8, 10, 5)):
         x = random(*shape, dtype=torch.float64)

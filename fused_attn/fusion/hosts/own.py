@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...reference import CBAM, ChannelAttention, GatherExcite, SpatialAttention, channel_gate
+from ...reference import CBAM, ChannelAttention, GatherExcite, NonLocal, SpatialAttention, channel_gate
 from ...reference.block_attention import check_channels
 from ..reading.layers import paths_but
 from ..recipes.describe import describe
@@ -123,6 +123,8 @@ def as_in_nn(block: Any) -> Recipe | str:
     bypassed: tuple[str, ...] = ()
     if "select" in functions:  # the convolutions run; in eval the BatchNorms and the excitation do not
         bypassed = paths_but(block, *(path for path, layer in block.named_modules() if is_branch(path, layer)))
+    elif isinstance(block, NonLocal) and block.mode == "concatenation":  # what only makes one number a position is read
+        bypassed = ("theta",) if block.pool == "after" else ("theta", "phi")
     return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank, bypassed=bypassed)
 
 

@@ -1,5 +1,6 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-the two attentions that these are made of, CoordAttn, SelectiveKernel, SplitAttn, and the SE of older models."""
+the two attentions that these are made of, CoordAttn, NonLocalAttn, SelectiveKernel, SplitAttn, and the SE of older
+models."""
 
 from __future__ import annotations
 
@@ -221,6 +222,20 @@ def coordinate_attention(block: Any) -> Recipe | str:
     if activation_name(block.gate) is None:
         return "its gate is not one we fuse"
     return OwnLayers(_coordinate, "CoordinateAttention", ("axis_pool", "mixed_scale"), block.has_skip)
+
+
+def _non_local(block: Any, x: Tensor) -> Tensor:
+    y = functional.position_attention(block.t(x), block.p(x), block.g(x), scale=block.scale)
+    return block.norm(block.z(y)) + x
+
+
+@register("timm.layers.non_local_attn.NonLocalAttn")
+def non_local(block: Any) -> Recipe | str:
+    layers = block.t, block.p, block.g
+    plain = all(type(layer) is nn.Conv2d and is_dense(layer) for layer in layers)
+    if not plain or len({layer.out_channels for layer in layers}) > 1 or type(block.scale) not in (int, float):
+        return "its layers are not timm's"
+    return OwnLayers(_non_local, "NonLocal", ("position_attention",))
 
 
 def _normalise(norm: Any, x: Tensor) -> Tensor:

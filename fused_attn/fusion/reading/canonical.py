@@ -8,6 +8,7 @@ in it (none: size one; several: flattened together; `Spread`: expanded).
   axes among the result's. So the order of operands, broadcasting, `x * (1 + g)` and `x + x * g` make no difference.
 - Linear layers and 1x1 convolutions are `dense`; their biases are terms of a `poly`.
 - All means over the whole of some axes are `mean`, all maxima `max` with their rule for ties.
+- Matrix products of two values are `product`, whichever of them comes first.
 """
 
 from __future__ import annotations
@@ -222,6 +223,52 @@ class Graph:
                 layout = tuple(e if isinstance(e, Spread) else tuple(back[a] for a in e) for e in value.layout)
                 return self.affine(Value(self.node("act", [inner], ("hard_sigmoid",), inner.sizes), layout), 6.0)
         return Value(self.node("act", [node], (name,), node.sizes), value.layout)
+
+    def product(self, a: Value, b: Value) -> Value:
+        """Matrix products, (B, n, k) and (B, k, m)."""
+        (factor, a), (other, b) = self._factored(a), self._factored(b)
+        if factor * other != 1:
+            return self.affine(self.product(a, b), factor * other)
+        sides = [(a.node, a.layout), (b.node, (b.layout[0], b.layout[2], b.layout[1]))]
+        # By what they are first: keys also tell two scales apart, which a match does not.
+        swapped = (a.node.op, a.node.rank_key) > (b.node.op, b.node.rank_key)
+        (left, of_left), (right, of_right) = sides[::-1] if swapped else sides
+        if any(isinstance(e, Spread) for e in (*of_left, *of_right)):
+            raise Unsupported
+
+        def sizes(node: Node, entry: Entry) -> list[int]:
+            return [node.sizes[axis] for axis in entry]  # type: ignore[union-attr]
+
+        for i in (0, 2):
+            if sizes(left, of_left[i]) != sizes(right, of_right[i]):
+                raise Unsupported  # flattened from other axes
+        parts = sizes(left, of_left[0]), sizes(left, of_left[1]), sizes(right, of_right[1])
+        node = self.node("product", [left, right], (of_left, of_right), [n for part in parts for n in part])
+        ends = [len(parts[0]), len(parts[0]) + len(parts[1]), len(node.sizes)]
+        batch, rows, columns = (tuple(range(start, end)) for start, end in zip([0, *ends], ends, strict=False))
+        return Value(node, (batch, columns, rows) if swapped else (batch, rows, columns))
+
+    def _factored(self, value: Value) -> tuple[float, Value]:
+        """What one product is multiplied by, and the rest."""
+        node = value.node
+        if node.op != "poly" or len(node.attrs) != 1 or node.attrs[0][0] == 1:
+            return 1.0, value
+        ((factor, factors),) = node.terms
+        inner, order = self.poly([(1.0, tuple(factors))], node.sizes)
+        return factor, Value(inner, mapped(value.layout, order.index))
+
+    def softmax(self, value: Value, dim: int) -> Value:
+        """What is added to its argument and does not vary along the dimension makes no difference to it."""
+        node, layout = value.node, value.layout
+        along = layout[dim]
+        if isinstance(along, Spread) or not along:
+            raise Unsupported
+        terms = node.terms if node.op == "poly" else []
+        kept = [(c, tuple(f)) for c, f in terms if any(axis in along for _, places in f for axis in places)]
+        if 0 < len(kept) < len(terms):
+            node, order = self.poly(kept, node.sizes)
+            layout = mapped(layout, order.index)
+        return Value(self.node("softmax", [node], layout[dim], node.sizes), layout)  # type: ignore[arg-type]
 
     # Reductions
 

@@ -64,6 +64,12 @@ def find(captured: Captured, rank: int) -> Iterator[Found]:
                     if match.nodes.get(template.input) is x:
                         yield Found(template.name, _shell(template, match, rank, x.sizes[1]))
                         break
+        for template in templates.self_attentions(rank):
+            if template.leaves == leaves:
+                for match in unify(template.output, node, graph, Match()):
+                    if match.nodes.get(template.input) is x:
+                        yield Found(template.name, _self_attention(template, match, rank))
+                        break
 
 
 def _residual(captured: Captured, node: Node, x: Node) -> Iterator[tuple[Node, bool]]:
@@ -165,6 +171,46 @@ def _masks(captured: Captured, x: Node, leaves: int, rank: int) -> Iterator[Foun
             else:
                 yield Found("spatial", _spatial_mask(_spatial(template, match, rank, False), shape), True)
             break
+
+
+def _scale(match: Match) -> float:
+    """Of the products in a softmax, that of which the match has the first nine digits."""
+    widths = [n.inputs[0].sizes[axis] for t, n in match.nodes.items() if t.op == "product" for axis in n.attrs[0][2]]
+    channels = [n.sizes[1] for t, n in match.nodes.items() if t.op == "input"]
+    exact = [width**-0.5 for width in (*widths, *channels)]
+    return next((scale for scale in exact if float(f"{scale:.9g}") == match.scale), match.scale)
+
+
+def _self_attention(template: Template, match: Match, rank: int) -> Maker:
+    """A block that is made of its own layers and gamma."""
+    leaves = match.leaves()
+    gamma = leaves.pop("gamma")
+    layers: dict[str, str] = {}
+    named = True
+    for name, path in leaves.items():
+        ours, _, what = name.rpartition(".")
+        theirs, _, same = path.rpartition(".")
+        named = named and theirs != "" and same == what and layers.setdefault(ours, theirs) == theirs
+    paths = tuple(layers[f"{name}_conv"] for name in ("query", "key", "value")) if layers else ()
+    functions, _ = AS_IN_NN[getattr(reference, template.name)]
+
+    def make(block: nn.Module) -> Recipe | str:
+        if not named:
+            return "its parameters are not in layers of their own"
+        for path in paths:
+            layer = block.get_submodule(path)
+            if type(layer) not in CONVOLUTIONS:
+                return f"{path} is a {type(layer).__name__}, not a plain layer"
+        return OwnLayers(
+            masks.SelfAttention(gamma, paths, _scale(match)),
+            template.name,
+            functions,
+            rank=rank + 2,
+            bypassed=paths_but(block, *paths),
+            whole=True,
+        )
+
+    return make
 
 
 def _constant(recipe: Recipe) -> Maker:
@@ -287,6 +333,8 @@ def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
             shell = templates.without_bias(cls, layers, channels=templates.CHANNELS, **options)
         # Triplet attention takes any channels, and so does what has no parameters.
         shell.channels = channels if paths and template.name != "TripletAttention" else None  # type: ignore[assignment]
+        if template.name == "NonLocal":
+            shell.scale = _scale(match)  # type: ignore[assignment]
         used: list[str] = []
         for ours, found in paths.items():
             if len(found) != 1 or "" in found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...codes import ACTIVATIONS
 from .canonical import Graph, Node, Unsupported
@@ -16,13 +16,15 @@ ANY = "any"
 
 @dataclass
 class Match:
-    """Nodes of a template -> those that stand for them; and the options read off."""
+    """Nodes of a template -> those that stand for them; and the options read off. scale: of the products that a softmax
+    is of, where the template has none."""
 
     nodes: dict[Node, Node] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
+    scale: float = 1.0
 
     def with_node(self, template: Node, node: Node) -> Match:
-        return Match({**self.nodes, template: node}, self.options)
+        return replace(self, nodes={**self.nodes, template: node})
 
     def leaves(self) -> dict[str, str]:
         """Names of the template's parameters -> those of the other's."""
@@ -57,12 +59,26 @@ def unify(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Ma
         option, name = MARKERS[template.attrs[0]], node.attrs[0]
         if name not in ACTIVATIONS or match.options.get(option, name) != name:
             return
-        match = Match(match.nodes, {**match.options, option: name})
+        match = replace(match, options={**match.options, option: name})
+    elif template.op == "softmax" and template.inputs[0].op == "product" and node.inputs[0].op == "poly":
+        yield from _unify_scaled(template, node, graph, match)
+        return
     elif template.attrs != node.attrs:
         return
     orders = [node.inputs, node.inputs[::-1]] if template.op == "maximum" else [node.inputs]
     for inputs in orders:
         for found in _unify_all(template.inputs, inputs, graph, match):
+            yield found.with_node(template, node)
+
+
+def _unify_scaled(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Match]:
+    """A softmax of products, and one of such that are scaled."""
+    terms = node.inputs[0].terms
+    if template.attrs != node.attrs or len(terms) > 1 or len(terms[0][1]) > 1:
+        return
+    ((scale, ((products, axes),)),) = terms
+    if axes == tuple(range(len(axes))) and match.scale == 1:
+        for found in unify(template.inputs[0], products, graph, replace(match, scale=scale)):
             yield found.with_node(template, node)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .canonical import Entry, Graph, Spread, Unsupported, Value, axis_of, axis_or_none, of_shape
+from .canonical import Entry, Graph, Spread, Unsupported, Value, axis_or_none, of_shape
 
 #: Operator -> function(graph, shape of the first output, *args, **kwargs) -> Value or several.
 OPERATORS: dict[str, Callable[..., Any]] = {}
@@ -123,8 +123,7 @@ OPERATORS["clamp_min"] = lambda graph, shape, a, low: OPERATORS["clamp"](graph, 
 
 @operator("_softmax")
 def _(graph: Graph, shape: Any, a: Value, dim: int, to_float: bool) -> Value:
-    entry = a.layout[dim]
-    return Value(graph.node("softmax", [a.node], (axis_of(entry),), a.node.sizes), a.layout)
+    return graph.softmax(a, dim)
 
 
 # Reductions
@@ -354,6 +353,11 @@ def _weight(weight: Value, out_dim: int, in_dim: int) -> str:
 @operator("mm")
 def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
     return graph.dense(a, 1, b.node, shape[1], _weight(b, 1, 0))
+
+
+@operator("bmm")
+def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
+    return graph.product(a, b)
 
 
 @operator("addmm")

@@ -155,6 +155,16 @@ MODULES: list[tuple[str, dict[str, tuple], tuple[tuple[str, ...], ...]]] = [
     ("TripletAttention", {"no_spatial": (False, True), "ties": ("first", "even")}, ((),)),
     ("CoordinateAttention", {"activation": (ACTIVATION,), "gate": (GATE,)}, ((), ("conv",), ("conv1",))),
     ("SimAM", {"e_lambda": (1e-4,)}, ((),)),
+    (
+        "NonLocal",
+        {
+            "mode": ("embedded", "gaussian", "dot"),
+            "batch_norm": (True, False),
+            "scale": (None,),
+            "pool": (None,),
+        },
+        ((), ("out",), ("theta", "phi", "g"), ("theta", "phi", "g", "out")),
+    ),
 ]
 
 
@@ -164,7 +174,7 @@ def modules(rank: int) -> tuple[Template, ...]:
     for name, grid, bare in MODULES:
         for values, layers in itertools.product(itertools.product(*grid.values()), bare):
             options = dict(zip(grid, values, strict=True))
-            if name == "BAM":
+            if name in ("BAM", "NonLocal"):
                 options["rank"] = rank
             elif rank != 2 and name in ("TripletAttention", "CoordinateAttention"):
                 continue
@@ -175,6 +185,21 @@ def modules(rank: int) -> tuple[Template, ...]:
             leaves = sum(not key.endswith("num_batches_tracked") for key, _ in tensors)
             options["bare"] = layers
             found.append(Template("module", name, build, options, rank, leaves))
+    return tuple(found)
+
+
+@functools.cache
+def self_attentions(rank: int) -> tuple[Template, ...]:
+    """The blocks with a parameter of their own, gamma, beside their layers."""
+    found = [
+        Template(
+            "module", "ChannelSelfAttention", functools.partial(reference.ChannelSelfAttention, CHANNELS), {}, rank, 1
+        )
+    ]
+    for layers in ((), ("query_conv", "key_conv"), ("",)):
+        build = functools.partial(without_bias, reference.PositionAttention, layers, channels=CHANNELS, rank=rank)
+        leaves = sum(1 for _ in build().parameters())
+        found.append(Template("module", "PositionAttention", build, {}, rank, leaves))
     return tuple(found)
 
 

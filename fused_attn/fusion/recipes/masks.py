@@ -1,4 +1,5 @@
-"""What blocks run that are no single op: a gate alone, or a module of fused_attn.nn with the block's own layers."""
+"""What blocks run that are no single op: a gate alone, a self-attention, or a module of fused_attn.nn with the block's
+own layers."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ from torch import Tensor, nn
 
 from ... import functional
 from ...codes import FUNCTIONS
+from ...nn.self_attention import channel_self_attention
 from ...reference.channel_gate import excite, gate_alone
+from ...reference.self_attention import add_scaled
 from .recipe import ChannelGate, SpatialGate
-from .run import layer_at, parameter_at, parameter_paths
+from .run import layer_at, parameter_at, parameter_paths, split_path
 
 
 def channel_mask(block: nn.Module, gate: ChannelGate, x: Tensor) -> Tensor:
@@ -50,6 +53,21 @@ class SpatialMask:
             z = norm(z)
         mask = FUNCTIONS[self.gate.gate](z)
         return mask.expand_as(x) if self.shape == "expanded" else mask
+
+
+class SelfAttention:
+    """x + gamma * attention between positions, of what three layers make of x; without layers, between channels."""
+
+    def __init__(self, gamma: str, layers: tuple[str, ...], scale: float) -> None:
+        self.gamma, self.layers, self.scale = split_path(gamma), layers, scale
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        gamma = parameter_at(block, self.gamma)
+        assert gamma is not None
+        if not self.layers:
+            return channel_self_attention(x, gamma)
+        query, key, value = (layer_at(block, path)(x) for path in self.layers)
+        return add_scaled(x, gamma, functional.position_attention(query, key, value, scale=self.scale))
 
 
 class Shell:

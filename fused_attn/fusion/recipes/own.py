@@ -9,13 +9,19 @@ from torch import nn
 from ... import nn as fused_nn
 from ... import reference
 
-#: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it, and the rank of their maps.
+#: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it (none: it is made of PyTorch's),
+#: and the rank of their maps.
 AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.BAM: (("mixed_scale", "squeeze"), None),
+    reference.ChannelSelfAttention: ((), None),
     reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
+    reference.DualAttention: (("position_attention",), 4),
     reference.EMA: (("scale/space",), 4),
+    reference.NonLocal: (("position_attention",), None),
+    reference.PositionAttention: (("position_attention",), None),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
     reference.SKConv: (("select", "select/with"), 4),
+    reference.SelfAttention2d: (("position_attention",), 4),
     reference.SelectiveKernel: (("select", "select/with"), 4),
     reference.SimAM: (("simam",), None),
     reference.SplitAttention: (("select", "select/with"), 4),

@@ -13,7 +13,10 @@ from fused_attn import explain, fuse, unfuse
 from fused_attn.fusion.changing.plan import PLAN
 from fused_attn.fusion.recipes.names import host_class
 from tests.checks import random
+from tests.fusion.reading import pasted_attentions
 from tests.fusion.reading.pasted import BAM, BLOCKS, SCSE, CoordAtt, TripletAttention
+
+BLOCKS |= {name: (build, "OwnLayers", {"name": block}) for name, (build, block) in pasted_attentions.BLOCKS.items()}
 
 
 def fields(recipe) -> dict:
@@ -73,6 +76,29 @@ def test_recognised(name):
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert host_class(other) is type(plain) and torch.equal(other(x), block(x))
     assert type(unfuse(block)) is type(plain)
+
+
+@pytest.mark.parametrize("name", pasted_attentions.LOOK_ALIKES)
+def test_another_attention_is_left_alone(name):
+    block = pasted_attentions.LOOK_ALIKES[name]()
+    kind = type(block)
+    assert type(fuse(block)) is kind and not any(row.fused for row in explain(block))
+
+
+def test_a_gamma_put_in_later_counts():
+    """Another parameter, or another value: it is read at every call."""
+    block = pasted_attentions.PAM_Module(32).double()
+    fused = fuse(copy.deepcopy(block), strict=True)
+    x = random(2, 32, 5, 6, dtype=torch.float64)
+    for value in (0.5, 2.0):
+        with torch.no_grad():
+            fused.gamma.fill_(value), block.gamma.fill_(value)
+        torch.testing.assert_close(fused(x), block(x))
+    fused.gamma = block.gamma = nn.Parameter(torch.full((1,), 3.0, dtype=torch.float64))
+    torch.testing.assert_close(fused(x), block(x))
+    parameters = {"gamma": torch.full((1,), -1.0, dtype=torch.float64)}
+    results = (torch.func.functional_call(b, parameters, (x,)) for b in (fused, block))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("cls", [BAM, CoordAtt, SCSE, TripletAttention])
