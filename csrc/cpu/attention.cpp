@@ -30,21 +30,32 @@ struct Matrix {
     T* at(int64_t first) const { return data + first * position; }
 };
 
-// Some positions of a map in the accumulator's type, in rows that do not all fall on the same lines of the cache.
+// Some positions of a map in the accumulator's type, as the rows of a product.
 template <class T>
 class Block {
   public:
     using A = Accumulator<T>;
     Block(int64_t channels, int64_t most) : numbers_((channels + 16) * (most + 16)) {}
+    // In rows that do not all fall on the same lines of the cache, so that they may be read across, too.
     void read(const Matrix<T>& map, int64_t first, int64_t count) {
         const bool by_channel = map.position == 1;
         const int64_t length = by_channel ? count : map.channels, pitch = length + 16;
         attention_kernels<T>().copy_rows(map.at(first), by_channel ? map.channel : map.position,
                                          by_channel ? map.channels : count, length, numbers_.data(), pitch);
+        data = numbers_.data();
         channel = by_channel ? pitch : 1;
         position = by_channel ? 1 : pitch;
     }
-    const A* data() const { return numbers_.data(); }
+    // To be read along the positions, where they lie, if they are such numbers already.
+    void see(const Matrix<T>& map, int64_t first, int64_t count) {
+        if constexpr (std::is_same_v<T, A>)
+            if (map.position == 1) {
+                data = map.at(first), channel = map.channel, position = 1;
+                return;
+            }
+        read(map, first, count);
+    }
+    const A* data = nullptr;
     int64_t channel = 0, position = 0;  // strides
 
   private:
@@ -95,14 +106,14 @@ void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, A
     for (int64_t k = 0; k < key.positions; k += kKeys) {
         const int64_t here = std::min(kKeys, key.positions - k);
         keys.read(key, k, here);
-        Product<A> score{keys.data(),   keys.position, keys.channel, queries.data(), depth * width,
+        Product<A> score{keys.data,     keys.position, keys.channel, queries.data(), depth * width,
                          scores.data(), kKeys * width, here,         depth,          panels};
         run.product(score);
         for (int64_t p = 0; p < panels; ++p)
             run.soften(&scores[p * kKeys * width], here, &peak[p * width], &sum[p * width], &factor[p * width]);
-        values.read(value, k, here);
-        Product<A> weighted{values.data(), values.channel,   values.position, scores.data(), kKeys * width,
-                            sums.data(),   channels * width, channels,        here,          panels};
+        values.see(value, k, here);
+        Product<A> weighted{values.data, values.channel,   values.position, scores.data(), kKeys * width,
+                            sums.data(), channels * width, channels,        here,          panels};
         weighted.adds = k > 0;
         weighted.factors = factor.data();
         run.product(weighted);
@@ -161,7 +172,7 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
             const int64_t count = std::min(kQueriesBack, positions - q), step = kQueriesBack * width;
             some_queries.read(query, q, count);
             some_grads.read(grad, q, count);
-            const A *a = some_queries.data(), *g = some_grads.data();
+            const A *a = some_queries.data, *g = some_grads.data;
             run.product({a, some_queries.position, some_queries.channel, keys.data(), depth * width, scores.data(),
                          step, count, depth, panels});
             for (int64_t p = 0; p < panels; ++p) run.probabilities(&scores[p * step], count, logsum + q);
