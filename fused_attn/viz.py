@@ -20,6 +20,7 @@ from .fusion.changing.plan import intact, plan_of
 from .fusion.hosts.own import own_recipe
 from .fusion.recipes.describe import describe
 from .fusion.recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
+from .reference import GatherExcite
 from .reference.channel_gate import channel_logits
 from .reference.channel_pool import channel_pool
 from .reference.squeeze import per_channel, squeeze
@@ -98,6 +99,8 @@ def _recipe(block: nn.Module, found: Recipe | str | None) -> Recipe | None:
     plan = plan_of(block)
     if plan is not None:
         found = plan.recipe if intact(block, plan) else None
+    if isinstance(found, OwnLayers) and isinstance(block, GatherExcite):  # which looks at its map before it runs one
+        return own_recipe(block)
     # What is OwnLayers has no gate that is one number a channel or position, or it is not known here.
     return None if isinstance(found, (str, OwnLayers)) else found
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from fused_attn import explain, fuse, reference, unfuse
 from fused_attn import nn as fused_nn
@@ -708,6 +709,41 @@ PUT_IN: dict[str, Callable[[Any], nn.Module]] = {
     "GroupNorm": lambda layer: nn.GroupNorm(1, getattr(layer, "num_features", getattr(layer, "out_channels", 1))),
     "Identity": lambda layer: nn.Identity(),
 }
+
+
+@pytest.mark.parametrize("name", ["SqueezeExcite", "EffectiveSE", "ECA", "CBAM"])
+@pytest.mark.parametrize("how", ["None", "pruned", "a tensor"])
+def test_a_weight_of_a_block_of_this_library(name, how):
+    """Of every layer, before it is fused and after."""
+    plain = with_random_values(OWN_BLOCKS[name]()).double()
+    x = random(2, 32, 6, 5, dtype=torch.float64)
+
+    def change(module: nn.Module, path: str) -> None:
+        layer = module.get_submodule(path)
+        if how == "pruned":
+            prune.l1_unstructured(layer, "weight", amount=0.5)
+        elif how == "None":
+            layer.weight = None
+        else:
+            weight = layer.weight.detach() * 2
+            del layer.weight
+            layer.weight = weight
+
+    for path, layer in plain.named_modules():
+        if "weight" not in layer._parameters or list(layer.children()):
+            continue
+        original, before, after = copy.deepcopy(plain), copy.deepcopy(plain), fuse(copy.deepcopy(plain))
+        for module in (original, before, after):
+            change(module, path)
+        for model in (fuse(before), after, copy.copy(after), fuse(after)):
+            str(explain(model))
+            try:
+                expected = original(x)
+            except Exception as error:
+                with pytest.raises(type(error)):
+                    model(x)
+            else:
+                torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9, msg=f"{path}: differs")
 
 
 @pytest.mark.parametrize("what", PUT_IN)

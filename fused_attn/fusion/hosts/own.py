@@ -37,18 +37,19 @@ def _odd_layer(block: Any) -> str | None:
     for name, layer in block.named_children():
         if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             return f"{name} is a {type(layer).__name__}"
+        weight: Tensor | None = layer.weight
+        if weight is None:
+            return f"{name} has no weight"
     return None
 
 
 def _channel_gate(block: Any, prefix: str) -> ChannelGate:
     """Of a block at this path, "" or with a dot at its end."""
-    layers = [name for name, _ in block.named_children()]
-    present = dict(block.named_parameters())
     parameters: dict[str, Any] = {
-        f"{kind}{i}": prefix + path
-        for i, layer in enumerate(layers, 1)
+        f"{kind}{i}": f"{prefix}{name}.{kind}"
+        for i, (name, layer) in enumerate(block.named_children(), 1)
         for kind in ("weight", "bias")
-        if (path := f"{layer}.{kind}") in present
+        if getattr(layer, kind) is not None
     }
     return ChannelGate(
         **parameters,

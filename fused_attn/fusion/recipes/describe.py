@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .recipe import CbamGate, OwnLayers, Recipe, SpatialGate, SplitGate
-from .run import parameter_at, parameter_paths
+from .run import layer_at, parameter_at, parameter_paths
 
 
 def describe(block: nn.Module, recipe: Recipe) -> str:
@@ -35,6 +35,6 @@ def describe(block: nn.Module, recipe: Recipe) -> str:
 
 
 def _describe_spatial(block: nn.Module, recipe: SpatialGate) -> str:
-    size = " x ".join(str(k) for k in block.get_parameter(f"{recipe.layers[0]}.weight").shape[2:])
+    size = " x ".join(str(k) for k in layer_at(block, recipe.layers[0]).weight.shape[2:])
     pools = "mean of both pools" if recipe.merged else " and ".join(recipe.order)
     return f"kernel {size}, {pools}, {recipe.gate}"
