@@ -814,8 +814,5 @@ KINDS |= {
     "reference.SKConv": Kind(lambda: reference.SKConv(C, groups=2)),
     "reference.SplitAttention": Kind(lambda: reference.SplitAttention(C)),
     "reference.EMA": Kind(lambda: reference.EMA(C, factor=2)),
-    "reference.NonLocal": Kind(lambda: reference.NonLocal(C, pool=None)),
-    "reference.PositionAttention": Kind(lambda: reference.PositionAttention(C, reduction=2)),
-    "reference.ChannelSelfAttention": Kind(reference.ChannelSelfAttention),
     "reference.GatherExcite": Kind(lambda: reference.GatherExcite(C)),
 }

@@ -10,7 +10,7 @@ from ... import functional
 from ...codes import FUNCTIONS
 from ...nn.self_attention import channel_self_attention
 from ...reference.channel_gate import excite, gate_alone
-from ...reference.self_attention import weighted_channels
+from ...reference.self_attention import attended_channels
 from .recipe import ChannelGate, SpatialGate
 from .run import layer_at, parameter_at, parameter_paths, split_path
 
@@ -71,7 +71,7 @@ class SelfAttention:
         elif gamma.dtype == x.dtype:
             return channel_self_attention(x, gamma)
         else:
-            y = weighted_channels(x)
+            y = attended_channels(x)
         return torch.addcmul(x, gamma, y)  # in the dtype that the block's own sum has
 
 
