@@ -22,9 +22,14 @@ _PROJECTIONS = {f"{name}_project": f"{name}_conv" for name in ("query", "key", "
 
 def channel_self_attention(x: Tensor, gamma: Tensor) -> Tensor:
     """x + gamma * softmax(-x x^T) x over the channels of x, (B, C, *spatial); gamma: (1,)."""
+    return add_scaled(x, gamma, attended_channels(x))
+
+
+def attended_channels(x: Tensor) -> Tensor:
+    """softmax(-x x^T) x over the channels of x, (B, C, *spatial)."""
     rows = x.flatten(2)
     weights = (-(rows @ rows.transpose(1, 2))).softmax(2)
-    return add_scaled(x, gamma, (weights @ rows).reshape(x.shape))
+    return (weights @ rows).reshape(x.shape)
 
 
 def add_scaled(x: Tensor, gamma: Tensor, y: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def unify(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Ma
 def _unify_scaled(template: Node, node: Node, graph: Graph, match: Match) -> Iterator[Match]:
     """A softmax of products, and one of such that are scaled."""
     terms = node.inputs[0].terms
-    if template.attrs != node.attrs or len(terms) > 1 or len(terms[0][1]) > 1:
+    if template.attrs != node.attrs or [len(factors) for _, factors in terms] != [1]:
         return
     ((scale, ((products, axes),)),) = terms
     if axes == tuple(range(len(axes))) and match.scale == 1:

@@ -198,7 +198,8 @@ def self_attentions(rank: int) -> tuple[Template, ...]:
     ]
     for layers in ((), ("query_conv", "key_conv"), ("",)):
         build = functools.partial(without_bias, reference.PositionAttention, layers, channels=CHANNELS, rank=rank)
-        leaves = sum(1 for _ in build().parameters())
+        with torch.device("meta"):
+            leaves = sum(1 for _ in build().parameters())
         found.append(Template("module", "PositionAttention", build, {}, rank, leaves))
     return tuple(found)
 

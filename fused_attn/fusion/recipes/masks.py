@@ -3,13 +3,14 @@ own layers."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ... import functional
 from ...codes import FUNCTIONS
 from ...nn.self_attention import channel_self_attention
 from ...reference.channel_gate import excite, gate_alone
-from ...reference.self_attention import add_scaled
+from ...reference.self_attention import attended_channels
 from .recipe import ChannelGate, SpatialGate
 from .run import layer_at, parameter_at, parameter_paths, split_path
 
@@ -64,10 +65,14 @@ class SelfAttention:
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
         gamma = parameter_at(block, self.gamma)
         assert gamma is not None
-        if not self.layers:
+        if self.layers:
+            query, key, value = (layer_at(block, path)(x) for path in self.layers)
+            y = functional.position_attention(query, key, value, scale=self.scale)
+        elif gamma.dtype == x.dtype:
             return channel_self_attention(x, gamma)
-        query, key, value = (layer_at(block, path)(x) for path in self.layers)
-        return add_scaled(x, gamma, functional.position_attention(query, key, value, scale=self.scale))
+        else:
+            y = attended_channels(x)
+        return torch.addcmul(x, gamma, y)  # in the dtype that the block's own sum has
 
 
 class Shell:

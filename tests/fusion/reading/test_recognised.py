@@ -11,6 +11,7 @@ from torch import nn
 
 from fused_attn import explain, fuse, unfuse
 from fused_attn.fusion.changing.plan import PLAN
+from fused_attn.fusion.reading import templates
 from fused_attn.fusion.recipes.names import host_class
 from tests.checks import random
 from tests.fusion.reading import pasted_attentions
@@ -99,6 +100,39 @@ def test_a_gamma_put_in_later_counts():
     parameters = {"gamma": torch.full((1,), -1.0, dtype=torch.float64)}
     results = (torch.func.functional_call(b, parameters, (x,)) for b in (fused, block))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", pasted_attentions.BLOCKS)
+def test_attentions_in_mixed_precision(name):
+    """The dtypes of the results are those of the code."""
+    block = pasted_attentions.BLOCKS[name][0]().eval()
+    fused = fuse(copy.deepcopy(block), strict=True)
+    x = like(fused).float()
+    for given in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            actual, expected = fused(given), block(given)
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1)
+
+
+def test_recognising_attentions_draws_no_random_numbers():
+    templates.self_attentions.cache_clear()
+    templates.modules.cache_clear()
+    state = torch.get_rng_state()
+    list(templates.self_attentions(2)), list(templates.modules(2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("block", ["PosAttBlock", "ChaAttBlock"])
+def test_pytorchcv(block):
+    danet = pytest.importorskip("pytorchcv.models.danet", reason="pytorchcv is not installed")
+    plain = getattr(danet, block)(*((32,) if block == "PosAttBlock" else ())).double()
+    with torch.no_grad():
+        plain.scale.alpha.fill_(0.7)
+    fused = fuse(copy.deepcopy(plain), strict=True)
+    assert explain(fused)[0].fused
+    x = random(2, 32, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), plain(x))
 
 
 @pytest.mark.parametrize("cls", [BAM, CoordAtt, SCSE, TripletAttention])
