@@ -32,6 +32,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = (
     *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both", "channel_pool"),
     *("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "axis_pool", "simam"),
+    "context_pool",
     *("select", "select/with", "select/many", "norm_gate"),
 )
 
@@ -49,6 +50,7 @@ MISSING: dict[tuple[str, str], str] = {
             "mixed_scale",
             "channel_pool",
             "axis_pool",
+            "context_pool",
             "simam",
             "select/with",
         )

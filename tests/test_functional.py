@@ -170,7 +170,16 @@ def test_reference_has_the_same_signatures():
     import inspect
 
     names = ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam", "mixed_scale", "simam")
-    for name in (*names, "axis_pool", "axis_pool_with_map", "select", "select_with", "norm_gate"):
+    for name in (
+        *names,
+        "axis_pool",
+        "axis_pool_with_map",
+        "context_pool",
+        "context_pool_with_map",
+        "select",
+        "select_with",
+        "norm_gate",
+    ):
         assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
     for name in nn.__all__:
         assert inspect.signature(getattr(nn, name)) == inspect.signature(getattr(reference, name)), name

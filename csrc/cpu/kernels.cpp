@@ -41,34 +41,38 @@ const TypedKernels<T>& typed() {
 
 }  // namespace
 
-#define FUSED_ATTN_PICK(T)                     \
-    template <>                                \
-    const MapKernels<T>& map_kernels() {       \
-        return typed<T>().map;                 \
-    }                                          \
-    template <>                                \
-    const SpaceKernels<T>& space_kernels() {   \
-        return typed<T>().space;               \
-    }                                          \
-    template <>                                \
-    const SimamKernels<T>& simam_kernels() {   \
-        return typed<T>().simam;               \
-    }                                          \
-    template <>                                \
-    const MixKernels<T>& mix_kernels() {       \
-        return typed<T>().mix;                 \
-    }                                          \
-    template <>                                \
-    const AxisKernels<T>& axis_kernels() {     \
-        return typed<T>().axis;                \
-    }                                          \
-    template <>                                \
-    const SelectKernels<T>& select_kernels() { \
-        return typed<T>().select;              \
-    }                                          \
-    template <>                                \
-    const NormKernels<T>& norm_kernels() {     \
-        return typed<T>().norm;                \
+#define FUSED_ATTN_PICK(T)                       \
+    template <>                                  \
+    const MapKernels<T>& map_kernels() {         \
+        return typed<T>().map;                   \
+    }                                            \
+    template <>                                  \
+    const SpaceKernels<T>& space_kernels() {     \
+        return typed<T>().space;                 \
+    }                                            \
+    template <>                                  \
+    const SimamKernels<T>& simam_kernels() {     \
+        return typed<T>().simam;                 \
+    }                                            \
+    template <>                                  \
+    const MixKernels<T>& mix_kernels() {         \
+        return typed<T>().mix;                   \
+    }                                            \
+    template <>                                  \
+    const AxisKernels<T>& axis_kernels() {       \
+        return typed<T>().axis;                  \
+    }                                            \
+    template <>                                  \
+    const SelectKernels<T>& select_kernels() {   \
+        return typed<T>().select;                \
+    }                                            \
+    template <>                                  \
+    const NormKernels<T>& norm_kernels() {       \
+        return typed<T>().norm;                  \
+    }                                            \
+    template <>                                  \
+    const ContextKernels<T>& context_kernels() { \
+        return typed<T>().context;               \
     }
 
 FUSED_ATTN_PICK(double)

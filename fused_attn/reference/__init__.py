@@ -10,6 +10,7 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
+from .context_pool import context_pool, context_pool_with_map
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
@@ -49,6 +50,8 @@ __all__ = [
     "cbam",
     "channel_gate",
     "channel_pool",
+    "context_pool",
+    "context_pool_with_map",
     "eca_kernel_size",
     "mixed_scale",
     "norm_gate",
