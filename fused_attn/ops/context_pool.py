@@ -6,6 +6,8 @@ and grad_weight = sum(s x). The bias has none: a softmax does not see what all i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from .common import (
 
 def _fake(x, weight, bias):
     dtype = accumulator(x.dtype)
-    descriptor, positions = x.shape[:2], x.shape[2:].numel()
+    descriptor, positions = x.shape[:2], math.prod(x.shape[2:])
     return (
         x.new_empty(descriptor),
         x.new_empty(descriptor, dtype=dtype),
