@@ -14,6 +14,7 @@ from .context_pool import context_pool, context_pool_with_map
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .global_context import GlobalContext
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
 from .scale import scale
@@ -36,6 +37,7 @@ __all__ = [
     "EMA",
     "EffectiveSE",
     "GatherExcite",
+    "GlobalContext",
     "SCSE",
     "SKConv",
     "SelectiveKernel",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class OtherNames(nn.Module):
     """A module that loads checkpoints in which its layers have other names, `other_names[theirs] = ours`.
 
-    Linear weights and those of 1x1 convolutions, equal up to trailing axes of size 1, are taken for each other.
+    Linear weights and those of 1x1 convolutions, equal up to trailing axes of size 1, are taken for each other, and a
+    LayerNorm's over (C, 1, 1) for those over C.
     What is saved has our names and shapes.
     """
 
@@ -34,8 +35,8 @@ class OtherNames(nn.Module):
 
 
 def _trimmed(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without trailing axes of size 1 after the first two."""
+    """The shape without trailing axes of size 1 after the first."""
     shape = tuple(tensor.shape)
-    while len(shape) > 2 and shape[-1] == 1:
+    while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
