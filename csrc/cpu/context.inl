@@ -22,6 +22,8 @@ template <class T, bool kChannelsLast, bool kCentred>
 inline void products(const T* x, const Panel& tile, const Accumulator<T>* factors, const Accumulator<T>* centre,
                      Accumulator<T>* values) {
     using A = Accumulator<T>;
+    // Four rows at a time are short streams, which the processor does not see coming.
+    constexpr int64_t kAhead = 8192 / sizeof(T);
     struct Channel {
         Vec<A> factor, centre;
     };
@@ -34,6 +36,7 @@ inline void products(const T* x, const Panel& tile, const Accumulator<T>* factor
         nothing,
         [=](const Channel& channel, Nothing, int64_t at, int64_t n) {
             Terms<A> terms;
+            if constexpr (kChannelsLast) __builtin_prefetch(x + at + kAhead);
             terms.position = (kCentred ? load_n(x + at, n) - channel.centre : load_n(x + at, n)) * channel.factor;
             return terms;
         },
