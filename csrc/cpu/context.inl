@@ -7,7 +7,8 @@
 template <bool kChannelsLast, class Body>
 inline void tiles(const Panel& panel, Body body) {
     constexpr int64_t kElements = kChannelsLast ? 1 << 14 : 1 << 17, kShortest = kChannelsLast ? 8 : 64;
-    const int64_t step = lesser(1024, greater(kShortest, kElements / greater(1, panel.channels) / 64 * 64));
+    const int64_t step =
+        lesser(1024, greater(kShortest, kElements / greater(1, panel.channels) / kShortest * kShortest));
     Panel tile = panel;
     for (int64_t first = 0; first < panel.positions; first += step) {
         tile.positions = lesser(step, panel.positions - first);
