@@ -16,21 +16,21 @@ from . import maps
 from .maps import CHANNELS_LAST, SIZES, strided_tile_at
 from .passes import inside
 
-TILE, LARGEST_TILE = 4096, 32768
-SECTOR_BYTES = 32  # of a row of an NCHW tile, what is read of memory at a time
-LANE = 32
+WARPS = 8
 BLOCK = 256
 
 
 @triton.jit
-def _offsets(b, first, C, S, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Of a tile's elements, in 64 bits: all channels of a sample may be far apart."""
-    c = tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
+def _tile_at(b, first, C, S, LAYOUT: tl.constexpr, LONG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(64-bit offset of a tile's first element, offsets within the tile); LONG: these have 64 bits, too."""
+    c = tl.arange(0, BLOCK_C)[:, None]
     s = tl.arange(0, BLOCK_S)[None, :]
+    if LONG:
+        c = c.to(tl.int64)
     if LAYOUT == CHANNELS_LAST:
-        return (b * S + first) * C + c + s * C
+        return (b * S + first) * C, c + s * C
     else:
-        return b * C * S + first + c * S + s
+        return b * C * S + first, c * S + s
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _base(peak):
 @triton.jit(do_not_specialize=SIZES)
 def _context(
     x, weight, bias, logits, peaks, totals, sums, c_q, s_q, n_split, blocks,
-    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, LONG: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """NaN among the logits, or infinity, makes the total NaN, and so all that is divided by it."""
@@ -62,7 +62,8 @@ def _context(
     for _ in range(blocks):
         in_s = inside(first, S, BLOCK_S)
         mask = in_c[:, None] & in_s[None, :]
-        value = tl.load(x + _offsets(b, first, C, S, LAYOUT, BLOCK_C, BLOCK_S), mask=mask, other=0.0).to(ACC)
+        at, offsets = _tile_at(b, first, C, S, LAYOUT, LONG, BLOCK_C, BLOCK_S)
+        value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
         logit = tl.sum(value * factor[:, None], axis=0) + shift
         tl.store(logits + b * S + first + tl.arange(0, BLOCK_S), logit, mask=in_s)
         larger = tl.maximum(peak, tl.max(tl.where(in_s, logit, float("-inf")), axis=0))
@@ -109,7 +110,7 @@ def _join(
 def _context_spread(
     grad, x, factors, weight, mean, shares, grad_x, weight_sums, stride_b, stride_c, stride_s,
     c_q, s_q, n_split, blocks,
-    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, LONG: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """With slope a position's share times the sum over the channels of (x - mean) * factor: writes grad_x, which is
@@ -128,32 +129,36 @@ def _context_spread(
         s = first + tl.arange(0, BLOCK_S)
         in_s = inside(first, S, BLOCK_S)
         mask = in_c[:, None] & in_s[None, :]
-        offsets = _offsets(b, first, C, S, LAYOUT, BLOCK_C, BLOCK_S)
-        value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
+        at, offsets = _tile_at(b, first, C, S, LAYOUT, LONG, BLOCK_C, BLOCK_S)
+        value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
         value = tl.where(mask, value - centre[:, None], 0.0)
         share = tl.load(shares + b * S + s, mask=in_s, other=0.0)
         slope = share * tl.sum(value * factor[:, None], axis=0)
         total += tl.sum(value * slope[None, :], axis=1)
         out = share[None, :] * factor[:, None] + slope[None, :] * to_logit[:, None]
         if stride_b is not None:
-            at, strided, _step = strided_tile_at(
+            grad_at, strided, _step = strided_tile_at(
                 b, tl.zeros((), tl.int64), first, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
             )
-            out += tl.load(grad + at + strided, mask=mask, other=0.0).to(ACC)
+            out += tl.load(grad + grad_at + strided, mask=mask, other=0.0).to(ACC)
         elif grad is not None:
-            out += tl.load(grad + offsets, mask=mask, other=0.0).to(ACC)
-        tl.store(grad_x + offsets, out, mask=mask)
+            out += tl.load(grad + at + offsets, mask=mask, other=0.0).to(ACC)
+        tl.store(grad_x + at + offsets, out, mask=mask)
         first += BLOCK_S
     tl.store(weight_sums + row * C + c, total, mask=in_c)
+
+
+def _lane(x: Tensor, plan: maps.Plan) -> int:
+    """Elements of a tile a thread, which stay in registers from the logits to the context: fewer where each has an
+    address of its own, or is summed in eight bytes."""
+    return 16 if plan.lane > maps.LANE_ALONE else 32 // maps.accumulator(x.dtype).itemsize
 
 
 def _plan(x: Tensor) -> tuple[Tensor, maps.Plan]:
     """Tiles of all channels, in programs that share a sample's space."""
     x, plan = maps.dense(x)
     block_c = maps.next_power_of_2(plan.channels)
-    narrowest = 1 if plan.layout == CHANNELS_LAST.value else SECTOR_BYTES // x.element_size()
-    block_s = min(max(narrowest, TILE // block_c), maps.next_power_of_2(plan.space))
-    block_s = max(1, min(block_s, LARGEST_TILE // block_c))
+    block_s = min(max(32 * WARPS * _lane(x, plan) // block_c, 1), maps.next_power_of_2(plan.space))
     s_blocks = triton.cdiv(plan.space, block_s)
     programs = max(maps.PROGRAMS_PER_SM * maps.multiprocessors(x.device) // max(plan.batch, 1), 1)
     blocks = triton.cdiv(s_blocks, min(programs, max(s_blocks, 1)))
@@ -164,8 +169,8 @@ def _plan(x: Tensor) -> tuple[Tensor, maps.Plan]:
 def _arguments(x: Tensor, plan: maps.Plan) -> dict:
     arguments = plan.arguments(x.dtype)
     del arguments["BLOCK_K"], arguments["n_cblk"]
-    warps = plan.block_c * plan.block_s // (32 * LANE)
-    return arguments | {"num_warps": min(max(warps, 1), 16)}
+    warps = min(max(plan.block_c * plan.block_s // (32 * _lane(x, plan)), 1), WARPS)
+    return arguments | {"LONG": plan.channels * plan.space >= 2**31, "num_warps": warps}
 
 
 def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
