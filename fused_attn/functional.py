@@ -460,6 +460,31 @@ def context_pool_with_map(x: Tensor, weight: Tensor, bias: Tensor | None = None)
     return ops.context_pool_with_map(backend, x, weight, bias)
 
 
+def context_gate(x: Tensor, weight: Tensor, bias: Tensor | None, excitation: Excitation) -> Tensor:
+    """x times a gate a channel made of its context: 3 passes over the map, and 5 backward.
+
+    Args:
+        x, weight, bias: as in `context_pool`.
+        excitation: from the context, (B, C) in x's dtype, to the gate, (B, C) or (B, C, 1, ...): any PyTorch code.
+            Autograd goes through it.
+
+    Returns:
+        A map of x's shape, dtype and layout.
+    """
+    backend = _check_context(x, weight, bias)
+
+    def checked_excitation(context: Tensor) -> Tensor:
+        gate = excitation(context)
+        _check_tensor("excitation", gate, x)
+        if gate.shape[:2] != x.shape[:2] or gate.numel() != x.shape[0] * x.shape[1]:
+            raise ValueError(f"excitation: expected it to return {tuple(x.shape[:2])}; got {tuple(gate.shape)}")
+        return gate.flatten(1)
+
+    if backend == "reference":
+        return reference.context_gate(x, weight, bias, checked_excitation)
+    return ops.context_gate(backend, x, weight, bias, checked_excitation)
+
+
 def _statistics_to(keep: Callable[[Tensor, Tensor], None] | None) -> Callable[[Any], None] | None:
     return None if keep is None else lambda results: keep(results[1][0], results[1][1])
 

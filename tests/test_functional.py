@@ -175,6 +175,7 @@ def test_reference_has_the_same_signatures():
         "axis_pool",
         "axis_pool_with_map",
         "context_pool",
+        "context_gate",
         "context_pool_with_map",
         "select",
         "select_with",

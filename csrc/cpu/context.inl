@@ -113,12 +113,12 @@ void softmax_context(A* logits, int64_t n, A peak, A scale) {
 // What is taken off x leaves all sums as they are, for the slopes of all positions add up to 0, and costs them no
 // digits where one position is most of the context.
 template <class T, bool kChannelsLast>
-void spread_context_in(const T* grad, const T* x, const Panel& panel, const Accumulator<T>* factors,
-                       const Accumulator<T>* weight, const Accumulator<T>* shares, const Accumulator<T>* context,
-                       T* grad_x, double* grad_weight) {
+void spread_context_in(const T* grad, const Accumulator<T>* gate, const T* x, const Panel& panel,
+                       const Accumulator<T>* factors, const Accumulator<T>* weight, const Accumulator<T>* shares,
+                       const Accumulator<T>* context, T* grad_x, double* grad_weight) {
     using A = Accumulator<T>;
     struct Channel {
-        Vec<A> factor, weight;
+        Vec<A> factor, weight, gate;
     };
     struct Position {
         Vec<A> share, slope;
@@ -143,21 +143,23 @@ void spread_context_in(const T* grad, const T* x, const Panel& panel, const Accu
     walk_space<kChannelsLast, A>(
         panel,
         [=](int64_t c, int64_t n) {
-            return Channel{numbers<!kChannelsLast>(factors, c, n), numbers<!kChannelsLast>(weight, c, n)};
+            return Channel{numbers<!kChannelsLast>(factors, c, n), numbers<!kChannelsLast>(weight, c, n),
+                           gate ? numbers<!kChannelsLast>(gate, c, n) : splat<A>(1)};
         },
         [=, slope = &slopes[0]](int64_t p, int64_t n) {
             return Position{numbers<kChannelsLast>(shares, p, n), numbers<kChannelsLast>(slope, p, n)};
         },
         [=](const Channel& channel, const Position& here, int64_t at, int64_t n) {
             Vec<A> d = here.share * channel.factor + here.slope * channel.weight;
-            if (grad) d += load_n(grad + at, n);
+            if (grad) d += load_n(grad + at, n) * channel.gate;
             store_n(d, grad_x + at, n);
         });
 }
 
 template <class T>
-void spread_context(const T* grad, const T* x, Panel panel, const Accumulator<T>* factors, const Accumulator<T>* weight,
-                    const Accumulator<T>* shares, const Accumulator<T>* context, T* grad_x, double* grad_weight) {
+void spread_context(const T* grad, const Accumulator<T>* gate, const T* x, Panel panel, const Accumulator<T>* factors,
+                    const Accumulator<T>* weight, const Accumulator<T>* shares, const Accumulator<T>* context,
+                    T* grad_x, double* grad_weight) {
     auto run = panel.channels_last ? spread_context_in<T, true> : spread_context_in<T, false>;
-    run(grad, x, panel, factors, weight, shares, context, grad_x, grad_weight);
+    run(grad, gate, x, panel, factors, weight, shares, context, grad_x, grad_weight);
 }

@@ -62,10 +62,10 @@ std::tuple<Tensor, Tensor, Tensor> context_pool(const Tensor& x_in, const Tensor
     });
 }
 
-std::tuple<Tensor, Tensor, Tensor> context_pool_backward(const OptionalTensor& grad, const Tensor& grad_context,
-                                                         const Tensor& x_in, const Tensor& weight,
-                                                         const OptionalTensor& bias, const Tensor& mean,
-                                                         const Tensor& shares) {
+std::tuple<Tensor, Tensor, Tensor> context_pool_backward(const OptionalTensor& grad, const OptionalTensor& gate,
+                                                         const Tensor& grad_context, const Tensor& x_in,
+                                                         const Tensor& weight, const OptionalTensor& bias,
+                                                         const Tensor& mean, const Tensor& shares) {
     return dispatch(x_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
@@ -75,13 +75,13 @@ std::tuple<Tensor, Tensor, Tensor> context_pool_backward(const OptionalTensor& g
         const T* const grad_map = grad ? static_cast<const T*>(grad_dense.data_ptr()) : nullptr;
         Tensor grad_x = empty_map<T>(x_dense);
         T* const out = static_cast<T*>(grad_x.data_ptr());
-        const Values<A> factors(grad_context), weights(weight), means(mean), parts(shares);
+        const Values<A> factors(grad_context), weights(weight), means(mean), parts(shares), gates(gate);
         const int64_t pieces = space_pieces(x), channels = x.channels;
         ChannelSums grad_weight(x.batch, pieces, channels);
         parallel(x.batch * pieces, x.batch * x.sample_size(), [&](int64_t unit) {
             const int64_t b = unit / pieces, piece = unit % pieces, at = x.space_offset(b, piece, pieces);
-            context_kernels<T>().spread(from(grad_map, at), x.data + at, x.space(piece, pieces),
-                                        factors.data() + b * channels, weights.data(),
+            context_kernels<T>().spread(from(grad_map, at), from(gates.data(), b * channels), x.data + at,
+                                        x.space(piece, pieces), factors.data() + b * channels, weights.data(),
                                         parts.data() + b * x.positions + x.first_position(piece, pieces),
                                         means.data() + b * channels, out + at, grad_weight.piece(b, piece));
         });

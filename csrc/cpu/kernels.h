@@ -255,9 +255,9 @@ struct ContextKernels {
     // logits = exp(logits - peak) * scale
     void (*softmax)(A* logits, int64_t n, A peak, A scale);
     // With slope = shares[p] * (sum over the channels of (x - context[c]) * factors[c]): grad_weight[c] += sum of slope
-    // * (x - context[c]), reading x twice likewise, and then grad_x = grad + shares[p] * factors[c] + slope * weight[c]
-    // (grad null: without it)
-    void (*spread)(const T* grad, const T* x, Panel, const A* factors, const A* weight, const A* shares,
+    // * (x - context[c]), reading x twice likewise, and then grad_x = grad * gate[c] + shares[p] * factors[c] + slope *
+    // weight[c] (gate null: 1; grad null: without it)
+    void (*spread)(const T* grad, const A* gate, const T* x, Panel, const A* factors, const A* weight, const A* shares,
                    const A* context, T* grad_x, double* grad_weight);
 };
 

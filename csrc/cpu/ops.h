@@ -36,10 +36,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_backward(const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor> context_pool(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
-std::tuple<Tensor, Tensor, Tensor> context_pool_backward(const OptionalTensor& grad, const Tensor& grad_context,
-                                                         const Tensor& x, const Tensor& weight,
-                                                         const OptionalTensor& bias, const Tensor& mean,
-                                                         const Tensor& shares);
+std::tuple<Tensor, Tensor, Tensor> context_pool_backward(const OptionalTensor& grad, const OptionalTensor& gate,
+                                                         const Tensor& grad_context, const Tensor& x,
+                                                         const Tensor& weight, const OptionalTensor& bias,
+                                                         const Tensor& mean, const Tensor& shares);
 
 Tensor mixed_scale(const Tensor& x, const OptionalTensor& channel, const OptionalTensor& spatial,
                    const OptionalTensor& rows, const OptionalTensor& columns, int64_t combine);

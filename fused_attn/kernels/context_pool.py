@@ -108,13 +108,13 @@ def _join(
 
 @triton.jit(do_not_specialize=SIZES)
 def _context_spread(
-    grad, x, factors, weight, mean, shares, grad_x, weight_sums, stride_b, stride_c, stride_s,
+    grad, gate, x, factors, weight, mean, shares, grad_x, weight_sums, stride_b, stride_c, stride_s,
     c_q, s_q, n_split, blocks,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, LONG: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """With slope a position's share times the sum over the channels of (x - mean) * factor: writes grad_x, which is
-    grad + share * factor + slope * weight, and leaves each program's sums of slope * (x - mean)."""
+    grad * gate + share * factor + slope * weight, and leaves each program's sums of slope * (x - mean)."""
     C, S = c_q * CV, s_q * SV
     row = tl.program_id(0).to(tl.int64)
     b, split = row // n_split, row % n_split
@@ -136,13 +136,17 @@ def _context_spread(
         slope = share * tl.sum(value * factor[:, None], axis=0)
         total += tl.sum(value * slope[None, :], axis=1)
         out = share[None, :] * factor[:, None] + slope[None, :] * to_logit[:, None]
-        if stride_b is not None:
-            grad_at, strided, _step = strided_tile_at(
-                b, tl.zeros((), tl.int64), first, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
-            )
-            out += tl.load(grad + grad_at + strided, mask=mask, other=0.0).to(ACC)
-        elif grad is not None:
-            out += tl.load(grad + at + offsets, mask=mask, other=0.0).to(ACC)
+        if grad is not None:
+            if stride_b is not None:
+                grad_at, strided, _step = strided_tile_at(
+                    b, tl.zeros((), tl.int64), first, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+                )
+                dy = tl.load(grad + grad_at + strided, mask=mask, other=0.0).to(ACC)
+            else:
+                dy = tl.load(grad + at + offsets, mask=mask, other=0.0).to(ACC)
+            if gate is not None:
+                dy *= tl.load(gate + b * C + c, mask=in_c, other=0.0).to(ACC)[:, None]
+            out += dy
         tl.store(grad_x + at + offsets, out, mask=mask)
         first += BLOCK_S
     tl.store(weight_sums + row * C + c, total, mask=in_c)
@@ -205,6 +209,7 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 def context_pool_backward(
     grad: Tensor | None,
+    gate: Tensor | None,
     grad_context: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -223,6 +228,7 @@ def context_pool_backward(
         shares=shares,
         grad_x=grad_x,
         weight_sums=weight_sums,
+        gate=maps.row(gate),
         **given,
         **strides,
         **_arguments(x, plan),

@@ -39,6 +39,7 @@ class GlobalContext(reference.GlobalContext):
     (fuse="scale", ratio=1 / 8, divisor=1, eps=1e-6).
     """
 
+    _context_gate = staticmethod(functional.context_gate)
     _context_pool = staticmethod(functional.context_pool_with_map)
     _squeeze = staticmethod(functional.squeeze)
     _scale = staticmethod(functional.scale)

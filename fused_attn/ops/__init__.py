@@ -4,7 +4,7 @@ from .axis_pool import axis_pool
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
-from .context_pool import context_pool, context_pool_with_map
+from .context_pool import context_gate, context_pool, context_pool_with_map
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
 from .scale import scale
@@ -20,6 +20,7 @@ __all__ = [
     "cbam",
     "channel_gate",
     "channel_pool",
+    "context_gate",
     "context_pool",
     "context_pool_with_map",
     "mixed_scale",

@@ -10,7 +10,7 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
-from .context_pool import context_pool, context_pool_with_map
+from .context_pool import context_gate, context_pool, context_pool_with_map
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
@@ -52,6 +52,7 @@ __all__ = [
     "cbam",
     "channel_gate",
     "channel_pool",
+    "context_gate",
     "context_pool",
     "context_pool_with_map",
     "eca_kernel_size",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .scale import scale
+from .squeeze import Excitation
+
 
 def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `fused_attn.functional.context_pool`."""
@@ -17,3 +20,8 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def context_pool_with_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `fused_attn.functional.context_pool_with_map`."""
     return x, context_pool(x, weight, bias)
+
+
+def context_gate(x: Tensor, weight: Tensor, bias: Tensor | None, excitation: Excitation) -> Tensor:
+    """See `fused_attn.functional.context_gate`."""
+    return scale(x, excitation(context_pool(x, weight, bias)).flatten(1))

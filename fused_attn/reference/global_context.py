@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..codes import ACTIVATIONS, FUNCTIONS, code
 from .block_attention import check_channels
 from .checkpoints import OtherNames
-from .context_pool import context_pool_with_map
+from .context_pool import context_gate, context_pool_with_map
 from .scale import scale
 from .squeeze import per_channel, squeeze
 from .squeeze_excite import finite, positive_int
@@ -37,6 +37,7 @@ class GlobalContext(OtherNames):
     }
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
+    _context_gate = staticmethod(context_gate)
     _context_pool = staticmethod(context_pool_with_map)
     _squeeze = staticmethod(squeeze)
     _scale = staticmethod(scale)
@@ -79,20 +80,24 @@ class GlobalContext(OtherNames):
     def extra_repr(self) -> str:
         return f"{self.channels}, fuse={self.fuse!r}, pooling={self.pooling!r}"
 
-    def _transformed(self, mlp: nn.ModuleDict, context: Tensor) -> Tensor:
-        hidden = mlp["norm"](_dense(mlp["fc1"], context))  # type: ignore[arg-type]
-        return _dense(mlp["fc2"], FUNCTIONS[self.activation](hidden))  # type: ignore[arg-type]
+    def _transformed(self, mlp: Any, context: Tensor) -> Tensor:
+        hidden = mlp["norm"](_dense(mlp["fc1"], context))
+        return _dense(mlp["fc2"], FUNCTIONS[self.activation](hidden))
+
+    def _gates(self, context: Tensor) -> Tensor:
+        return FUNCTIONS[self.gate](self._transformed(self.mlp_scale, context))
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self.channels, x)
+        attention = self.conv_attn
+        if attention is not None and self.mlp_add is None:
+            return self._context_gate(x, attention.weight, attention.bias, self._gates)
         context: Any
-        if self.conv_attn is None:
+        if attention is None:
             context = self._squeeze(x)
         else:
-            x, context = self._context_pool(x, self.conv_attn.weight, self.conv_attn.bias)
-        y = x
-        if self.mlp_scale is not None:
-            y = self._scale(y, FUNCTIONS[self.gate](self._transformed(self.mlp_scale, context)))
+            x, context = self._context_pool(x, attention.weight, attention.bias)
+        y = x if self.mlp_scale is None else self._scale(x, self._gates(context))
         if self.mlp_add is not None:
             y = y + per_channel(self._transformed(self.mlp_add, context), x).to(x.dtype)
         return y

@@ -179,8 +179,8 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         simam.simam_backward(grad, x, numbers)
         to_logit, shift = make(1, channels, 1, 1), make(1) if case.affine else None
         context, *kept_context = context_pool.context_pool(x, to_logit, shift)
-        for of_map in (grad, None):
-            context_pool.context_pool_backward(of_map, context, x, to_logit, shift, *kept_context)
+        for of_map, of_gate in ((grad, context), (grad, None), (None, None)):
+            context_pool.context_pool_backward(of_map, of_gate, context, x, to_logit, shift, *kept_context)
         moments, of_norm = norm_gate.moments(x), (make(channels), make(channels)) if case.affine else (None, None)
         norm, _, descriptor = norm_gate.norm_coefficients(x, moments, *of_norm, 1e-5, not case.affine)
         rows = x.new_empty((4, case.shape[0], channels), dtype=maps.accumulator(x.dtype))

@@ -56,6 +56,15 @@ def test_gradients_of_any_strides(layout, strides):
     of_context.check(in_layout(random(*shape), layout), grad_map=strided(random(*shape, seed=3))[strides])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate(dtype, layout):
+    of_context.check_gate(in_layout(random(2, 12, 6, 7, dtype=dtype), layout))
+    of_context.check_gate(
+        in_layout(random(2, 12, 6, 7, dtype=dtype), layout), strided(random(2, 12, 6, 7, seed=3, dtype=dtype))["sliced"]
+    )
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 3, 0, 4)], ids=str)
 def test_empty(shape):
     of_context.test_empty(shape)

@@ -217,6 +217,19 @@ def test_context_pool(traffic, layout):
     assert traffic.passes() == [("_context_spread", {"read grad": 1, "read x": 1, "write grad_x": 1})]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_context_gate(traffic, layout):
+    """3 + 5 passes; eager makes 20."""
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    y = functional.context_gate(x, random(1, SHAPE[1]), None, torch.sigmoid)
+    assert traffic.passes() == [("_context", {"read x": 1}), ("_join", {}), ("_scale", {"read x": 1, "write y": 1})]
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    (dot, reads), spread = (p for p in traffic.passes() if p[0] != "_finish")
+    assert dot == "_dot_branches" and sum(reads.values()) == 2
+    assert spread == ("_context_spread", {"read grad": 1, "read x": 1, "write grad_x": 1})
+
+
 def context_added(x):
     y, context = functional.context_pool_with_map(x, random(1, SHAPE[1]))
     return y + context[:, :, None, None]

@@ -37,6 +37,22 @@ def with_map(module, used=(True, True)):
     return function
 
 
+def gated(module):
+    """A gate of the context, a layer of which has parameters; its mean comes in too, as what else is made of it."""
+
+    def function(x, weight, bias, layer):
+        return module.context_gate(x, weight, bias, lambda context: (context @ layer + context.mean()).sigmoid())
+
+    return function
+
+
+def check_gate(x: Tensor, grad: Tensor | None = None) -> None:
+    grad = random(*x.shape, seed=8, dtype=x.dtype) if grad is None else grad
+    channels = x.shape[1]
+    layer = random(channels, channels, seed=3, dtype=x.dtype, scale=channels**-0.5)
+    assert_equivalent(gated(functional), gated(reference), {**inputs_of(x), "layer": layer}, [grad])
+
+
 def check(x: Tensor, grad: Tensor | None = None, grad_map: Tensor | None = None, **options) -> None:
     """The context by itself, and with the map."""
     grad = random(*x.shape[:2], seed=9, dtype=x.dtype) if grad is None else grad
@@ -51,6 +67,65 @@ def check(x: Tensor, grad: Tensor | None = None, grad_map: Tensor | None = None,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_dtypes_layouts(shape, dtype, layout):
     check(in_layout(random(*shape, dtype=dtype), layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:9], ids=str)
+def test_gate(shape, dtype, layout):
+    check_gate(in_layout(random(*shape, dtype=dtype), layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("of", ["x", "grad"])
+def test_strides_around_a_gate(of, strides, layout):
+    x, grad = (in_layout(random(2, 12, 6, 7, seed=s), layout) for s in (0, 1))
+    other = strided(random(2, 12, 6, 7, seed=3))[strides]
+    if of == "grad":
+        check_gate(x, other)
+    elif strides != "expanded over space":  # of which the weight has no gradient
+        check_gate(other, grad)
+
+
+def test_a_gate_that_does_not_depend_on_the_context():
+    x, weight = random(2, 6, 5, 4).requires_grad_(), random(1, 6).requires_grad_()
+    gate = random(2, 6, seed=3).requires_grad_()
+    y = functional.context_gate(x, weight, None, lambda _: gate)
+    found = torch.autograd.grad(y.square().sum(), [x, gate, weight])
+    expected = torch.autograd.grad((x * gate[..., None, None]).square().sum(), [x, gate])
+    torch.testing.assert_close(found[:2], expected)
+    assert not found[2].any()
+
+
+def test_a_gate_of_a_frozen_map():
+    """The excitation alone learns."""
+    x, weight, layer = random(2, 6, 5, 4), random(1, 6), random(6, 6, seed=3).requires_grad_()
+    grads = [
+        torch.autograd.grad(gated(m)(x, weight, None, layer).square().sum(), layer)[0] for m in (functional, reference)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_maps_around_a_gate():
+    """Backward keeps x, once, and writes one map."""
+    x, saved = random(2, 64, 28, 28).requires_grad_(), {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        functional.context_gate(x, random(1, 64), None, torch.sigmoid)
+    assert sum(saved.values()) < 1.1 * x.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck_and_double_backward_through_a_gate(layout):
+    inputs = inputs_of(in_layout(random(1, 3, 2, 3, dtype=torch.float64), layout))
+    inputs["layer"] = random(3, 3, seed=3, dtype=torch.float64)
+    gradcheck(gated(functional), inputs)
+    gradcheck(gated(functional), inputs, twice=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -235,8 +310,8 @@ def test_opcheck():
         inputs = tuple(inputs_of(values).values())
         torch.library.opcheck(FORWARD[backend], inputs)
         context, mean, shares = FORWARD[backend](*inputs)
-        torch.library.opcheck(BACKWARD[backend], (x, context, *inputs, mean, shares))
-        torch.library.opcheck(BACKWARD[backend], (None, context, *inputs[:2], None, mean, shares))
+        torch.library.opcheck(BACKWARD[backend], (x, mean, context, *inputs, mean, shares))
+        torch.library.opcheck(BACKWARD[backend], (None, None, context, *inputs[:2], None, mean, shares))
 
 
 @pytest.mark.slow  # a compilation
@@ -288,6 +363,10 @@ ERRORS = {
     "weight: expected x's dtype, torch.float32 (or autocast); got torch.float64": lambda x: functional.context_pool(
         x, random(1, 2, dtype=torch.float64)
     ),
+    "excitation: expected it to return (1, 2); got (1, 3)": lambda x: functional.context_gate(
+        x, random(1, 2), None, lambda _: random(1, 3)
+    ),
+    "excitation: expected a tensor; got int": lambda x: functional.context_gate(x, random(1, 2), None, lambda _: 1),
     "x: expected (B, C, *spatial) with one to three spatial axes; got shape (3, 4)": lambda x: functional.context_pool(
         random(3, 4), random(1, 4)
     ),

@@ -226,15 +226,19 @@ def coordinate_attention(block: Any) -> Recipe | str:
 
 def _global_context(block: Any, x: Tensor) -> Tensor:
     conv = block.conv_attn
+
+    def gates(context: Tensor) -> Tensor:
+        return block.gate(block.mlp_scale(context[:, :, None, None]))
+
+    if conv is not None and block.mlp_scale is not None and block.mlp_add is None:
+        return functional.context_gate(x, conv.weight, conv.bias, gates)
     context: Any
     if conv is None:
         context = functional.squeeze(x)
     else:
         x, context = functional.context_pool_with_map(x, conv.weight, conv.bias)
-    context, y = context[:, :, None, None], x
-    if block.mlp_scale is not None:
-        y = functional.scale(y, block.gate(block.mlp_scale(context)))
-    return y if block.mlp_add is None else y + block.mlp_add(context)
+    y = x if block.mlp_scale is None else functional.scale(x, gates(context))
+    return y if block.mlp_add is None else y + block.mlp_add(context[:, :, None, None])
 
 
 @register("timm.layers.global_context.GlobalContext")
