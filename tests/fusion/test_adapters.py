@@ -160,6 +160,7 @@ BLOCKS = {
     "reference SelectiveKernel": (lambda: reference.SelectiveKernel(C), 2, OwnLayers),
     "reference SplitAttention": (lambda: reference.SplitAttention(C, groups=2), 2, OwnLayers),
     "reference GlobalContext": (lambda: reference.GlobalContext(C, fuse="both"), 2, OwnLayers),
+    "reference GlobalContext, scale": (lambda: reference.GlobalContext(C, fuse="scale"), 3, OwnLayers),
     "reference GlobalContext, mean": (lambda: reference.GlobalContext(C, fuse="scale", pooling="avg"), 3, OwnLayers),
     "reference TripletAttention": (lambda: reference.TripletAttention(), 2, OwnLayers),
     "reference TripletAttention, no spatial": (

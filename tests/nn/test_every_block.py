@@ -28,6 +28,7 @@ BLOCKS: dict[str, Callable] = {
     "EffectiveSE": lambda m: m.EffectiveSE(8, gate="sigmoid"),  # eager has no second derivative of its default
     "GatherExcite": lambda m: m.GatherExcite(8, pool="avgmax"),
     "GlobalContext": lambda m: m.GlobalContext(8, ratio=1 / 2),
+    "GlobalContext scale": lambda m: m.GlobalContext(8, fuse="scale", ratio=1 / 2),
     "GlobalContext both": lambda m: m.GlobalContext(8, fuse="both", ratio=1 / 2),
     "SCSE": lambda m: m.SCSE(8, reduction=2),
     "SCSE max": lambda m: m.SCSE(8, reduction=2, combine="max"),

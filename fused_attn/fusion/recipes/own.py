@@ -14,7 +14,7 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.BAM: (("mixed_scale", "squeeze"), None),
     reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
     reference.EMA: (("scale/space",), 4),
-    reference.GlobalContext: (("context_pool", "scale", "select/with"), None),
+    reference.GlobalContext: (("context_pool", "scale"), None),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
     reference.SKConv: (("select", "select/with"), 4),
     reference.SelectiveKernel: (("select", "select/with"), 4),
