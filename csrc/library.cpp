@@ -19,6 +19,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("spatial_logits_backward.cpu", TORCH_BOX(&fused_attn::cpu::spatial_logits_backward));
     m.impl("channel_pool.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool));
     m.impl("channel_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::channel_pool_backward));
+    m.impl("context_pool.cpu", TORCH_BOX(&fused_attn::cpu::context_pool));
+    m.impl("context_pool_backward.cpu", TORCH_BOX(&fused_attn::cpu::context_pool_backward));
     m.impl("simam.cpu", TORCH_BOX(&fused_attn::cpu::simam));
     m.impl("simam_backward.cpu", TORCH_BOX(&fused_attn::cpu::simam_backward));
     m.impl("moments.cpu", TORCH_BOX(&fused_attn::cpu::moments));

@@ -33,6 +33,7 @@ OPS = (
     *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both", "channel_pool"),
     *("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "axis_pool", "simam"),
     "position_attention",
+    "context_pool",
     *("select", "select/with", "select/many", "norm_gate"),
 )
 
@@ -51,6 +52,7 @@ MISSING: dict[tuple[str, str], str] = {
             "channel_pool",
             "axis_pool",
             "position_attention",
+            "context_pool",
             "simam",
             "select/with",
         )

@@ -427,6 +427,64 @@ def channel_pool(
     return ops.channel_pool(backend, x, weight, bias, *codes)
 
 
+def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The context of a map, one read of it: its mean over space, each position weighted by a softmax over all of them.
+
+    The logits are a 1x1 convolution to one channel, sum(weight * x) + bias over the channels. Backward keeps x, a
+    number a position and (B, C), and reads x once more.
+
+    Args:
+        x: (B, C, *spatial).
+        weight: (1, C). Trailing axes of size 1, as a 1x1 convolution has them, are allowed.
+        bias: (1,). The softmax does not see it, and its gradient is 0.
+
+    Returns:
+        (B, C) in x's dtype; zeros where there is no position.
+
+    Equivalent to `x.flatten(2) @ conv(x, weight, bias).flatten(2).softmax(2).transpose(1, 2)`.
+
+    Source: GCNet, arXiv:1904.11492.
+    """
+    backend = _check_context(x, weight, bias)
+    if backend == "reference":
+        return reference.context_pool(x, weight, bias)
+    return ops.context_pool(backend, x, weight, bias)
+
+
+def context_pool_with_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(x, its context as from `context_pool`): a block that goes on from this x, as one that scales the map by a gate
+    made of its context, has the gradients of both added up in one pass."""
+    backend = _check_context(x, weight, bias)
+    if backend == "reference":
+        return reference.context_pool_with_map(x, weight, bias)
+    return ops.context_pool_with_map(backend, x, weight, bias)
+
+
+def context_gate(x: Tensor, weight: Tensor, bias: Tensor | None, excitation: Excitation) -> Tensor:
+    """x times a gate a channel made of its context: 3 passes over the map, and 5 backward.
+
+    Args:
+        x, weight, bias: as in `context_pool`.
+        excitation: from the context, (B, C) in x's dtype, to the gate, (B, C) or (B, C, 1, ...): any PyTorch code.
+            Autograd goes through it.
+
+    Returns:
+        A map of x's shape, dtype and layout.
+    """
+    backend = _check_context(x, weight, bias)
+
+    def checked_excitation(context: Tensor) -> Tensor:
+        gate = excitation(context)
+        _check_tensor("excitation", gate, x)
+        if gate.shape[:2] != x.shape[:2] or gate.numel() != x.shape[0] * x.shape[1]:
+            raise ValueError(f"excitation: expected it to return {tuple(x.shape[:2])}; got {tuple(gate.shape)}")
+        return gate.flatten(1)
+
+    if backend == "reference":
+        return reference.context_gate(x, weight, bias, checked_excitation)
+    return ops.context_gate(backend, x, weight, bias, checked_excitation)
+
+
 def _statistics_to(keep: Callable[[Tensor, Tensor], None] | None) -> Callable[[Any], None] | None:
     return None if keep is None else lambda results: keep(results[1][0], results[1][1])
 
@@ -939,6 +997,15 @@ def _check_parameter(argument: str, tensor: Tensor, shape: tuple[int, ...], x: T
         raise ValueError(f"{argument}: expected shape {shape}; got {tuple(found)}")
     if tensor.dtype != x.dtype and not autocast:
         raise TypeError(f"{argument}: expected x's dtype, {x.dtype} (or autocast); got {tensor.dtype}")
+
+
+def _check_context(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """The backend of a context pool."""
+    autocast = _check_map(x)
+    _check_parameter("weight", weight, (1, x.shape[1]), x, autocast)
+    if bias is not None:
+        _check_parameter("bias", bias, (1,), x, autocast)
+    return _choose("context_pool", x, weight, bias)
 
 
 def _check_affine(x: Tensor, affine: Affine | None, autocast: bool) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -30,10 +30,13 @@ NOT = "any_shape or gradcheck or opcheck or compiles or one_graph or torch.float
 CHOSEN = {"avx2": f"{ENDS} or {EDGES}", "baseline": EDGES}
 #: run -> the ops
 RUNS = {
-    "avx2: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam"),
+    "avx2: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam", "context_pool"),
     "avx2: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool"),
     "avx2: mixtures": ("mixed_scale", "select"),
-    "baseline": ("channel_gate", "norm_gate", "simam", "spatial_gate", "cbam", "axis_pool", "mixed_scale", "select"),
+    "baseline": (
+        *("channel_gate", "norm_gate", "simam", "context_pool", "spatial_gate", "cbam", "axis_pool", "mixed_scale"),
+        "select",
+    ),
 }
 
 

@@ -73,6 +73,10 @@ const TypedKernels<T>& typed() {
     template <>                                      \
     const AttentionKernels<T>& attention_kernels() { \
         return typed<T>().attention;                 \
+    }                                                \
+    template <>                                      \
+    const ContextKernels<T>& context_kernels() {     \
+        return typed<T>().context;                   \
     }
 
 FUSED_ATTN_PICK(double)

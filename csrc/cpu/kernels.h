@@ -267,6 +267,29 @@ struct AttentionKernels {
     void (*write)(const A* panel, const A* factors, int64_t rows, int64_t lanes, T* out, int64_t row, int64_t lane);
 };
 
+// The mean of a map over a panel's positions, weighted by exp(logit - peak): of largest logit, sum of weights and sums
+// a channel.
+template <class A>
+struct Context {
+    A peak;
+    double total;
+    double* sums;
+};
+template <class T>
+struct ContextKernels {
+    using A = Accumulator<T>;
+    // logits[p] = the sum over the channels of x * weight[c], + bias; reads x twice, the second time from cache. The
+    // context's sums are set, not added to.
+    void (*pool)(const T* x, Panel, const A* weight, A bias, A* logits, Context<A>& context);
+    // logits = exp(logits - peak) * scale
+    void (*softmax)(A* logits, int64_t n, A peak, A scale);
+    // With slope = shares[p] * (sum over the channels of (x - context[c]) * factors[c]): grad_weight[c] += sum of slope
+    // * (x - context[c]), reading x twice likewise, and then grad_x = grad * gate[c] + shares[p] * factors[c] + slope *
+    // weight[c] (gate null: 1; grad null: without it)
+    void (*spread)(const T* grad, const A* gate, const T* x, Panel, const A* factors, const A* weight, const A* shares,
+                   const A* context, T* grad_x, double* grad_weight);
+};
+
 // The excitation: dense layers on a few samples at a time, so that a weight is read once for all of them.
 template <class A>
 struct DenseKernels {
@@ -301,6 +324,8 @@ template <class T>
 const NormKernels<T>& norm_kernels();
 template <class T>
 const AttentionKernels<T>& attention_kernels();
+template <class T>
+const ContextKernels<T>& context_kernels();
 template <class A>
 const DenseKernels<A>& dense_kernels();
 const char* instruction_set();

@@ -549,15 +549,6 @@ void spread(const T* grad, const T* x, Panel panel, Prologue<Accumulator<T>> pro
     }
 }
 
-#include "attention.inl"
-#include "norm.inl"
-#include "select.inl"
-#include "simam.inl"
-#include "space.inl"
-
-#include "axes.inl"  // needs what space.inl has
-#include "mix.inl"
-
 template <class A, class F>
 inline void map_values(int64_t n, A* out, F f) {
     constexpr int64_t lanes = kLanes<A>;
@@ -565,6 +556,16 @@ inline void map_values(int64_t n, A* out, F f) {
     for (; i + lanes <= n; i += lanes) store_n(f(i, lanes), out + i, lanes);
     if (i < n) store_n(f(i, n - i), out + i, n - i);
 }
+
+#include "attention.inl"
+#include "norm.inl"
+#include "select.inl"
+#include "simam.inl"
+#include "space.inl"
+
+#include "axes.inl"  // needs what space.inl has
+#include "context.inl"
+#include "mix.inl"
 
 template <class A>
 void activate_values(const A* in, int64_t n, int activation, A* out) {
@@ -677,6 +678,8 @@ template <class T>
 constexpr AxisKernels<T> kAxisKernels{pool_axes<T>, spread_axes<T>};
 template <class T>
 constexpr SelectKernels<T> kSelectKernels{pool_branches<T>, sum_branches<T>, dot_branches<T>, spread_branches<T>};
+template <class T>
+constexpr ContextKernels<T> kContextKernels{pool_context<T>, softmax_context<Accumulator<T>>, spread_context<T>};
 template <class A>
 constexpr TapKernels<A> kTapKernels{correlate_taps<A>, tap_grad<A>};
 template <class A>

@@ -34,6 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_backward(const Tensor& 
                                                                   const OptionalTensor& residual,
                                                                   int64_t pre_activation, int64_t post_activation);
 
+std::tuple<Tensor, Tensor, Tensor> context_pool(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+
+std::tuple<Tensor, Tensor, Tensor> context_pool_backward(const OptionalTensor& grad, const OptionalTensor& gate,
+                                                         const Tensor& grad_context, const Tensor& x,
+                                                         const Tensor& weight, const OptionalTensor& bias,
+                                                         const Tensor& mean, const Tensor& shares);
+
 Tensor mixed_scale(const Tensor& x, const OptionalTensor& channel, const OptionalTensor& spatial,
                    const OptionalTensor& rows, const OptionalTensor& columns, int64_t combine);
 

@@ -16,6 +16,7 @@ struct TypedKernels {
     AxisKernels<T> axis;
     SelectKernels<T> select;
     AttentionKernels<T> attention;
+    ContextKernels<T> context;
 };
 
 // Maps of float64 are bound by memory, and are for checking: they have one build, the baseline's.
@@ -39,9 +40,9 @@ extern const KernelTable kTable;
 
 }  // namespace fused_attn::cpu
 
-#define FUSED_ATTN_TYPED_KERNELS(T)                                        \
-    {kMapKernels<T>, kSpaceKernels<T>, kSimamKernels<T>,  kNormKernels<T>, \
-     kMixKernels<T>, kAxisKernels<T>,  kSelectKernels<T>, kAttentionKernels<T>}
+#define FUSED_ATTN_TYPED_KERNELS(T)                                                               \
+    {kMapKernels<T>,  kSpaceKernels<T>,  kSimamKernels<T>,     kNormKernels<T>,   kMixKernels<T>, \
+     kAxisKernels<T>, kSelectKernels<T>, kAttentionKernels<T>, kContextKernels<T>}
 
 #define FUSED_ATTN_KERNEL_TABLE(isa)                                     \
     constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{ \

@@ -129,6 +129,7 @@ BLOCKS: dict[str, Block] = {
     # What ends every block of a plain ResNet, and of one whose attention stands elsewhere.
     "norm-add-relu": Block(lambda m, c: Tail(m, c, "identity", "relu", gated=False), (4, 10), residual=True),
     "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
+    "global-context": Block(lambda m, c: m.GlobalContext(c, fuse="scale", ratio=1 / 8), (3, 8)),
     "select": Block(lambda m, c: Selection(m, c, batch_norm=False), (5, 11), residual=True),
     # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.
     "sk": Block(lambda m, c: Selection(m, c), (11, 29), residual=True),

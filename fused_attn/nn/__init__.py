@@ -5,6 +5,7 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .global_context import GlobalContext
 from .non_local import NonLocal
 from .scse import SCSE
 from .selective_kernel import SelectiveKernel, SKConv
@@ -28,6 +29,7 @@ __all__ = [
     "NonLocal",
     "PositionAttention",
     "SelfAttention2d",
+    "GlobalContext",
     "SimAM",
     "SCSE",
     "SKConv",

@@ -4,6 +4,7 @@ from .axis_pool import axis_pool
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
+from .context_pool import context_gate, context_pool, context_pool_with_map
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
 from .position_attention import position_attention
@@ -20,6 +21,9 @@ __all__ = [
     "cbam",
     "channel_gate",
     "channel_pool",
+    "context_gate",
+    "context_pool",
+    "context_pool_with_map",
     "mixed_scale",
     "norm_gate",
     "position_attention",

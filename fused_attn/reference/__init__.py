@@ -10,9 +10,11 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
+from .context_pool import context_gate, context_pool, context_pool_with_map
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .global_context import GlobalContext
 from .mixed_scale import mixed_scale
 from .non_local import NonLocal
 from .norm_gate import norm_gate
@@ -42,6 +44,7 @@ __all__ = [
     "GatherExcite",
     "NonLocal",
     "PositionAttention",
+    "GlobalContext",
     "SCSE",
     "SKConv",
     "SelectiveKernel",
@@ -57,6 +60,9 @@ __all__ = [
     "cbam",
     "channel_gate",
     "channel_pool",
+    "context_gate",
+    "context_pool",
+    "context_pool_with_map",
     "eca_kernel_size",
     "mixed_scale",
     "norm_gate",

@@ -12,8 +12,8 @@ class OtherNames(nn.Module):
     """A module that loads checkpoints in which its layers or tensors have other names, `other_names[theirs] = ours`.
 
     Of several names that fit a key the first is taken. Linear weights and those of 1x1 convolutions, equal up to
-    trailing axes of size 1, are taken for each other, and so are a number and a tensor of one. What is saved has our
-    names and shapes.
+    trailing axes of size 1, are taken for each other, and so are a LayerNorm's over (C, 1, 1) and over C, and a number
+    and a tensor of one. What is saved has our names and shapes.
     """
 
     other_names: ClassVar[dict[str, str]] = {}
@@ -36,8 +36,8 @@ class OtherNames(nn.Module):
 
 
 def _trimmed(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without trailing axes of size 1 after the first two; of a number, that of a vector of one."""
+    """The shape without trailing axes of size 1 after the first; of a number, that of a vector of one."""
     shape = tuple(tensor.shape) or (1,)
-    while len(shape) > 2 and shape[-1] == 1:
+    while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

@@ -81,6 +81,14 @@ BLOCKS = {
     ),
     "timm NonLocalAttn": (lambda: timm_layers.NonLocalAttn(C), 2, OwnLayers),
     "timm NonLocalAttn, no scale": (lambda: timm_layers.NonLocalAttn(C, use_scale=False), 2, OwnLayers),
+    "timm GlobalContext": (lambda: timm_layers.GlobalContext(C), 2, OwnLayers),
+    "timm GlobalContext, both": (
+        lambda: timm_layers.GlobalContext(C, fuse_add=True, act_layer=nn.Mish, gate_layer="hard_sigmoid"),
+        2,
+        OwnLayers,
+    ),
+    "timm GlobalContext, add": (lambda: timm_layers.GlobalContext(C, fuse_add=True, fuse_scale=False), 2, OwnLayers),
+    "timm GlobalContext, mean": (lambda: timm_layers.GlobalContext(C, use_attn=False), 2, OwnLayers),
     "timm SelectiveKernel": (lambda: selective_kernel(C), 2, OwnLayers),
     "timm SelectiveKernel, options": (
         lambda: selective_kernel(C, kernel_size=[3, 5, 7], split_input=False, groups=4, act_layer=nn.SiLU),
@@ -154,6 +162,9 @@ BLOCKS = {
     "reference SKConv": (lambda: reference.SKConv(C, M=3), 2, OwnLayers),
     "reference SelectiveKernel": (lambda: reference.SelectiveKernel(C), 2, OwnLayers),
     "reference SplitAttention": (lambda: reference.SplitAttention(C, groups=2), 2, OwnLayers),
+    "reference GlobalContext": (lambda: reference.GlobalContext(C, fuse="both"), 2, OwnLayers),
+    "reference GlobalContext, scale": (lambda: reference.GlobalContext(C, fuse="scale"), 3, OwnLayers),
+    "reference GlobalContext, mean": (lambda: reference.GlobalContext(C, fuse="scale", pooling="avg"), 3, OwnLayers),
     "reference TripletAttention": (lambda: reference.TripletAttention(), 2, OwnLayers),
     "reference TripletAttention, no spatial": (
         lambda: reference.TripletAttention(C, kernel_size=3, no_spatial=True, ties="even"),
@@ -176,6 +187,7 @@ BLOCKS = {
 AS_IN_NN = ["BAM", "CoordinateAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
 AS_IN_NN += ["SKConv", "SelectiveKernel", "SplitAttention"]
 AS_IN_NN += ["ChannelSelfAttention", "DualAttention", "NonLocal", "PositionAttention", "SelfAttention2d"]
+AS_IN_NN += ["GlobalContext"]
 
 
 def selective_kernel(*args, **options):
@@ -467,6 +479,27 @@ REFUSED = {
         "its layers are not timm's",
     ),
     "another gate of strips": ("timm CoordAttn", changed("", gate=nn.Softmax(1)), "its gate is not one we fuse"),
+    "a context's mask of another width": (
+        "timm GlobalContext",
+        changed("", conv_attn=nn.Conv2d(C, 2, 1)),
+        "its layers are not timm's",
+    ),
+    "a context's MLP of another width": (
+        "timm GlobalContext, add",
+        changed("mlp_add", fc2=nn.Conv2d(4, 1, 1)),
+        "its layers are not timm's",
+    ),
+    "another transform of a context": (
+        "timm GlobalContext",
+        changed("", mlp_scale=nn.Sequential(nn.Conv2d(C, C, 1))),
+        "its parts are not timm's",
+    ),
+    "another gate of a context": ("timm GlobalContext", changed("", gate=nn.Softmax(1)), "its gate is not one we fuse"),
+    "a context's mask with its own forward": (
+        "timm GlobalContext",
+        changed("conv_attn", forward=lambda x: x),
+        "conv_attn carries a hook or a forward of its own, which the fused block would skip",
+    ),
     "another depth of smp's cSE": (
         "smp SCSEModule",
         changed("", cSE=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1), nn.Sigmoid())),

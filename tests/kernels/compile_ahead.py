@@ -36,6 +36,7 @@ from fused_attn.kernels import (
     cbam,
     channel_gate,
     channel_pool,
+    context_pool,
     maps,
     mixed_scale,
     norm_gate,
@@ -176,6 +177,10 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         channel_gate.channel_gate_backward(grad, x, kept[0], state, index, *weights, *affine, kept[1], *codes)
         _, numbers = simam.simam(x, 1e-4)
         simam.simam_backward(grad, x, numbers)
+        to_logit, shift = make(1, channels, 1, 1), make(1) if case.affine else None
+        context, *kept_context = context_pool.context_pool(x, to_logit, shift)
+        for of_map, of_gate in ((grad, context), (grad, None), (None, None)):
+            context_pool.context_pool_backward(of_map, of_gate, context, x, to_logit, shift, *kept_context)
         moments, of_norm = norm_gate.moments(x), (make(channels), make(channels)) if case.affine else (None, None)
         norm, _, descriptor = norm_gate.norm_coefficients(x, moments, *of_norm, 1e-5, not case.affine)
         rows = x.new_empty((4, case.shape[0], channels), dtype=maps.accumulator(x.dtype))

@@ -17,13 +17,13 @@ MAP_KERNELS = {
     *("_channel_pool", "_scale_space", "_dot_channels", "_spread_space", "_mixed_scale", "_mixed_scale_backward"),
     *("_norm_scale", "_norm_dots", "_norm_gradients"),
     *("_moments", "_simam", "_simam_dots", "_simam_spread"),
-    *("_axis_pool", "_axis_spread"),
+    *("_axis_pool", "_axis_spread", "_context", "_context_spread"),
     *("_pool_branches", "_sum_branches", "_select", "_dot_branches", "_spread_branches", "_select_spread"),
     *("_excite_and_pool", "_scale_both", "_dot_channels_gated", "_dot_space", "_spread_both"),
 }
 SMALL_KERNELS = {
     *("_finish", "_finish_moments", "_first_layer", "_parameters", "_select_parameters", "_finish_pool"),
-    *("_norm_coefficients", "_norm_factors"),
+    *("_norm_coefficients", "_norm_factors", "_join"),
     *("convolve", "logit_gradients", "convolve_backward", "convolution_parameters"),
 }
 KERNELS = MAP_KERNELS | SMALL_KERNELS

@@ -207,6 +207,35 @@ def test_simam(traffic, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_context_pool(traffic, layout):
+    """1 + 3 passes in 2 + 1 launches, the read of the map's own gradient among them."""
+    x, weight = in_layout(random(*SHAPE), layout).requires_grad_(), random(1, SHAPE[1]).requires_grad_()
+    y, context = functional.context_pool_with_map(x, weight)
+    assert traffic.passes() == [("_context", {"read x": 1}), ("_join", {})]
+    traffic.launches.clear()
+    torch.autograd.backward([y, context], [in_layout(random(*SHAPE, seed=1), layout), random(*SHAPE[:2], seed=2)])
+    assert traffic.passes() == [("_context_spread", {"read grad": 1, "read x": 1, "write grad_x": 1})]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_context_gate(traffic, layout):
+    """3 + 5 passes; eager makes 20."""
+    x = in_layout(random(*SHAPE), layout).requires_grad_()
+    y = functional.context_gate(x, random(1, SHAPE[1]), None, torch.sigmoid)
+    assert traffic.passes() == [("_context", {"read x": 1}), ("_join", {}), ("_scale", {"read x": 1, "write y": 1})]
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    (dot, reads), spread = (p for p in traffic.passes() if p[0] != "_finish")
+    assert dot == "_dot_branches" and sum(reads.values()) == 2
+    assert spread == ("_context_spread", {"read grad": 1, "read x": 1, "write grad_x": 1})
+
+
+def context_added(x):
+    y, context = functional.context_pool_with_map(x, random(1, SHAPE[1]))
+    return y + context[:, :, None, None]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("combine", "names"), KINDS, ids=str)
 def test_mixed_scale(traffic, combine, names, layout):
     """2 + 3 passes in 1 + 1 launches, all gates' gradients among them."""
@@ -298,6 +327,7 @@ READERS = {
     "scale": (lambda x: functional.scale(x, random(*SHAPE[:2])), 1),
     "scale by position": (lambda x: functional.scale(x, random(SHAPE[0], 1, *SHAPE[2:])), 2),
     "simam": (functional.simam, 2),
+    "context_pool": (context_added, 1),
     "norm_gate": (lambda x: functional.norm_gate(x, training=True, excitation=torch.sigmoid), 2),
     "mixed_scale": (lambda x: functional.mixed_scale(x, **gates_of(SHAPE, ("rows", "columns"))), 1),
     "spatial_gate": (lambda x: functional.spatial_gate(x, **convolution(SHAPE, torch.float32)), 2),

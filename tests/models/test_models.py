@@ -30,6 +30,7 @@ SHALLOW = {
     "timm:resnet26+lcbam": (8, IMAGES),
     "timm:skresnet18": (8, IMAGES),
     "timm:resnest14d": (4, IMAGES),
+    "timm:gcresnext26ts": (8, IMAGES),
     "torchvision:mobilenet_v3_small": (9, IMAGES),
     "monai:SENet, 3-D": (5, VOLUMES),
 }
@@ -41,6 +42,7 @@ DEEP = {
     "timm:resnet50+cbam": (16, IMAGES),
     "timm:skresnext50_32x4d": (16, IMAGES),
     "timm:resnest50d": (16, IMAGES),
+    "timm:gcresnet50t": (16, IMAGES),
     "monai:SEResNet50, 3-D": (16, VOLUMES),
 }
 MODELS = SHALLOW | DEEP

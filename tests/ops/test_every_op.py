@@ -86,6 +86,7 @@ def every_op() -> dict[str, Op]:
 
     channel_gate, spatial_gate = (with_options(of.apply) for of in (test_channel_gate, test_spatial_gate))
     cbam, names = with_options(test_cbam.apply), tuple(affine)
+    context = {"weight": random(1, 8, 1, 1, seed=6, **full), "bias": random(1, seed=7, **full)}
     found = {
         "squeeze": Op(squeezed, x | affine, names),
         "channel_pool": Op(pooled, x | affine, names),
@@ -100,6 +101,10 @@ def every_op() -> dict[str, Op]:
         "cbam": Op(cbam, x | both | affine | residual, (*both, *names)),
         "cbam/batch_norm": Op(cbam, x | both | norm | residual, (*both, *norm)),
         "axis_pool": Op(lambda m, *_: test_axis_pool.pools(m, maxima=True, channels=True), x),
+        "context_pool": Op(lambda m, *_: m.context_pool, x | context, tuple(context)),
+        "context_pool/gate": Op(
+            lambda m, *_: functools.partial(m.context_gate, excitation=torch.sigmoid), x | context, tuple(context)
+        ),
         "simam": Op(lambda m, *_: m.simam, x),
         "select": Op(
             lambda m, pre, _: test_select.apply(m.select, pre_activation=pre),
@@ -227,7 +232,7 @@ def test_maps_that_backward_keeps(name, with_residual, post):
 ROUNDED = {
     "mixed_scale/max": 0.01,  # the products, which are then equal, or not
     **dict.fromkeys(("cbam", "cbam/batch_norm"), 0.05),  # the gated map
-    "select/with": 0.02,  # the descriptor
+    **dict.fromkeys(("select/with", "context_pool/gate"), 0.02),  # the descriptor
 }
 
 

@@ -1,6 +1,6 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-the two attentions that these are made of, CoordAttn, NonLocalAttn, SelectiveKernel, SplitAttn, and the SE of older
-models."""
+the two attentions that these are made of, CoordAttn, GlobalContext, NonLocalAttn, SelectiveKernel, SplitAttn, and the
+SE of older models."""
 
 from __future__ import annotations
 
@@ -236,6 +236,41 @@ def non_local(block: Any) -> Recipe | str:
     if not plain or len({layer.out_channels for layer in layers}) > 1 or type(block.scale) not in (int, float):
         return "its layers are not timm's"
     return OwnLayers(_non_local, "NonLocal", ("position_attention",))
+
+
+def _global_context(block: Any, x: Tensor) -> Tensor:
+    conv = block.conv_attn
+
+    def gates(context: Tensor) -> Tensor:
+        return block.gate(block.mlp_scale(context[:, :, None, None]))
+
+    if conv is not None and block.mlp_scale is not None and block.mlp_add is None:
+        return functional.context_gate(x, conv.weight, conv.bias, gates)
+    context: Any
+    if conv is None:
+        context = functional.squeeze(x)
+    else:
+        x, context = functional.context_pool_with_map(x, conv.weight, conv.bias)
+    y = x if block.mlp_scale is None else functional.scale(x, gates(context))
+    return y if block.mlp_add is None else y + block.mlp_add(context[:, :, None, None])
+
+
+@register("timm.layers.global_context.GlobalContext")
+def global_context(block: Any) -> Recipe | str:
+    conv, mlps = block.conv_attn, [mlp for mlp in (block.mlp_add, block.mlp_scale) if mlp is not None]
+    if not all(_is_exactly(mlp, "mlp.ConvMlp") for mlp in mlps):
+        return "its parts are not timm's"
+    plain = all(is_dense(mlp.fc2) and mlp.fc2.out_channels == mlp.fc1.in_channels for mlp in mlps)
+    if not plain or not (conv is None or (type(conv) is nn.Conv2d and is_dense(conv) and conv.out_channels == 1)):
+        return "its layers are not timm's"
+    if activation_name(block.gate) is None:
+        return "its gate is not one we fuse"
+    return OwnLayers(
+        _global_context,
+        "GlobalContext",
+        ("squeeze" if conv is None else "context_pool", "scale"),
+        bypassed=paths_but(block, "mlp_add", "mlp_scale", "gate"),
+    )
 
 
 def _normalise(norm: Any, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.EMA: (("scale/space",), 4),
     reference.NonLocal: (("position_attention",), None),
     reference.PositionAttention: (("position_attention",), None),
+    reference.GlobalContext: (("context_pool", "scale"), None),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
     reference.SKConv: (("select", "select/with"), 4),
     reference.SelfAttention2d: (("position_attention",), 4),
