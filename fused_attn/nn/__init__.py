@@ -5,6 +5,7 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .residual_attention import ResidualAttention
 from .scse import SCSE
 from .selective_kernel import SelectiveKernel, SKConv
 from .simam import SimAM
@@ -21,6 +22,7 @@ __all__ = [
     "EMA",
     "EffectiveSE",
     "GatherExcite",
+    "ResidualAttention",
     "SimAM",
     "SCSE",
     "SKConv",

@@ -15,6 +15,7 @@ from .ema import EMA
 from .gather_excite import GatherExcite
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
+from .residual_attention import ResidualAttention, residual_mask
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
@@ -35,6 +36,7 @@ __all__ = [
     "EMA",
     "EffectiveSE",
     "GatherExcite",
+    "ResidualAttention",
     "SCSE",
     "SKConv",
     "SelectiveKernel",
@@ -52,6 +54,7 @@ __all__ = [
     "eca_kernel_size",
     "mixed_scale",
     "norm_gate",
+    "residual_mask",
     "scale",
     "select",
     "select_with",
