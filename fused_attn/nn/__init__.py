@@ -9,6 +9,7 @@ from .residual_attention import ResidualAttention
 from .scse import SCSE
 from .selective_kernel import SelectiveKernel, SKConv
 from .simam import SimAM
+from .spatial_transformer import SpatialTransformer
 from .split_attention import SplitAttention
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
 from .triplet import TripletAttention
@@ -28,6 +29,7 @@ __all__ = [
     "SKConv",
     "SelectiveKernel",
     "SpatialAttention",
+    "SpatialTransformer",
     "SplitAttention",
     "SqueezeExcite",
     "TripletAttention",

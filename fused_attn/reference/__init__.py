@@ -22,6 +22,7 @@ from .select import branch_maps, select, select_with
 from .selective_kernel import SelectiveKernel, SKConv
 from .simam import SimAM, simam
 from .spatial_gate import spatial_gate, spatial_logits
+from .spatial_transformer import SpatialTransformer, affine_grid, grid_sample
 from .split_attention import SplitAttention
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
@@ -42,9 +43,11 @@ __all__ = [
     "SelectiveKernel",
     "SimAM",
     "SpatialAttention",
+    "SpatialTransformer",
     "SplitAttention",
     "SqueezeExcite",
     "TripletAttention",
+    "affine_grid",
     "axis_pool",
     "axis_pool_with_map",
     "branch_maps",
@@ -52,6 +55,7 @@ __all__ = [
     "channel_gate",
     "channel_pool",
     "eca_kernel_size",
+    "grid_sample",
     "mixed_scale",
     "norm_gate",
     "residual_mask",
