@@ -5,6 +5,7 @@ from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .gsop import GSoP
 from .residual_attention import ResidualAttention
 from .scse import SCSE
 from .selective_kernel import SelectiveKernel, SKConv
@@ -22,6 +23,7 @@ __all__ = [
     "ECA",
     "EMA",
     "EffectiveSE",
+    "GSoP",
     "GatherExcite",
     "ResidualAttention",
     "SimAM",

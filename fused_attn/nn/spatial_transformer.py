@@ -15,6 +15,7 @@ from .. import reference
 from ..backends import are_plain, is_ordinary
 from ..ops.common import accumulator, differentiable_backward, needs_node, wants_graph
 from ..reference.spatial_transformer import PADDINGS
+from .deterministic import torch_has_no_deterministic
 
 
 def affine_grid(theta: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
@@ -27,11 +28,6 @@ def affine_grid(theta: Tensor, size: Sequence[int], *, align_corners: bool = Fal
         coordinate = (steps / (max(n - 1, 1) if align_corners else n)).reshape(-1, *(1,) * (len(space) - axis))
         grid = grid + coordinate * theta[..., len(space) - 1 - axis].to(dtype)  # x is the last axis
     return grid.to(theta.dtype)
-
-
-def torch_has_no_deterministic(x: Tensor) -> bool:
-    """Whether torch's own gradient of sampling raises: on CUDA it adds with atomics."""
-    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
 def _on_axis(coordinate: Tensor, size: int, padding_mode: str, align_corners: bool) -> Tensor:

@@ -13,6 +13,7 @@ from .channel_pool import channel_pool
 from .coordinate import CoordinateAttention
 from .ema import EMA
 from .gather_excite import GatherExcite
+from .gsop import GSoP, covariance
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
 from .residual_attention import ResidualAttention, residual_mask
@@ -36,6 +37,7 @@ __all__ = [
     "ECA",
     "EMA",
     "EffectiveSE",
+    "GSoP",
     "GatherExcite",
     "ResidualAttention",
     "SCSE",
@@ -54,6 +56,7 @@ __all__ = [
     "cbam",
     "channel_gate",
     "channel_pool",
+    "covariance",
     "eca_kernel_size",
     "grid_sample",
     "mixed_scale",

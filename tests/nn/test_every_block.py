@@ -26,6 +26,7 @@ BLOCKS: dict[str, Callable] = {
     "ECA": lambda m: m.ECA(8),
     "EMA": lambda m: m.EMA(8, factor=2),
     "EffectiveSE": lambda m: m.EffectiveSE(8, gate="sigmoid"),  # eager has no second derivative of its default
+    "GSoP": lambda m: m.GSoP(8, mode="max", reduced=6),
     "GatherExcite": lambda m: m.GatherExcite(8, pool="avgmax"),
     "ResidualAttention": lambda m: m.ResidualAttention(8, depth=2),
     "SCSE": lambda m: m.SCSE(8, reduction=2),
