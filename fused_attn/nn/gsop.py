@@ -120,7 +120,7 @@ class GSoP(reference.GSoP):
     relu(x) is written once, for both forms. BatchNorm and ReLU of the reduced map write one map, the covariance a
     second, centred one: it reads the first twice and that once, and backward reads that and writes one. The authors'
     code builds a centring matrix of positions x positions, a sample. In eval the position form takes the means of
-    windows first, so that its convolution runs on 64 positions. The gate is one pass (2 reads and writes), "avg" two
+    windows first where the map is much larger, so that its convolution runs on 64 positions. The gate is one pass (2 reads and writes), "avg" two
     (5), "max" three (7).
 
     Args:
@@ -151,7 +151,8 @@ class GSoP(reference.GSoP):
 
     def _reduced_to_side(self, x: Tensor) -> Tensor:
         norm = self.bn_for_DR_spatial
-        if type(norm) is not nn.BatchNorm2d or uses_batch_statistics(norm):
+        pays = not torch.compiler.is_compiling() and x.shape[2] * x.shape[3] >= 8 * SIDE * SIDE
+        if not pays or type(norm) is not nn.BatchNorm2d or uses_batch_statistics(norm):
             return super()._reduced_to_side(x)
         # Folded, also because torch 2.13's BatchNorm on CPUs has wrong gradients of one sample where those that come
         # to it lie channels_last, as those of a transposed map do.

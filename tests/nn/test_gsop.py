@@ -108,6 +108,13 @@ def test_equals_the_original(mode, module, training, own):
     assert_same_block(block, original, x, training=training)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_large_map_in_eval(batch, own):
+    """Whose means of windows are taken first."""
+    block, original, _ = build("position", fused_nn)
+    assert_same_block(block, original, random(batch, 12, 29, 23, dtype=torch.float64), training=False)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("mode", ["channel", "max"])
 def test_stride_of_the_channel_form(mode, training):
