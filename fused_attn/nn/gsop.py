@@ -120,8 +120,8 @@ class GSoP(reference.GSoP):
     relu(x) is written once, for both forms. BatchNorm and ReLU of the reduced map write one map, the covariance a
     second, centred one: it reads the first twice and that once, and backward reads that and writes one. The authors'
     code builds a centring matrix of positions x positions, a sample. In eval the position form takes the means of
-    windows first where the map is much larger, so that its convolution runs on 64 positions. The gate is one pass (2 reads and writes), "avg" two
-    (5), "max" three (7).
+    windows first where the map is much larger, so that its convolution runs on 64 positions. The gate is one pass (2
+    reads and writes), "avg" two (5), "max" three (7).
 
     Args:
         channels: C, of the map; for "concat" a multiple of 64 up to 2048.
