@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .. import functional, reference
 from ..backends import is_ordinary
 from ..ops.common import accumulator, needs_node
-from ..reference.block_attention import count_batch, uses_batch_statistics
+from ..reference.block_attention import uses_batch_statistics
 from ..reference.gsop import SIDE
 from .deterministic import torch_has_no_deterministic
+from .normalised import normalised
 from .selection import folded
 
 
@@ -71,25 +72,6 @@ def covariance(x: Tensor, count: int | None = None) -> Tensor:
     return _covariance(*_centred(x), count)
 
 
-def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """relu(norm(x)), of which only the result is written."""
-    if type(norm) is not nn.BatchNorm2d:
-        return F.relu(norm(x))
-    momentum = count_batch(norm)
-    keeps = not norm.training or norm.track_running_stats
-    return functional.norm_gate(
-        x,
-        norm.weight,
-        norm.bias,
-        norm.running_mean if keeps else None,
-        norm.running_var if keeps else None,
-        training=uses_batch_statistics(norm),
-        momentum=momentum,
-        eps=norm.eps,
-        activation="relu",
-    )
-
-
 def _windows(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The windows of an adaptive pool along an axis, as the (count, size) matrix of their means."""
     i, j = torch.arange(count, device=device)[:, None], torch.arange(size, device=device)
@@ -105,6 +87,19 @@ def mean_of_windows(x: Tensor, height: int, width: int) -> Tensor:
     rows = _windows(x.shape[2], height, dtype, x.device)
     columns = _windows(x.shape[3], width, dtype, x.device)
     return (rows @ x.to(dtype) @ columns.T).to(x.dtype)
+
+
+def reduced_to_side(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """conv, BatchNorm and the means of 8x8 windows; these first where that saves work."""
+    pays = not torch.compiler.is_compiling() and x.shape[2] * x.shape[3] >= 8 * SIDE * SIDE
+    plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+    if not (pays and plain) or uses_batch_statistics(norm):
+        return mean_of_windows(norm(conv(x)), SIDE, SIDE)
+    # Folded, also because torch 2.13's BatchNorm on CPUs has wrong gradients of one sample where those that come to it
+    # lie channels_last, as those of a transposed map do.
+    weight, bias = folded(conv, norm)
+    x = mean_of_windows(x, SIDE, SIDE)
+    return F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class GSoP(reference.GSoP):
@@ -145,17 +140,7 @@ class GSoP(reference.GSoP):
     """
 
     _covariance = staticmethod(covariance)
-    _batch_norm_relu = staticmethod(batch_norm_relu)
+    _normalised = staticmethod(normalised)
     _mean_of_windows = staticmethod(mean_of_windows)
+    _reduced_to_side = staticmethod(reduced_to_side)
     _scale = staticmethod(functional.scale)
-
-    def _reduced_to_side(self, x: Tensor) -> Tensor:
-        norm = self.bn_for_DR_spatial
-        pays = not torch.compiler.is_compiling() and x.shape[2] * x.shape[3] >= 8 * SIDE * SIDE
-        if not pays or type(norm) is not nn.BatchNorm2d or uses_batch_statistics(norm):
-            return super()._reduced_to_side(x)
-        # Folded, also because torch 2.13's BatchNorm on CPUs has wrong gradients of one sample where those that come
-        # to it lie channels_last, as those of a transposed map do.
-        weight, bias = folded(self.conv_for_DR_spatial, norm)
-        x = self._mean_of_windows(x, SIDE, SIDE)
-        return F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -16,6 +16,7 @@ from .gather_excite import GatherExcite
 from .gsop import GSoP, covariance
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
+from .normalised import normalised
 from .residual_attention import ResidualAttention, residual_mask
 from .scale import scale
 from .scse import SCSE
@@ -61,6 +62,7 @@ __all__ = [
     "grid_sample",
     "mixed_scale",
     "norm_gate",
+    "normalised",
     "residual_mask",
     "scale",
     "select",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .normalised import normalised
 from .scale import scale
 from .squeeze_excite import positive_int
 
@@ -25,13 +26,14 @@ def covariance(x: Tensor, count: int | None = None) -> Tensor:
     return x @ x.transpose(1, 2) / count - s @ s.transpose(1, 2)
 
 
-def batch_norm_relu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    return F.relu(norm(x))
-
-
 def mean_of_windows(x: Tensor, height: int, width: int) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool2d`, which makes maps larger, too."""
     return F.adaptive_avg_pool2d(x, (height, width))
+
+
+def reduced_to_side(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """(B, reduced, 8, 8)."""
+    return mean_of_windows(norm(conv(x)), SIDE, SIDE)
 
 
 class GSoP(nn.Module):
@@ -39,8 +41,9 @@ class GSoP(nn.Module):
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
     _covariance = staticmethod(covariance)
-    _batch_norm_relu = staticmethod(batch_norm_relu)
+    _normalised = staticmethod(normalised)
     _mean_of_windows = staticmethod(mean_of_windows)
+    _reduced_to_side = staticmethod(reduced_to_side)
     _scale = staticmethod(scale)
 
     def __init__(self, channels: int, *, mode: str = "channel", reduced: int = 128, stride: int = 1) -> None:
@@ -101,20 +104,16 @@ class GSoP(nn.Module):
 
     def _of_channels(self, x: Tensor) -> Tensor:
         """(B, C, 1, 1)."""
-        x = self._batch_norm_relu(self.bn_for_DR, self.conv_for_DR(x))
+        x = self._normalised(self.bn_for_DR, self.conv_for_DR(x), activation="relu")
         rows = self.row_bn(self._covariance(x.flatten(2)).unsqueeze(3))
         return self.fc_adapt_channels(self.row_conv_group(rows)).sigmoid()
 
     def _of_positions(self, x: Tensor) -> Tensor:
         """(B, 1, H, W)."""
         height, width = x.shape[2:]
-        x = self._reduced_to_side(x)
+        x = self._reduced_to_side(x, self.conv_for_DR_spatial, self.bn_for_DR_spatial)
         # As the authors have it: centred by sums over channels, but divided by the number of positions.
         rows = self._covariance(x.flatten(2).transpose(1, 2), SIDE * SIDE)
         rows = self.row_conv_group_for_spatial(self.row_bn_for_spatial(rows.unsqueeze(3)))
         gate = self.fc_adapt_channels_for_spatial(F.relu(rows)).sigmoid()
         return self._mean_of_windows(gate.reshape(x.shape[0], 1, SIDE, SIDE), height, width)
-
-    def _reduced_to_side(self, x: Tensor) -> Tensor:
-        """(B, reduced, 8, 8)."""
-        return self._mean_of_windows(self.bn_for_DR_spatial(self.conv_for_DR_spatial(x)), SIDE, SIDE)
