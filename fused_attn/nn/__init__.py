@@ -3,7 +3,9 @@
 from .bam import BAM
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
+from .double_attention import DoubleAttention
 from .ema import EMA
+from .external_attention import ExternalAttention
 from .gather_excite import GatherExcite
 from .gsop import GSoP
 from .residual_attention import ResidualAttention
@@ -20,9 +22,11 @@ __all__ = [
     "CBAM",
     "ChannelAttention",
     "CoordinateAttention",
+    "DoubleAttention",
     "ECA",
     "EMA",
     "EffectiveSE",
+    "ExternalAttention",
     "GSoP",
     "GatherExcite",
     "ResidualAttention",

@@ -11,7 +11,9 @@ from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .coordinate import CoordinateAttention
+from .double_attention import DoubleAttention
 from .ema import EMA
+from .external_attention import ExternalAttention
 from .gather_excite import GatherExcite
 from .gsop import GSoP, covariance
 from .mixed_scale import mixed_scale
@@ -35,9 +37,11 @@ __all__ = [
     "CBAM",
     "ChannelAttention",
     "CoordinateAttention",
+    "DoubleAttention",
     "ECA",
     "EMA",
     "EffectiveSE",
+    "ExternalAttention",
     "GSoP",
     "GatherExcite",
     "ResidualAttention",
