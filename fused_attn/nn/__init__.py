@@ -1,6 +1,7 @@
 """Attention blocks as modules, fused. `fused_attn.reference` has each of them in plain PyTorch."""
 
 from .bam import BAM
+from .bilinear_attention import BilinearAttention, BilinearTransform
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
 from .double_attention import DoubleAttention
@@ -19,6 +20,8 @@ from .triplet import TripletAttention
 
 __all__ = [
     "BAM",
+    "BilinearAttention",
+    "BilinearTransform",
     "CBAM",
     "ChannelAttention",
     "CoordinateAttention",

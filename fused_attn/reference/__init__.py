@@ -6,6 +6,7 @@ and the modules the same `state_dict`. They check nothing beyond what PyTorch it
 
 from .axis_pool import axis_pool, axis_pool_with_map
 from .bam import BAM
+from .bilinear_attention import BilinearAttention, BilinearTransform
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
@@ -34,6 +35,8 @@ from .triplet import TripletAttention
 
 __all__ = [
     "BAM",
+    "BilinearAttention",
+    "BilinearTransform",
     "CBAM",
     "ChannelAttention",
     "CoordinateAttention",

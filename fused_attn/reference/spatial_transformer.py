@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layout import in_layout_of
 from .squeeze_excite import positive_int
 
 PADDINGS = ("zeros", "border", "reflection")
@@ -20,10 +21,7 @@ def affine_grid(theta: Tensor, size: Sequence[int], *, align_corners: bool = Fal
 
 def grid_sample(x: Tensor, grid: Tensor, *, padding_mode: str = "zeros", align_corners: bool = False) -> Tensor:
     """`torch.nn.functional.grid_sample` between the nearest values, in x's layout."""
-    y = F.grid_sample(x, grid, "bilinear", padding_mode, align_corners)
-    if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        y = y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    return y
+    return in_layout_of(F.grid_sample(x, grid, "bilinear", padding_mode, align_corners), x)
 
 
 class SpatialTransformer(nn.Module):

@@ -19,6 +19,8 @@ from tests.ops.test_autograd import Marked
 #: Blocks of 8 channels from the module that has them.
 BLOCKS: dict[str, Callable] = {
     "BAM": lambda m: m.BAM(8, reduction=2),
+    "BilinearAttention": lambda m: m.BilinearAttention(8, block_size=1, drop_rate=0),
+    "BilinearTransform": lambda m: m.BilinearTransform(8, block_size=1),
     "CBAM": lambda m: m.CBAM(8, reduction=2),
     "CBAM timm": lambda m: m.CBAM(8, reduction=2, order=("mean", "max"), ties="even", batch_norm=False),
     "ChannelAttention": lambda m: m.ChannelAttention(8, reduction=2),
@@ -49,7 +51,7 @@ BLOCKS: dict[str, Callable] = {
 EAGER_HAS_NO_SECOND = {"SpatialTransformer"}
 
 #: Whose result autograd reads, in eager too.
-ENDS_IN_RELU = {"ExternalAttention"}
+ENDS_IN_RELU = {"BilinearTransform", "ExternalAttention"}
 
 #: Height and width from which one program serves: torch's bilinear interpolation has another one for a single position.
 LEAST = {"ResidualAttention": 5}
