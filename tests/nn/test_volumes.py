@@ -30,8 +30,8 @@ BLOCKS = {
         trunk=nn.Conv3d(16, 16, 3, padding=1),
         mask=nn.Sequential(nn.Conv3d(16, 16, 1), nn.Sigmoid()),
     ),
-    "SCSE": lambda m: m.SCSE(16, reduction=4, rank=3),
-    "SCSE max": lambda m: m.SCSE(16, reduction=4, combine="max", rank=3),
+    "SCSE": lambda m: m.SCSE(16, reduction=4),
+    "SCSE max": lambda m: m.SCSE(16, reduction=4, combine="max"),
     "SimAM": lambda m: m.SimAM(16),
     "SpatialAttention": lambda m: m.SpatialAttention(kernel_size=3, rank=3),
     "SpatialTransformer": lambda m: m.SpatialTransformer(
