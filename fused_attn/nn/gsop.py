@@ -62,11 +62,11 @@ def _covariance(centred: Tensor, means: Tensor, count: int) -> Tensor:
 
 
 def covariance(x: Tensor, count: int | None = None) -> Tensor:
-    """As `fused_attn.reference.covariance`, with the means taken off before the product: what this then rounds is as
+    """As the reference, with the means taken off before the product: what this then rounds is as
     small as its result."""
     count = x.shape[2] if count is None else count
     if not is_ordinary(x):
-        return reference.covariance(x, count)
+        return reference.gsop.covariance(x, count)
     if needs_node(x) and not torch.compiler.is_compiling():
         return _Covariance.apply(x, count)[0]
     return _covariance(*_centred(x), count)

@@ -19,11 +19,11 @@ def normalised(
     residual: Tensor | None = None,
     post_activation: str = "identity",
 ) -> Tensor:
-    """As `fused_attn.reference.normalised`, by `functional.norm_gate`; what somebody put in place of the BatchNorm, and
+    """As the reference, by `functional.norm_gate`; what somebody put in place of the BatchNorm, and
     maps that are to become another dtype, run as they are."""
     same = residual is None or residual.dtype == x.dtype
     if type(norm) not in NORMS or not same or x.dim() != 2 + 1 + NORMS.index(type(norm)):
-        return reference.normalised(
+        return reference.normalised.normalised(
             norm, x, activation=activation, gate=gate, residual=residual, post_activation=post_activation
         )
     momentum = count_batch(norm)

@@ -41,7 +41,7 @@ def residual_mask(trunk: Tensor, mask: Tensor) -> Tensor:
             )
         return functional.scale(trunk, 1 + mask)
     if mask.dtype != trunk.dtype or not (is_ordinary(trunk) and are_plain(mask)):
-        return reference.residual_mask(trunk, mask)
+        return reference.residual_attention.residual_mask(trunk, mask)
     if needs_node(trunk, mask) and not torch.compiler.is_compiling():
         return _ResidualMask.apply(trunk, mask)
     return torch.addcmul(trunk, trunk, mask)

@@ -130,7 +130,9 @@ class _Sample(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, grid: Tensor, padding_mode: str, align_corners: bool) -> Tensor:
         ctx.save_for_backward(x, grid)
         ctx.options = padding_mode, align_corners
-        return reference.grid_sample(x, grid, padding_mode=padding_mode, align_corners=align_corners)
+        return reference.spatial_transformer.grid_sample(
+            x, grid, padding_mode=padding_mode, align_corners=align_corners
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,7 +162,7 @@ def grid_sample(x: Tensor, grid: Tensor, *, padding_mode: str = "zeros", align_c
             return _Sample.apply(x, grid, padding_mode, align_corners)
         if torch_has_no_deterministic(x):
             return gathered(x, grid, padding_mode, align_corners)
-    return reference.grid_sample(x, grid, padding_mode=padding_mode, align_corners=align_corners)
+    return reference.spatial_transformer.grid_sample(x, grid, padding_mode=padding_mode, align_corners=align_corners)
 
 
 class SpatialTransformer(reference.SpatialTransformer):

@@ -16,18 +16,17 @@ from .double_attention import DoubleAttention
 from .ema import EMA
 from .external_attention import ExternalAttention
 from .gather_excite import GatherExcite
-from .gsop import GSoP, covariance
+from .gsop import GSoP
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
-from .normalised import normalised
-from .residual_attention import ResidualAttention, residual_mask
+from .residual_attention import ResidualAttention
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
 from .selective_kernel import SelectiveKernel, SKConv
 from .simam import SimAM, simam
 from .spatial_gate import spatial_gate, spatial_logits
-from .spatial_transformer import SpatialTransformer, affine_grid, grid_sample
+from .spatial_transformer import SpatialTransformer
 from .split_attention import SplitAttention
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
@@ -57,20 +56,15 @@ __all__ = [
     "SplitAttention",
     "SqueezeExcite",
     "TripletAttention",
-    "affine_grid",
     "axis_pool",
     "axis_pool_with_map",
     "branch_maps",
     "cbam",
     "channel_gate",
     "channel_pool",
-    "covariance",
     "eca_kernel_size",
-    "grid_sample",
     "mixed_scale",
     "norm_gate",
-    "normalised",
-    "residual_mask",
     "scale",
     "select",
     "select_with",

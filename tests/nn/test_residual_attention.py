@@ -254,14 +254,16 @@ def test_product(shape, dtype, layout):
     assert y.stride() == inputs["trunk"].stride()
     strided = random(6, 7, 2, 5, seed=2, dtype=dtype).permute(2, 3, 1, 0)
     for grad in (strided, random(2, 5, 1, 1, seed=2, dtype=dtype).expand(2, 5, 7, 6)):
-        assert_equivalent(residual_mask, reference.residual_mask, inputs, [grad])
+        assert_equivalent(residual_mask, reference.residual_attention.residual_mask, inputs, [grad])
 
 
 @pytest.mark.parametrize("space", [(9,), (4, 3, 5)], ids=str)
 def test_product_in_other_ranks(space):
     for shape in ((2, 5, *space), (2, 1, *space), (2, 5, *(1 for _ in space))):
         inputs = {"trunk": random(2, 5, *space), "mask": random(*shape, seed=1)}
-        assert_equivalent(residual_mask, reference.residual_mask, inputs, [random(2, 5, *space, seed=2)])
+        assert_equivalent(
+            residual_mask, reference.residual_attention.residual_mask, inputs, [random(2, 5, *space, seed=2)]
+        )
 
 
 def test_gradients_of_the_product():
@@ -275,7 +277,7 @@ def test_gradient_of_one_alone():
     for leaf in (trunk, mask):
         leaf.requires_grad_()
         (grad,) = torch.autograd.grad(residual_mask(trunk, mask).sum(), leaf)
-        (expected,) = torch.autograd.grad(reference.residual_mask(trunk, mask).sum(), leaf)
+        (expected,) = torch.autograd.grad(reference.residual_attention.residual_mask(trunk, mask).sum(), leaf)
         torch.testing.assert_close(grad, expected)
         leaf.requires_grad_(False)
 
@@ -310,7 +312,9 @@ def test_special_values():
     trunk, mask = random(1, 2, 3, 3), random(1, 2, 3, 3, seed=1).sigmoid()
     trunk[0, 0, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     mask[0, 1, 0, 0] = torch.nan
-    torch.testing.assert_close(residual_mask(trunk, mask), reference.residual_mask(trunk, mask), equal_nan=True)
+    torch.testing.assert_close(
+        residual_mask(trunk, mask), reference.residual_attention.residual_mask(trunk, mask), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, C, 5, 6), (1, C, 1, 1)], ids=str)

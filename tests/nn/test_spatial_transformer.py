@@ -211,7 +211,7 @@ def test_grid(space, align_corners, dtype):
     theta = random(2, rank, rank + 1, dtype=dtype)
     grids = [
         lambda x, affine_grid=m.affine_grid: affine_grid(x, (2, C, *space), align_corners=align_corners)
-        for m in (spatial_transformer, reference)
+        for m in (spatial_transformer, reference.spatial_transformer)
     ]
     assert_equivalent(*grids, {"x": theta}, [random(2, *space, rank, seed=1, dtype=dtype)])
 
