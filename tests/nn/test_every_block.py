@@ -12,7 +12,7 @@ from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
 
 import fused_attn.nn
-from fused_attn import reference
+from fused_attn import explain, reference
 from tests.checks import random, randomised
 from tests.ops.test_autograd import Marked
 
@@ -66,6 +66,12 @@ def pair(name: str, training: bool) -> tuple[nn.Module, nn.Module]:
 
 def test_every_block_is_here():
     assert {name.partition(" ")[0] for name in BLOCKS} == set(fused_attn.nn.__all__)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_is_one_row_of_explain(name):
+    (row,) = explain(BLOCKS[name](fused_attn.nn))[:1]
+    assert row.block == name.partition(" ")[0] and row.fused and row.reason
 
 
 def penalised(block: nn.Module, x: Tensor) -> list[Tensor]:
