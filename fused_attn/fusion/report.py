@@ -114,7 +114,7 @@ def _own_backend(block: Any) -> tuple[str, str]:
 def _backend(block: nn.Module, ops: tuple[str, ...]) -> tuple[str, str]:
     """The backend on the device of the block's parameters, and why it is that one."""
     if not ops:
-        return "reference", "what it is made of is PyTorch's"
+        return "reference", "it is made of PyTorch's operators"
     tensor = next(itertools.chain(block.parameters(), block.buffers()), None)
     device = tensor.device.type if tensor is not None else "cpu"
     forced = backends.forced()

@@ -6,19 +6,24 @@ and the modules the same `state_dict`. They check nothing beyond what PyTorch it
 
 from .axis_pool import axis_pool, axis_pool_with_map
 from .bam import BAM
+from .bilinear_attention import BilinearAttention, BilinearTransform
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .context_pool import context_gate, context_pool, context_pool_with_map
 from .coordinate import CoordinateAttention
+from .double_attention import DoubleAttention
 from .ema import EMA
+from .external_attention import ExternalAttention
 from .gather_excite import GatherExcite
 from .global_context import GlobalContext
+from .gsop import GSoP
 from .mixed_scale import mixed_scale
 from .non_local import NonLocal
 from .norm_gate import norm_gate
 from .position_attention import position_attention
+from .residual_attention import ResidualAttention
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
@@ -26,6 +31,7 @@ from .selective_kernel import SelectiveKernel, SKConv
 from .self_attention import ChannelSelfAttention, DualAttention, PositionAttention, SelfAttention2d
 from .simam import SimAM, simam
 from .spatial_gate import spatial_gate, spatial_logits
+from .spatial_transformer import SpatialTransformer
 from .split_attention import SplitAttention
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
@@ -33,24 +39,31 @@ from .triplet import TripletAttention
 
 __all__ = [
     "BAM",
+    "BilinearAttention",
+    "BilinearTransform",
     "CBAM",
     "ChannelAttention",
     "ChannelSelfAttention",
     "CoordinateAttention",
     "DualAttention",
+    "DoubleAttention",
     "ECA",
     "EMA",
     "EffectiveSE",
+    "ExternalAttention",
+    "GSoP",
     "GatherExcite",
     "NonLocal",
     "PositionAttention",
     "GlobalContext",
+    "ResidualAttention",
     "SCSE",
     "SKConv",
     "SelectiveKernel",
     "SelfAttention2d",
     "SimAM",
     "SpatialAttention",
+    "SpatialTransformer",
     "SplitAttention",
     "SqueezeExcite",
     "TripletAttention",

@@ -29,10 +29,22 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
 }
 
+#: Modules that `fuse` leaves as they are -> the fused functions in their class in `fused_attn.nn`; it may be none.
+ONLY_IN_NN: dict[type[nn.Module], tuple[str, ...]] = {
+    reference.BilinearAttention: ("norm_gate",),
+    reference.BilinearTransform: ("norm_gate",),
+    reference.DoubleAttention: (),
+    reference.ExternalAttention: ("norm_gate",),
+    reference.GSoP: ("scale", "scale/space", "norm_gate"),
+    reference.ResidualAttention: ("scale", "scale/space"),
+    reference.SpatialTransformer: (),
+}
+
 #: Modules of `fused_attn.reference` -> their classes in `fused_attn.nn`, whose functions the fused ones get.
 FUSED_FORMS: dict[type[nn.Module], type[nn.Module]] = {cls: getattr(fused_nn, cls.__name__) for cls in AS_IN_NN}
 
 
 def own_functions(block: Any) -> tuple[str, ...] | None:
     """The fused functions in a block of `fused_attn.nn` that is not one of them alone; None for others."""
-    return next((functions for cls, (functions, _) in AS_IN_NN.items() if isinstance(block, cls)), None)
+    functions = {cls: functions for cls, (functions, _) in AS_IN_NN.items()} | ONLY_IN_NN
+    return next((found for cls, found in functions.items() if isinstance(block, cls)), None)

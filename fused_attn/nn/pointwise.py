@@ -1,0 +1,39 @@
+"""1x1 convolutions as products with matrices, on what is no map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.common import is_channels_last
+from ..reference.block_attention import CONVOLUTIONS
+
+
+def is_pointwise(layer: Any) -> bool:
+    """A 1x1 convolution that is nothing else."""
+    plain = type(layer) in CONVOLUTIONS and layer.groups == 1
+    return plain and {*layer.kernel_size, *layer.stride} == {1} and set(layer.padding) == {0}
+
+
+def matrix(layer: Any) -> Tensor:
+    """Its weight, (out, in)."""
+    return layer.weight.flatten(1)
+
+
+def product(weight: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """weight columns + bias, of (out, in) and (B, in, n), which are read as they lie."""
+    weight = weight.expand(columns.shape[0], -1, -1)
+    return torch.bmm(weight, columns) if bias is None else torch.baddbmm(bias[:, None], weight, columns)
+
+
+def spread(weights: Tensor, maps: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """weights maps + bias, of (B, channels, n) and (B, n, positions), as a map in x's layout."""
+    space = x.shape[2:]
+    if is_channels_last(x) and not x.is_contiguous():
+        maps, weights = maps.transpose(1, 2), weights.transpose(1, 2)
+        y = torch.bmm(maps, weights) if bias is None else torch.baddbmm(bias, maps, weights)
+        return y.unflatten(1, space).movedim(-1, 1)
+    y = torch.bmm(weights, maps) if bias is None else torch.baddbmm(bias[:, None], weights, maps)
+    return y.unflatten(2, space)
