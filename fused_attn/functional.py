@@ -667,7 +667,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: floa
 
     Returns:
         (B, E, *space) in value's dtype, and in its layout where it has the query's space. Backward keeps the inputs,
-        the result and a number a position; no matrix of pairs is written, in either direction.
+        the result and two numbers a position; no matrix of pairs is written, in either direction.
 
     Equivalent to `scaled_dot_product_attention` over `t.flatten(2).transpose(1, 2)` of each, with that scale. (Where
     the value has another width than query and key, torch's own writes that matrix on a CPU.)

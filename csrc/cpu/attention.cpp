@@ -1,10 +1,8 @@
 // position_attention: for blocks of queries the scores against blocks of keys, their softmax while it goes (online),
 // and the values' sum. No matrix of queries by keys is written; what lies between the products of a block stays in
-// cache. Kept for the backward: the logarithm of each query's sum. position_attention_backward: for blocks of keys
-// against blocks of queries the scores once more, and from them the gradients of keys and values, which one thread
-// owns, and of the queries, which each piece of the keys has a sum of its own for.
-#include <cmath>
-
+// cache. Kept for the backward: each query's largest score and its sum's inverse. position_attention_backward: for
+// blocks of keys against blocks of queries the scores once more, and from them the gradients of keys and values, which
+// one thread owns, and of the queries, which each piece of the keys has a sum of its own for.
 #include "ops.h"
 #include "passes.h"
 
@@ -93,7 +91,7 @@ Tensor empty_result(const Inputs<T>& in) {
 
 template <class T>
 void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, Accumulator<T> scale,
-            const Matrix<T>& out, Accumulator<T>* logsum) {
+            const Matrix<T>& out, Accumulator<T>* state, int64_t positions) {
     using A = Accumulator<T>;
     const AttentionKernels<T>& run = attention_kernels<T>();
     const int64_t width = run.panel, panels = panels_of(count, width), wide = panels * width;
@@ -118,8 +116,9 @@ void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, A
         weighted.factors = factor.data();
         run.product(weighted);
     }
-    for (int64_t i = 0; i < count; ++i) logsum[i] = peak[i] + std::log(sum[i]);
     for (A& s : sum) s = A(1) / s;
+    std::copy_n(peak.begin(), count, state);
+    std::copy_n(sum.begin(), count, state + positions);
     for (int64_t p = 0; p < panels; ++p)
         run.write(&sums[p * channels * width], &sum[p * width], channels, std::min(width, count - p * width),
                   out.at(first + p * width), out.channel, out.position);
@@ -131,11 +130,10 @@ void dots(const MapView<T>& a, const MapView<T>& b, std::vector<Accumulator<T>>&
     using A = Accumulator<T>;
     parallel(a.batch, a.batch * a.sample_size(), [&](int64_t sample) {
         const Matrix<T> left(a, sample), right(b, sample);
-        A* sums = &out[sample * a.positions];
-        std::fill_n(sums, a.positions, A(0));
+        std::vector<double> sums(a.positions, 0.0);
         auto add = [&](int64_t c, int64_t p) {
-            sums[p] += static_cast<A>(left.data[c * left.channel + p * left.position]) *
-                       static_cast<A>(right.data[c * right.channel + p * right.position]);
+            sums[p] += static_cast<double>(left.data[c * left.channel + p * left.position]) *
+                       static_cast<double>(right.data[c * right.channel + p * right.position]);
         };
         if (left.position == 1) {
             for (int64_t c = 0; c < a.channels; ++c)
@@ -144,6 +142,7 @@ void dots(const MapView<T>& a, const MapView<T>& b, std::vector<Accumulator<T>>&
             for (int64_t p = 0; p < a.positions; ++p)
                 for (int64_t c = 0; c < a.channels; ++c) add(c, p);
         }
+        std::copy(sums.begin(), sums.end(), &out[sample * a.positions]);
     });
 }
 
@@ -151,7 +150,7 @@ void dots(const MapView<T>& a, const MapView<T>& b, std::vector<Accumulator<T>>&
 // to: (panels of the depth, queries, width).
 template <class T>
 void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample, int64_t from, int64_t to,
-                 Accumulator<T> scale, const Accumulator<T>* logsum, const Accumulator<T>* dot,
+                 Accumulator<T> scale, const Accumulator<T>* state, const Accumulator<T>* dot,
                  const Matrix<T>& grad_key, const Matrix<T>& grad_value, Accumulator<T>* queries) {
     using A = Accumulator<T>;
     const AttentionKernels<T>& run = attention_kernels<T>();
@@ -175,7 +174,8 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
             const A *a = some_queries.data, *g = some_grads.data;
             run.product({a, some_queries.position, some_queries.channel, keys.data(), depth * width, scores.data(),
                          step, count, depth, panels});
-            for (int64_t p = 0; p < panels; ++p) run.probabilities(&scores[p * step], count, logsum + q);
+            for (int64_t p = 0; p < panels; ++p)
+                run.probabilities(&scores[p * step], count, state + q, state + positions + q);
             run.product({g, some_grads.channel, some_grads.position, scores.data(), step, of_values.data(),
                          channels * width, channels, count, panels, q > 0});
             run.product({g, some_grads.position, some_grads.channel, values.data(), channels * width, slopes.data(),
@@ -210,23 +210,24 @@ std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor&
         const Inputs<T> in(query, key, value);
         const int64_t positions = in.query.positions, blocks = panels_of(positions, kQueries);
         Tensor out = empty_result(in);
-        Tensor logsum = empty_tensor(query, {in.query.batch, positions}, kScalarType<A>);
+        Tensor state = empty_tensor(query, {in.query.batch, 2, positions}, kScalarType<A>);
         if (in.key.positions == 0) zero(out, sizeof(T));
-        if (in.key.positions == 0) zero(logsum, sizeof(A));
-        if (out.numel() == 0 || in.key.positions == 0) return std::make_tuple(out, logsum);
+        if (in.key.positions == 0) zero(state, sizeof(A));
+        if (out.numel() == 0 || in.key.positions == 0) return std::make_tuple(out, state);
         const MapView<T> view(out);
         parallel(in.query.batch * blocks, in.work(), [&](int64_t unit) {
             const int64_t sample = unit / blocks, first = unit % blocks * kQueries;
             attend(in, sample, first, std::min(kQueries, positions - first), static_cast<A>(scale),
-                   Matrix<T>(view, sample), static_cast<A*>(logsum.data_ptr()) + sample * positions + first);
+                   Matrix<T>(view, sample), static_cast<A*>(state.data_ptr()) + 2 * sample * positions + first,
+                   positions);
         });
-        return std::make_tuple(out, logsum);
+        return std::make_tuple(out, state);
     });
 }
 
 std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& grad, const Tensor& query,
                                                                const Tensor& key, const Tensor& value,
-                                                               const Tensor& out, const Tensor& logsum, double scale) {
+                                                               const Tensor& out, const Tensor& state, double scale) {
     return dispatch(query, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
@@ -248,12 +249,12 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& gra
         const int64_t pieces = std::min<int64_t>(pieces_of(batch, blocks, in.work()), kMostPieces);
         std::vector<A> sums(batch * pieces * size, A(0));
         const MapView<T> query_view(grad_query), key_view(grad_key), value_view(grad_value);
-        const A* logsums = static_cast<const A*>(logsum.data_ptr());
+        const A* states = static_cast<const A*>(state.data_ptr());
         parallel(batch * pieces, in.work(), [&](int64_t unit) {
             const int64_t sample = unit / pieces, piece = unit % pieces;
             attend_back(in, gradient, sample, blocks * piece / pieces * kKeysBack,
                         std::min(keys, blocks * (piece + 1) / pieces * kKeysBack), static_cast<A>(scale),
-                        logsums + sample * positions, &dot[sample * positions], Matrix<T>(key_view, sample),
+                        states + 2 * sample * positions, &dot[sample * positions], Matrix<T>(key_view, sample),
                         Matrix<T>(value_view, sample), &sums[unit * size]);
         });
         const std::vector<A> scales(width, static_cast<A>(scale));

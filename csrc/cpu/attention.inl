@@ -109,13 +109,14 @@ void soften(A* scores, int64_t keys, A* peak, A* sum, A* factor) {
     }
 }
 
-// A panel of keys, (queries, width): scores into exp(score - logsum of the query).
+// A panel of keys, (queries, width): scores into exp(score - peak of the query) * inverse. (Less the logarithm of the
+// sum they would not add up to 1: that is rounded to its own size.)
 template <class A>
-void probabilities(A* scores, int64_t queries, const A* logsum) {
+void probabilities(A* scores, int64_t queries, const A* peak, const A* inverse) {
     for (int64_t q = 0; q < queries; ++q)
         for (int64_t j = 0; j < kPanel<A>; j += kLanes<A>) {
             A* at = scores + q * kPanel<A> + j;
-            store(exp(load(at) - splat(logsum[q])), at);
+            store(exp(load(at) - splat(peak[q])) * splat(inverse[q]), at);
         }
 }
 

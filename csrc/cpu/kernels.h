@@ -262,7 +262,7 @@ struct AttentionKernels {
     void (*pack)(const T* from, int64_t lane, int64_t step, int64_t lanes, int64_t steps, A factor, A* out);
     void (*copy_rows)(const T* from, int64_t stride, int64_t rows, int64_t length, A* out, int64_t pitch);
     void (*soften)(A* scores, int64_t keys, A* peak, A* sum, A* factor);
-    void (*probabilities)(A* scores, int64_t queries, const A* logsum);
+    void (*probabilities)(A* scores, int64_t queries, const A* peak, const A* inverse);
     void (*score_gradients)(A* gradients, const A* p, int64_t queries, const A* dot);
     void (*write)(const A* panel, const A* factors, int64_t rows, int64_t lanes, T* out, int64_t row, int64_t lane);
 };

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor&
                                               double scale);
 std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& grad, const Tensor& query,
                                                                const Tensor& key, const Tensor& value,
-                                                               const Tensor& out, const Tensor& logsum, double scale);
+                                                               const Tensor& out, const Tensor& state, double scale);
 std::tuple<Tensor, Tensor, Tensor> channel_pool_backward(const Tensor& grad, const Tensor& x, const Tensor& pooled,
                                                          const Tensor& index, const OptionalTensor& affine_weight,
                                                          const OptionalTensor& affine_bias, int64_t pre_activation,

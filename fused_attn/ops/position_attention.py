@@ -2,10 +2,15 @@
 the sum of the values by that.
 
 With p the softmax, o the result and g its gradient: ds = p (g . v - g . o), grad_q = scale ds k, grad_k = scale ds^T q,
-grad_v = p^T g. The matrix p is made again block by block, from the logarithm of each row's sum.
+grad_v = p^T g. The matrix p is made again block by block, from each row's largest score and its sum's inverse, which
+`state` has.
 """
 
 from __future__ import annotations
+
+import math
+
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from .. import reference
 from .common import accumulator, below, define, differentiable, differentiable_backward, empty_map, wants_graph
@@ -13,22 +18,23 @@ from .common import accumulator, below, define, differentiable, differentiable_b
 
 def _fake(query, key, value, scale):
     shape = query.shape[0], value.shape[1], *query.shape[2:]
-    out = empty_map(value) if value.shape == shape else query.new_empty(shape)
-    return out, query.new_empty((query.shape[0], query.shape[2:].numel()), dtype=accumulator(query.dtype))
+    same = statically_known_true(sym_eq(tuple(value.shape), shape))  # open sizes stay open
+    out = empty_map(value) if same else query.new_empty(shape)
+    return out, query.new_empty((query.shape[0], 2, math.prod(query.shape[2:])), dtype=accumulator(query.dtype))
 
 
-def _fake_backward(grad, query, key, value, out, logsum, scale):
+def _fake_backward(grad, query, key, value, out, state, scale):
     return empty_map(query), empty_map(key), empty_map(value)
 
 
 FORWARD = define(
     "position_attention",
-    "(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor out, Tensor logsum)",
+    "(Tensor query, Tensor key, Tensor value, float scale) -> (Tensor out, Tensor state)",
     _fake,
 )
 BACKWARD = define(
     "position_attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsum, float scale)"
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor state, float scale)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     _fake_backward,
 )
@@ -39,7 +45,7 @@ def _keep(ctx, inputs, results):
 
 
 def _gradients(ctx, grad):
-    query, key, value, out, logsum = ctx.saved_tensors
+    query, key, value, out, state = ctx.saved_tensors
     (scale,) = ctx.codes
     if wants_graph():
 
@@ -48,7 +54,7 @@ def _gradients(ctx, grad):
 
         grads = differentiable_backward(function, (query, key, value), ctx.needs_input_grad[1:], grad)
     else:
-        grads = below(BACKWARD[ctx.backend], grad, query, key, value, out, logsum, scale)
+        grads = below(BACKWARD[ctx.backend], grad, query, key, value, out, state, scale)
     return None, *grads
 
 

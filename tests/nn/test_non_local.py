@@ -127,7 +127,8 @@ def test_as_good_as_the_reference(mode, dtype, layout):
         found, eager = (copy.deepcopy(b).to(dtype).eval()(x) for b in (block, original))
         assert_as_good_as_eager(found, eager, original(x.double()), "y")
     else:
-        assert_as_good_as_reference(original, block, x)
+        # With statistics of the batch in half precision their own rounding is all that is seen.
+        assert_as_good_as_reference(original, block, x, training=dtype == torch.float32)
     y = block.to(dtype)(x)
     assert y.dtype == dtype and y.stride() == x.stride()
 

@@ -86,6 +86,7 @@ def every_op() -> dict[str, Op]:
 
     channel_gate, spatial_gate = (with_options(of.apply) for of in (test_channel_gate, test_spatial_gate))
     cbam, names = with_options(test_cbam.apply), tuple(affine)
+    pairs = {"key": random(2, 8, 3, 7, seed=8, **full), "value": random(2, 12, 3, 7, seed=9, **full)}
     context = {"weight": random(1, 8, 1, 1, seed=6, **full), "bias": random(1, seed=7, **full)}
     found = {
         "squeeze": Op(squeezed, x | affine, names),
@@ -104,6 +105,9 @@ def every_op() -> dict[str, Op]:
         "context_pool": Op(lambda m, *_: m.context_pool, x | context, tuple(context)),
         "context_pool/gate": Op(
             lambda m, *_: functools.partial(m.context_gate, excitation=torch.sigmoid), x | context, tuple(context)
+        ),
+        "position_attention": Op(
+            lambda m, *_: lambda x, key, value: m.position_attention(x, key, value, scale=0.3), x | pairs
         ),
         "simam": Op(lambda m, *_: m.simam, x),
         "select": Op(
@@ -285,8 +289,12 @@ def test_special_values(name, layout):
     check_special_values(name, layout)
 
 
+#: Whose backward reads the result, as that of torch's scaled_dot_product_attention does.
+KEEPS_RESULT = {"position_attention"}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in KEEPS_RESULT])
 def test_what_it_returns_may_be_written_over(name, layout):
     """As by a shortcut that is added in place."""
     op = ALL[name]
