@@ -31,11 +31,11 @@ CHOSEN = {"avx2": f"{ENDS} or {EDGES}", "baseline": EDGES}
 #: run -> the ops
 RUNS = {
     "avx2: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam", "context_pool"),
-    "avx2: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool"),
+    "avx2: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool", "position_attention"),
     "avx2: mixtures": ("mixed_scale", "select"),
     "baseline": (
         *("channel_gate", "norm_gate", "simam", "context_pool", "spatial_gate", "cbam", "axis_pool", "mixed_scale"),
-        "select",
+        *("select", "position_attention"),
     ),
 }
 

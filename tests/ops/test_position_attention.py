@@ -56,7 +56,7 @@ def check(inputs: dict[str, Tensor], grad: Tensor | None = None, scale: float = 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_dtypes_layouts(shape, dtype, layout):
+def test_shapes_and_dtypes(shape, dtype, layout):
     inputs = inputs_of(shape, dtype, layout)
     check(inputs)
     if shape[3] == shape[4]:
