@@ -198,7 +198,9 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
     }
 }
 
-void zero(const Tensor& tensor, int64_t itemsize) { std::memset(tensor.data_ptr(), 0, tensor.numel() * itemsize); }
+void zero(const Tensor& tensor, int64_t itemsize) {
+    if (tensor.numel() > 0) std::memset(tensor.data_ptr(), 0, tensor.numel() * itemsize);
+}
 
 }  // namespace
 
