@@ -23,7 +23,7 @@ from . import reference
 from .fusion import explain, fuse
 
 #: Roundings allowed beside twice the eager error; float64 has no exacter truth than eager, so its share is larger.
-FLOOR = {torch.float64: 256.0, torch.float32: 8.0, torch.float16: 4.0, torch.bfloat16: 4.0}
+FLOOR = {torch.float64: 256.0, torch.float32: 16.0, torch.float16: 4.0, torch.bfloat16: 4.0}
 
 BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "SqueezeExcite": lambda m: m.SqueezeExcite(64),
