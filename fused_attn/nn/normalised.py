@@ -26,7 +26,18 @@ def normalised(
         return reference.normalised.normalised(
             norm, x, activation=activation, gate=gate, residual=residual, post_activation=post_activation
         )
-    momentum = count_batch(norm)
+    return norm_gate(
+        norm,
+        x,
+        activation=activation,
+        excitation=None if gate is None else lambda _: gate,
+        residual=residual,
+        post_activation=post_activation,
+    )
+
+
+def norm_gate(norm: Any, x: Tensor, **options: Any) -> Tensor:
+    """`functional.norm_gate` with a BatchNorm's parameters and statistics, which it keeps as its own forward would."""
     tracked = not norm.training or norm.track_running_stats
     return functional.norm_gate(
         x,
@@ -35,10 +46,7 @@ def normalised(
         norm.running_mean if tracked else None,
         norm.running_var if tracked else None,
         training=uses_batch_statistics(norm),
-        momentum=momentum,
+        momentum=count_batch(norm),
         eps=norm.eps,
-        activation=activation,
-        excitation=None if gate is None else lambda _: gate,
-        residual=residual,
-        post_activation=post_activation,
+        **options,
     )

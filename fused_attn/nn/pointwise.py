@@ -12,9 +12,9 @@ from ..reference.block_attention import CONVOLUTIONS
 
 
 def is_pointwise(layer: Any) -> bool:
-    """A 1x1 convolution that is nothing else."""
+    """A convolution with a kernel of one position, without groups, stride or padding."""
     plain = type(layer) in CONVOLUTIONS and layer.groups == 1
-    return plain and {*layer.kernel_size, *layer.stride} == {1} and set(layer.padding) == {0}
+    return plain and {*layer.kernel_size, *layer.stride} == {1} and layer.padding in ((0,) * len(layer.kernel_size), 0)
 
 
 def matrix(layer: Any) -> Tensor:

@@ -130,9 +130,9 @@ MUTANTS = [
     ),
     Mutant(
         name="tail-does-not-count-batches",
-        file="fused_attn/fusion/changing/tails.py",
-        old="            momentum=count_batch(norm),\n",
-        new="            momentum=0.0 if norm.momentum is None else norm.momentum,\n",
+        file="fused_attn/nn/normalised.py",
+        old="        momentum=count_batch(norm),\n",
+        new="        momentum=0.0 if norm.momentum is None else norm.momentum,\n",
         tests="tests/fusion/test_tails.py -k test_the_block_it_was",
     ),
     Mutant(

@@ -30,8 +30,8 @@ class Glance(NamedTuple):
     same: owners that are no modules, names of their attributes, and values. contents: containers or their views, and
     what was in them. All of these by identity: a tensor may be equal to a number. equals and alike: as places and as
     same, but by equality, which costs a fifth: what is equal to nothing but itself, and options of torch's own layers,
-    which make numbers of such a tensor. filled: attributes of a layer, where its parameters
-    or buffers are, these, and the name of one that is not None. hooks: dictionaries that are empty.
+    which make numbers of such a tensor. filled: attributes of a layer, where its parameters or buffers are, these, and
+    the name of one that is not None. hooks: dictionaries that are empty.
     """
 
     places: tuple[tuple[Mapping[str, Any] | None, Callable[[Any], Any], Any, int], ...]
@@ -173,13 +173,7 @@ def is_mixed(plan: Plan, x: Tensor) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _glance(
-    block: nn.Module,
-    kind: type,
-    children: Any,
-    bypassed: tuple[nn.Module, ...],
-    watched: Watched,
-) -> Glance:
+def _glance(block: nn.Module, kind: type, children: Any, bypassed: tuple[nn.Module, ...], watched: Watched) -> Glance:
     own = block.__dict__
     keys: dict[int, dict[str, None]] = {}
     dictionaries: dict[int, dict[str, Any]] = {}

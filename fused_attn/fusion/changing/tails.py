@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ... import functional
 from ...codes import FUNCTIONS
-from ...reference.block_attention import affine_of, count_batch, uses_batch_statistics
+from ...nn.normalised import norm_gate
+from ...reference.block_attention import affine_of, uses_batch_statistics
 from ...reference.channel_gate import excite
 from ..hosts.registry import TAILS, recognise, register
 from ..reading.layers import activation_name
@@ -73,21 +73,8 @@ class Tail:
             else:
                 common.update(affine=affine_of(norm), pre_activation=self.activation)
             return run_gate(gate, self.recipe, parameters_of(gate, self.parameters), x, **common)
-        tracked = not norm.training or norm.track_running_stats
-        return functional.norm_gate(
-            x,
-            norm.weight,
-            norm.bias,
-            norm.running_mean if tracked else None,
-            norm.running_var if tracked else None,
-            training=of_batch,
-            momentum=count_batch(norm),
-            eps=norm.eps,
-            activation=self.activation,
-            excitation=None if gate is None else self._excitation(gate),
-            group=_group(norm),
-            **common,
-        )
+        excitation = None if gate is None else self._excitation(gate)
+        return norm_gate(norm, x, activation=self.activation, excitation=excitation, group=_group(norm), **common)
 
     def _excitation(self, gate: nn.Module) -> Callable[[Tensor], Tensor]:
         recipe = self.recipe

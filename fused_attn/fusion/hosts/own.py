@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...reference import CBAM, ChannelAttention, GatherExcite, NonLocal, SpatialAttention, channel_gate
+from ...reference import CBAM, ChannelAttention, GatherExcite, NonLocal, SpatialAttention
 from ...reference.block_attention import check_channels
 from ..reading.layers import paths_but
 from ..recipes.describe import describe
@@ -105,10 +105,7 @@ def gather_excite(block: Any) -> Recipe | str:
 
     def forward(block: Any, x: Tensor) -> Tensor:  # no weight says how many channels there are
         check_channels(block.channels, x)
-        try:
-            return run(block, gate, (), x)
-        except (TypeError, ValueError):  # a map that only plain PyTorch takes
-            return channel_gate(x, pool=block.pool, ties=block.ties, gate=block.gate)
+        return run(block, gate, (), x)
 
     return OwnLayers(forward, describe(block, gate), ("channel_gate",), rank=None)
 

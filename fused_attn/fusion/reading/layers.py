@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...nn.pointwise import is_pointwise
 from ..recipes.names import qualified_name
 from ..recipes.recipe import CbamGate, ChannelGate, Recipe, SpatialGate
 
@@ -44,16 +45,7 @@ def activation_name(layer: Any) -> str | None:
 
 def is_dense(layer: Any) -> bool:
     """A Linear, or a convolution with a kernel of one position, without groups, stride or padding."""
-    if type(layer) is nn.Linear:
-        return True
-    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return False
-    return (
-        all(k == 1 for k in layer.kernel_size)
-        and all(s == 1 for s in layer.stride)
-        and layer.padding in ((0,) * len(layer.kernel_size), 0)
-        and layer.groups == 1
-    )
+    return type(layer) is nn.Linear or is_pointwise(layer)
 
 
 def is_global_average(layer: Any, rank: int) -> bool:

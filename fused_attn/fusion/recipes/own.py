@@ -40,11 +40,12 @@ ONLY_IN_NN: dict[type[nn.Module], tuple[str, ...]] = {
     reference.SpatialTransformer: (),
 }
 
+_FUNCTIONS = {cls: functions for cls, (functions, _) in AS_IN_NN.items()} | ONLY_IN_NN
+
 #: Modules of `fused_attn.reference` -> their classes in `fused_attn.nn`, whose functions the fused ones get.
 FUSED_FORMS: dict[type[nn.Module], type[nn.Module]] = {cls: getattr(fused_nn, cls.__name__) for cls in AS_IN_NN}
 
 
 def own_functions(block: Any) -> tuple[str, ...] | None:
     """The fused functions in a block of `fused_attn.nn` that is not one of them alone; None for others."""
-    functions = {cls: functions for cls, (functions, _) in AS_IN_NN.items()} | ONLY_IN_NN
-    return next((found for cls, found in functions.items() if isinstance(block, cls)), None)
+    return next((functions for cls, functions in _FUNCTIONS.items() if isinstance(block, cls)), None)
