@@ -679,6 +679,27 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: floa
     return ops.position_attention(backend, query, key, value, float(scale))
 
 
+def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Criss-cross attention: for each position the softmax of query . key over the positions of its column, itself
+    left out, and of its row, times the values.
+
+    Args:
+        query, key: (B, D, H, W).
+        value: (B, E, H, W). D and E may differ.
+
+    Returns:
+        A map of value's shape, dtype and layout. Backward keeps the inputs, the result and two numbers a position; no
+        (H + W) weights a position are written, in either direction.
+
+    Source: CCNet, arXiv:1811.11721; without the block's convolutions and its residual.
+    """
+    _check_criss_cross(query, key, value)
+    backend = _choose("criss_cross_attention", query, key, value)
+    if backend == "reference" or not query.dtype == key.dtype == value.dtype:
+        return reference.criss_cross_attention(query, key, value)
+    return ops.criss_cross_attention(backend, query, key, value)
+
+
 def spatial_logits(pooled: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution inside `spatial_gate` by itself: of two pooled maps to one, zero-padded to the same size.
 
@@ -1157,3 +1178,18 @@ def _check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     if value.shape[0] != batch or value.shape[2:] != key.shape[2:]:
         expected = f"({batch}, E, {', '.join(map(str, key.shape[2:]))})"
         raise ValueError(f"value: expected shape {expected}; got {tuple(value.shape)}")
+
+
+def _check_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> None:
+    autocast = _check_map(query, "query")
+    if query.dim() != 4:
+        raise ValueError(f"query: expected (B, D, H, W); got shape {tuple(query.shape)}")
+    batch, _, height, width = query.shape
+    for argument, tensor in (("key", key), ("value", value)):
+        _check_tensor(argument, tensor, query)
+        if tensor.dtype != query.dtype and not autocast:
+            raise TypeError(f"{argument}: expected query's dtype, {query.dtype} (or autocast); got {tensor.dtype}")
+    if key.shape != query.shape:
+        raise ValueError(f"key: expected query's shape, {tuple(query.shape)}; got {tuple(key.shape)}")
+    if value.dim() != 4 or value.shape[0] != batch or value.shape[2:] != query.shape[2:]:
+        raise ValueError(f"value: expected shape ({batch}, E, {height}, {width}); got {tuple(value.shape)}")

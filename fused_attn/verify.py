@@ -48,6 +48,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "SCSE": lambda m: m.SCSE(64),
     "CoordinateAttention": lambda m: m.CoordinateAttention(64),
     "SimAM": lambda m: m.SimAM(64),
+    "CrissCrossAttention": lambda m: m.CrissCrossAttention(64),
     "EMA": lambda m: m.EMA(64, factor=8),
     "SKConv": lambda m: m.SKConv(64),
     "SelectiveKernel": lambda m: m.SelectiveKernel(64),

@@ -33,6 +33,17 @@ BAD_CALLS = [
     ("x: expected no axis of size 0", ValueError, lambda: functional.axis_pool(x[..., :0], maxima=True)),
     ("x: expected no axis of size 0", ValueError, lambda: functional.axis_pool(x[:, :0], maxima=True, channels=True)),
     ("ties: expected one of first, even; got 'last'", ValueError, lambda: functional.axis_pool(x, ties="last")),
+    ("query: expected (B, D, H, W)", ValueError, lambda: functional.criss_cross_attention(x[0], x[0], x[0])),
+    ("query: expected float64", TypeError, lambda: functional.criss_cross_attention(x.int(), x, x)),
+    ("key: expected a tensor; got NoneType", TypeError, lambda: functional.criss_cross_attention(x, None, x)),
+    ("key: expected query's shape", ValueError, lambda: functional.criss_cross_attention(x, x[:, :7], x)),
+    ("key: expected query's dtype, torch.float32", TypeError, lambda: functional.criss_cross_attention(x, x.half(), x)),
+    (
+        "value: expected shape (2, E, 4, 4); got (2, 8, 4, 3)",
+        ValueError,
+        lambda: functional.criss_cross_attention(x, x, x[..., :3]),
+    ),
+    ("value: expected shape (2, E, 4, 4)", ValueError, lambda: functional.criss_cross_attention(x, x, x[:1])),
     ("weight: expected a tensor", TypeError, lambda: functional.spatial_gate(x, None)),
     (
         "weight: expected shape (1, 2, k, k) with every k odd; got (1, 2, 3, 4)",

@@ -96,6 +96,11 @@ std::tuple<Tensor, Tensor, Tensor> channel_pool_backward(const Tensor& grad, con
                                                          const OptionalTensor& affine_bias, int64_t pre_activation,
                                                          int64_t mean_first, int64_t ties);
 
+std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value);
+std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad, const Tensor& query,
+                                                                  const Tensor& key, const Tensor& value,
+                                                                  const Tensor& out, const Tensor& state);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> axis_pool(const Tensor& x, int64_t maxima, int64_t channels,
                                                                      int64_t ties);
 

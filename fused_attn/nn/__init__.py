@@ -4,6 +4,7 @@ from .bam import BAM
 from .bilinear_attention import BilinearAttention, BilinearTransform
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
 from .coordinate import CoordinateAttention
+from .criss_cross import CrissCrossAttention
 from .double_attention import DoubleAttention
 from .ema import EMA
 from .external_attention import ExternalAttention
@@ -31,6 +32,7 @@ __all__ = [
     "CoordinateAttention",
     "DualAttention",
     "DoubleAttention",
+    "CrissCrossAttention",
     "ECA",
     "EMA",
     "EffectiveSE",

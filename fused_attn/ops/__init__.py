@@ -5,6 +5,7 @@ from .cbam import cbam
 from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .context_pool import context_gate, context_pool, context_pool_with_map
+from .criss_cross_attention import criss_cross_attention
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
 from .position_attention import position_attention
@@ -24,6 +25,7 @@ __all__ = [
     "context_gate",
     "context_pool",
     "context_pool_with_map",
+    "criss_cross_attention",
     "mixed_scale",
     "norm_gate",
     "position_attention",

@@ -13,6 +13,7 @@ from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .context_pool import context_gate, context_pool, context_pool_with_map
 from .coordinate import CoordinateAttention
+from .criss_cross import CrissCrossAttention, criss_cross_attention
 from .double_attention import DoubleAttention
 from .ema import EMA
 from .external_attention import ExternalAttention
@@ -47,6 +48,7 @@ __all__ = [
     "CoordinateAttention",
     "DualAttention",
     "DoubleAttention",
+    "CrissCrossAttention",
     "ECA",
     "EMA",
     "EffectiveSE",
@@ -76,6 +78,7 @@ __all__ = [
     "context_gate",
     "context_pool",
     "context_pool_with_map",
+    "criss_cross_attention",
     "eca_kernel_size",
     "mixed_scale",
     "norm_gate",

@@ -171,6 +171,7 @@ BLOCKS = {
         2,
         OwnLayers,
     ),
+    "reference CrissCrossAttention": (lambda: reference.CrissCrossAttention(C), 2, OwnLayers),
     "reference EMA": (lambda: reference.EMA(C, factor=8), 2, OwnLayers),
     "reference NonLocal": (lambda: reference.NonLocal(C), 2, OwnLayers),
     "reference NonLocal, dot, 3-D": (lambda: reference.NonLocal(C, mode="dot", rank=3), 3, OwnLayers),
@@ -184,7 +185,7 @@ BLOCKS = {
 
 
 #: Modules whose reference runs as the class of the same name in `fused_attn.nn`.
-AS_IN_NN = ["BAM", "CoordinateAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
+AS_IN_NN = ["BAM", "CoordinateAttention", "CrissCrossAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
 AS_IN_NN += ["SKConv", "SelectiveKernel", "SplitAttention"]
 AS_IN_NN += ["ChannelSelfAttention", "DualAttention", "NonLocal", "PositionAttention", "SelfAttention2d"]
 AS_IN_NN += ["GlobalContext"]
@@ -730,6 +731,7 @@ OWN_BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "CBAM": lambda: reference.CBAM(32),
     "BAM": lambda: reference.BAM(32),
     "CoordinateAttention": lambda: reference.CoordinateAttention(32),
+    "CrissCrossAttention": lambda: reference.CrissCrossAttention(32),
     "EMA": lambda: reference.EMA(32),
     "SCSE": lambda: reference.SCSE(32),
     "SKConv": lambda: reference.SKConv(32),

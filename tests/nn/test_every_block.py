@@ -28,6 +28,7 @@ BLOCKS: dict[str, Callable] = {
     "CoordinateAttention": lambda m: m.CoordinateAttention(8, activation="silu"),
     "DualAttention": lambda m: m.DualAttention(8, hidden=8, reduction=2),
     "DoubleAttention": lambda m: m.DoubleAttention(8),
+    "CrissCrossAttention": lambda m: m.CrissCrossAttention(8, reduction=2),
     "ECA": lambda m: m.ECA(8),
     "EMA": lambda m: m.EMA(8, factor=2),
     "EffectiveSE": lambda m: m.EffectiveSE(8, gate="sigmoid"),  # eager has no second derivative of its default

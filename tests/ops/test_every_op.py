@@ -21,6 +21,7 @@ from tests.ops import (
     test_axis_pool,
     test_cbam,
     test_channel_gate,
+    test_criss_cross,
     test_mixed_scale,
     test_norm_gate,
     test_select,
@@ -108,6 +109,9 @@ def every_op() -> dict[str, Op]:
         ),
         "position_attention": Op(
             lambda m, *_: lambda x, key, value: m.position_attention(x, key, value, scale=0.3), x | pairs
+        ),
+        "criss_cross_attention": Op(
+            lambda m, *_: m.criss_cross_attention, test_criss_cross.inputs_of(SHAPE, 3, dtype=double)
         ),
         "simam": Op(lambda m, *_: m.simam, x),
         "select": Op(
@@ -290,7 +294,7 @@ def test_special_values(name, layout):
 
 
 #: Whose backward reads the result, as that of torch's scaled_dot_product_attention does.
-KEEPS_RESULT = {"position_attention"}
+KEEPS_RESULT = {"criss_cross_attention", "position_attention"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
