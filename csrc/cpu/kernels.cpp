@@ -75,6 +75,10 @@ const TypedKernels<T>& typed() {
         return typed<T>().attention;                 \
     }                                                \
     template <>                                      \
+    const LineKernels<T>& line_kernels() {           \
+        return typed<T>().lines;                     \
+    }                                                \
+    template <>                                      \
     const ContextKernels<T>& context_kernels() {     \
         return typed<T>().context;                   \
     }

@@ -267,6 +267,30 @@ struct AttentionKernels {
     void (*write)(const A* panel, const A* factors, int64_t rows, int64_t lanes, T* out, int64_t row, int64_t lane);
 };
 
+// c = a b, or c = c * factors + a b where it adds. a: panels of AttentionKernels::panel rows, `a_panel` apart; in one
+// `row` and `step` are the strides of its rows and of the sum's steps. b has a row a step, c one a row, of `columns`
+// numbers each. factors: one a row, null for ones.
+template <class A>
+struct RowProduct {
+    const A* a;
+    int64_t a_panel, row, step;
+    const A* b;
+    int64_t b_row;
+    A* c;
+    int64_t c_row;
+    int64_t rows, steps, columns;
+    bool adds = false;
+    const A* factors = nullptr;
+};
+// Attention along lines: lines.inl says what each does.
+template <class T>
+struct LineKernels {
+    using A = Accumulator<T>;
+    void (*product)(const RowProduct<A>&);
+    void (*dots)(const A* x, int64_t pitch, const T* y, int64_t stride, int64_t rows, int64_t length, A* out);
+    void (*round_rows)(const A* from, int64_t stride, int64_t rows, int64_t length, T* out, int64_t pitch);
+};
+
 // The mean of a map over a panel's positions, weighted by exp(logit - peak): of largest logit, sum of weights and sums
 // a channel.
 template <class A>
@@ -324,6 +348,8 @@ template <class T>
 const NormKernels<T>& norm_kernels();
 template <class T>
 const AttentionKernels<T>& attention_kernels();
+template <class T>
+const LineKernels<T>& line_kernels();
 template <class T>
 const ContextKernels<T>& context_kernels();
 template <class A>

@@ -558,6 +558,7 @@ inline void map_values(int64_t n, A* out, F f) {
 }
 
 #include "attention.inl"
+#include "lines.inl"
 #include "norm.inl"
 #include "select.inl"
 #include "simam.inl"

@@ -16,6 +16,7 @@ struct TypedKernels {
     AxisKernels<T> axis;
     SelectKernels<T> select;
     AttentionKernels<T> attention;
+    LineKernels<T> lines;
     ContextKernels<T> context;
 };
 
@@ -42,7 +43,7 @@ extern const KernelTable kTable;
 
 #define FUSED_ATTN_TYPED_KERNELS(T)                                                               \
     {kMapKernels<T>,  kSpaceKernels<T>,  kSimamKernels<T>,     kNormKernels<T>,   kMixKernels<T>, \
-     kAxisKernels<T>, kSelectKernels<T>, kAttentionKernels<T>, kContextKernels<T>}
+     kAxisKernels<T>, kSelectKernels<T>, kAttentionKernels<T>, kLineKernels<T>, kContextKernels<T>}
 
 #define FUSED_ATTN_KERNEL_TABLE(isa)                                     \
     constexpr fused_attn::cpu::KernelTable fused_attn::cpu::isa::kTable{ \

@@ -2,7 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
 from .. import functional, reference
+from ..backends import is_ordinary
+from ..ops.common import is_channels_last
+from .pointwise import are_products
+
+
+def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrence: int) -> Tensor:
+    """As `fused_attn.reference.criss_cross.attend`. Columns and rows are read alike where a position's channels are next
+    to each other, so the map is. The map itself is attended to, and the values' convolution taken of the sums: that is
+    the same, as the weights add up to 1, and neither the values nor their sums times gamma are kept."""
+    if not is_ordinary(x):
+        return reference.criss_cross.attend(x, query, key, value, gamma, recurrence)
+    y = x.contiguous(memory_format=torch.channels_last)
+    one_dtype = x.dtype == gamma.dtype and not torch.is_autocast_enabled(x.device.type)
+    products = one_dtype and are_products(query, key, value) and x.dtype == value.weight.dtype
+    for _ in range(recurrence):
+        if products:
+            attended = functional.criss_cross_attention(*both(query, key, y), y)
+            y = conv2d(attended, gamma * value.weight, None if value.bias is None else gamma * value.bias).add_(y)
+        else:
+            attended = functional.criss_cross_attention(query(y), key(y), value(y))
+            y = functional.scale(attended.to(x.dtype), gamma.expand(x.shape[:2]), residual=y)
+    return y if is_channels_last(x) and not x.is_contiguous() else y.contiguous()
+
+
+def both(query: Any, key: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two convolutions of a map, which is read once where they can be one."""
+    if (query.bias is None) != (key.bias is None):
+        return query(x), key(x)
+    bias = None if key.bias is None else torch.cat([query.bias, key.bias])
+    maps = conv2d(x, torch.cat([query.weight, key.weight]), bias)
+    return maps[:, : query.out_channels], maps[:, query.out_channels :]
 
 
 class CrissCrossAttention(reference.CrissCrossAttention):
@@ -29,5 +66,4 @@ class CrissCrossAttention(reference.CrissCrossAttention):
     `CrissCrossAttention`, the form in plain PyTorch.
     """
 
-    _criss_cross_attention = staticmethod(functional.criss_cross_attention)
-    _scale = staticmethod(functional.scale)
+    _attend = staticmethod(attend)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import is_ordinary
-from .pointwise import is_pointwise, matrix, product, spread
+from .pointwise import are_products, matrix, product, spread
 
 
 def gather_and_distribute(
@@ -18,7 +18,7 @@ def gather_and_distribute(
     """As `fused_attn.reference.double_attention.gather_and_distribute`: the features' convolution after the gathering,
     to which it is the same and which is smaller, and the last one before the distribution."""
     convs = (features, gather, distribute, *(() if reconstruct is None else (reconstruct,)))
-    if not (is_ordinary(x) and all(map(is_pointwise, convs))):
+    if not (is_ordinary(x) and are_products(*convs)):
         return reference.double_attention.gather_and_distribute(x, features, gather, distribute, reconstruct, over)
     rows = x.flatten(2)
     weight = torch.cat([matrix(gather), matrix(distribute)])

@@ -9,13 +9,13 @@ from torch import Tensor
 from .. import reference
 from ..backends import is_ordinary
 from .normalised import normalised
-from .pointwise import is_pointwise, matrix, product, spread
+from .pointwise import are_products, matrix, product, spread
 
 
 def look_up(x: Tensor, query: Any, keys: Any, values: Any, output: Any) -> Tensor:
     """As `fused_attn.reference.external_attention.look_up`, with the two layers before the softmax as one, and the two
     behind it."""
-    if not (is_ordinary(x) and all(map(is_pointwise, (query, keys, values, output)))):
+    if not (is_ordinary(x) and are_products(query, keys, values, output)):
         return reference.external_attention.look_up(x, query, keys, values, output)
     weight, bias = matrix(keys) @ matrix(query), keys.bias
     if query.bias is not None:

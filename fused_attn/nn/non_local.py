@@ -11,6 +11,7 @@ from .. import functional, reference
 from ..reference.non_local import dot_attention as matrix_dot_attention
 from ..reference.non_local import project as project_a_map
 from ..reference.non_local import weighted_channels
+from .pointwise import are_products
 
 
 def dot_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def concatenation_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor
 
 def project(x: Tensor, conv: Any, weight: Tensor) -> Tensor:
     """As the reference's, in one convolution to one channel: the map in between is not made."""
-    if type(conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if not are_products(conv):
         return project_a_map(x, conv, weight)
     projected = weighted_channels(x, weight @ conv.weight.flatten(1))
     return projected if conv.bias is None else projected + weight @ conv.bias

@@ -17,6 +17,22 @@ def is_pointwise(layer: Any) -> bool:
     return plain and {*layer.kernel_size, *layer.stride} == {1} and layer.padding in ((0,) * len(layer.kernel_size), 0)
 
 
+def is_hooked(layer: Any) -> bool:
+    """Whether somebody wants its calls: a hook, which may also make its weight as those of pruning do."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
+
+
+def are_products(*layers: Any) -> bool:
+    """Whether to multiply with their matrices is all that calling them does."""
+    return all(is_pointwise(layer) and not is_hooked(layer) for layer in layers)
+
+
 def matrix(layer: Any) -> Tensor:
     """Its weight, (out, in)."""
     return layer.weight.flatten(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +24,19 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return summed.to(value.dtype)
 
 
+def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrence: int) -> Tensor:
+    """x + gamma * (what the values of its row and column are, weighted), `recurrence` times; the layers are called."""
+    for _ in range(recurrence):
+        attended = criss_cross_attention(query(x), key(x), value(x))
+        x = scale(attended.to(x.dtype), gamma.expand(x.shape[:2]), residual=x)
+    return x
+
+
 class CrissCrossAttention(nn.Module):
     """See `fused_attn.nn.CrissCrossAttention`."""
 
-    #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
-    _criss_cross_attention = staticmethod(criss_cross_attention)
-    _scale = staticmethod(scale)
+    #: What the forward pass does; `fused_attn.nn` puts the fused function here.
+    _attend = staticmethod(attend)
 
     def __init__(self, channels: int, *, reduction: float = 8, recurrence: int = 2) -> None:
         super().__init__()
@@ -46,7 +55,4 @@ class CrissCrossAttention(nn.Module):
         if x.dim() != 4:
             raise ValueError(f"x: expected (B, C, H, W); got shape {tuple(x.shape)}")
         check_channels(self.channels, x)
-        for _ in range(self.recurrence):
-            attended = self._criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
-            x = self._scale(attended.to(x.dtype), self.gamma.expand(x.shape[:2]), residual=x)
-        return x
+        return self._attend(x, self.query_conv, self.key_conv, self.value_conv, self.gamma, self.recurrence)

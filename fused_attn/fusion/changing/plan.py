@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...nn.pointwise import is_hooked
 from ..reading.reads import MISSING, Watched, is_plain, is_torch, reads_of
 from ..recipes.names import HOST, host_of
 from ..recipes.recipe import OwnLayers, Recipe, SplitGate
@@ -86,16 +87,6 @@ def plan_of(block: nn.Module) -> Plan | None:
 
 def is_bypassed(path: str, recipe: Recipe) -> bool:
     return not isinstance(recipe, (SplitGate, OwnLayers)) or path in recipe.bypassed
-
-
-def is_hooked(layer: Any) -> bool:
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-    )
 
 
 def why_bound(block: nn.Module, recipe: Recipe) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...codes import FUNCTIONS
 from ...nn.normalised import norm_gate
+from ...nn.pointwise import is_hooked
 from ...reference.block_attention import affine_of, uses_batch_statistics
 from ...reference.channel_gate import excite
 from ..hosts.registry import TAILS, recognise, register
@@ -23,7 +24,7 @@ from ..reading.layers import activation_name
 from ..recipes.names import class_name, qualified_name
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 from ..recipes.run import Paths, layer_at, parameter_paths, parameters_of, run_gate
-from .plan import intact, is_hooked, plan_of
+from .plan import intact, plan_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM_ACTS = tuple(f"timm.layers.norm_act.{name}" for name in ("BatchNormAct2d", "SyncBatchNormAct"))

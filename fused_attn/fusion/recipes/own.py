@@ -16,7 +16,7 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.ChannelSelfAttention: ((), None),
     reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
     reference.DualAttention: (("position_attention",), 4),
-    reference.CrissCrossAttention: (("criss_cross_attention", "scale"), 4),
+    reference.CrissCrossAttention: (("criss_cross_attention",), 4),
     reference.EMA: (("scale/space",), 4),
     reference.NonLocal: (("position_attention",), None),
     reference.PositionAttention: (("position_attention",), None),
