@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,37 +10,135 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from .. import functional, reference
-from ..backends import is_ordinary
-from ..ops.common import is_channels_last
-from .pointwise import are_products
+from ..backends import choose, is_ordinary
+from ..ops.common import below, differentiable_backward, is_channels_last, wants_graph
+from ..ops.criss_cross_attention import BACKWARD, FORWARD
+from .pointwise import are_products, matrix
 
 
 def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrence: int) -> Tensor:
-    """As `fused_attn.reference.criss_cross.attend`. Columns and rows are read alike where a position's channels are next
-    to each other, so the map is. The map itself is attended to, and the values' convolution taken of the sums: that is
-    the same, as the weights add up to 1, and neither the values nor their sums times gamma are kept."""
+    """As `fused_attn.reference.criss_cross.attend`, with the map itself attended to, and the values' convolution taken
+    of the sums: that is the same, as the weights add up to 1."""
     if not is_ordinary(x):
         return reference.criss_cross.attend(x, query, key, value, gamma, recurrence)
+    one_dtype = x.dtype == query.weight.dtype == key.weight.dtype == value.weight.dtype == gamma.dtype
+    if not one_dtype or torch.is_autocast_enabled(x.device.type) or not are_products(query, key, value):
+        return attend_to_values(x, query, key, value, gamma, recurrence)
+    weight = torch.cat([matrix(query), matrix(key)])
+    biases = [torch.zeros_like(c.weight[:, 0, 0, 0]) if c.bias is None else c.bias for c in (query, key)]
+    of_value = None if value.bias is None else gamma * value.bias
+    inputs = x, weight, torch.cat(biases), gamma * matrix(value), of_value
+    backend = choose("criss_cross_attention", x)
+    if torch.compiler.is_compiling() or backend == "reference":
+        return attend_to_map(recurrence, *inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        y: Tensor = _Attend.apply(backend, recurrence, *inputs)
+        return y
+    return _steps(None, backend, recurrence, *inputs)
+
+
+def attend_to_values(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrence: int) -> Tensor:
+    """The layers are called; a position's channels are next to each other, where columns and rows are read alike."""
     y = x.contiguous(memory_format=torch.channels_last)
-    one_dtype = x.dtype == gamma.dtype and not torch.is_autocast_enabled(x.device.type)
-    products = one_dtype and are_products(query, key, value) and x.dtype == value.weight.dtype
     for _ in range(recurrence):
-        if products:
-            attended = functional.criss_cross_attention(*both(query, key, y), y)
-            y = conv2d(attended, gamma * value.weight, None if value.bias is None else gamma * value.bias).add_(y)
-        else:
-            attended = functional.criss_cross_attention(query(y), key(y), value(y))
-            y = functional.scale(attended.to(x.dtype), gamma.expand(x.shape[:2]), residual=y)
-    return y if is_channels_last(x) and not x.is_contiguous() else y.contiguous()
+        attended = functional.criss_cross_attention(query(y), key(y), value(y))
+        y = functional.scale(attended.to(x.dtype), gamma.expand(x.shape[:2]), residual=y)
+    return y if _has_rows(x) else y.contiguous()
 
 
-def both(query: Any, key: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two convolutions of a map, which is read once where they can be one."""
-    if (query.bias is None) != (key.bias is None):
-        return query(x), key(x)
-    bias = None if key.bias is None else torch.cat([query.bias, key.bias])
-    maps = conv2d(x, torch.cat([query.weight, key.weight]), bias)
-    return maps[:, : query.out_channels], maps[:, query.out_channels :]
+def attend_to_map(
+    recurrence: int, x: Tensor, weight: Tensor, bias: Tensor, of_value: Tensor, bias_of_value: Tensor | None
+) -> Tensor:
+    """weight, bias: of query and key together; of_value and its bias have gamma in them."""
+    y, depth = x.contiguous(memory_format=torch.channels_last), weight.shape[0] // 2
+    for _ in range(recurrence):
+        maps = conv2d(y, weight[..., None, None], bias)
+        attended = functional.criss_cross_attention(maps[:, :depth], maps[:, depth:], y)
+        y = conv2d(attended, of_value[..., None, None], bias_of_value) + y
+    return y if _has_rows(x) else y.contiguous()
+
+
+def _has_rows(x: Tensor) -> bool:
+    return is_channels_last(x) and not x.is_contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(positions of the batch, C): a position's channels next to each other."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _as_map(rows: Tensor, x: Tensor) -> Tensor:
+    return rows.view(x.shape[0], *x.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _in_layout_of(rows: Tensor, x: Tensor) -> Tensor:
+    if _has_rows(x):
+        return _as_map(rows, x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for sample, of_sample in zip(y.flatten(2), _as_map(rows, x).flatten(2), strict=True):
+        sample.copy_(of_sample)  # torch turns matrices tile by tile, and maps not
+    return y
+
+
+def _steps(
+    kept: list[Tensor] | None,
+    backend: str,
+    recurrence: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    of_value: Tensor,
+    bias_of_value: Tensor | None,
+) -> Tensor:
+    """`attend_to_map` without gradients. kept: gets the map before each step, queries, keys, sums and their state."""
+    rows, depth = _rows(x), weight.shape[0] // 2
+    for _ in range(recurrence):
+        maps = _as_map(torch.addmm(bias, rows, weight.t()), x)
+        query, key = (t.contiguous(memory_format=torch.channels_last) for t in (maps[:, :depth], maps[:, depth:]))
+        y = _as_map(rows, x)
+        attended, state = below(FORWARD[backend], query, key, y)
+        if kept is not None:
+            kept += [query, key, y, attended, state]
+        rows = rows.clone() if bias_of_value is None else rows + bias_of_value
+        rows.addmm_(_rows(attended), of_value.t())
+    return _in_layout_of(rows, x)
+
+
+class _Attend(torch.autograd.Function):
+    """`attend_to_map`, whose products add to what is there and whose gradients are summed where they are made: a map
+    less is written in every step, and two less in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, recurrence: int, *inputs: Any) -> Tensor:
+        ctx.backend, ctx.recurrence = backend, recurrence
+        kept: list[Tensor] = []
+        y = _steps(kept, backend, recurrence, *inputs)
+        ctx.save_for_backward(*inputs, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, of_value, bias_of_value, *kept = ctx.saved_tensors
+        if wants_graph(grad):
+            function = functools.partial(attend_to_map, ctx.recurrence)
+            inputs = x, weight, bias, of_value, bias_of_value
+            return None, None, *differentiable_backward(function, inputs, ctx.needs_input_grad[2:], grad)
+        of_weight, of_bias, of_last = (torch.zeros_like(t) for t in (weight, bias, of_value))
+        of_last_bias = None if bias_of_value is None else torch.zeros_like(bias_of_value)
+        rows = _rows(grad)
+        while kept:
+            *kept, query, key, y, attended, state = kept
+            of_last.addmm_(rows.t(), _rows(attended))
+            if of_last_bias is not None:
+                of_last_bias += rows.sum(0)
+            grad_attended = _as_map(rows @ of_value, x)
+            of_maps = below(BACKWARD[ctx.backend], grad_attended, query, key, y, attended, state)
+            del grad_attended, attended
+            of_products = torch.cat([_rows(t) for t in of_maps[:2]], 1)
+            of_weight.addmm_(of_products.t(), _rows(y))
+            of_bias += of_products.sum(0)
+            rows = _rows(of_maps[2]).add_(rows).addmm_(of_products, weight)
+        return None, None, _in_layout_of(rows, x), of_weight, of_bias, of_last, of_last_bias
 
 
 class CrissCrossAttention(reference.CrissCrossAttention):

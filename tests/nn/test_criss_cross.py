@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fused_attn import nn as fused_nn
 from fused_attn import reference
@@ -130,8 +131,8 @@ def test_the_authors_keys():
 
 
 def test_copies_and_compiled():
-    block = randomised(fused_nn.CrissCrossAttention(16)).float()
-    x = random(2, 16, 6, 5)
+    block = randomised(fused_nn.CrissCrossAttention(16))
+    x = random(2, 16, 6, 5, dtype=torch.float64)
     y = block(x)
     assert torch.equal(copy.deepcopy(block)(x), y)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -178,3 +179,56 @@ def test_trains_under_deterministic_algorithms():
     block = randomised(fused_nn.CrissCrossAttention(16)).float()
     block(random(2, 16, 6, 5)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+def leaves(block, x):
+    return x, *(p for p in block.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("biased", [("query", "key", "value"), ("query",), ("value",), ()], ids=str)
+def test_second_derivatives_and_biases(biased, layout):
+    """Of the block, whose steps are one function for autograd; layers without a bias are taken as they are."""
+    block, other = (randomised(m.CrissCrossAttention(4, reduction=2)) for m in (fused_nn, reference))
+    for b in (block, other):
+        for name in {"query", "key", "value"} - {*biased}:
+            getattr(b, f"{name}_conv").bias = None
+    other.load_state_dict(block.state_dict())
+    found = []
+    for b in (block, other):
+        x = in_layout(random(2, 4, 3, 4, dtype=torch.float64), layout).requires_grad_()
+        wanted = leaves(b, x)
+        first = torch.autograd.grad(b(x).square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        batched = torch.autograd.grad(
+            b(x), wanted, random(3, 2, 4, 3, 4, seed=2, dtype=torch.float64), is_grads_batched=True
+        )
+        found.append([*first, *second, *batched])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_what_is_not_frozen():
+    block = randomised(fused_nn.CrissCrossAttention(4, reduction=2))
+    expected = torch.autograd.grad(block(x := random(2, 4, 3, 4, dtype=torch.float64)).square().sum(), block.gamma)
+    for p in block.parameters():
+        p.requires_grad_(p is block.gamma)
+    assert torch.equal(torch.autograd.grad(block(x).square().sum(), block.gamma)[0], expected[0])
+    with torch.no_grad():
+        y = block(x)
+    assert torch.equal(block(x), y)
+    block.requires_grad_(False)
+    assert not block(x).requires_grad
+
+
+def test_a_layer_that_somebody_listens_to_is_called():
+    """Pruning makes the weight in such a hook."""
+    block, other = (randomised(m.CrissCrossAttention(4, reduction=2)) for m in (fused_nn, reference))
+    other.load_state_dict(block.state_dict())
+    x, seen = random(2, 4, 3, 4, dtype=torch.float64), []
+    for b in (block, other):
+        prune.l1_unstructured(b.value_conv, "weight", 0.5)
+        b.value_conv.weight_orig.data.mul_(2)
+        b.key_conv.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(block(x), other(x), rtol=1e-9, atol=1e-10)
+    assert len(seen) == 4
