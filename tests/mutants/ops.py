@@ -434,13 +434,6 @@ MUTANTS = [
         tests="tests/nn/test_spatial_transformer.py -k test_grid",
     ),
     Mutant(
-        name="places-that-are-no-numbers-in-the-corner",
-        file="fused_attn/nn/spatial_transformer.py",
-        old="lower.nan_to_num(-2.0)",
-        new="lower.nan_to_num(0.0)",
-        tests="tests/nn/test_spatial_transformer.py -k test_places_that_are_no_numbers",
-    ),
-    Mutant(
         name="reflected-where-the-side-is-left",
         file="fused_attn/nn/spatial_transformer.py",
         old="(away / span).floor() % 2 == 0",
