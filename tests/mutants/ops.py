@@ -480,6 +480,13 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        name="what-is-freed-still-counts",
+        file="fused_attn/bench/measure.py",
+        old="        now += event.nbytes()\n",
+        new="        now += max(event.nbytes(), 0)\n",
+        tests="tests/bench/test_blocks.py -k test_the_peak_is_counted_and_not_the_sum",
+    ),
+    Mutant(
         name="json-without-medians",
         file="fused_attn/bench/measure.py",
         old="        medians = {name: t.median for name, t in self.timings.items()}\n"
