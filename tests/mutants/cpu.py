@@ -226,4 +226,18 @@ MUTANTS = [
         "d += load_n(grad + at, n);",
         "tests/ops/test_context_pool.py -k 'test_gate or test_strides_around_a_gate'",
     ),
+    Mutant(
+        "first-position-of-a-block-meets-itself-twice",
+        "csrc/cpu/criss_cross.cpp",
+        "for (int64_t i = std::max(column, row); i <",
+        "for (int64_t i = std::max(column, row) + 1; i <",
+        "tests/ops/test_criss_cross.py -k 'test_the_formula_position_by_position or test_shapes_dtypes_layouts'",
+    ),
+    Mutant(
+        "peak-of-a-column-of-nothing-but-itself",
+        "csrc/cpu/criss_cross.cpp",
+        "std::fill(peak.begin(), peak.end(), std::numeric_limits<A>::lowest());",
+        "std::fill(peak.begin(), peak.end(), -std::numeric_limits<A>::infinity());",
+        "tests/ops/test_criss_cross.py -k 'test_scores_that_are_all_minus_infinity_in_a_column or test_any_shape'",
+    ),
 ]

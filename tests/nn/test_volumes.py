@@ -86,6 +86,19 @@ def test_as_good_as_the_reference(name, layout):
     assert_as_good_as_reference(original, block, in_layout(x, layout))
 
 
+@pytest.mark.parametrize(
+    "name", sorted({n.partition(" ")[0] for n in BLOCKS} - {"ResidualAttention", "SpatialTransformer"})
+)
+def test_sequences(name):
+    """What takes volumes takes (B, C, L): not a spatial transformer, a residual attention if its branches do."""
+    names = inspect.signature(getattr(reference, name).__init__).parameters
+    options = {k: v for k, v in {"rank": 1, "reduction": 4}.items() if k in names}
+    original = randomised(getattr(reference, name)(16, **options))
+    block = getattr(fused_attn.nn, name)(16, **options).double()
+    block.load_state_dict(copy.deepcopy(original.state_dict()))
+    assert_same_block(block, original, random(2, 16, 33, dtype=torch.float64), training=False)
+
+
 def blocks_with_a_form_for_volumes():
     """Those of `fused_attn.nn` that a map of three spatial axes passes, with `rank=3` where they take it."""
     for name in fused_attn.nn.__all__:
