@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import fused_attn
 from fused_attn.bench import blocks, models
-from fused_attn.bench.measure import Figure, Timing, copy_bandwidth, environment, interleaved
+from fused_attn.bench.measure import Figure, Timing, copy_bandwidth, environment, interleaved, peak_memory
 from fused_attn.bench.memory import measure_memory
 from fused_attn.cli import show_memory, show_taxes
 from fused_attn.hosts import UnknownModel
@@ -57,15 +57,19 @@ def agrees(eager: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], grad: 
     def results(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
         parameters = {k: v.detach().to(dtype).requires_grad_() for k, v in module.named_parameters()}
-        y = torch.func.functional_call(module, parameters, tuple(leaves))
+        buffers = {k: v.to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in module.named_buffers()}
+        y = torch.func.functional_call(module, parameters | buffers, tuple(leaves))
         return [y, *torch.autograd.grad(y, [*leaves, *parameters.values()], grad.to(dtype))]
 
     dtype = inputs[0].dtype
     with fused_attn.backend("reference"):
         exact = results(eager, torch.float64)
-    for ours_i, eager_i, exact_i in zip(results(ours, dtype), results(eager, dtype), exact, strict=True):
-        scale = exact_i.abs().max().item() or 1.0
-        floor = 8 * torch.finfo(dtype).eps * scale
+    # The gradient of a parameter before a BatchNorm cancels to nothing: it is measured on the scale of all parameters'.
+    scales = [t.abs().max().item() for t in exact]
+    first = 1 + len(inputs)
+    scales[first:] = [max(scales[first:], default=0.0)] * len(scales[first:])
+    for ours_i, eager_i, exact_i, scale in zip(results(ours, dtype), results(eager, dtype), exact, scales, strict=True):
+        floor = 8 * torch.finfo(dtype).eps * (scale or 1.0)
         error = (ours_i.double() - exact_i).abs().max().item()
         if not error <= 2 * (eager_i.double() - exact_i).abs().max().item() + floor:
             return False
@@ -98,17 +102,21 @@ def measure(
     budget: float,
 ) -> Iterator[Figure]:
     """One block on one backend, forward and forward + backward; nothing where it does not agree with float64."""
-    eager, ours = blocks.pair(name, shape[1], dtype, device)
+    block = blocks.BLOCKS[name]
+    eager, ours = blocks.pair(name, shape[1], dtype, device, len(shape) - 2)
     case = {"block": name, "backend": backend, "dtype": str(dtype)[6:], "layout": layout, "shape": list(shape)}
     x = blocks.make_map(shape, dtype, layout, device)
     bytes_ = x.numel() * x.element_size()
     copies = max(1, min(8, -(-4 * 60 * 2**20 // (3 * bytes_)))) if device.type == "cuda" else 1
-    maps = [[blocks.make_map(shape, dtype, layout, device) for _ in range(3)] for _ in range(copies)]
-    inputs = [(m[0], m[2]) if blocks.BLOCKS[name].residual else (m[0],) for m in maps]
+    inputs = [
+        tuple(blocks.make_map(shape, dtype, layout, device) for _ in range(1 + block.residual)) for _ in range(copies)
+    ]
+    result = blocks.forward_call(eager, inputs[0])()
+    grads = [blocks.make_map(result.shape, dtype, layout, device) for _ in range(copies)]
     context = fused_attn.backend(backend) if device.type == "cuda" else nullcontext()
     with context:
         try:
-            correct = agrees(eager, ours, inputs[0], maps[0][1])
+            correct = agrees(eager, ours, inputs[0], grads[0])
         except RuntimeError as error:  # a sample that does not fit the cluster's memory, say
             yield Figure({**case, "pass": "refused"}, {}, {"reason": str(error).splitlines()[0]})
             return
@@ -119,12 +127,12 @@ def measure(
         candidates: dict[str, Any] = {"eager": eager, "fused": ours, "compile": torch.compile(eager)}
         if device.type == "cuda":
             candidates["max-autotune"] = torch.compile(eager, mode="max-autotune-no-cudagraphs")
-        for what, passes in zip(("forward", "forward + backward"), blocks.BLOCKS[name].passes, strict=True):
+        for what, passes in zip(("forward", "forward + backward"), block.passes or (None, None), strict=True):
 
             def make(module: nn.Module, what: str = what) -> list[Callable[[], object]]:
                 if what == "forward":
                     return [blocks.forward_call(module, i) for i in inputs]
-                return [blocks.training_call(module, i, m[1]) for i, m in zip(inputs, maps, strict=True)]
+                return [blocks.training_call(module, i, g) for i, g in zip(inputs, grads, strict=True)]
 
             calls = {n: make(module) for n, module in candidates.items()}
             wall = interleaved({n: c[0] for n, c in calls.items()}, device, budget=budget, least=5)
@@ -135,8 +143,12 @@ def measure(
                     timings[n] = Timing([s / copies for s in t.seconds])
             else:
                 timings |= wall
-            moved = passes * bytes_ / timings["fused"].median
-            facts = {"passes": passes, "bytes a second": moved, "of copy": moved / copy_bytes_per_second}
+            facts: dict[str, object] = {}
+            if passes is not None:
+                moved = passes * bytes_ / timings["fused"].median
+                facts = {"passes": passes, "bytes a second": moved, "of copy": moved / copy_bytes_per_second}
+            if what == "forward + backward":
+                facts["peak bytes"] = {n: peak_memory(c[0], device) for n, c in calls.items()}
             yield Figure({**case, "pass": what}, timings, facts)
 
 
@@ -202,8 +214,8 @@ def main(minutes: float, out: Path, dry_run: bool) -> None:
 
     cases = [
         (name, shape, dtype, layout, backend)
-        for shape in (DRY_SHAPES if dry_run else blocks.HEADLINE_SHAPES)
-        for name in blocks.BLOCKS
+        for name, block in blocks.BLOCKS.items()
+        for shape in (DRY_SHAPES if dry_run else blocks.SHAPES[block.shapes])
         for layout in ("channels_last", "nchw")
         for dtype in (torch.bfloat16, torch.float32)
         for backend in (("cpu",) if dry_run else BACKENDS)

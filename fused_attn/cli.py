@@ -90,6 +90,11 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("x"))
 
 
+def sizes_of(text: str) -> tuple[tuple[int, ...], ...]:
+    """Of a name in `blocks.SHAPES`, or given one by one."""
+    return blocks.SHAPES.get(text) or tuple(parse_shape(part) for part in text.split(","))
+
+
 def parse_pair(text: str) -> tuple[str, str]:
     """Two networks joined by the slash that follows the first one's factory: files have slashes, too."""
     match = re.fullmatch(r"(.+?:[^:/]+)/(.+:[^:/]+)", text)
@@ -239,7 +244,7 @@ MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default
     click.option("--models/--no-models", "with_models", default=True, help="Measure networks. Default: yes."),
     click.option("--ops", default="se,eca", help=f"Blocks: of {', '.join(blocks.BLOCKS)}. Default: se,eca."),
     click.option(
-        "--shapes", default="headline", help=f"{', '.join(blocks.SHAPES)}, or BxCxHxW[,BxCxHxW...]. Default: headline."
+        "--shapes", default=None, help=f"{', '.join(blocks.SHAPES)}, or BxCxHxW[,BxCxHxW...]. Default: by block."
     ),
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32"),
     click.option("--layout", type=click.Choice(LAYOUTS), default="nchw"),
@@ -260,7 +265,7 @@ def bench_command(
     with_blocks: bool,
     with_models: bool,
     ops: str,
-    shapes: str,
+    shapes: str | None,
     dtype: str,
     layout: str,
     pairs: tuple[str, ...],
@@ -287,8 +292,7 @@ def bench_command(
     for name in names:
         if name not in blocks.BLOCKS:
             raise UserError(f"--ops: expected some of {', '.join(blocks.BLOCKS)}; got {name!r}")
-    sizes = blocks.SHAPES.get(shapes)
-    sizes = sizes or tuple(parse_shape(part) for part in shapes.split(","))
+    sizes = {name: sizes_of(shapes or blocks.BLOCKS[name].shapes) for name in names}
     split = [parse_pair(pair) for pair in pairs] or list(models.TAX_PAIRS)
     input_size = parse_shape(model_input)
     if with_memory and memory_budget is not None and input_size[0] < 2:
@@ -302,11 +306,12 @@ def bench_command(
     complete = False
     try:
         facts["copy bytes a second"] = copy = copy_bandwidth(place, 1 << (22 if quick else 28))
-        jobs = len(names) * (len(sizes) + 1) * with_blocks + len(split) * (with_models + with_memory)
+        jobs = sum(len(of_block) + 1 for of_block in sizes.values()) * with_blocks
+        jobs += len(split) * (with_models + with_memory)
         with progress(jobs) as advance:
             if with_blocks:
                 for name in names:
-                    for size in sizes:
+                    for size in sizes[name]:
                         advance(f"{name} {'x'.join(map(str, size))}")
                         figures += blocks.measure_block(
                             name,
@@ -384,8 +389,11 @@ def show_blocks(figures: list[Figure], facts: dict[str, Any]) -> None:
         ]
         ratios = [f"{f.ratio(n):.2f}x" if n in f.timings else "-" for n in ("eager", "compile")]
         share = f"{100 * float(f.facts['of copy']):.0f} %" if "of copy" in f.facts else "-"
-        rows.append([f"{f.case['block']} {shape}", str(f.case["pass"]), *times, *ratios, share])
+        peaks: dict[str, int] = f.facts.get("peak bytes", {})
+        peak = ", ".join(f"{peaks[n] / 2**20:.1f}" for n in ("eager", "compile", "fused") if n in peaks)
+        rows.append([f"{f.case['block']} {shape}", str(f.case["pass"]), *times, *ratios, share, peak])
     columns = ["block", "pass", "eager ms", "compile ms", "fused ms", "eager / fused", "compile / fused", "of copy"]
+    columns.append("peak MiB of each")
     table(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", columns, rows)
     means = [
         [f"{row['block']}, {row['pass']}, {row['dtype']}, {row['layout']}"]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 
-from fused_attn import cli
+import fused_attn.nn
+from fused_attn import cli, functional, reference
 from fused_attn.bench.blocks import BLOCKS, SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +55,43 @@ def test_python_runs(tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
+OF_BLOCKS = re.search(r"^## The blocks\n(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
+BEFORE = re.search(r"^```python\n(.*?)^```$", OF_BLOCKS, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
+LINES = [
+    code
+    for row in re.findall(r"^\|.*\|$", OF_BLOCKS, re.MULTILINE)
+    for code in re.findall("`([^`]*)`", row.split("|")[-2])
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_code_of_a_block_is_its_reference(line: str):
+    """In training and evaluation, from the same random numbers."""
+    for training in (True, False):
+        results = []
+        for modules, functions in ((fused_attn.nn, functional), (reference, reference)):
+            names: dict = {}
+            torch.manual_seed(0)
+            exec(BEFORE, names)
+            names |= {"nn": modules, "functional": functions}
+            module = re.fullmatch(r"(nn\..*)\(x\)", line)
+            results.append(eval(module[1], names).train(training)(names["x"]) if module else eval(line, names))
+        for mine, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+            assert mine.isfinite().all()
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+#: What modules are made of and other code rarely needs.
+PARTS = {"axis_pool_with_map", "context_pool_with_map", "spatial_logits"}
+
+
+def test_every_block_and_function_has_its_line():
+    assert {name for line in LINES for name in re.findall(r"\bnn\.(\w+)", line)} == set(fused_attn.nn.__all__)
+    functions = {name for name in vars(functional) if name in vars(reference) and callable(getattr(functional, name))}
+    rows = "".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", OF_BLOCKS, re.MULTILINE))
+    assert set(re.findall(r"\w+", rows)) == functions - PARTS
+
+
 SHELL = "".join(code for _, code in blocks("sh"))
 PROSE = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^(fused-attn .+)", SHELL, re.MULTILINE) + re.findall(r"`(fused-attn [^`]+)`", PROSE)
@@ -67,7 +106,7 @@ def test_commands_and_their_options_exist(line: str):
     given = command.make_context(name, arguments).params  # reads the options as a call does, and calls nothing
     if name == "bench":
         assert set(given["ops"].split(",")) <= set(BLOCKS)
-        assert given["shapes"] in SHAPES
+        assert given["shapes"] in (None, *SHAPES)
 
 
 def test_options_named_in_sentences_exist():
@@ -85,7 +124,7 @@ def test_options_named_in_sentences_exist():
         assert named <= known | OTHERS, span
         if "--ops" in named:
             given = cli.main.commands["bench"].make_context("bench", span.split()).params
-            assert set(given["ops"].split(",")) <= set(BLOCKS) and given["shapes"] in SHAPES
+            assert set(given["ops"].split(",")) <= set(BLOCKS) and given["shapes"] in (None, *SHAPES)
 
 
 def test_make_targets_exist():

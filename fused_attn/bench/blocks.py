@@ -36,26 +36,38 @@ MORE_SHAPES = (
 BOTTLENECK_SHAPES = ((32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 MBCONV_SHAPES = ((32, 32, 112, 112), (32, 96, 56, 56), (32, 240, 28, 28), (32, 480, 14, 14), (32, 1152, 7, 7))
 #: By the names that `--shapes` takes.
-SHAPES = {
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "headline": HEADLINE_SHAPES,
     "all": HEADLINE_SHAPES + MORE_SHAPES,
     "bottleneck": BOTTLENECK_SHAPES,
     "mbconv": MBCONV_SHAPES,
+    # Where segmentation networks compare positions: an eighth of 512 x 512 and of 769 x 769.
+    "positions": ((2, 512, 64, 64), (1, 256, 97, 97)),
+    "criss-cross": ((2, 512, 97, 97),),
+    # The second to fourth stage of a ResNet-50.
+    "stages": ((8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14)),
+    # I3D's third stage on clips of 32 frames, and the first one of MONAI's networks on volumes.
+    "video": ((2, 512, 4, 14, 14),),
+    "volume": ((2, 64, 32, 64, 64),),
 }
 TINY_SHAPE = (2, 16, 2, 2)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block to measure: built from a module namespace (`fused_attn.nn` or `fused_attn.reference`) and C.
+    """A block to measure: built from a module namespace (`fused_attn.nn` or `fused_attn.reference`), C, and the number
+    of spatial axes.
 
-    passes: over the map, forward and forward + backward, that a streaming kernel needs. residual: the block takes a
-    second map.
+    passes: over the map, forward and forward + backward, that a streaming kernel needs; None where products or
+    convolutions take the time. residual: the block takes a second map. shapes: the name of those it is measured on.
+    multiple: what divides its heights and widths.
     """
 
-    build: Callable[..., nn.Module]
-    passes: tuple[float, float]
+    build: Callable[[Any, int, int], nn.Module]
+    passes: tuple[float, float] | None = None
     residual: bool = False
+    shapes: str = "headline"
+    multiple: int = 1
 
 
 class Selection(nn.Module):
@@ -111,42 +123,65 @@ class Tail(nn.Module):
 
 
 BLOCKS: dict[str, Block] = {
-    "se": Block(lambda m, c: m.SqueezeExcite(c), (3, 7)),
-    "eca": Block(lambda m, c: m.ECA(c), (3, 7)),
-    "ese": Block(lambda m, c: m.EffectiveSE(c), (3, 7)),
-    "se-max": Block(lambda m, c: m.SqueezeExcite(c, pool="avgmax"), (3, 7)),
-    "se-residual-relu": Block(lambda m, c: m.SqueezeExcite(c, post_activation="relu"), (4, 10), residual=True),
-    "channel-attention": Block(lambda m, c: m.ChannelAttention(c), (3, 7)),
-    "spatial-attention": Block(lambda m, c: m.SpatialAttention(c, batch_norm=False), (3, 7)),
-    "cbam": Block(lambda m, c: m.CBAM(c, batch_norm=False), (4, 10)),
-    "cbam-batch-norm": Block(lambda m, c: m.CBAM(c), (4, 10)),  # with the batch's statistics, as networks train
-    "triplet": Block(lambda m, c: m.TripletAttention(c), (3, 8)),
-    "coordinate": Block(lambda m, c: m.CoordinateAttention(c), (3, 8)),
-    "bam": Block(lambda m, c: m.BAM(c), (4, 11)),  # beside its convolutions, which are most of its time
-    "scse": Block(lambda m, c: m.SCSE(c), (4, 11)),
-    "norm-gate": Block(lambda m, c: Tail(m, c, "identity", "relu"), (4, 10), residual=True),  # of an SE-ResNet
-    "norm-silu-gate": Block(lambda m, c: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
+    "se": Block(lambda m, c, _: m.SqueezeExcite(c), (3, 7)),
+    "eca": Block(lambda m, c, _: m.ECA(c), (3, 7)),
+    "ese": Block(lambda m, c, _: m.EffectiveSE(c), (3, 7)),
+    "se-max": Block(lambda m, c, _: m.SqueezeExcite(c, pool="avgmax"), (3, 7)),
+    "se-residual-relu": Block(lambda m, c, _: m.SqueezeExcite(c, post_activation="relu"), (4, 10), residual=True),
+    "channel-attention": Block(lambda m, c, _: m.ChannelAttention(c), (3, 7)),
+    "spatial-attention": Block(lambda m, c, rank: m.SpatialAttention(c, batch_norm=False, rank=rank), (3, 7)),
+    "cbam": Block(lambda m, c, rank: m.CBAM(c, batch_norm=False, rank=rank), (4, 10)),
+    "cbam-batch-norm": Block(
+        lambda m, c, rank: m.CBAM(c, rank=rank), (4, 10)
+    ),  # with the batch's statistics, as networks train
+    "triplet": Block(lambda m, c, _: m.TripletAttention(c), (3, 8)),
+    "coordinate": Block(lambda m, c, _: m.CoordinateAttention(c), (3, 8)),
+    "bam": Block(
+        lambda m, c, rank: m.BAM(c, rank=rank), (4, 11)
+    ),  # beside its convolutions, which are most of its time
+    "scse": Block(lambda m, c, _: m.SCSE(c), (4, 11)),
+    "norm-gate": Block(lambda m, c, _: Tail(m, c, "identity", "relu"), (4, 10), residual=True),  # of an SE-ResNet
+    "norm-silu-gate": Block(lambda m, c, _: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
     # What ends every block of a plain ResNet, and of one whose attention stands elsewhere.
-    "norm-add-relu": Block(lambda m, c: Tail(m, c, "identity", "relu", gated=False), (4, 10), residual=True),
-    "simam": Block(lambda m, c: m.SimAM(c), (3, 8)),
-    "global-context": Block(lambda m, c: m.GlobalContext(c, fuse="scale", ratio=1 / 8), (3, 8)),
-    "select": Block(lambda m, c: Selection(m, c, batch_norm=False), (5, 11), residual=True),
+    "norm-add-relu": Block(lambda m, c, _: Tail(m, c, "identity", "relu", gated=False), (4, 10), residual=True),
+    "simam": Block(lambda m, c, _: m.SimAM(c), (3, 8)),
+    "global-context": Block(lambda m, c, _: m.GlobalContext(c, fuse="scale", ratio=1 / 8), (3, 8)),
+    "select": Block(lambda m, c, _: Selection(m, c, batch_norm=False), (5, 11), residual=True),
     # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.
-    "sk": Block(lambda m, c: Selection(m, c), (11, 29), residual=True),
-    "split-attention": Block(lambda m, c: Selection(m, c // 2, stacked=True), (5.5, 14.5)),
+    "sk": Block(lambda m, c, _: Selection(m, c), (11, 29), residual=True),
+    "split-attention": Block(lambda m, c, _: Selection(m, c // 2, stacked=True), (5.5, 14.5)),
+    # What compares positions or channels with each other.
+    "position-attention": Block(lambda m, c, rank: m.PositionAttention(c, rank=rank), shapes="positions"),
+    "self-attention": Block(lambda m, c, _: m.SelfAttention2d(c), shapes="positions"),
+    "channel-self-attention": Block(lambda m, c, _: m.ChannelSelfAttention(c), shapes="positions"),
+    "dual-attention": Block(lambda m, c, _: m.DualAttention(c, hidden=max(c // 4, 8)), shapes="positions"),
+    "non-local": Block(lambda m, c, rank: m.NonLocal(c, rank=rank), shapes="positions"),
+    "non-local-dot": Block(lambda m, c, rank: m.NonLocal(c, mode="dot", rank=rank), shapes="positions"),
+    "non-local-concat": Block(lambda m, c, rank: m.NonLocal(c, mode="concatenation", rank=rank), shapes="positions"),
+    "double-attention": Block(lambda m, c, rank: m.DoubleAttention(c, rank=rank), shapes="positions"),
+    "external-attention": Block(lambda m, c, _: m.ExternalAttention(c), shapes="positions"),
+    "criss-cross": Block(lambda m, c, _: m.CrissCrossAttention(c), shapes="criss-cross"),  # twice, as in CCNet
+    "gsop": Block(lambda m, c, _: m.GSoP(c), shapes="stages"),
+    "residual-attention": Block(lambda m, c, _: m.ResidualAttention(c, depth=1), shapes="stages"),
+    "bilinear": Block(lambda m, c, _: m.BilinearAttention(c, drop_rate=0), shapes="stages", multiple=7),
 }
 
 
 def make_map(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
     x = torch.randn(shape, device=device).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x
 
 
-def pair(name: str, channels: int, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, nn.Module]:
+def pair(
+    name: str, channels: int, dtype: torch.dtype, device: torch.device, rank: int = 2
+) -> tuple[nn.Module, nn.Module]:
     """The block in plain PyTorch and fused, with the same weights."""
     build = BLOCKS[name].build
-    eager = build(reference, channels).to(device, dtype)
-    ours = build(fused, channels).to(device, dtype)
+    eager = build(reference, channels, rank).to(device, dtype)
+    for parameter in eager.parameters():
+        if not parameter.any():  # a block that starts as the identity would be measured on gradients of zero
+            nn.init.constant_(parameter, 0.5)
+    ours = build(fused, channels, rank).to(device, dtype)
     ours.load_state_dict(eager.state_dict())
     return eager, ours
 
@@ -183,35 +218,39 @@ def measure_block(
     """Forward under no_grad, then forward + backward: eager, torch.compile and fused interleaved.
 
     In training mode, but for a batch of one, which is what inference has (and which some BatchNorms cannot train on).
+    Of forward + backward also the bytes at the peak.
     """
-    eager, ours = (block.train(shape[0] > 1) for block in pair(name, shape[1], dtype, device))
+    block = BLOCKS[name]
+    eager, ours = (module.train(shape[0] > 1) for module in pair(name, shape[1], dtype, device, len(shape) - 2))
     candidates = {"eager": eager, "fused": ours}
     if with_compile:
         torch._dynamo.reset()
         candidates["compile"] = torch.compile(eager)
     x, residual = (make_map(shape, dtype, layout, device) for _ in range(2))
-    inputs = (x, residual) if BLOCKS[name].residual else (x,)
+    inputs = (x, residual) if block.residual else (x,)
     grad = make_map(forward_call(eager, inputs)().shape, dtype, layout, device)
     calls = {
         "forward": {n: forward_call(m, inputs) for n, m in candidates.items()},
         "forward + backward": {n: training_call(m, inputs, grad) for n, m in candidates.items()},
     }
-    for (what, functions), passes in zip(calls.items(), BLOCKS[name].passes, strict=True):
+    for (what, functions), passes in zip(calls.items(), block.passes or (None, None), strict=True):
         timings = interleaved(functions, device, budget=budget)
-        moved = passes * x.numel() * x.element_size()
-        facts: dict[str, object] = {"passes": passes, "bytes a second": moved / timings["fused"].median}
-        if copy_bytes_per_second:
-            facts["of copy"] = moved / timings["fused"].median / copy_bytes_per_second
-        memory = {n: peak_memory(f, device) for n, f in functions.items()}
-        if device.type == "cuda":
-            facts["peak bytes"] = memory
+        facts: dict[str, object] = {}
+        if passes is not None:
+            moved = passes * x.numel() * x.element_size()
+            facts |= {"passes": passes, "bytes a second": moved / timings["fused"].median}
+            if copy_bytes_per_second:
+                facts["of copy"] = moved / timings["fused"].median / copy_bytes_per_second
+        if what == "forward + backward":
+            facts["peak bytes"] = {n: peak_memory(f, device) for n, f in functions.items()}
         case = {"block": name, "pass": what, "dtype": str(dtype)[6:], "layout": layout, "shape": list(shape)}
         yield Figure(case, timings, facts)
 
 
 def measure_overhead(name: str, device: torch.device, budget: float = 0.5) -> Iterator[Figure]:
     """A map so small that only the call counts."""
-    for figure in measure_block(name, TINY_SHAPE, torch.float32, "nchw", device, with_compile=False, budget=budget):
+    shape = *TINY_SHAPE[:2], *(BLOCKS[name].multiple * n for n in TINY_SHAPE[2:])
+    for figure in measure_block(name, shape, torch.float32, "nchw", device, with_compile=False, budget=budget):
         figure.case["block"] = f"{name}, call overhead"
         figure.facts = look(name)
         yield figure
@@ -220,7 +259,7 @@ def measure_overhead(name: str, device: torch.device, budget: float = 0.5) -> It
 def look(name: str, runs: int = 2000) -> dict[str, object]:
     """What it costs to see that a fused block is unchanged: how many values are watched, and the seconds of one look at
     all of them; nothing of what `fuse` does not know."""
-    block = fuse(BLOCKS[name].build(reference, TINY_SHAPE[1]))
+    block = fuse(BLOCKS[name].build(reference, TINY_SHAPE[1], 2))
     plan = plan_of(block)
     if plan is None:
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -96,16 +97,25 @@ def copy_bandwidth(device: torch.device, bytes_: int = 1 << 28) -> float:
     return 2 * bytes_ / timing.median
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes at the peak above what was there before; None where the device does not count them (CPU)."""
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes at the peak above what was there before, as torch's allocator counts them: what libraries and operators
+    allocate for themselves while they run is not among them."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints two lines when it starts and stops
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -96,18 +96,19 @@ def measure_memory(
     On CUDA also the peak of a whole step above what was there before it, and the largest batch that runs (search=True),
     on the card as it is. Elsewhere the largest batch is derived from budget_bytes, if given: parameters, gradients,
     buffers and what a batch of this size and one of half of it keep, as a straight line. It leaves out what an operator
-    allocates and frees while it runs, which no allocator counts there.
+    allocates and frees while it runs.
     """
     if budget_bytes is not None and shape[0] < 2:
         raise ValueError(f"shape: expected a batch of at least 2, to see what grows with it; got {shape}")
     x = in_place(torch.randn(shape), layout, device)
     kept: dict[str, int] = {}
-    peak: dict[str, int | None] = {}
+    peak: dict[str, int] = {}
     batches: dict[str, int] = {}
     for name, model in networks(attention, plain, with_tails).items():
         in_place(model, layout, device)
         kept[name] = kept_by_model(model, x)
-        peak[name] = peak_memory(training_call(model, x), device)
+        if device.type == "cuda":
+            peak[name] = peak_memory(training_call(model, x), device)
         if device.type == "cuda" and search:
             batches[name] = largest(step_fits(model, x))
         elif device.type != "cuda" and budget_bytes is not None:
@@ -117,7 +118,7 @@ def measure_memory(
             batches[name] = max(0, int((budget_bytes - fixed) / (image + x[0].numel() * x.element_size())))
         model.cpu()  # so that every network has the card for itself
     facts: dict[str, object] = {"kept bytes": kept}
-    if device.type == "cuda":
+    if peak:
         facts["peak bytes"] = peak
     if batches:
         facts["largest batch"] = batches

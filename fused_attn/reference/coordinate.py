@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..codes import ACTIVATIONS, FUNCTIONS, code
 from .axis_pool import axis_pool_with_map
+from .block_attention import check_rank
 from .mixed_scale import mixed_scale
 from .squeeze_excite import finite, positive_int
 
@@ -45,6 +46,7 @@ class CoordinateAttention(nn.Module):
         return f"{self.channels}, activation={self.activation!r}, gate={self.gate!r}"
 
     def forward(self, x: Tensor) -> Tensor:
+        check_rank(2, x)
         height, width = x.shape[2:]
         x, rows, columns = self._axis_pool(x)
         strip = torch.cat([rows, columns.transpose(2, 3)], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .block_attention import check_channels, check_rank
 from .scale import scale
 from .squeeze_excite import positive_int
 
@@ -30,6 +31,8 @@ class EMA(nn.Module):
         return f"{self.channels}, factor={self.factor}"
 
     def forward(self, x: Tensor) -> Tensor:
+        check_rank(2, x)
+        check_channels(self.channels, x)
         height, width = x.shape[2:]
         group = x.reshape(x.shape[0] * self.factor, self.channels // self.factor, height, width)
         rows, columns = group.mean(3, keepdim=True), group.mean(2, keepdim=True)

@@ -44,6 +44,15 @@ def test_space_split_among_programs(scale, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_tiles_a_program(layout, monkeypatch):
+    """As where samples are many: each tile may have a larger logit than those before."""
+    from fused_attn.kernels import maps
+
+    monkeypatch.setattr(maps, "PROGRAMS_PER_SM", 1)
+    of_context.check(in_layout(random(4, 3, 40, 71), layout), scale=5.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ascending", [True, False])
 def test_the_largest_logit_may_come_late(ascending, layout):
     of_context.test_the_largest_logit_may_come_late(ascending, layout)

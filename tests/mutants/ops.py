@@ -163,6 +163,44 @@ MUTANTS = [
         new="    positions = x.shape[2:].numel()",
         tests="tests/ops/test_autograd.py -k test_export_with_open_sizes",
     ),
+    Mutant(
+        name="position-attention-fake-is-the-value-s-map",
+        file="fused_attn/ops/position_attention.py",
+        old="    out = empty_map(value) if same else query.new_empty(shape)\n",
+        new="    out = empty_map(value)\n",
+        tests="tests/ops/test_position_attention.py -k 'test_fake_kernels or test_compiles_in_one_graph'",
+    ),
+    Mutant(
+        name="position-attention-s-second-gradients-without-the-scale",
+        file="fused_attn/ops/position_attention.py",
+        old="reference.position_attention(query, key, value, scale=scale)",
+        new="reference.position_attention(query, key, value)",
+        tests="tests/ops/test_position_attention.py -k test_second_derivatives",
+    ),
+    Mutant(
+        name="context-gone-and-the-map-s-gradient-with-it",
+        file="fused_attn/ops/context_pool.py",
+        old="            return None, grad, None, None\n",
+        new="            return None, None, None, None\n",
+        tests="tests/ops/test_context_pool.py -k test_map_or_context_alone",
+    ),
+    Mutant(
+        name="criss-cross-meets-itself-twice",
+        file="fused_attn/reference/criss_cross.py",
+        old=".masked_fill(itself, -torch.inf)",
+        new="",
+        tests=(
+            "tests/nn/test_criss_cross.py tests/ops/test_criss_cross.py"
+            " -k 'test_equals_the_original or test_the_formula_position_by_position'"
+        ),
+    ),
+    Mutant(
+        name="criss-cross-once",
+        file="fused_attn/reference/criss_cross.py",
+        old="for _ in range(self.recurrence):",
+        new="for _ in range(1):",
+        tests="tests/nn/test_criss_cross.py -k test_equals_the_original",
+    ),
     # Checks and dispatch.
     Mutant(
         name="one-even-side-of-a-kernel",
@@ -268,6 +306,154 @@ MUTANTS = [
             ' -k "test_equals_the_original or test_one_position_is_nan_as_in_the_original"'
         ),
     ),
+    # Attention between positions and channels, and the blocks made of products.
+    Mutant(
+        name="timm-s-scale-of-the-inner-width",
+        file="fused_attn/reference/non_local.py",
+        old='"timm": {"scale": "input"',
+        new='"timm": {"scale": "inner"',
+        tests="tests/nn/test_non_local.py -k test_equals_timm",
+    ),
+    Mutant(
+        name="alexhex7-pools-before-its-convolutions",
+        file="fused_attn/reference/non_local.py",
+        old='"alexhex7": {"scale": None, "pool": "after"}',
+        new='"alexhex7": {"scale": None, "pool": "before"}',
+        tests="tests/nn/test_non_local.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="mean-over-the-queries-instead-of-the-keys",
+        file="fused_attn/nn/non_local.py",
+        old="beta=0, alpha=1 / m)",
+        new="beta=0, alpha=1 / n)",
+        tests="tests/nn/test_non_local.py -k 'test_equals_the_original or test_attentions_as_good_as_with_the_matrix'",
+    ),
+    Mutant(
+        name="a-key-of-minus-the-query-is-seen",
+        file="fused_attn/nn/non_local.py",
+        old="torch.searchsorted(-keys.detach(), queries.detach())",
+        new="torch.searchsorted(-keys.detach(), queries.detach(), right=True)",
+        tests="tests/nn/test_non_local.py -k test_concatenation_of_equal_and_of_opposite_numbers",
+    ),
+    Mutant(
+        name="channel-energies-taken-from-their-maximum",
+        file="fused_attn/nn/self_attention.py",
+        old="(-(rows @ rows.transpose(1, 2))).softmax(2)",
+        new="((e := rows @ rows.transpose(1, 2)).amax(2, True) - e).softmax(2)",
+        tests="tests/nn/test_self_attention.py -k test_energies_beyond_float16_are_finite",
+    ),
+    Mutant(
+        name="channel-energies-not-turned-round",
+        file="fused_attn/nn/self_attention.py",
+        old="(-(rows @ rows.transpose(1, 2))).softmax(2)",
+        new="(rows @ rows.transpose(1, 2)).softmax(2)",
+        tests="tests/nn/test_self_attention.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="values-of-the-original-not-pooled-with-the-keys",
+        file="fused_attn/reference/self_attention.py",
+        old="nn.functional.max_pool2d(key, 2), nn.functional.max_pool2d(value, 2)",
+        new="nn.functional.max_pool2d(key, 2), nn.functional.avg_pool2d(value, 2)",
+        tests="tests/nn/test_self_attention.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="positions-centred-by-their-own-number",
+        file="fused_attn/reference/gsop.py",
+        old="self._covariance(x.flatten(2).transpose(1, 2), SIDE * SIDE)",
+        new="self._covariance(x.flatten(2).transpose(1, 2))",
+        tests="tests/nn/test_gsop.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="running-statistics-folded-in-training",
+        file="fused_attn/nn/gsop.py",
+        old="    if not (pays and plain) or uses_batch_statistics(norm):\n",
+        new="    if not (pays and plain):\n",
+        tests="tests/nn/test_gsop.py -k test_a_large_map",
+    ),
+    Mutant(
+        name="gradient-of-a-covariance-without-its-means",
+        file="fused_attn/nn/gsop.py",
+        old="            if n != count:\n",
+        new="            if n < count:\n",
+        tests="tests/nn/test_gsop.py -k 'test_covariance or test_gradients_of_the_covariance'",
+    ),
+    Mutant(
+        name="columns-divided-by-the-sums-of-rows",
+        file="fused_attn/reference/bilinear_attention.py",
+        old="q / q.sum(2, keepdim=True)",
+        new="q / q.sum(3, keepdim=True)",
+        tests="tests/nn/test_bilinear_attention.py -k test_equals_timms",
+    ),
+    Mutant(
+        name="columns-turned",
+        file="fused_attn/reference/bilinear_attention.py",
+        old="share * height, width) @ columns",
+        new="share * height, width) @ columns.transpose(2, 3)",
+        tests="tests/nn/test_bilinear_attention.py -k 'test_mixing or test_equals_timms'",
+    ),
+    Mutant(
+        name="dropout-of-whole-samples",
+        file="fused_attn/reference/bilinear_attention.py",
+        old="self.dropout(y.new_ones(*y.shape[:2], 1, 1))",
+        new="self.dropout(y.new_ones(y.shape[0], 1, 1, 1)).expand(*y.shape[:2], 1, 1)",
+        tests="tests/nn/test_bilinear_attention.py -k 'test_drops_whole_channels or test_equals_timms'",
+    ),
+    Mutant(
+        name="width-of-the-context-rounded-down",
+        file="fused_attn/reference/global_context.py",
+        old="int(channels * ratio + divisor / 2) // divisor",
+        new="int(channels * ratio) // divisor",
+        tests="tests/nn/test_global_context.py -k test_equals_timm",
+    ),
+    Mutant(
+        name="gradient-of-the-trunk-through-the-mask-alone",
+        file="fused_attn/nn/residual_attention.py",
+        old="torch.addcmul(grad, grad, mask) if of_trunk",
+        new="grad * mask if of_trunk",
+        tests="tests/nn/test_residual_attention.py -k 'test_product or test_gradients_of_the_product'",
+    ),
+    Mutant(
+        name="small-mask-without-the-one",
+        file="fused_attn/nn/residual_attention.py",
+        old="functional.scale(trunk, 1 + mask)",
+        new="functional.scale(trunk, mask)",
+        tests="tests/nn/test_residual_attention.py -k test_branches_given",
+    ),
+    Mutant(
+        name="mask-between-the-middles-of-values",
+        file="fused_attn/reference/residual_attention.py",
+        old='mode="bilinear", align_corners=True',
+        new='mode="bilinear", align_corners=False',
+        tests="tests/nn/test_residual_attention.py -k test_equals_the_published_network",
+    ),
+    Mutant(
+        name="rows-and-columns-of-theta-exchanged",
+        file="fused_attn/nn/spatial_transformer.py",
+        old="theta[..., len(space) - 1 - axis].to(dtype)",
+        new="theta[..., axis].to(dtype)",
+        tests="tests/nn/test_spatial_transformer.py -k test_grid",
+    ),
+    Mutant(
+        name="reflected-where-the-side-is-left",
+        file="fused_attn/nn/spatial_transformer.py",
+        old="(away / span).floor() % 2 == 0",
+        new="(away / span).floor() % 2 == 1",
+        tests="tests/nn/test_spatial_transformer.py -k test_sampling",
+    ),
+    Mutant(
+        name="places-outside-add-at-the-border",
+        file="fused_attn/nn/spatial_transformer.py",
+        old="(grads * weight.detach().flatten()[:, None]).masked_fill_(outside, 0)",
+        new="grads * weight.detach().flatten()[:, None]",
+        tests="tests/nn/test_spatial_transformer.py -k test_sampling",
+    ),
+    Mutant(
+        name="features-convolved-without-their-bias",
+        file="fused_attn/nn/double_attention.py",
+        old="product(matrix(features), gathered, features.bias)",
+        new="product(matrix(features), gathered, None)",
+        tests="tests/nn/test_double_attention.py -k test_equals_the_original",
+    ),
     # The shell, what it measures and what it draws.
     Mutant(
         name="verify-passes-nan",
@@ -292,6 +478,13 @@ MUTANTS = [
             "tests/cli/test_cli.py tests/bench/test_measure.py"
             ' -k "test_means_are_of_ratios or test_medians or test_figures_are_ratios_of_medians"'
         ),
+    ),
+    Mutant(
+        name="what-is-freed-still-counts",
+        file="fused_attn/bench/measure.py",
+        old="        now += event.nbytes()\n",
+        new="        now += max(event.nbytes(), 0)\n",
+        tests="tests/bench/test_blocks.py -k test_the_peak_is_counted_and_not_the_sum",
     ),
     Mutant(
         name="json-without-medians",

@@ -187,4 +187,19 @@ MUTANTS = [
         new="return at, offsets, step, (c0 // 8 + tl.arange(0, TILE) < C // 8)[:, None]",
         tests="tests/kernels/test_interpreter_norm_gate.py",
     ),
+    # ---- context pool ----
+    Mutant(
+        name="context-of-later-tiles-without-its-share",
+        file="fused_attn/kernels/context_pool.py",
+        old="context = context * share + tl.sum(",
+        new="context = context + tl.sum(",
+        tests="tests/kernels/test_interpreter_context.py",
+    ),
+    Mutant(
+        name="positions-past-the-end-in-the-softmax",
+        file="fused_attn/kernels/context_pool.py",
+        old="power = tl.where(in_s, tl.exp(logit - _base(larger)), 0.0)",
+        new="power = tl.exp(logit - _base(larger))",
+        tests="tests/kernels/test_interpreter_context.py",
+    ),
 ]

@@ -108,11 +108,11 @@ def test_equals_the_original(mode, module, training, own):
     assert_same_block(block, original, x, training=training)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_large_map_in_eval(batch, own):
-    """Whose means of windows are taken first."""
+@pytest.mark.parametrize(("batch", "training"), [(1, False), (3, False), (3, True)])
+def test_a_large_map(batch, training, own):
+    """In eval its means of windows are taken first."""
     block, original, _ = build("position", fused_nn)
-    assert_same_block(block, original, random(batch, 12, 29, 23, dtype=torch.float64), training=False)
+    assert_same_block(block, original, random(batch, 12, 29, 23, dtype=torch.float64), training=training)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -160,7 +160,7 @@ def test_bfloat16_in_training(mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [None, 64])
+@pytest.mark.parametrize("count", [None, 64, 20])
 def test_covariance(count, dtype):
     x = random(2, 6, 35, dtype=dtype) + 1
 
@@ -179,7 +179,7 @@ def test_covariance(count, dtype):
 
 
 def test_gradients_of_the_covariance():
-    for count in (None, 7):
+    for count in (None, 7, 3):
         inputs = {"x": random(2, 3, 4, dtype=torch.float64)}
         gradcheck(lambda x, count=count: gsop.covariance(x, count), inputs)
         gradcheck(lambda x, count=count: gsop.covariance(x, count), inputs, twice=True)

@@ -11,6 +11,7 @@ from torch import nn
 from fused_attn import nn as fused_nn
 from fused_attn import reference
 from fused_attn.nn import non_local
+from fused_attn.reference.non_local import PRESETS
 from tests.checks import (
     LAYOUTS,
     assert_as_good_as_eager,
@@ -66,16 +67,14 @@ class Original(nn.Module):
 MODULES = {"fused": fused_nn, "reference": reference}
 MODES = ("embedded", "gaussian", "dot", "concatenation")
 SIZES = {1: (13,), 2: (7, 6), 3: (3, 5, 4)}
-#: What differs in the wild -> ours, the original.
+#: What differs in the wild, the name of a preset first -> ours, the original.
 OPTIONS = {
+    "defaults": ({}, {"inner": 6, "scale": 6**-0.5, "pool": "before"}),
     "caffe2": ({}, {"inner": 6, "scale": 6**-0.5, "pool": "before"}),
-    "alexhex7": ({"scale": None, "pool": "after"}, {"inner": 6, "pool": "after"}),
-    "mmcv": (
-        {"pool": None, "batch_norm": False},
-        {"inner": 6, "scale": 6**-0.5, "batch_norm": False},
-    ),
+    "alexhex7": ({}, {"inner": 6, "pool": "after"}),
+    "mmcv": ({}, {"inner": 6, "scale": 6**-0.5, "batch_norm": False}),
     "mmcv, norm": (
-        {"pool": "after", "out_bias": False},
+        {"pool": "after", "batch_norm": True, "out_bias": False},
         {"inner": 6, "scale": 6**-0.5, "pool": "after", "bias": False},
     ),
     "input": ({"scale": "input", "pool": None, "hidden": 2}, {"inner": 2, "scale": 12**-0.5}),
@@ -89,7 +88,10 @@ OPTIONS = {
 def test_equals_the_original(name, mode, rank, module):
     mine, theirs = OPTIONS[name]
     original = randomised(Original(12, mode=mode, rank=rank, **theirs))
-    block = with_state_of(MODULES[module].NonLocal(12, mode=mode, rank=rank, **mine).double(), original)
+    build, preset = MODULES[module].NonLocal, name.partition(",")[0]
+    options = mine | {"mode": mode, "rank": rank}
+    block = build.preset(preset, 12, **options) if preset in PRESETS else build(12, **options)
+    block = with_state_of(block.double(), original)
     x = random(2, 12, *SIZES[rank], dtype=torch.float64)
     assert_same_block(block, original, x, training=name != "alexhex7")
 
