@@ -1,12 +1,13 @@
-"""Op `criss_cross_attention`: two launches, along columns and along rows. Each reads query, key and value; the first
-writes sums of values, the second reads them, goes on with the softmax where that of the columns ended, and writes the
-result. Backward: a launch for each position's grad . out, then two likewise, in which the second adds to the sums of
-the first.
+"""Op `criss_cross_attention`: two launches. Along columns: reads query, key and value, writes the sum of values.
+Along rows: reads them again and that sum, goes on with the softmax where the columns ended, writes the result.
+Backward: reads grad and the result for a number a position; then two launches, which read query, key, value and grad
+and write all three gradients, the second those of rows added to what it reads of the first's.
 
-A program has a block of positions of a line. It passes over the line's other blocks, tile by tile of their channels:
-keys and values are read once for each block of queries, which the cache serves after the first. On chip are a block's
-scores and one tile of sums; no weights are written. Values have their channels split among programs, each of which makes
-the scores again, and so have the gradients. Columns of an NCHW map are taken as many at a time as 32 bytes hold.
+A program has a block of a line's positions and a tile of the channels that it writes. It goes along the line block by
+block, so a line of more than one block is read once for each, from the cache. On chip are the products of two blocks
+and the tile's sums: the weights are made again for each tile of channels and never written. Positions that follow each
+other down a column are whole pixels only with channels last: an NCHW map is copied to that order first, results are
+written in their own.
 """
 
 from __future__ import annotations
@@ -49,15 +50,13 @@ def _numbers_at(line, first, H, W, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile_at(
-    b, line, first, c0, C, H, W, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr,
+    b, line, first, c0, C, H, W, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(64-bit offset of a tile's first element, offsets within the tile, which of them are in the map): positions by
-    channels. LONG: these have 64 bits, too."""
-    p, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    channels, in 64 bits."""
+    p, c = tl.arange(0, BLOCK)[:, None].to(tl.int64), tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
     mask = _in_block(first, H if COLUMNS else W, BLOCK)[:, None] & _in_block(c0, C, BLOCK_C)[None, :]
-    if LONG:
-        p, c = p.to(tl.int64), c.to(tl.int64)
     if COLUMNS:
         p = p * W
     S = H * W
@@ -70,11 +69,11 @@ def _tile_at(
 
 @triton.jit
 def _load(
-    x, b, line, first, c0, C, H, W, COLUMNS: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr,
+    x, b, line, first, c0, C, H, W, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile of a map whose channels are last, 0 beside it."""
-    at, offsets, mask = _tile_at(b, line, first, c0, C, H, W, CHANNELS_LAST, COLUMNS, LONG, BLOCK, BLOCK_C)
+    at, offsets, mask = _tile_at(b, line, first, c0, C, H, W, CHANNELS_LAST, COLUMNS, BLOCK, BLOCK_C)
     return tl.load(x + at + offsets, mask=mask, other=0.0)
 
 
@@ -95,20 +94,20 @@ def _add_product(sums, left, right, DOT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _products(
     near, other, b, line, first, far, C, H, W, WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The products of a block of positions of one map with a block of the other, summed over all channels. WHOLE: these
     are one tile."""
     total = tl.zeros((BLOCK, BLOCK), ACC)
     if WHOLE:
-        left = _load(near, b, line, first, 0, C, H, W, COLUMNS, LONG, BLOCK, BLOCK_C)
-        right = _load(other, b, line, far, 0, C, H, W, COLUMNS, LONG, BLOCK, BLOCK_C)
+        left = _load(near, b, line, first, 0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
+        right = _load(other, b, line, far, 0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
         return _add_product(total, left, tl.trans(right), DOT, ACC)
     else:
         for c0 in range(0, C, BLOCK_C):
-            left = _load(near, b, line, first, c0, C, H, W, COLUMNS, LONG, BLOCK, BLOCK_C)
-            right = _load(other, b, line, far, c0, C, H, W, COLUMNS, LONG, BLOCK, BLOCK_C)
+            left = _load(near, b, line, first, c0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
+            right = _load(other, b, line, far, c0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
             total = _add_product(total, left, tl.trans(right), DOT, ACC)
         return total
 
@@ -127,7 +126,7 @@ def _place(tiles, H, W, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=CROSS_SIZES)
 def _cross(
     query, key, value, sums, found, out, state, d_q, e_q, H, w_q, e_tiles,
-    WHOLE: tl.constexpr, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr,
+    WHOLE: tl.constexpr, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr,
     DV: tl.constexpr, EV: tl.constexpr, WV: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -146,20 +145,20 @@ def _cross(
     else:
         peak = tl.load(found + at + place, mask=in_line, other=0.0)
         total = tl.load(found + at + H * W + place, mask=in_line, other=0.0)
-        summed = _load(sums, b, line, first, c0, E, H, W, COLUMNS, LONG, BLOCK, BLOCK_E)
+        summed = _load(sums, b, line, first, c0, E, H, W, COLUMNS, BLOCK, BLOCK_E)
     for far in range(0, length, BLOCK):
-        score = _products(query, key, b, line, first, far, D, H, W, WHOLE, COLUMNS, LONG, BLOCK, BLOCK_D, DOT, ACC)
+        score = _products(query, key, b, line, first, far, D, H, W, WHOLE, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
         score = tl.where(_pairs(first, far, length, COLUMNS, BLOCK), score, float("-inf"))
         larger = tl.maximum(peak, tl.max(score, axis=1))
         share, power = tl.exp(peak - larger), tl.exp(score - larger[:, None])
         total = total * share + tl.sum(power, axis=1)
-        values = _load(value, b, line, far, c0, E, H, W, COLUMNS, LONG, BLOCK, BLOCK_E)
-        summed = _add_product(summed * share[:, None], power.to(values.dtype), values, DOT, ACC)
+        values = _load(value, b, line, far, c0, E, H, W, COLUMNS, BLOCK, BLOCK_E)
+        summed = _add_product(summed * share[:, None], power, values, DOT, ACC)
         peak = larger
     if not COLUMNS:
         total = 1.0 / total
         summed *= total[:, None]
-    out_at, offsets, mask = _tile_at(b, line, first, c0, E, H, W, LAYOUT, COLUMNS, LONG, BLOCK, BLOCK_E)
+    out_at, offsets, mask = _tile_at(b, line, first, c0, E, H, W, LAYOUT, COLUMNS, BLOCK, BLOCK_E)
     tl.store(out + out_at + offsets, summed, mask=mask)
     if tile == 0:
         tl.store(state + at + place, peak, mask=in_line)
@@ -198,18 +197,18 @@ def _weights(
 @triton.jit
 def _store_gradient(
     summed, sums, result, b, line, first, c0, C, H, W, LAYOUT: tl.constexpr,
-    COLUMNS: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     if not COLUMNS:
-        summed += _load(sums, b, line, first, c0, C, H, W, COLUMNS, LONG, BLOCK, BLOCK_C)
-    at, offsets, mask = _tile_at(b, line, first, c0, C, H, W, LAYOUT, COLUMNS, LONG, BLOCK, BLOCK_C)
+        summed += _load(sums, b, line, first, c0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
+    at, offsets, mask = _tile_at(b, line, first, c0, C, H, W, LAYOUT, COLUMNS, BLOCK, BLOCK_C)
     tl.store(result + at + offsets, summed, mask=mask)
 
 
 @triton.jit
 def _through_scores(
     near, other, of_near, of_other, state, dots, sums, result, b, line, first, c0, D, E, H, W,
-    OF_QUERY: tl.constexpr, WHOLE: tl.constexpr, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr,
+    OF_QUERY: tl.constexpr, WHOLE: tl.constexpr, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A block's gradient of the query, `near` being it, `of_near` grad, the others key and value; or of the key."""
@@ -217,36 +216,34 @@ def _through_scores(
     AXIS: tl.constexpr = 1 if OF_QUERY else 0
     summed = tl.zeros((BLOCK, BLOCK_D), ACC)
     for far in range(0, length, BLOCK):
-        score = _products(near, other, b, line, first, far, D, H, W, WHOLE, COLUMNS, LONG, BLOCK, BLOCK_D, DOT, ACC)
-        slope = _products(
-            of_near, of_other, b, line, first, far, E, H, W, False, COLUMNS, LONG, BLOCK, BLOCK_E, DOT, ACC
-        )
+        score = _products(near, other, b, line, first, far, D, H, W, WHOLE, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
+        slope = _products(of_near, of_other, b, line, first, far, E, H, W, False, COLUMNS, BLOCK, BLOCK_E, DOT, ACC)
         queries = first if OF_QUERY else far
         place, in_line = _numbers_at(line, queries, H, W, COLUMNS, BLOCK)
         slope -= tl.expand_dims(tl.load(dots + b * H * W + place, mask=in_line, other=0.0), AXIS)
         slope *= _weights(score, state, b, line, queries, H, W, COLUMNS, BLOCK, AXIS)
         slope = tl.where(_pairs(first, far, length, COLUMNS, BLOCK), slope, 0.0)
-        values = _load(other, b, line, far, c0, D, H, W, COLUMNS, LONG, BLOCK, BLOCK_D)
-        summed = _add_product(summed, slope.to(values.dtype), values, DOT, ACC)
-    _store_gradient(summed, sums, result, b, line, first, c0, D, H, W, LAYOUT, COLUMNS, LONG, BLOCK, BLOCK_D)
+        values = _load(other, b, line, far, c0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
+        summed = _add_product(summed, slope, values, DOT, ACC)
+    _store_gradient(summed, sums, result, b, line, first, c0, D, H, W, LAYOUT, COLUMNS, BLOCK, BLOCK_D)
 
 
 @triton.jit
 def _of_value(
     grad, query, key, state, sums, result, b, line, first, c0, D, E, H, W,
-    WHOLE: tl.constexpr, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr,
+    WHOLE: tl.constexpr, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A block's gradient of the value."""
     length = H if COLUMNS else W
     summed = tl.zeros((BLOCK, BLOCK_E), ACC)
     for far in range(0, length, BLOCK):
-        score = _products(key, query, b, line, first, far, D, H, W, WHOLE, COLUMNS, LONG, BLOCK, BLOCK_D, DOT, ACC)
+        score = _products(key, query, b, line, first, far, D, H, W, WHOLE, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
         weight = _weights(score, state, b, line, far, H, W, COLUMNS, BLOCK, 0)
         weight = tl.where(_pairs(first, far, length, COLUMNS, BLOCK), weight, 0.0)
-        grads = _load(grad, b, line, far, c0, E, H, W, COLUMNS, LONG, BLOCK, BLOCK_E)
-        summed = _add_product(summed, weight.to(grads.dtype), grads, DOT, ACC)
-    _store_gradient(summed, sums, result, b, line, first, c0, E, H, W, LAYOUT, COLUMNS, LONG, BLOCK, BLOCK_E)
+        grads = _load(grad, b, line, far, c0, E, H, W, COLUMNS, BLOCK, BLOCK_E)
+        summed = _add_product(summed, weight, grads, DOT, ACC)
+    _store_gradient(summed, sums, result, b, line, first, c0, E, H, W, LAYOUT, COLUMNS, BLOCK, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=CROSS_SIZES)
@@ -254,7 +251,7 @@ def _cross_backward(
     grad, query, key, value, state, dots, query_sums, key_sums, value_sums, grad_query, grad_key, grad_value,
     d_q, e_q, H, w_q, d_tiles, e_tiles,
     QUERY_LAYOUT: tl.constexpr, KEY_LAYOUT: tl.constexpr, VALUE_LAYOUT: tl.constexpr,
-    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
     DV: tl.constexpr, EV: tl.constexpr, WV: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -265,17 +262,17 @@ def _cross_backward(
     if tile < d_tiles:
         _through_scores(
             query, key, grad, value, state, dots, query_sums, grad_query, b, line, first, tile * BLOCK_D, D, E, H, W,
-            True, WHOLE, QUERY_LAYOUT, COLUMNS, LONG, BLOCK, BLOCK_D, BLOCK_E, DOT, ACC,
+            True, WHOLE, QUERY_LAYOUT, COLUMNS, BLOCK, BLOCK_D, BLOCK_E, DOT, ACC,
         )  # fmt: skip
     elif tile < 2 * d_tiles:
         _through_scores(
             key, query, value, grad, state, dots, key_sums, grad_key, b, line, first, (tile - d_tiles) * BLOCK_D,
-            D, E, H, W, False, WHOLE, KEY_LAYOUT, COLUMNS, LONG, BLOCK, BLOCK_D, BLOCK_E, DOT, ACC,
+            D, E, H, W, False, WHOLE, KEY_LAYOUT, COLUMNS, BLOCK, BLOCK_D, BLOCK_E, DOT, ACC,
         )  # fmt: skip
     else:
         _of_value(
             grad, query, key, state, value_sums, grad_value, b, line, first, (tile - 2 * d_tiles) * BLOCK_E,
-            D, E, H, W, WHOLE, VALUE_LAYOUT, COLUMNS, LONG, BLOCK, BLOCK_D, BLOCK_E, DOT, ACC,
+            D, E, H, W, WHOLE, VALUE_LAYOUT, COLUMNS, BLOCK, BLOCK_D, BLOCK_E, DOT, ACC,
         )  # fmt: skip
 
 
@@ -300,22 +297,22 @@ def _sums(result: Tensor, dtype: torch.dtype) -> Tensor:
     return result.new_empty((batch, *space, channels), dtype=dtype).movedim(-1, 1)
 
 
+#: What products are taken of; the interpreter has none of bfloat16.
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-#: Of an element's size: positions a block, channels a tile of query and key, of the value, warps.
-TILES = {2: (64, 64, 64, 4), 4: (32, 32, 64, 4), 8: (16, 16, 32, 4)}
-BACKWARD_TILES = {2: (64, 64, 64, 4), 4: (32, 32, 64, 4), 8: (16, 16, 32, 4)}
+#: Of an element's size: positions a block, channels a tile of query and key, of the value.
+TILES = {2: (32, 64, 64), 4: (32, 32, 64), 8: (16, 16, 32)}
+WARPS = 4
 
 
-def _arguments(query: Tensor, value: Tensor, columns: bool, backward: bool) -> tuple[dict, int]:
+def _arguments(query: Tensor, value: Tensor, columns: bool) -> tuple[dict, int]:
     """(what a launch along columns or rows takes but its tensors and counts of tiles, its programs a tile)."""
     (batch, depth, height, width), channels = query.shape, value.shape[1]
     length, lines = (height, width) if columns else (width, height)
-    *most, warps = (BACKWARD_TILES if backward else TILES)[value.element_size()]
+    size = value.element_size()
+    dv, ev, wv = (math.gcd(n, 16 // size) for n in (depth, channels, width))
+    most = TILES[size]
     sizes = (length, depth, channels)
     block, block_d, block_e = (max(min(maps.next_power_of_2(n), m), 16) for n, m in zip(sizes, most, strict=True))
-    vector = 16 // value.element_size()
-    dv, ev, wv = (math.gcd(n, vector) for n in (depth, channels, width))
-    reach = max(block * width * max(depth, channels), max(block_d, block_e) * height * width)
     arguments = {
         "d_q": depth // dv,
         "e_q": channels // ev,
@@ -323,17 +320,15 @@ def _arguments(query: Tensor, value: Tensor, columns: bool, backward: bool) -> t
         "w_q": width // wv,
         "WHOLE": 0 < depth <= block_d,
         "COLUMNS": columns,
-        "LONG": reach >= 2**31,
         "DV": dv,
         "EV": ev,
         "WV": wv,
         "BLOCK": block,
         "BLOCK_D": block_d,
         "BLOCK_E": block_e,
-        # The interpreter has no product of bfloat16.
-        "DOT": maps.triton_accumulator(value.dtype) if value.device.type == "cpu" else TYPES[value.dtype],
+        "DOT": tl.float32 if value.device.type == "cpu" and value.dtype == torch.bfloat16 else TYPES[value.dtype],
         "ACC": maps.triton_accumulator(value.dtype),
-        "num_warps": warps,
+        "num_warps": WARPS,
         "num_stages": 2,
     }
     return arguments, batch * lines * triton.cdiv(length, block)
@@ -348,7 +343,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
     query, key, value = _pixels(query), _pixels(key), _pixels(value)
     sums, found = _sums(out, dtype), torch.empty_like(state)
     for columns in (True, False):
-        arguments, programs = _arguments(query, value, columns, False)
+        arguments, programs = _arguments(query, value, columns)
         e_tiles = triton.cdiv(channels, arguments["BLOCK_E"])
         maps.launch(
             _cross,
@@ -389,7 +384,7 @@ def criss_cross_attention_backward(
     sums = [_sums(result, dtype) for result in results]
     grad, query, key, value = (_pixels(t) for t in (grad, query, key, value))
     for columns in (True, False):
-        arguments, programs = _arguments(query, value, columns, True)
+        arguments, programs = _arguments(query, value, columns)
         d_tiles = triton.cdiv(query.shape[1], arguments["BLOCK_D"])
         e_tiles = triton.cdiv(value.shape[1], arguments["BLOCK_E"])
         for name, of_columns, result in zip(("query", "key", "value"), sums, results, strict=True):
@@ -404,7 +399,7 @@ def criss_cross_attention_backward(
             query=query,
             key=key,
             value=value,
-            state=state,
+            state=state.contiguous(),
             dots=dots,
             d_tiles=d_tiles,
             e_tiles=e_tiles,

@@ -135,7 +135,6 @@ SELECTIONS_OF = [
 ]
 
 
-
 class Cross(NamedTuple):
     """Of the value, with the channels of query and key."""
 
