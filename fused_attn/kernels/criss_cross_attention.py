@@ -92,24 +92,24 @@ def _add_product(sums, left, right, DOT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def _product_of(left, right, DOT: tl.constexpr, ACC: tl.constexpr):
+    """Of two tiles of positions by channels, summed over these."""
+    sums = tl.zeros((left.shape[0], right.shape[0]), ACC)
+    return _add_product(sums, left, tl.trans(right), DOT, ACC)
+
+
+@triton.jit
 def _products(
-    near, other, b, line, first, far, C, H, W, WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    near, other, b, line, first, far, C, H, W,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The products of a block of positions of one map with a block of the other, summed over all channels. WHOLE: these
-    are one tile."""
-    total = tl.zeros((BLOCK, BLOCK), ACC)
-    if WHOLE:
-        left = _load(near, b, line, first, 0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
-        right = _load(other, b, line, far, 0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
-        return _add_product(total, left, tl.trans(right), DOT, ACC)
-    else:
-        for c0 in range(0, C, BLOCK_C):
-            left = _load(near, b, line, first, c0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
-            right = _load(other, b, line, far, c0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
-            total = _add_product(total, left, tl.trans(right), DOT, ACC)
-        return total
+    """The same of a block of one map and a block of the other, over all their tiles."""
+    sums = tl.zeros((BLOCK, BLOCK), ACC)
+    for c0 in range(0, C, BLOCK_C):
+        left = _load(near, b, line, first, c0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
+        right = _load(other, b, line, far, c0, C, H, W, COLUMNS, BLOCK, BLOCK_C)
+        sums = _add_product(sums, left, tl.trans(right), DOT, ACC)
+    return sums
 
 
 @triton.jit
@@ -146,8 +146,14 @@ def _cross(
         peak = tl.load(found + at + place, mask=in_line, other=0.0)
         total = tl.load(found + at + H * W + place, mask=in_line, other=0.0)
         summed = _load(sums, b, line, first, c0, E, H, W, COLUMNS, BLOCK, BLOCK_E)
+    if WHOLE:
+        queries = _load(query, b, line, first, 0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
     for far in range(0, length, BLOCK):
-        score = _products(query, key, b, line, first, far, D, H, W, WHOLE, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
+        if WHOLE:
+            keys = _load(key, b, line, far, 0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
+            score = _product_of(queries, keys, DOT, ACC)
+        else:
+            score = _products(query, key, b, line, first, far, D, H, W, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
         score = tl.where(_pairs(first, far, length, COLUMNS, BLOCK), score, float("-inf"))
         larger = tl.maximum(peak, tl.max(score, axis=1))
         share, power = tl.exp(peak - larger), tl.exp(score - larger[:, None])
@@ -215,16 +221,21 @@ def _through_scores(
     length = H if COLUMNS else W
     AXIS: tl.constexpr = 1 if OF_QUERY else 0
     summed = tl.zeros((BLOCK, BLOCK_D), ACC)
+    if WHOLE:
+        own = _load(near, b, line, first, 0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
     for far in range(0, length, BLOCK):
-        score = _products(near, other, b, line, first, far, D, H, W, WHOLE, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
-        slope = _products(of_near, of_other, b, line, first, far, E, H, W, False, COLUMNS, BLOCK, BLOCK_E, DOT, ACC)
+        others = _load(other, b, line, far, c0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
+        if WHOLE:
+            score = _product_of(own, others, DOT, ACC)
+        else:
+            score = _products(near, other, b, line, first, far, D, H, W, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
+        slope = _products(of_near, of_other, b, line, first, far, E, H, W, COLUMNS, BLOCK, BLOCK_E, DOT, ACC)
         queries = first if OF_QUERY else far
         place, in_line = _numbers_at(line, queries, H, W, COLUMNS, BLOCK)
         slope -= tl.expand_dims(tl.load(dots + b * H * W + place, mask=in_line, other=0.0), AXIS)
         slope *= _weights(score, state, b, line, queries, H, W, COLUMNS, BLOCK, AXIS)
         slope = tl.where(_pairs(first, far, length, COLUMNS, BLOCK), slope, 0.0)
-        values = _load(other, b, line, far, c0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
-        summed = _add_product(summed, slope, values, DOT, ACC)
+        summed = _add_product(summed, slope, others, DOT, ACC)
     _store_gradient(summed, sums, result, b, line, first, c0, D, H, W, LAYOUT, COLUMNS, BLOCK, BLOCK_D)
 
 
@@ -237,8 +248,14 @@ def _of_value(
     """A block's gradient of the value."""
     length = H if COLUMNS else W
     summed = tl.zeros((BLOCK, BLOCK_E), ACC)
+    if WHOLE:
+        keys = _load(key, b, line, first, 0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
     for far in range(0, length, BLOCK):
-        score = _products(key, query, b, line, first, far, D, H, W, WHOLE, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
+        if WHOLE:
+            queries = _load(query, b, line, far, 0, D, H, W, COLUMNS, BLOCK, BLOCK_D)
+            score = _product_of(keys, queries, DOT, ACC)
+        else:
+            score = _products(key, query, b, line, first, far, D, H, W, COLUMNS, BLOCK, BLOCK_D, DOT, ACC)
         weight = _weights(score, state, b, line, far, H, W, COLUMNS, BLOCK, 0)
         weight = tl.where(_pairs(first, far, length, COLUMNS, BLOCK), weight, 0.0)
         grads = _load(grad, b, line, far, c0, E, H, W, COLUMNS, BLOCK, BLOCK_E)

@@ -119,7 +119,8 @@ class Selection(NamedTuple):
 
 
 BRANCHES = ((32, 64, 56, 56), (32, 512, 7, 7), (1, 128, 28, 28))
-LARGEST = (HEADLINE[0], BRANCHES[0], (4, 512, 56, 56))
+WIDE = (4, 512, 56, 56)
+LARGEST = (HEADLINE[0], BRANCHES[0], WIDE)
 SELECTIONS_OF = [
     *(Selection(BRANCHES[0], d, cl) for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
     *(Selection(s, channels_last=cl) for s in BRANCHES[1:] for cl in (False, True)),
@@ -149,10 +150,11 @@ class Cross(NamedTuple):
 
 
 CROSSES = [
-    *(Cross((4, 512, 56, 56), 64, d, cl) for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
-    *(Cross((8, 512, 97, 97), 64, channels_last=cl) for cl in (False, True)),
-    Cross((2, 40, 13, 17), 80, torch.float64),
-    Cross((2, 40, 13, 17), 80, torch.float16, True, True),
+    *(Cross(WIDE, 64, d, cl) for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
+    Cross((2, 512, 97, 97), 512, other=True),
+    Cross((2, 301, 33, 70), 75),  # an address for each element
+    Cross((2, 40, 13, 17), 5, torch.float64),
+    Cross((2, 40, 13, 17), 20, torch.float16, True, other=True),
 ]
 
 #: Of mixed_scale, (combine, gates).
