@@ -54,6 +54,7 @@ MISSING: dict[tuple[str, str], str] = {
             "axis_pool",
             "position_attention",
             "context_pool",
+            "criss_cross_attention",
             "simam",
             "select/with",
         )
@@ -62,7 +63,6 @@ MISSING: dict[tuple[str, str], str] = {
         ("cuda", op): "statistics of the batch need all samples, a cluster holds one; use triton"
         for op in ("spatial_gate/batch_norm", "cbam/batch_norm", "norm_gate")
     },
-    ("cuda", "criss_cross_attention"): "there is no kernel of it for GPUs; use reference",
     **{(name, "select/many"): "the kernels hold at most 8 branches" for name in ("cpu", "triton", "cuda")},
 }
 

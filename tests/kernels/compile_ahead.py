@@ -37,6 +37,7 @@ from fused_attn.kernels import (
     channel_gate,
     channel_pool,
     context_pool,
+    criss_cross_attention,
     maps,
     mixed_scale,
     norm_gate,
@@ -56,7 +57,7 @@ TYPES = {
     torch.uint8: "*u8",
 }
 IDENTITY = ACTIVATIONS["identity"]
-OPTIONS = ("num_warps", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -118,7 +119,8 @@ class Selection(NamedTuple):
 
 
 BRANCHES = ((32, 64, 56, 56), (32, 512, 7, 7), (1, 128, 28, 28))
-LARGEST = (HEADLINE[0], BRANCHES[0])
+WIDE = (4, 512, 56, 56)
+LARGEST = (HEADLINE[0], BRANCHES[0], WIDE)
 SELECTIONS_OF = [
     *(Selection(BRANCHES[0], d, cl) for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
     *(Selection(s, channels_last=cl) for s in BRANCHES[1:] for cl in (False, True)),
@@ -131,6 +133,28 @@ SELECTIONS_OF = [
     Selection((32, 64, 28, 28), paths=8, pre="silu", affine=True, gate="sigmoid"),
     Selection((2, 40, 13, 17), torch.float64, paths=3, groups=2, pre="silu", affine=True),
     Selection((2, 36, 13, 17), torch.float16, True, 8, 2, pre="hard_swish", affine=True, strided_grad=True),
+]
+
+
+class Cross(NamedTuple):
+    """Of the value, with the channels of query and key."""
+
+    shape: tuple[int, ...]
+    depth: int
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = False
+    other: bool = False  # query and key lie in the other order
+
+    def __str__(self) -> str:
+        return described(self)
+
+
+CROSSES = [
+    *(Cross(WIDE, 64, d, cl) for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
+    Cross((2, 512, 97, 97), 512, other=True),
+    Cross((2, 301, 33, 70), 75),  # an address for each element
+    Cross((2, 40, 13, 17), 5, torch.float64),
+    Cross((2, 40, 13, 17), 20, torch.float16, True, other=True),
 ]
 
 #: Of mixed_scale, (combine, gates).
@@ -261,6 +285,21 @@ def launches_of_select(case: Selection) -> list[tuple[Any, dict[str, Any]]]:
     return found
 
 
+def launches_of_cross(case: Cross) -> list[tuple[Any, dict[str, Any]]]:
+    batch, channels, *space = case.shape
+
+    def in_layout(channels: int, channels_last: bool) -> torch.Tensor:
+        t = torch.empty((batch, channels, *space), dtype=case.dtype, device="meta")
+        return t.to(memory_format=torch.channels_last) if channels_last else t
+
+    query, key = (in_layout(case.depth, case.channels_last != case.other) for _ in range(2))
+    value = in_layout(channels, case.channels_last)
+    with recorded() as found:
+        out, state = criss_cross_attention.criss_cross_attention(query, key, value)
+        criss_cross_attention.criss_cross_attention_backward(out, query, key, value, out, state)
+    return found
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     """Launches made within, instead of them."""
@@ -312,8 +351,9 @@ def variant(kernel: Any, given: dict[str, Any]) -> Variant:
 def variants() -> dict[str, dict[Variant, list[Any]]]:
     """Of each kernel, by name, what the launches of all cases compile, with the cases."""
     found: dict[str, dict[Variant, list[Any]]] = {}
-    for case in (*CASES, *SELECTIONS_OF):
-        for kernel, given in (launches_of_select if isinstance(case, Selection) else launches)(case):
+    of = {Case: launches, Selection: launches_of_select, Cross: launches_of_cross}
+    for case in (*CASES, *SELECTIONS_OF, *CROSSES):
+        for kernel, given in of[type(case)](case):
             found.setdefault(kernel.__name__, {}).setdefault(variant(kernel, given), []).append(case)
     return found
 

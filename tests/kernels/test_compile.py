@@ -18,6 +18,7 @@ MAP_KERNELS = {
     *("_norm_scale", "_norm_dots", "_norm_gradients"),
     *("_moments", "_simam", "_simam_dots", "_simam_spread"),
     *("_axis_pool", "_axis_spread", "_context", "_context_spread"),
+    *("_cross", "_cross_dots", "_cross_backward"),
     *("_pool_branches", "_sum_branches", "_select", "_dot_branches", "_spread_branches", "_select_spread"),
     *("_excite_and_pool", "_scale_both", "_dot_channels_gated", "_dot_space", "_spread_both"),
 }

@@ -13,12 +13,13 @@ from fused_attn.backends import unavailable
 from tests.checks import LAYOUTS, in_layout, random
 from tests.ops.test_cbam import weights
 from tests.ops.test_channel_gate import excitation, strided
+from tests.ops.test_criss_cross import inputs_of
 from tests.ops.test_mixed_scale import KINDS, gates_of
 from tests.ops.test_select import affine_of, apply, excitation_of, maps
 from tests.ops.test_select import weights as branch_weights
 from tests.ops.test_spatial_gate import convolution
 
-pytestmark = pytest.mark.slow  # 33 s in all
+pytestmark = pytest.mark.slow  # 36 s in all
 
 SHAPE = (2, 6, 20, 21)
 
@@ -233,6 +234,32 @@ def test_context_gate(traffic, layout):
 def context_added(x):
     y, context = functional.context_pool_with_map(x, random(1, SHAPE[1]))
     return y + context[:, :, None, None]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_criss_cross_attention(traffic, layout):
+    """8 passes forward, and what query, key and value of NCHW are copied in before: lines are one block here. Backward
+    each of the three gradients has programs that read for themselves what they need. Nothing is as large as weights."""
+
+    def passes():
+        """What is summed by columns has a name more where it lies in the result itself."""
+        return [(kernel, {k.replace("sums", "out"): n for k, n in c.items()}) for kernel, c in traffic.passes()]
+
+    inputs = {k: v.requires_grad_() for k, v in inputs_of(SHAPE, SHAPE[1], layout).items()}
+    y = functional.criss_cross_attention(**inputs)
+    reads = dict.fromkeys(("read query", "read key", "read value"), 1)
+    assert passes() == [("_cross", {**reads, "write out": 1}), ("_cross", {**reads, "read out": 1, "write out": 1})]
+    traffic.launches.clear()
+    y.backward(in_layout(random(*SHAPE, seed=1), layout))
+    dots, *lines = traffic.passes()
+    assert dots == ("_cross_dots", {"read grad": 1, "read out": 1})
+    for kernel, counted in lines:
+        assert kernel == "_cross_backward"
+        counts = [counted[k] for k in ("read query", "read key", "read grad", "read value")]
+        assert counts == [3, 3, 3, 2]
+        assert all(counted[f"write grad_{name}"] == 1 for name in inputs)
+    tensors = [t for given in traffic.arguments for t in given.values() if isinstance(t, torch.Tensor)]
+    assert max(t.numel() for t in tensors) == torch.Size(SHAPE).numel()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

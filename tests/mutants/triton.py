@@ -172,6 +172,35 @@ MUTANTS = [
         new="return m * C + c, m * C + c, c // CG, (m < M) & (c < C)",
         tests="tests/kernels/test_interpreter_select.py",
     ),
+    # ---- criss_cross_attention ----
+    Mutant(
+        name="position-itself-in-its-column-too",
+        file="fused_attn/kernels/criss_cross_attention.py",
+        old="    if COLUMNS:\n        pairs &=",
+        new="    if False:\n        pairs &=",
+        tests="tests/kernels/test_interpreter_criss_cross.py -k test_dtypes",
+    ),
+    Mutant(
+        name="sums-as-of-the-first-peak",
+        file="fused_attn/kernels/criss_cross_attention.py",
+        old="summed = _add_product(summed * share[:, None], power, values, DOT, ACC)",
+        new="summed = _add_product(summed, power, values, DOT, ACC)",
+        tests="tests/kernels/test_interpreter_criss_cross.py -k test_dtypes",
+    ),
+    Mutant(
+        name="peaks-of-the-first-block-of-queries",
+        file="fused_attn/kernels/criss_cross_attention.py",
+        old="        queries = first if OF_QUERY else far\n",
+        new="        queries = first\n",
+        tests="tests/kernels/test_interpreter_criss_cross.py",
+    ),
+    Mutant(
+        name="scores-of-the-first-channels",
+        file="fused_attn/kernels/criss_cross_attention.py",
+        old='"WHOLE": 0 < depth <= block_d,',
+        new='"WHOLE": 0 < depth,',
+        tests="tests/kernels/test_interpreter_criss_cross.py",
+    ),
     # ---- norm_gate ----
     Mutant(
         name="running-variance-biased",
