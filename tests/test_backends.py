@@ -261,6 +261,11 @@ for dtype in (torch.float16, torch.bfloat16):
             tensors, options = test_cbam.weights("se", shape, dtype)
             x = in_layout(test_cbam.separated(shape, dtype), layout)
             test_cbam.check(x, {name: tensor * 0.25 for name, tensor in tensors.items()}, options)
+from tests.ops import test_position_attention
+for dtype in (torch.float32, torch.bfloat16):
+    for layout in LAYOUTS:
+        for shape in test_position_attention.SHAPES:
+            test_position_attention.check(test_position_attention.inputs_of(shape, dtype, layout))
 from tests.ops.test_every_op import ALL, check_special_values
 for name in ALL:
     for layout in LAYOUTS:

@@ -9,9 +9,17 @@
 namespace fused_attn::cpu {
 namespace {
 
-constexpr int64_t kQueries = 128, kKeys = 192;        // of a block of the forward
-constexpr int64_t kQueriesBack = 96, kKeysBack = 96;  // and of the backward
-constexpr int64_t kMostPieces = 8;                    // of the keys, each with a sum the size of the queries
+// Queries and keys of a block, forward and backward, by the numbers of a term: what lies between the products of a
+// block is to stay in the second cache, and of two bfloat16 numbers there go twice as many into it.
+struct Sizes {
+    int64_t queries, keys, queries_back, keys_back;
+};
+constexpr Sizes kSizes[] = {{128, 192, 96, 96}, {192, 256, 192, 192}};
+template <class T>
+const Sizes& sizes() {
+    return kSizes[term_kernels<T>().numbers - 1];
+}
+constexpr int64_t kMostPieces = 8;  // of the keys, each with a sum the size of the queries
 
 // A map as a matrix of channels by positions, in memory as it is.
 template <class T>
@@ -28,35 +36,43 @@ struct Matrix {
     T* at(int64_t first) const { return data + first * position; }
 };
 
-// Some positions of a map in the accumulator's type, as the rows of a product.
+int64_t terms_of(int64_t numbers, int64_t a_term) { return (numbers + a_term - 1) / a_term; }
+
+// Some positions of a map as the rows of a product and its terms: `row` and `step` are their strides.
 template <class T>
 class Block {
   public:
     using A = Accumulator<T>;
     Block(int64_t channels, int64_t most) : numbers_((channels + 16) * (most + 16)) {}
-    // In rows that do not all fall on the same lines of the cache, so that they may be read across, too.
-    void read(const Matrix<T>& map, int64_t first, int64_t count) {
-        const bool by_channel = map.position == 1;
-        const int64_t length = by_channel ? count : map.channels, pitch = length + 16;
-        attention_kernels<T>().copy_rows(map.at(first), by_channel ? map.channel : map.position,
-                                         by_channel ? map.channels : count, length, numbers_.data(), pitch);
-        data = numbers_.data();
-        channel = by_channel ? pitch : 1;
-        position = by_channel ? 1 : pitch;
-    }
-    // To be read along the positions, where they lie, if they are such numbers already.
-    void see(const Matrix<T>& map, int64_t first, int64_t count) {
+    // A row is a position, its terms are of the channels.
+    void read_positions(const Matrix<T>& map, int64_t first, int64_t count) { read(map, first, count, true); }
+    // A row is a channel, its terms are of the positions.
+    void read_channels(const Matrix<T>& map, int64_t first, int64_t count) { read(map, first, count, false); }
+    // The same, where they lie if they are such terms already.
+    void see_channels(const Matrix<T>& map, int64_t first, int64_t count) {
         if constexpr (std::is_same_v<T, A>)
             if (map.position == 1) {
-                data = map.at(first), channel = map.channel, position = 1;
+                data = map.at(first), row = map.channel, step = 1;
                 return;
             }
-        read(map, first, count);
+        read_channels(map, first, count);
     }
     const A* data = nullptr;
-    int64_t channel = 0, position = 0;  // strides
+    int64_t row = 0, step = 0;
 
   private:
+    // In rows that do not all fall on the same lines of the cache, so that they may be read across, too.
+    void read(const Matrix<T>& map, int64_t first, int64_t count, bool positions) {
+        const AttentionKernels<T>& run = term_kernels<T>();
+        const bool by_channel = map.position == 1, across = by_channel == positions;
+        const int64_t length = by_channel ? count : map.channels;
+        const int64_t pitch = (across ? length : terms_of(length, run.numbers)) + 16;
+        run.read_terms(map.at(first), by_channel ? map.channel : map.position, by_channel ? map.channels : count,
+                       length, across, numbers_.data(), pitch);
+        data = numbers_.data();
+        row = across ? 1 : pitch;
+        step = across ? pitch : 1;
+    }
     std::vector<A> numbers_;
 };
 
@@ -93,25 +109,36 @@ template <class T>
 void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, Accumulator<T> scale,
             const Matrix<T>& out, Accumulator<T>* state, int64_t positions) {
     using A = Accumulator<T>;
-    const AttentionKernels<T>& run = attention_kernels<T>();
+    const AttentionKernels<T>& run = term_kernels<T>();
+    const Sizes& size = sizes<T>();
     const int64_t width = run.panel, panels = panels_of(count, width), wide = panels * width;
     const Matrix<T> query(in.query, sample), key(in.key, sample), value(in.value, sample);
     const int64_t depth = query.channels, channels = value.channels;
-    std::vector<A> queries(wide * depth), scores(wide * kKeys), sums(wide * channels);
+    std::vector<A> queries(wide * depth), scores(wide * size.keys), sums(wide * channels);
     std::vector<A> peak(wide, -std::numeric_limits<A>::infinity()), sum(wide, A(0)), factor(wide, A(1));
-    Block<T> keys(depth, kKeys), values(channels, kKeys);
-    run.pack(query.at(first), query.position, query.channel, count, depth, scale, queries.data());
-    for (int64_t k = 0; k < key.positions; k += kKeys) {
-        const int64_t here = std::min(kKeys, key.positions - k);
-        keys.read(key, k, here);
-        Product<A> score{keys.data,     keys.position, keys.channel, queries.data(), depth * width,
-                         scores.data(), kKeys * width, here,         depth,          panels};
+    Block<T> keys(depth, size.keys), values(channels, size.keys);
+    run.pack(query.at(first), query.position, query.channel, count, depth, A(1), queries.data());
+    const int64_t depth_terms = terms_of(depth, run.numbers);
+    for (int64_t k = 0; k < key.positions; k += size.keys) {
+        const int64_t here = std::min(size.keys, key.positions - k);
+        keys.read_positions(key, k, here);
+        Product<A> score{keys.data,     keys.row,          keys.step, queries.data(), depth_terms * width,
+                         scores.data(), size.keys * width, here,      depth_terms,    panels};
+        score.scale = scale;
         run.product(score);
         for (int64_t p = 0; p < panels; ++p)
-            run.soften(&scores[p * kKeys * width], here, &peak[p * width], &sum[p * width], &factor[p * width]);
-        values.see(value, k, here);
-        Product<A> weighted{values.data, values.channel,   values.position, scores.data(), kKeys * width,
-                            sums.data(), channels * width, channels,        here,          panels};
+            run.soften(&scores[p * size.keys * width], here, &peak[p * width], &sum[p * width], &factor[p * width]);
+        values.see_channels(value, k, here);
+        Product<A> weighted{values.data,
+                            values.row,
+                            values.step,
+                            scores.data(),
+                            size.keys * width,
+                            sums.data(),
+                            channels * width,
+                            channels,
+                            terms_of(here, run.numbers),
+                            panels};
         weighted.adds = k > 0;
         weighted.factors = factor.data();
         run.product(weighted);
@@ -127,22 +154,26 @@ void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, A
 // Each position's product of two maps, summed over the channels.
 template <class T>
 void dots(const MapView<T>& a, const MapView<T>& b, std::vector<Accumulator<T>>& out) {
-    using A = Accumulator<T>;
-    parallel(a.batch, a.batch * a.sample_size(), [&](int64_t sample) {
+    constexpr int64_t kPositions = 512;  // of a block
+    const int64_t blocks = (a.positions + kPositions - 1) / kPositions;
+    parallel(a.batch * blocks, a.batch * a.sample_size(), [&](int64_t unit) {
+        const int64_t sample = unit / blocks, first = unit % blocks * kPositions;
+        const int64_t count = std::min(kPositions, a.positions - first);
         const Matrix<T> left(a, sample), right(b, sample);
-        std::vector<double> sums(a.positions, 0.0);
+        const T *x = left.at(first), *y = right.at(first);
+        std::vector<double> sums(count, 0.0);
         auto add = [&](int64_t c, int64_t p) {
-            sums[p] += static_cast<double>(left.data[c * left.channel + p * left.position]) *
-                       static_cast<double>(right.data[c * right.channel + p * right.position]);
+            sums[p] += static_cast<double>(x[c * left.channel + p * left.position]) *
+                       static_cast<double>(y[c * right.channel + p * right.position]);
         };
         if (left.position == 1) {
             for (int64_t c = 0; c < a.channels; ++c)
-                for (int64_t p = 0; p < a.positions; ++p) add(c, p);
+                for (int64_t p = 0; p < count; ++p) add(c, p);
         } else {
-            for (int64_t p = 0; p < a.positions; ++p)
+            for (int64_t p = 0; p < count; ++p)
                 for (int64_t c = 0; c < a.channels; ++c) add(c, p);
         }
-        std::copy(sums.begin(), sums.end(), &out[sample * a.positions]);
+        std::copy(sums.begin(), sums.end(), &out[sample * a.positions + first]);
     });
 }
 
@@ -153,40 +184,52 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
                  Accumulator<T> scale, const Accumulator<T>* state, const Accumulator<T>* dot,
                  const Matrix<T>& grad_key, const Matrix<T>& grad_value, Accumulator<T>* queries) {
     using A = Accumulator<T>;
-    const AttentionKernels<T>& run = attention_kernels<T>();
-    const int64_t width = run.panel, most = panels_of(kKeysBack, width) * width;
+    const AttentionKernels<T>& run = term_kernels<T>();
+    const Sizes& size = sizes<T>();
+    const int64_t width = run.panel, most = panels_of(size.keys_back, width) * width;
     const Matrix<T> query(in.query, sample), key(in.key, sample), value(in.value, sample), grad(grad_map, sample);
     const int64_t depth = query.channels, channels = value.channels, positions = query.positions;
-    const int64_t depth_panels = panels_of(depth, width);
-    std::vector<A> keys(most * depth), values(most * channels), of_keys(most * depth), of_values(most * channels);
-    std::vector<A> turned(depth_panels * width * kKeysBack), scores(most * kQueriesBack), slopes(scores.size());
+    const int64_t depth_panels = panels_of(depth, width), depth_terms = terms_of(depth, run.numbers);
+    const int64_t channel_terms = terms_of(channels, run.numbers);
+    std::vector<A> keys(most * depth_terms), values(most * channel_terms), of_keys(most * depth);
+    std::vector<A> of_values(most * channels), turned(depth_panels * width * size.keys_back);
+    std::vector<A> scores(most * size.queries_back), slopes(scores.size()), room(width * size.queries_back);
     const std::vector<A> ones(width, A(1)), scales(width, scale);
-    Block<T> some_queries(depth, kQueriesBack), some_grads(channels, kQueriesBack);
-    for (int64_t k = from; k < to; k += kKeysBack) {
-        const int64_t here = std::min(kKeysBack, to - k), panels = panels_of(here, width);
-        run.pack(key.at(k), key.position, key.channel, here, depth, scale, keys.data());
+    Block<T> a_query(depth, size.queries_back), a_depth(depth, size.queries_back);
+    Block<T> a_grad(channels, size.queries_back), a_channel(channels, size.queries_back);
+    for (int64_t k = from; k < to; k += size.keys_back) {
+        const int64_t here = std::min(size.keys_back, to - k), panels = panels_of(here, width);
+        run.pack(key.at(k), key.position, key.channel, here, depth, A(1), keys.data());
         run.pack(value.at(k), value.position, value.channel, here, channels, A(1), values.data());
         run.pack(key.at(k), key.channel, key.position, depth, here, A(1), turned.data());
-        for (int64_t q = 0; q < positions; q += kQueriesBack) {
-            const int64_t count = std::min(kQueriesBack, positions - q), step = kQueriesBack * width;
-            some_queries.read(query, q, count);
-            some_grads.read(grad, q, count);
-            const A *a = some_queries.data, *g = some_grads.data;
-            run.product({a, some_queries.position, some_queries.channel, keys.data(), depth * width, scores.data(),
-                         step, count, depth, panels});
+        for (int64_t q = 0; q < positions; q += size.queries_back) {
+            const int64_t count = std::min(size.queries_back, positions - q), step = size.queries_back * width;
+            const int64_t count_terms = terms_of(count, run.numbers);
+            a_query.read_positions(query, q, count);
+            a_depth.read_channels(query, q, count);
+            a_grad.read_positions(grad, q, count);
+            a_channel.read_channels(grad, q, count);
+            Product<A> score{a_query.data,  a_query.row, a_query.step, keys.data(), depth_terms * width,
+                             scores.data(), step,        count,        depth_terms, panels};
+            score.scale = scale;
+            run.product(score);
             for (int64_t p = 0; p < panels; ++p)
                 run.probabilities(&scores[p * step], count, state + q, state + positions + q);
-            run.product({g, some_grads.channel, some_grads.position, scores.data(), step, of_values.data(),
-                         channels * width, channels, count, panels, q > 0});
-            run.product({g, some_grads.position, some_grads.channel, values.data(), channels * width, slopes.data(),
-                         step, count, channels, panels});
+            run.product({a_channel.data, a_channel.row, a_channel.step, scores.data(), step, of_values.data(),
+                         channels * width, channels, count_terms, panels, q > 0});
+            run.product({a_grad.data, a_grad.row, a_grad.step, values.data(), channel_terms * width, slopes.data(),
+                         step, count, channel_terms, panels});
             for (int64_t p = 0; p < panels; ++p)
                 run.score_gradients(&slopes[p * step], &scores[p * step], count, dot + q);
-            run.product({a, some_queries.channel, some_queries.position, slopes.data(), step, of_keys.data(),
-                         depth * width, depth, count, panels, q > 0});
-            for (int64_t p = 0; p < panels; ++p)
-                run.product({&slopes[p * step], width, 1, &turned[p * width * width], here * width, queries + q * width,
-                             positions * width, count, std::min(width, here - p * width), depth_panels, true});
+            run.product({a_depth.data, a_depth.row, a_depth.step, slopes.data(), step, of_keys.data(), depth * width,
+                         depth, count_terms, panels, q > 0});
+            for (int64_t p = 0; p < panels; ++p) {
+                const int64_t lanes = std::min(width, here - p * width);
+                const A* rows = run.turn_terms(&slopes[p * step], count, lanes, room.data());
+                run.product({rows, width / run.numbers, 1, &turned[p * width / run.numbers * width],
+                             terms_of(here, run.numbers) * width, queries + q * width, positions * width, count,
+                             terms_of(lanes, run.numbers), depth_panels, true});
+            }
         }
         for (int64_t p = 0; p < panels; ++p) {
             const int64_t lanes = std::min(width, here - p * width);
@@ -210,7 +253,8 @@ std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor&
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
         const Inputs<T> in(query, key, value);
-        const int64_t positions = in.query.positions, blocks = panels_of(positions, kQueries);
+        const int64_t positions = in.query.positions, queries = sizes<T>().queries;
+        const int64_t blocks = panels_of(positions, queries);
         Tensor out = empty_result(in);
         Tensor state = empty_tensor(query, {in.query.batch, 2, positions}, kScalarType<A>);
         if (in.key.positions == 0) zero(out, sizeof(T));
@@ -218,8 +262,8 @@ std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor&
         if (out.numel() == 0 || in.key.positions == 0) return std::make_tuple(out, state);
         const MapView<T> view(out);
         parallel(in.query.batch * blocks, in.work(), [&](int64_t unit) {
-            const int64_t sample = unit / blocks, first = unit % blocks * kQueries;
-            attend(in, sample, first, std::min(kQueries, positions - first), static_cast<A>(scale),
+            const int64_t sample = unit / blocks, first = unit % blocks * queries;
+            attend(in, sample, first, std::min(queries, positions - first), static_cast<A>(scale),
                    Matrix<T>(view, sample), static_cast<A*>(state.data_ptr()) + 2 * sample * positions + first,
                    positions);
         });
@@ -245,17 +289,18 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& gra
         const MapView<T> result(out_dense), gradient(grad_dense);
         std::vector<A> dot(batch * positions);
         dots(gradient, result, dot);
-        const AttentionKernels<T>& run = attention_kernels<T>();
+        const AttentionKernels<T>& run = term_kernels<T>();
         const int64_t width = run.panel, depth_panels = panels_of(in.query.channels, width);
-        const int64_t size = depth_panels * width * positions, blocks = panels_of(keys, kKeysBack);
+        const int64_t size = depth_panels * width * positions, block = sizes<T>().keys_back;
+        const int64_t blocks = panels_of(keys, block);
         const int64_t pieces = std::min<int64_t>(pieces_of(batch, blocks, in.work()), kMostPieces);
         std::vector<A> sums(batch * pieces * size, A(0));
         const MapView<T> query_view(grad_query), key_view(grad_key), value_view(grad_value);
         const A* states = static_cast<const A*>(state.data_ptr());
         parallel(batch * pieces, in.work(), [&](int64_t unit) {
             const int64_t sample = unit / pieces, piece = unit % pieces;
-            attend_back(in, gradient, sample, blocks * piece / pieces * kKeysBack,
-                        std::min(keys, blocks * (piece + 1) / pieces * kKeysBack), static_cast<A>(scale),
+            attend_back(in, gradient, sample, blocks * piece / pieces * block,
+                        std::min(keys, blocks * (piece + 1) / pieces * block), static_cast<A>(scale),
                         states + 2 * sample * positions, &dot[sample * positions], Matrix<T>(key_view, sample),
                         Matrix<T>(value_view, sample), &sums[unit * size]);
         });

@@ -230,7 +230,7 @@ void attend(const Inputs<T>& in, bool columns, const Result<T>& out, Accumulator
                         for (int64_t i = 0; i < keys; ++i)
                             for (int64_t j = 0; j < width; ++j) at[i * width + j] *= sum[p * width + j];
                     }
-                    RowProduct<A> weighted{scores.data(), panel,       1,    width, value.at(k), value.pitch,
+                    RowProduct<A> weighted{scores.data(),     panel,         1,    width, value.at(k), value.pitch,
                                            sums.at(index, q), sums.position, here, keys,  channels};
                     weighted.adds = !columns || k > 0;
                     weighted.factors = factor.data();

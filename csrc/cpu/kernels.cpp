@@ -1,4 +1,4 @@
-// Picks the kernels for this processor, once. FUSED_ATTN_ISA=baseline asks for less (tests do).
+// Picks the kernels for this processor, once. FUSED_ATTN_ISA=avx2 or =baseline asks for less (tests do).
 #include "kernels.h"
 
 #include <cstdlib>
@@ -12,18 +12,26 @@ namespace {
 
 struct Choice {
     const KernelTable* table;
+    const AttentionKernels<BFloat16>* terms;
     const char* name;
 };
 
 Choice choose() {
 #if defined(__x86_64__)
     const char* asked = std::getenv("FUSED_ATTN_ISA");
-    const bool allowed = asked == nullptr || *asked == 0 || std::strcmp(asked, "avx2") == 0;
+    const bool all = asked == nullptr || *asked == 0 || std::strcmp(asked, "avx512bf16") == 0;
     __builtin_cpu_init();
-    if (allowed && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return {&avx2::kTable, "avx2"};
+    if ((all || std::strcmp(asked, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+#if defined(FUSED_ATTN_AVX512BF16)
+        if (all && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            return {&avx2::kTable, &avx512bf16::kTerms, "avx512bf16"};
 #endif
-    return {&baseline::kTable, "baseline"};
+        return {&avx2::kTable, &avx2::kTable.of_bfloat16.attention, "avx2"};
+    }
+#endif
+    return {&baseline::kTable, &baseline::kTable.of_bfloat16.attention, "baseline"};
 }
 
 const Choice& choice() {
@@ -37,6 +45,14 @@ const TypedKernels<T>& typed() {
     if constexpr (std::is_same_v<T, float>) return choice().table->of_float;
     if constexpr (std::is_same_v<T, Half>) return choice().table->of_half;
     if constexpr (std::is_same_v<T, BFloat16>) return choice().table->of_bfloat16;
+}
+
+template <class T>
+const AttentionKernels<T>& terms_of() {
+    if constexpr (std::is_same_v<T, BFloat16>)
+        return *choice().terms;
+    else
+        return typed<T>().attention;
 }
 
 }  // namespace
@@ -77,6 +93,10 @@ const TypedKernels<T>& typed() {
     template <>                                      \
     const LineKernels<T>& line_kernels() {           \
         return typed<T>().lines;                     \
+    }                                                \
+    template <>                                      \
+    const AttentionKernels<T>& term_kernels() {      \
+        return terms_of<T>();                        \
     }                                                \
     template <>                                      \
     const ContextKernels<T>& context_kernels() {     \

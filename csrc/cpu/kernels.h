@@ -238,9 +238,9 @@ struct NormKernels {
     void (*spread)(const T* grad, const T* x, Panel, Norm<A>, NormFactors<A>, int activation, T* grad_x);
 };
 
-// c = a b, or c = c * factors + a b where it adds. a: `row` and `step` are the strides of its rows and of the sum's
-// steps. b and c lie in panels of AttentionKernels::panel columns, each with its rows one after another: b_panel and
-// c_panel are what lies between panels. factors: one a column, null for ones.
+// c = scale a b, or c = scale (c * factors + a b) where it adds. a: `row` and `step` are the strides of its rows and of
+// the sum's steps. b and c lie in panels of AttentionKernels::panel columns, each with its rows one after another:
+// b_panel and c_panel are what lies between panels. factors: one a column, null for ones.
 template <class A>
 struct Product {
     const A* a;
@@ -252,18 +252,21 @@ struct Product {
     int64_t rows, steps, panels;
     bool adds = false;
     const A* factors = nullptr;
+    A scale = 1;
 };
-// Attention between positions: attention.inl says what each does.
+// Attention between positions: attention.inl says what each does, and what a term is.
 template <class T>
 struct AttentionKernels {
     using A = Accumulator<T>;
-    int64_t panel;
+    int64_t panel, numbers;  // columns; numbers a term
     void (*product)(const Product<A>&);
     void (*pack)(const T* from, int64_t lane, int64_t step, int64_t lanes, int64_t steps, A factor, A* out);
     void (*copy_rows)(const T* from, int64_t stride, int64_t rows, int64_t length, A* out, int64_t pitch);
+    void (*read_terms)(const T* from, int64_t stride, int64_t rows, int64_t length, bool across, A* out, int64_t pitch);
     void (*soften)(A* scores, int64_t keys, A* peak, A* sum, A* factor);
     void (*probabilities)(A* scores, int64_t queries, const A* peak, const A* inverse);
     void (*score_gradients)(A* gradients, const A* p, int64_t queries, const A* dot);
+    const A* (*turn_terms)(const A* panel, int64_t rows, int64_t lanes, A* room);
     void (*write)(const A* panel, const A* factors, int64_t rows, int64_t lanes, T* out, int64_t row, int64_t lane);
 };
 
@@ -348,6 +351,9 @@ template <class T>
 const NormKernels<T>& norm_kernels();
 template <class T>
 const AttentionKernels<T>& attention_kernels();
+// The same with terms of two bfloat16 numbers, where the processor multiplies such.
+template <class T>
+const AttentionKernels<T>& term_kernels();
 template <class T>
 const LineKernels<T>& line_kernels();
 template <class T>

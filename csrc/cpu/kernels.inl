@@ -15,17 +15,6 @@ inline Vec<A> channel_vector(const A* values, int64_t channel, int64_t n) {
     if constexpr (!kChannelsLast) return splat<A>(values[channel]);
     return n == kLanes<A> ? load(values + channel) : load_tail(values + channel, n);
 }
-template <class T>
-inline Vec<Accumulator<T>> load_n(const T* p, int64_t n) {
-    return n == kLanes<Accumulator<T>> ? load(p) : load_tail(p, n);
-}
-template <class T>
-inline void store_n(Vec<Accumulator<T>> v, T* p, int64_t n) {
-    if (n == kLanes<Accumulator<T>>)
-        store(v, p);
-    else
-        store_tail(v, p, n);
-}
 
 // The prologue with its channel parameters as vectors; kPlain: there is none.
 template <class A, bool kPlain>
@@ -67,31 +56,6 @@ inline void by_activation(int activation, Body body) {
         body(Count<-1>{});
 }
 
-// The lanes of a vector that count: the last vector of a row ends with it and overlaps the one before.
-template <class A>
-struct AllLanes {
-    Mask<A> mask() const { return lanes_below<A>(kLanes<A>); }
-    Vec<A> of(Vec<A> v) const { return v; }
-};
-template <class A>
-struct SomeLanes {
-    Mask<A> fresh;
-    Mask<A> mask() const { return fresh; }
-    Vec<A> of(Vec<A> v) const { return fresh ? v : Vec<A>{}; }
-};
-
-// Calls step(i, n, lanes) for the vectors of first..last; n < kLanes only where the row is shorter than that.
-template <class A, class Step>
-inline void vectors(int64_t first, int64_t last, Step step) {
-    constexpr int64_t lanes = kLanes<A>;
-    int64_t i = first;
-    for (; i + lanes <= last; i += lanes) step(i, lanes, AllLanes<A>{});
-    if (i == last) return;
-    if (last - first >= lanes)
-        step(last - lanes, lanes, SomeLanes<A>{~lanes_below<A>(lanes - (last - i))});
-    else
-        step(first, last - first, SomeLanes<A>{lanes_below<A>(last - first)});
-}
 // Calls body(Count<k>, i) for i in first..last, four at a time while there are four.
 template <class Body>
 inline void fours(int64_t first, int64_t last, Body body) {

@@ -60,9 +60,8 @@ void row_dots(const Accumulator<T>* x, int64_t pitch, const T* y, int64_t stride
     using A = Accumulator<T>;
     for (int64_t r = 0; r < rows; ++r, x += pitch, y += stride) {
         Vec<A> sum{};
-        vectors<A>(0, length, [&](int64_t i, int64_t n, auto lanes) {
-            sum += lanes.of(load_n(x + i, n) * load_n(y + i, n));
-        });
+        vectors<A>(0, length,
+                   [&](int64_t i, int64_t n, auto lanes) { sum += lanes.of(load_n(x + i, n) * load_n(y + i, n)); });
         out[r] = sum_of<A>(sum);
     }
 }

@@ -4,6 +4,10 @@
 #include "axes.h"
 #include "kernels.h"
 
+#if defined(__x86_64__) && __has_include(<avx512bf16intrin.h>)  // of g++ 10, clang 9 and newer
+#define FUSED_ATTN_AVX512BF16
+#endif
+
 namespace fused_attn::cpu {
 
 template <class T>
@@ -38,11 +42,14 @@ extern const KernelTable kTable;
 namespace avx2 {
 extern const KernelTable kTable;
 }
+namespace avx512bf16 {
+extern const AttentionKernels<BFloat16> kTerms;
+}
 
 }  // namespace fused_attn::cpu
 
-#define FUSED_ATTN_TYPED_KERNELS(T)                                                               \
-    {kMapKernels<T>,  kSpaceKernels<T>,  kSimamKernels<T>,     kNormKernels<T>,   kMixKernels<T>, \
+#define FUSED_ATTN_TYPED_KERNELS(T)                                                             \
+    {kMapKernels<T>,  kSpaceKernels<T>,  kSimamKernels<T>,     kNormKernels<T>, kMixKernels<T>, \
      kAxisKernels<T>, kSelectKernels<T>, kAttentionKernels<T>, kLineKernels<T>, kContextKernels<T>}
 
 #define FUSED_ATTN_KERNEL_TABLE(isa)                                     \

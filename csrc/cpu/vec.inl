@@ -125,6 +125,44 @@ inline Mask<A> counting_from(int64_t first) {
     return iota + static_cast<Lane>(first);
 }
 
+template <class T>
+inline Vec<Accumulator<T>> load_n(const T* p, int64_t n) {
+    return n == kLanes<Accumulator<T>> ? load(p) : load_tail(p, n);
+}
+template <class T>
+inline void store_n(Vec<Accumulator<T>> v, T* p, int64_t n) {
+    if (n == kLanes<Accumulator<T>>)
+        store(v, p);
+    else
+        store_tail(v, p, n);
+}
+
+// The lanes of a vector that count: the last vector of a row ends with it and overlaps the one before.
+template <class A>
+struct AllLanes {
+    Mask<A> mask() const { return lanes_below<A>(kLanes<A>); }
+    Vec<A> of(Vec<A> v) const { return v; }
+};
+template <class A>
+struct SomeLanes {
+    Mask<A> fresh;
+    Mask<A> mask() const { return fresh; }
+    Vec<A> of(Vec<A> v) const { return fresh ? v : Vec<A>{}; }
+};
+
+// Calls step(i, n, lanes) for the vectors of first..last; n < kLanes only where the row is shorter than that.
+template <class A, class Step>
+inline void vectors(int64_t first, int64_t last, Step step) {
+    constexpr int64_t lanes = kLanes<A>;
+    int64_t i = first;
+    for (; i + lanes <= last; i += lanes) step(i, lanes, AllLanes<A>{});
+    if (i == last) return;
+    if (last - first >= lanes)
+        step(last - lanes, lanes, SomeLanes<A>{~lanes_below<A>(lanes - (last - i))});
+    else
+        step(first, last - first, SomeLanes<A>{lanes_below<A>(last - first)});
+}
+
 // One bit a lane, the first lane's lowest, and back.
 template <class A>
 inline unsigned bits_of(Mask<A> mask) {
@@ -199,12 +237,8 @@ inline Vec<float> between(Vec<float> x, Vec<float> low, Vec<float> high) {
     return x > high ? high : x;
 #endif
 }
-// e^x = 2^n e^r with |r| <= ln2 / 2 and a degree-6 polynomial, within 2 ulp; x from -87 to 88. Of the sum with 1.5 *
-// 2^23, which rounds, the low bits are n.
-inline Vec<float> exp_within(Vec<float> x) {
-    using V = VectorOf<float>;
-    const auto magic = splat(12582912.f);
-    const Vec<float> rounded = x * 1.44269504f + magic, n = rounded - magic;
+// e^x / 2^n with n = x / ln2, rounded: e^r with |r| <= ln2 / 2, a degree-6 polynomial, within 2 ulp.
+inline Vec<float> exp_remainder(Vec<float> x, Vec<float> n) {
     const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec<float> p = splat(1.9875691e-4f);
     p = p * r + 1.3981999e-3f;
@@ -212,14 +246,26 @@ inline Vec<float> exp_within(Vec<float> x) {
     p = p * r + 4.1665796e-2f;
     p = p * r + 1.6666665e-1f;
     p = p * r + 0.5f;
-    p = p * (r * r) + (r + 1.f);
-    return p * (V::type)(((V::bits)rounded << 23) + 0x3f800000);
+    return p * (r * r) + (r + 1.f);
+}
+// x from -87 to 88. Of the sum with 1.5 * 2^23, which rounds, the low bits are n.
+inline Vec<float> exp_within(Vec<float> x) {
+    using V = VectorOf<float>;
+    const auto magic = splat(12582912.f);
+    const Vec<float> rounded = x * 1.44269504f + magic, n = rounded - magic;
+    return exp_remainder(x, n) * (V::type)(((V::bits)rounded << 23) + 0x3f800000);
 }
 // 0 below -87 and infinite above 88.
 inline Vec<float> exp(Vec<float> x) {
+#if VECTOR_BYTES == 64  // scalef ends at 0 and at infinity by itself
+    x = (Vec<float>)_mm512_min_ps(_mm512_set1_ps(200.f), _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x));
+    const auto n = (Vec<float>)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+    return (Vec<float>)_mm512_scalef_ps((__m512)exp_remainder(x, n), (__m512)n);
+#else
     const auto low = splat(-87.f), high = splat(88.f);
     const Vec<float> power = exp_within(between(x, low, high));
     return x > high ? splat(kInfinity<float>) : (x < low ? Vec<float>{} : power);
+#endif
 }
 
 template <class V>
