@@ -11,6 +11,7 @@ from fused_attn import functional, reference
 from ..checks import LAYOUTS, assert_equivalent, in_layout, random, run
 from ..ops.test_channel_gate import STRIDES, strided
 from ..ops.test_criss_cross import DTYPES, NAMES, inputs_of
+from .test_select import on_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -35,10 +36,6 @@ def streaming():
         yield
 
 
-def on_gpu(inputs):
-    return {name: t.to("cuda") for name, t in inputs.items()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -53,10 +50,9 @@ def test_against_the_reference(shape, dtype, layout):
 @pytest.mark.parametrize("of", [*NAMES, "grad"])
 def test_strides(of, strides):
     shape = (2, 12, 34, 35)
-    inputs, grad = on_gpu(inputs_of(shape, 12)), random(*shape, seed=8).to("cuda")
-    other = strided(random(*shape, seed=3).to("cuda"))[strides].to("cuda")
-    inputs = {name: other if of == name else t for name, t in inputs.items()}
-    grad = other if of == "grad" else grad
+    tensors = inputs_of(shape, 12) | {"grad": random(*shape, seed=8)}
+    inputs = on_gpu(tensors | {of: strided(random(*shape, seed=3))[strides]})
+    grad = inputs.pop("grad")
     assert_equivalent(functional.criss_cross_attention, reference.criss_cross_attention, inputs, [grad])
 
 
