@@ -187,9 +187,23 @@ MUTANTS = [
     Mutant(
         "slopes-of-scores-without-their-mean",
         "csrc/cpu/attention.inl",
-        "(load(at) - splat(dot[q]))",
-        "load(at)",
+        "* (load(gradients + (q + i) * kPanel<A> + j) - splat(dot[q + i]))",
+        "* load(gradients + (q + i) * kPanel<A> + j)",
         "tests/ops/test_position_attention.py -k 'test_shapes_and_dtypes or test_gradcheck'",
+    ),
+    Mutant(
+        "lines-of-one-block",
+        "csrc/cpu/criss_cross.cpp",
+        "            weighted.adds = !columns || k > 0;",
+        "            weighted.adds = !columns;",
+        "tests/ops/test_criss_cross.py -k test_shapes_dtypes_layouts",
+    ),
+    Mutant(
+        "rows-of-whole-vectors",
+        "csrc/cpu/lines.inl",
+        "const int64_t last = lesser(lanes, p.columns - (v + n - 1) * lanes);",
+        "const int64_t last = lanes;",
+        "tests/ops/test_criss_cross.py -k test_shapes_dtypes_layouts",
     ),
     Mutant(
         "gradient-of-keys-without-the-scale",

@@ -43,7 +43,7 @@ MUTANTS = [
     ),
     Mutant(
         name="forward-pre-hooks-are-no-hooks",
-        file="fused_attn/fusion/changing/plan.py",
+        file="fused_attn/nn/pointwise.py",
         old="        or layer._forward_pre_hooks\n",
         new="",
         tests="tests/fusion/test_fuse.py tests/fusion/test_adapters.py -k 'test_hooked_layers_are_refused"

@@ -197,9 +197,23 @@ MUTANTS = [
     Mutant(
         name="criss-cross-once",
         file="fused_attn/reference/criss_cross.py",
-        old="for _ in range(self.recurrence):",
+        old="for _ in range(recurrence):",
         new="for _ in range(1):",
         tests="tests/nn/test_criss_cross.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="criss-cross-gradient-of-the-last-step",
+        file="fused_attn/nn/criss_cross.py",
+        old=".add_(rows).addmm_(of_products, weight)",
+        new=".addmm_(of_products, weight)",
+        tests="tests/nn/test_criss_cross.py -k test_equals_the_original",
+    ),
+    Mutant(
+        name="criss-cross-listened-to-by-nobody",
+        file="fused_attn/nn/pointwise.py",
+        old="all(is_pointwise(layer) and not is_hooked(layer) for layer in layers)",
+        new="all(is_pointwise(layer) for layer in layers)",
+        tests="tests/nn/test_criss_cross.py -k test_a_layer_that_somebody_listens_to",
     ),
     # Checks and dispatch.
     Mutant(
