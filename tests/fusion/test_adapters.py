@@ -195,6 +195,20 @@ BLOCKS = {
     "reference ChannelSelfAttention": (lambda: reference.ChannelSelfAttention(C), 2, OwnLayers),
     "reference ChannelSelfAttention, 1-D": (lambda: reference.ChannelSelfAttention(), 1, OwnLayers),
     "reference DualAttention": (lambda: reference.DualAttention(C, hidden=C), 2, OwnLayers),
+    "reference DoubleAttention": (lambda: reference.DoubleAttention(C), 2, OwnLayers),
+    "reference DoubleAttention, 3-D": (
+        lambda: reference.DoubleAttention(C, distribute="positions", reconstruct=False, features=C, rank=3),
+        3,
+        OwnLayers,
+    ),
+    "reference ExternalAttention": (lambda: reference.ExternalAttention(C, memory=16), 2, OwnLayers),
+    "reference GSoP": (lambda: reference.GSoP(C, reduced=8), 2, OwnLayers),
+    "reference GSoP, max": (lambda: reference.GSoP(C, mode="max", reduced=8, stride=2), 2, OwnLayers),
+    "reference BilinearAttention": (lambda: reference.BilinearAttention(C, drop_rate=0), 2, OwnLayers),
+    "reference BilinearTransform": (lambda: reference.BilinearTransform(C, groups=4), 2, OwnLayers),
+    "reference ResidualAttention": (lambda: reference.ResidualAttention(C, depth=1), 2, OwnLayers),
+    "reference ResidualAttention, given": (lambda: residual_attention(), 2, OwnLayers),
+    "reference SpatialTransformer": (lambda: spatial_transformer(), 2, OwnLayers),
     "reference CBAM, channel only": (lambda: reference.CBAM(C, no_spatial=True), 2, ChannelGate),
 }
 
@@ -203,7 +217,18 @@ BLOCKS = {
 AS_IN_NN = ["BAM", "CoordinateAttention", "CrissCrossAttention", "EMA", "SCSE", "SimAM", "TripletAttention"]
 AS_IN_NN += ["SKConv", "SelectiveKernel", "SplitAttention"]
 AS_IN_NN += ["ChannelSelfAttention", "DualAttention", "NonLocal", "PositionAttention", "SelfAttention2d"]
-AS_IN_NN += ["GlobalContext"]
+AS_IN_NN += ["GlobalContext", "BilinearAttention", "BilinearTransform", "DoubleAttention", "ExternalAttention", "GSoP"]
+AS_IN_NN += ["ResidualAttention", "SpatialTransformer"]
+
+
+def residual_attention():
+    mask = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.Sigmoid())
+    return reference.ResidualAttention(C, trunk=nn.Conv2d(C, C, 3, padding=1), mask=mask)
+
+
+def spatial_transformer(module=reference):
+    localization = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return module.SpatialTransformer(C, localization=localization, features=4 * C)
 
 
 def selective_kernel(*args, **options):
@@ -456,6 +481,11 @@ NORMS = {
     "reference DualAttention": "conv51.1",
     "reference SpatialAttention": "conv.bn",
     "reference CBAM": "spatial.conv.bn",
+    "reference ExternalAttention": "conv2.1",
+    "reference GSoP": "bn_for_DR",
+    "reference GSoP, max": "bn_for_DR_spatial",
+    "reference BilinearTransform": "conv2.bn",
+    "reference ResidualAttention": "first_residual_blocks.bn2",
 }
 
 
@@ -729,7 +759,8 @@ def test_parts_of_a_block_are_no_blocks():
 @pytest.mark.parametrize("kind", AS_IN_NN)
 def test_own_modules_are_one_row(kind, how):
     """Theirs alone: what they are made of is served with them, also where it is a block by itself."""
-    block = getattr(fused_nn if how == "nn" else reference, kind)(C)
+    module = fused_nn if how == "nn" else reference
+    block = spatial_transformer(module) if kind == "SpatialTransformer" else getattr(module, kind)(C)
     if how == "fused":
         fuse(block, strict=True)
         assert isinstance(block, getattr(reference, kind)) and not isinstance(block, getattr(fused_nn, kind))
@@ -744,13 +775,95 @@ def test_own_modules_get_the_functions_of_nn(kind):
     fused_form, plain = getattr(fused_nn, kind), getattr(reference, kind)
     names = [name for name, value in vars(fused_form).items() if isinstance(value, staticmethod)]
     assert names
+    options = {"localization": nn.Flatten()} if kind == "SpatialTransformer" else {}
     for cls in (plain, type("Mine", (plain,), {})):
-        block = fuse(cls(C))
+        block = fuse(cls(C, **options))
         assert all(getattr(block, name).__wrapped__ is getattr(fused_form, name) for name in names)
         copied = copy.deepcopy(block)
         assert all(getattr(copied, name).__wrapped__ is getattr(fused_form, name) for name in names)
         unfuse(block)
         assert type(block) is cls and all(getattr(block, name) is getattr(plain, name) for name in names)
+
+
+def with_blocks_given(module: Any) -> dict[str, nn.Module]:
+    """Modules around parts that are given, with a block in each."""
+
+    def mask() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(C, C, 3, padding=1), tv_misc.SqueezeExcitation(C, 8), nn.Sigmoid())
+
+    localization = nn.Sequential(tv_misc.SqueezeExcitation(C, 8), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return {
+        "mask.1": module.ResidualAttention(C, trunk=nn.Identity(), mask=mask()),
+        "trunk_branches": module.ResidualAttention(C, trunk=tv_misc.SqueezeExcitation(C, 8), depth=0),
+        "localization.0": module.SpatialTransformer(C, localization=localization, features=4 * C),
+    }
+
+
+@pytest.mark.parametrize("how", ["nn", "reference"])
+def test_blocks_in_parts_that_are_given(how):
+    """They are fused by themselves, whatever the module around them is, and stay so where that is changed."""
+    x = random(2, C, 8, 6)
+    for path, block in with_blocks_given(fused_nn if how == "nn" else reference).items():
+        with_random_values(block).eval()
+        expected = block(x)
+        before = list(map(type, block.modules()))
+        assert [row.fused for row in explain(block)] == [how == "nn", False]
+        for _ in range(2):
+            assert [(row.name, row.fused) for row in explain(fuse(block, strict=True))] == [
+                ("(the model)", True),
+                (path, True),
+            ]
+            assert type(block.get_submodule(path)) is not tv_misc.SqueezeExcitation
+            torch.testing.assert_close(block(x), expected)
+        block.forward = lambda x, original=block.forward: original(x) + 1
+        torch.testing.assert_close(block(x), expected + 1)
+        assert explain(block)[1].fused
+        del block.forward
+        assert list(map(type, unfuse(block).modules())) == before
+
+
+def test_the_transform_in_bilinear_attention_is_served_with_it():
+    """And is a block by itself where the attention around it runs as it is written."""
+    block = reference.BilinearAttention(C)
+    assert [row.name for row in explain(block)] == ["(the model)"]
+    assert [row.fused for row in explain(fuse(block, strict=True))] == [True]
+    assert block.ba._normalised is not reference.BilinearTransform._normalised
+    block.conv2["bn"].register_forward_hook(lambda *_: None)
+    assert [(row.name, row.fused) for row in explain(fuse(block))] == [("(the model)", False), ("ba", True)]
+    assert [row.name for row in explain(fused_nn.BilinearAttention(C))] == ["(the model)"]
+
+
+#: Layers that are read, or not run in eval: name -> (block, their paths).
+READ = {
+    "DoubleAttention": (reference.DoubleAttention, ("convA", "convB", "convV", "conv_reconstruct")),
+    "ExternalAttention": (
+        reference.ExternalAttention,
+        ("conv1", "linear_0", "linear_1", "conv2", "conv2.0", "conv2.1"),
+    ),
+    "GSoP": (
+        functools.partial(reference.GSoP, mode="avg", reduced=8),
+        ("bn_for_DR", "conv_for_DR_spatial", "bn_for_DR_spatial"),
+    ),
+    "BilinearTransform": (reference.BilinearTransform, ("conv1.bn", "conv2.bn")),
+    "BilinearAttention": (reference.BilinearAttention, ("conv1.bn", "conv2.bn")),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", READ)
+def test_hooks_of_layers_that_are_read(kind, when, monkeypatch):
+    """They run, in maps of every size, and change the result as they do in the block as it is written."""
+    monkeypatch.setattr("fused_attn.nn.normalised.LARGE", 0)
+    make, paths = READ[kind]
+    x = random(2, C, 42, 35)
+    for path in (path for path, layer in make(C).named_modules() if path and not isinstance(layer, nn.ModuleDict)):
+        block = with_random_values(make(C)).eval()
+        fused = fuse(copy.deepcopy(block)) if when == "after" else copy.deepcopy(block)
+        for module in (block, fused):
+            module.get_submodule(path).register_forward_hook(lambda module, inputs, output: output + 1)
+        fuse(fused)
+        torch.testing.assert_close(fused(x), block(x))
+        assert explain(fused)[0].fused == (path not in paths), path
 
 
 def test_branch_weights_alone_are_left_alone():
@@ -854,6 +967,10 @@ OWN_BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "CoordinateAttention": lambda: reference.CoordinateAttention(32),
     "CrissCrossAttention": lambda: reference.CrissCrossAttention(32),
     "EMA": lambda: reference.EMA(32),
+    "DoubleAttention": lambda: reference.DoubleAttention(32),
+    "ExternalAttention": lambda: reference.ExternalAttention(32),
+    "GSoP": lambda: reference.GSoP(32, mode="avg", reduced=8),
+    "ResidualAttention": lambda: reference.ResidualAttention(32, depth=1),
     "SCSE": lambda: reference.SCSE(32),
     "SKConv": lambda: reference.SKConv(32),
     "SelectiveKernel": lambda: reference.SelectiveKernel(32),
