@@ -29,14 +29,13 @@ def gather_and_distribute(
     to which it is the same and which is smaller, and the last one before the distribution, where that is less work."""
     convs = (features, gather, distribute, *(() if reconstruct is None else (reconstruct,)))
     plain = is_ordinary(x) and all(map(is_pointwise, convs))
-    if not (plain and _pays(x, features.out_channels, gather.out_channels)):
+    if not (plain and _pays(x, len(features.weight), len(gather.weight))):
         return reference.double_attention.gather_and_distribute(x, features, gather, distribute, reconstruct, over)
     rows = x.flatten(2)
     weight = torch.cat([matrix(gather), matrix(distribute)])
     biases = gather.bias, distribute.bias
     bias = None if None in biases else torch.cat(biases)
-    count = gather.out_channels
-    b, v = (product(weight, rows, bias)).split([count, distribute.out_channels], 1)
+    b, v = product(weight, rows, bias).split([len(gather.weight), len(distribute.weight)], 1)
     gathered = rows @ b.softmax(2).transpose(1, 2)
     descriptors = product(matrix(features), gathered, features.bias)
     bias = None
