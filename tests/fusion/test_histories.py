@@ -978,3 +978,28 @@ def test_a_layer_put_into_a_block_of_our_own_is_seen_when_it_is_fused_again() ->
         module.fc1[0] = LowRank(module.fc1[0])
     given = Given()
     assert difference(found(fuse(fused), given, torch.double), found(block, given, torch.double), 1e-9) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["ChannelSelfAttention", "PositionAttention", "SelfAttention2d", "CrissCrossAttention"]
+)
+def test_a_parameter_of_the_block_itself_is_parametrised(name: str) -> None:
+    """After `fuse`: it is then a property of a class that is derived from the fused one."""
+    block = KINDS[f"reference.{name}"].make().double()
+    randomise(block)
+    fused = fuse(copy.deepcopy(block))
+    for module in (block, fused):
+        parametrize.register_parametrization(module, "gamma", Doubled())
+    for change in (lambda m: m, fuse, unfuse):
+        assert (
+            difference(found(change(fused), Given(), torch.double), found(block, Given(), torch.double), 1e-9) is None
+        )
+
+
+def test_what_is_parametrised_is_not_computed_to_explain() -> None:
+    block = fuse(KINDS["timm.SelectiveKernel"].make())
+    conv = block.get_submodule("paths.0.conv")
+    parametrize.register_parametrization(conv, "weight", Doubled())
+    hook = Told()
+    conv.parametrizations.weight.register_forward_hook(hook)  # type: ignore[union-attr]
+    assert not explain(block)[0].fused and hook.calls == 0
