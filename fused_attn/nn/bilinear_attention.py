@@ -57,8 +57,8 @@ class BilinearTransform(reference.BilinearTransform):
 class BilinearAttention(reference.BilinearAttention):
     """A bottleneck around `BilinearTransform`: x + dropout(relu(BatchNorm(conv(transform(...))))).
 
-    Convolution, BatchNorm and ReLU to rd_channels, the transform, convolution, BatchNorm and ReLU back. The last two,
-    the dropout (of whole channels, so a gate) and the sum are one fused op.
+    Convolution, BatchNorm and ReLU to rd_channels, the transform, convolution, BatchNorm and ReLU back. In large
+    maps the last two, the dropout (of whole channels, so a gate) and the sum are one fused op.
 
     Args:
         channels: C, of the map.
