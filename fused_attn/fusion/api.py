@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from torch.export import ExportedProgram
 
-from ..reference import CBAM
+from ..reference import CBAM, BilinearAttention
 from .changing.decide import decide
 from .changing.graphs import fuse_exported
 from .changing.plan import intact, plan_of
 from .changing.swap import restore, swap
 from .recipes.names import host_class
-from .recipes.own import FUSED_FORMS
+from .recipes.own import FUSED_FORMS, blocks_in
 from .recipes.recipe import OwnLayers, Recipe, SplitGate
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,7 +63,15 @@ def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
         whole = isinstance(recipe, OwnLayers) and recipe.whole
         if one_op or whole or is_own(module) or isinstance(module, (CBAM, *FUSED_FORMS)):
-            parts[runs] += _within(name, module._modules)
+            parts[runs] += _within(name, _own_parts(module))
+
+
+def _own_parts(module: nn.Module) -> tuple[str, ...]:
+    """Names of those of its parts that are no blocks by themselves."""
+    others = blocks_in(module)
+    if isinstance(module, BilinearAttention) and not is_own(module):
+        others = ("ba",)
+    return tuple(name for name in module._modules if name not in others)
 
 
 def _within(name: str, parts: Iterable[str]) -> tuple[str, ...]:
@@ -83,7 +91,7 @@ def running(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(recipe, OwnLayers) and not recipe.whole:
             served += _within(name, recipe.covers)
         else:
-            served += _within(name, module._modules)
+            served += _within(name, _own_parts(module))
 
 
 def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:

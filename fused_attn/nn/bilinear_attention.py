@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
+from .deterministic import torch_has_no_deterministic
 from .normalised import normalised
 
 
 def pool_blocks(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """As `fused_attn.reference.bilinear_attention.pool_blocks`, with the gradient to the first maximum too, and
-    deterministic on CUDA, where that of adaptive pools raises."""
+    """As `fused_attn.reference.bilinear_attention.pool_blocks`, with the gradient to the first maximum too; where that
+    of adaptive pools raises, deterministic."""
+    if not (torch.compiler.is_compiling() or torch_has_no_deterministic(x)):
+        return reference.bilinear_attention.pool_blocks(x, n)
     height, width = x.shape[2:]
     rows = x.unflatten(2, (n, height // n)).flatten(3).max(3).values
     columns = x.unflatten(3, (n, width // n)).transpose(2, 3).flatten(3).max(3).values
@@ -53,8 +57,8 @@ class BilinearTransform(reference.BilinearTransform):
 class BilinearAttention(reference.BilinearAttention):
     """A bottleneck around `BilinearTransform`: x + dropout(relu(BatchNorm(conv(transform(...))))).
 
-    Convolution, BatchNorm and ReLU to rd_channels, the transform, convolution, BatchNorm and ReLU back. The last two,
-    the dropout (of whole channels, so a gate) and the sum are one fused op.
+    Convolution, BatchNorm and ReLU to rd_channels, the transform, convolution, BatchNorm and ReLU back. In large
+    maps the last two, the dropout (of whole channels, so a gate) and the sum are one fused op.
 
     Args:
         channels: C, of the map.

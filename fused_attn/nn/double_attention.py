@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,20 +13,29 @@ from ..backends import is_ordinary
 from .pointwise import are_products, matrix, product, spread
 
 
+def _pays(x: Tensor, features: int, count: int) -> bool:
+    """Whether the products are fewer than those of the convolutions in their places: not of maps that are smaller than
+    their channels are many."""
+    if torch.compiler.is_compiling():
+        return True
+    channels, positions = x.shape[1], math.prod(x.shape[2:])
+    return channels * count * (positions + features) < features * positions * (channels + count)
+
+
 def gather_and_distribute(
     x: Tensor, features: Any, gather: Any, distribute: Any, reconstruct: Any, over: str = "channels"
 ) -> Tensor:
     """As `fused_attn.reference.double_attention.gather_and_distribute`: the features' convolution after the gathering,
-    to which it is the same and which is smaller, and the last one before the distribution."""
+    to which it is the same and which is smaller, and the last one before the distribution, where that is less work."""
     convs = (features, gather, distribute, *(() if reconstruct is None else (reconstruct,)))
-    if not (is_ordinary(x) and are_products(*convs)):
+    plain = is_ordinary(x) and are_products(*convs)
+    if not (plain and _pays(x, len(features.weight), len(gather.weight))):
         return reference.double_attention.gather_and_distribute(x, features, gather, distribute, reconstruct, over)
     rows = x.flatten(2)
     weight = torch.cat([matrix(gather), matrix(distribute)])
     biases = gather.bias, distribute.bias
     bias = None if None in biases else torch.cat(biases)
-    count = gather.out_channels
-    b, v = (product(weight, rows, bias)).split([count, distribute.out_channels], 1)
+    b, v = product(weight, rows, bias).split([len(gather.weight), len(distribute.weight)], 1)
     gathered = rows @ b.softmax(2).transpose(1, 2)
     descriptors = product(matrix(features), gathered, features.bias)
     bias = None
@@ -40,7 +50,8 @@ class DoubleAttention(reference.DoubleAttention):
     With A, B and V 1x1 convolutions of x and n the number of descriptors, G = A softmax(B)^T, over positions, has n
     vectors of `features` numbers; y = W (G softmax(V)) + b. A is made of what was gathered of x (that is the same: its
     weights sum to 1), W comes before the distribution, so that neither makes a map: x is read twice, the 2 n maps
-    of B and V are written together, and y is written once, in x's layout.
+    of B and V are written together, and y is written once, in x's layout. A map of fewer positions than
+    channels, about, goes through the convolutions in their own places, which is less work.
 
     Args:
         channels: C, of the map.

@@ -35,7 +35,8 @@ class ExternalAttention(reference.ExternalAttention):
 
     a = softmax of K (W1 x + b) over positions, each position's then divided by their sum over the memory;
     y = relu(BatchNorm(W2 V a) + x). K W1 and W2 V are multiplied first: instead of two convolutions of C to C channels
-    there are products with (memory, C) matrices, and no maps between; BatchNorm, sum and ReLU are one fused op.
+    there are products with (memory, C) matrices, and no maps between; BatchNorm, sum and ReLU of large maps are
+    one fused op.
 
     Args:
         channels: C, of the map.

@@ -40,8 +40,8 @@ Shared = Callable[[pytest.MonkeyPatch], object]  # changes what all modules read
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """blocks: how many blocks `fuse` is to fuse in it as it is made (with tails, if it is `tailed`). pickled: whether
-    such a module can be pickled."""
+    """blocks: how many blocks `fuse` is to fuse in it as it is made (with tails, if it is `tailed`). operators: whether
+    what runs then has operators of ours in it, also for small maps; else it is PyTorch's."""
 
     make: Callable[[], nn.Module]
     own: tuple[Own, ...] = ()
@@ -49,6 +49,7 @@ class Kind:
     blocks: int = 1
     tailed: bool = False
     channels: int = C
+    operators: bool = True
 
 
 KINDS: dict[str, Kind] = {}
@@ -776,6 +777,52 @@ class Selective(nn.Module):
         return a * weights[:, 0] + b * weights[:, 1]
 
 
+@kind()
+class PositionAttention(nn.Module):
+    """As DANet's and SAGAN's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_conv, self.key_conv = nn.Conv2d(C, 4, 1), nn.Conv2d(C, 4, 1)
+        self.value_conv, self.gamma = nn.Conv2d(C, C, 1), nn.Parameter(torch.ones(1))
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.size()
+        query = self.query_conv(x).view(n, -1, width * height).permute(0, 2, 1)
+        attention = self.softmax(torch.bmm(query, self.key_conv(x).view(n, -1, width * height)))
+        value = self.value_conv(x).view(n, -1, width * height)
+        return self.gamma * torch.bmm(value, attention.permute(0, 2, 1)).view(n, c, height, width) + x
+
+
+class ChannelSelfAttention(nn.Module):
+    """As DANet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.softmax = nn.Parameter(torch.ones(1)), nn.Softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.size()
+        rows = x.view(n, c, -1)
+        energy = torch.bmm(rows, rows.permute(0, 2, 1))
+        energy = torch.max(energy, -1, keepdim=True)[0].expand_as(energy) - energy
+        return self.gamma * torch.bmm(self.softmax(energy), rows).view(n, c, height, width) + x
+
+
+@kind(put("factor", 0.5, 1.0))
+class NonLocal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.theta, self.phi = (nn.Conv2d(C, 4, 1) for _ in range(3))
+        self.W, self.factor = nn.Sequential(nn.Conv2d(4, C, 1), nn.BatchNorm2d(C)), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, theta, phi = (layer(x).flatten(2) for layer in (self.g, self.theta, self.phi))
+        f = torch.softmax(theta.transpose(1, 2) @ phi * self.factor, -1)
+        return self.W((f @ g.transpose(1, 2)).transpose(1, 2).reshape(x.shape[0], 4, *x.shape[2:])) + x
+
+
 # Libraries' and our own
 
 
@@ -793,6 +840,13 @@ KINDS |= {
     "timm.CbamModule": Kind(lambda: CbamModule(C, rd_ratio=0.5)),
     "timm.SelectiveKernel": Kind(
         lambda: timm.layers.SelectiveKernel(C, rd_channels=4), (put("split_input", False, True),)
+    ),
+    "timm.GlobalContext": Kind(lambda: timm.layers.GlobalContext(C, rd_channels=4)),
+    "timm.NonLocalAttn": Kind(lambda: timm.layers.NonLocalAttn(C, rd_channels=4), (put("scale", 0.5, 1.0),)),
+    "timm.BatNonLocalAttn": Kind(
+        lambda: timm.layers.BatNonLocalAttn(C, block_size=1, rd_channels=4),
+        (put("block_size", 2, 1, at=lambda m: m.ba), put("groups", 1, 2, at=lambda m: m.ba)),
+        operators=False,
     ),
     "timm.BasicBlock": Kind(lambda: BasicBlock(C, C, attn_layer=_se), tailed=True),
     "timm.BasicBlock, drop_path": Kind(
@@ -814,5 +868,32 @@ KINDS |= {
     "reference.SKConv": Kind(lambda: reference.SKConv(C, groups=2)),
     "reference.SplitAttention": Kind(lambda: reference.SplitAttention(C)),
     "reference.EMA": Kind(lambda: reference.EMA(C, factor=2)),
+    "ChannelSelfAttention": Kind(ChannelSelfAttention, operators=False),
+    "reference.NonLocal": Kind(lambda: reference.NonLocal(C, hidden=4), (put("mode", "gaussian", "embedded"),)),
+    "reference.NonLocal, concatenation": Kind(
+        lambda: reference.NonLocal(C, hidden=4, mode="concatenation"), operators=False
+    ),
+    "reference.PositionAttention": Kind(lambda: reference.PositionAttention(C, reduction=2)),
+    "reference.SelfAttention2d": Kind(lambda: reference.SelfAttention2d(C, reduction=2)),
+    "reference.ChannelSelfAttention": Kind(lambda: reference.ChannelSelfAttention(C), operators=False),
+    "reference.DualAttention": Kind(lambda: reference.DualAttention(C, hidden=C, reduction=2)),
+    "reference.CrissCrossAttention": Kind(lambda: reference.CrissCrossAttention(C, reduction=2)),
+    "reference.GlobalContext": Kind(lambda: reference.GlobalContext(C, hidden=4, fuse="both")),
+    "reference.GSoP": Kind(lambda: reference.GSoP(C, mode="avg", reduced=4), (put("mode", "max", "avg"),)),
+    "reference.ResidualAttention": Kind(  # around a mask that is a block
+        lambda: reference.ResidualAttention(C, trunk=nn.Conv2d(C, C, 1), mask=ChannelMask()),
+        (put("mask", SpatialMask().double(), ChannelMask().double()),),
+        blocks=2,
+    ),
+    "reference.SpatialTransformer": Kind(
+        lambda: reference.SpatialTransformer(C, localization=nn.AdaptiveAvgPool2d(1), features=C),
+        (put("align_corners", True, False), put("padding_mode", "border", "zeros")),
+        operators=False,
+    ),
+    "reference.BilinearAttention": Kind(
+        lambda: reference.BilinearAttention(C, block_size=1, rd_channels=4), operators=False
+    ),
+    "reference.DoubleAttention": Kind(lambda: reference.DoubleAttention(C), operators=False),
+    "reference.ExternalAttention": Kind(lambda: reference.ExternalAttention(C, memory=4), operators=False),
     "reference.GatherExcite": Kind(lambda: reference.GatherExcite(C)),
 }

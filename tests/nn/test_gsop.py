@@ -30,6 +30,12 @@ def centring(size, positions, x):
     return torch.eye(size, dtype=x.dtype) / positions - torch.ones(size, size, dtype=x.dtype) / positions**2
 
 
+@pytest.fixture(autouse=True)
+def one_op(monkeypatch):
+    """A BatchNorm and what follows it, as in large maps: `test_normalised` has the choice."""
+    monkeypatch.setattr("fused_attn.nn.normalised.pays", lambda *_: True)
+
+
 class Original(nn.Module):
     """The attention in the authors' bottleneck, under its names."""
 

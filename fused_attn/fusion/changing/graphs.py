@@ -21,9 +21,10 @@ from ... import nn as fused_nn
 from ...codes import ACTIVATIONS
 from ...reference.block_attention import folded_affine
 from ..reading import templates
-from ..reading.canonical import MAX_TERMS, Node, Value
+from ..reading.canonical import Node, Value
 from ..reading.capture import BATCH, SPACE
 from ..reading.context import in_its_own_context
+from ..reading.find import scale_of
 from ..reading.followed import Followed, follow, is_whole
 from ..reading.match import Match, reached, unify
 from ..reading.region import Region, region
@@ -153,7 +154,7 @@ class Found:
 def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bool:
     value = seen.values[last]
     products = value.node.op == "maximum" or (
-        value.node.op == "poly" and any(len(factors) > 1 for _, factors in value.node.attrs)
+        value.node.op == "poly" and (any(len(f) > 1 for _, f in value.node.attrs) or _attends(value.node))
     )
     if not products or not is_whole(value) or not last.users or len(value.shape) not in (3, 4, 5):
         return False
@@ -249,6 +250,8 @@ def _is_counted_elsewhere(seen: Followed, block: Region) -> bool:
 
 #: Modules whose form says how large the map is: they divide by a number of positions, or split what they put together.
 _SIZED = ("CoordinateAttention", "SimAM")
+#: Modules that are products of a map; the others are sums with an attention.
+_GATES = ("BAM", "SCSE", "TripletAttention", "CoordinateAttention", "SimAM")
 
 
 @functools.cache
@@ -268,7 +271,8 @@ def _templates(kind: str, shape: tuple[int, ...], modes: set[bool], wanted: Call
     for template in getattr(templates, kind)(len(shape) - 2):
         if wanted(template):  # only then is it captured
             for training in modes:
-                space = shape[2:] if template.name in _SIZED else SPACE
+                sized = template.name in _SIZED or template.options.get("mode") == "dot"
+                space = shape[2:] if sized else SPACE
                 variant = _variant(template, training, batch, space)
                 if variant is not None:
                     yield variant
@@ -301,12 +305,33 @@ def _matches(seen: Followed, value: Value) -> Iterator[Found]:
             found = _block(template, match)
             if found is not None:
                 yield found
+    for template in _templates("self_attentions", shape, {False}, lambda template: _attends(node)):
+        for match in unify(template.output, node, seen.graph, Match()):
+            yield _self_attention(template, match)
+
+
+#: Steps from the sum at the end of an attention to the softmax or the product in it.
+_STEPS = 8
+
+
+def _attends(node: Node) -> bool:
+    """Whether a node is a sum with what is a softmax or a product of maps not far from it."""
+    if node.op != "poly":
+        return False
+    row = [node]
+    for _ in range(_STEPS):
+        row = [n for n in dict.fromkeys(n for above in row for n in above.inputs) if n.op != "leaf"]
+        if any(n.op in ("softmax", "product") for n in row):
+            return True
+    return False
 
 
 def _may_be(name: str, node: Node) -> bool:
     """Whether a node has the outer shape of a block; there are many templates, which take time to capture."""
     if node.op != "poly":
         return name == "SCSE"
+    if name not in _GATES:
+        return _attends(node)
     terms = [factors for _, factors in node.terms]
     least = min(map(len, terms))
     if name == "BAM":
@@ -314,7 +339,7 @@ def _may_be(name: str, node: Node) -> bool:
         return len(terms) > 1 and any(g.op == "poly" and any(len(f) > 1 for _, f in g.terms) for g in gates)
     if name in ("SCSE", "TripletAttention"):
         return len(terms) > 1 and least > 1
-    return least > {"CoordinateAttention": 2, "SimAM": 1}.get(name, MAX_TERMS)
+    return least > {"CoordinateAttention": 2, "SimAM": 1}[name]
 
 
 def _plain(match: Match) -> bool:
@@ -391,12 +416,29 @@ def _block(template: Template, match: Match) -> Found | None:
         return None
     options = tuple(sorted({**template.options, **match.options}.items()))
     channels = x.sizes[1 - (template.batch == 1)]
-    call = _module(template.name, options, tuple(sorted(layers.items())), channels, template.training)
+    scale = scale_of(match) if template.name == "NonLocal" else None
+    call = _module(template.name, options, tuple(sorted(layers.items())), channels, template.training, scale)
     return Found(call, x, {"tensors": _leaves(match)}, {}, around=False)
 
 
+def _self_attention(template: Template, match: Match) -> Found:
+    """A block with a parameter of its own beside its layers."""
+    leaves = _leaves(match)
+    options: dict[str, Any] = {"bare": ()}
+    scale = None
+    if template.name == "PositionAttention":
+        layers = ("query_conv", "key_conv", "value_conv")
+        options = {"bare": tuple(name for name in layers if f"{name}.bias" not in leaves), "rank": template.rank}
+        scale = scale_of(match)
+    call = _module(template.name, tuple(sorted(options.items())), (), templates.CHANNELS, False, scale)
+    return Found(call, match.nodes[template.input], {"tensors": leaves}, {}, around=False)
+
+
 @functools.cache
-def _module(name: str, options: tuple, layers: tuple, channels: int, training: bool) -> calls.Block:
+def _module(
+    name: str, options: tuple, layers: tuple, channels: int, training: bool, scale: float | None = None
+) -> calls.Block:
+    """scale: of the products in an attention's softmax; None: it has none."""
     chosen = dict(options)
     bare = chosen.pop("bare")
     with torch.device("meta"):
@@ -404,6 +446,10 @@ def _module(name: str, options: tuple, layers: tuple, channels: int, training: b
             getattr(fused_nn, name), bare, channels=templates.CHANNELS, **chosen
         ).train(training)
     module.channels = channels if name == "SCSE" else None
+    if name == "NonLocal":
+        module.scale = scale
+    elif scale is not None:
+        module._position_attention = functools.partial(functional.position_attention, scale=scale)
     for part in module.modules():
         if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
             part.num_batches_tracked = None  # the graph counts them itself

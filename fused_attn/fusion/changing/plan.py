@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...nn.pointwise import is_hooked
 from ..reading.reads import MISSING, Watched, is_plain, is_torch, reads_of
@@ -323,7 +324,8 @@ def _changed(block: nn.Module, watched: Watched) -> str | None:
         if getattr(_of(block, parent), name, None) is not None:
             return name
     for parent, name in filled:
-        if getattr(_of(block, parent), name, MISSING) is None:
+        part = _of(block, parent)
+        if not is_parametrized(part, name) and getattr(part, name, MISSING) is None:  # what is parametrised is computed
             return name
     for container, copied in contents:
         if not _holds(container, copied):

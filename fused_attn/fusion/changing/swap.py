@@ -146,9 +146,22 @@ def _with_resort(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callab
 
 def _as_host(block: nn.Module, host: type[nn.Module]) -> nn.Module:
     """The same block as an instance of its host's class, which may have other functions than the fused one."""
-    view: nn.Module = object.__new__(host)
+    view: nn.Module = object.__new__(_as_of_host(type(block), host))
     object.__setattr__(view, "__dict__", block.__dict__)
     return view
+
+
+def _as_of_host(cls: type[nn.Module], host: type[nn.Module]) -> type[nn.Module]:
+    """The host's class with what was added to the fused one since: parameters of the block itself that are parametrised
+    are properties of a class that is derived from it."""
+    added: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[: cls.__mro__.index(fused_class(host))]):
+        added |= {name: value for name, value in vars(base).items() if isinstance(value, property)}
+    if not added:
+        return host
+    derived: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), added)
+    derived.__bases__ = (host,)
+    return derived
 
 
 def _without_plan(part: Any) -> Any:

@@ -6,12 +6,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...reference import CBAM, ChannelAttention, GatherExcite, NonLocal, SpatialAttention
+from ...reference import (
+    CBAM,
+    BilinearAttention,
+    BilinearTransform,
+    ChannelAttention,
+    DoubleAttention,
+    ExternalAttention,
+    GatherExcite,
+    NonLocal,
+    SpatialAttention,
+)
 from ...reference.block_attention import check_channels
 from ..reading.layers import paths_but
 from ..recipes.describe import describe
 from ..recipes.names import host_of
-from ..recipes.own import AS_IN_NN, FUSED_FORMS, own_functions
+from ..recipes.own import AS_IN_NN, FUSED_FORMS, blocks_in, own_functions
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
 from ..recipes.run import run
 from .registry import register
@@ -114,16 +124,35 @@ def gather_excite(block: Any) -> Recipe | str:
 def as_in_nn(block: Any) -> Recipe | str:
     (cls,) = (cls for cls in AS_IN_NN if isinstance(block, cls))
     functions, rank = AS_IN_NN[cls]
+    given = tuple(f"{name}." for name in blocks_in(block))
     for path, layer in block.named_modules():
         kind = host_of(type(layer))
-        if path and not kind.__module__.startswith(("torch.nn.modules.", "fused_attn.")):
+        if (
+            path
+            and not f"{path}.".startswith(given)
+            and not kind.__module__.startswith(("torch.nn.modules.", "fused_attn."))
+        ):
             return f"{path} is a {kind.__name__}, not a plain layer"
     bypassed: tuple[str, ...] = ()
     if "select" in functions:  # the convolutions run; in eval the BatchNorms and the excitation do not
         bypassed = paths_but(block, *(path for path, layer in block.named_modules() if is_branch(path, layer)))
     elif isinstance(block, NonLocal) and block.mode == "concatenation":  # what only makes one number a position is read
         bypassed = ("theta",) if block.pool == "after" else ("theta", "phi")
-    return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank, bypassed=bypassed)
+    elif "norm_gate" in functions or isinstance(block, DoubleAttention):
+        bypassed = tuple(path for path, layer in block.named_modules() if is_read(block, path, layer))
+    covers = ("ba",) if isinstance(block, BilinearAttention) else ()
+    return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank, bypassed=bypassed, covers=covers)
+
+
+def is_read(block: Any, path: str, layer: nn.Module) -> bool:
+    """Whether a layer's parameters are read, and it itself not run, in some mode or for some maps."""
+    if isinstance(block, (DoubleAttention, ExternalAttention)):
+        return path != ""
+    if isinstance(block, BilinearAttention):
+        return path in ("conv1.bn", "conv2.bn")
+    if isinstance(block, BilinearTransform):
+        return isinstance(layer, nn.BatchNorm2d)
+    return path in ("bn_for_DR", "bn_for_DR_spatial", "conv_for_DR_spatial")
 
 
 def is_branch(path: str, layer: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-the two attentions that these are made of, CoordAttn, GlobalContext, NonLocalAttn, SelectiveKernel, SplitAttn, and the
-SE of older models."""
+the two attentions that these are made of, CoordAttn, GlobalContext, NonLocalAttn, BatNonLocalAttn, SelectiveKernel,
+SplitAttn, and the SE of older models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from ...nn.bilinear_attention import pool_blocks
+from ...nn.normalised import norm_gate
 from ...nn.selection import selection
+from ...reference.bilinear_attention import mix_blocks
+from ...reference.block_attention import uses_batch_statistics
 from ...reference.select import branch_weights
 from ...reference.selection import Layers
 from ...reference.squeeze import Excitation
@@ -27,6 +31,7 @@ from ..reading.layers import (
 )
 from ..recipes.names import class_name
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
+from ..recipes.run import Unsuited
 from .registry import register
 
 
@@ -236,6 +241,58 @@ def non_local(block: Any) -> Recipe | str:
     if not plain or len({layer.out_channels for layer in layers}) > 1 or type(block.scale) not in (int, float):
         return "its layers are not timm's"
     return OwnLayers(_non_local, "NonLocal", ("position_attention",))
+
+
+def _bilinear_transform(block: Any, x: Tensor) -> Tensor:
+    n, groups = block.block_size, block.groups
+    batch, channels, height, width = x.shape
+    if channels % groups or height % n or width % n:
+        raise Unsuited(f"no {groups} groups of channels, or no {n} blocks of rows and of columns")
+    rows, columns = pool_blocks(block.conv1(x), n)
+    p = block.conv_p(rows).view(batch, groups, n, n).sigmoid()
+    q = block.conv_q(columns).view(batch, groups, n, n).sigmoid()
+    return block.conv2(mix_blocks(x, p / p.sum(3, keepdim=True), q / q.sum(2, keepdim=True)))
+
+
+@register("timm.layers.non_local_attn.BilinearAttnTransform")
+def bilinear_transform(block: Any) -> Recipe | str:
+    if not type(block.block_size) is type(block.groups) is int:
+        return "its block_size or groups is no integer"
+    return OwnLayers(_bilinear_transform, "BilinearTransform", ())
+
+
+#: Values in a map from which on BatchNorm, activation, dropout and sum in training are faster as one op on CPUs.
+_LARGE = 1 << 18
+
+
+def _bilinear_attention(block: Any, x: Tensor, activation: str | None) -> Tensor:
+    """activation: the `_branch_activation` of its last layers, and None where these run as they are."""
+    y, layer = block.ba(block.conv1(x)), block.conv2
+    pays = activation is not None and uses_batch_statistics(layer.bn) and not torch.compiler.is_compiling()
+    if not pays:
+        return block.dropout(layer(y)) + x
+    y = layer.conv(y)
+    if y.numel() < _LARGE or not y.is_contiguous() or y.dtype != x.dtype:
+        return block.dropout(layer.bn(y)) + x
+    gate = None
+    if block.dropout.training and block.dropout.p > 0:  # of whole channels
+        gate = block.dropout(y.new_ones(*y.shape[:2], 1, 1))
+    excitation = None if gate is None else lambda _: gate
+    return norm_gate(layer.bn, y, activation=activation, excitation=excitation, residual=x)
+
+
+@register("timm.layers.non_local_attn.BatNonLocalAttn")
+def bilinear_attention(block: Any) -> Recipe | str:
+    if not (_is_exactly(block.ba, "non_local_attn.BilinearAttnTransform") and type(block.dropout) is nn.Dropout2d):
+        return "its parts are not timm's"
+    activation = _branch_activation(block.conv2) if _is_exactly(block.conv2, "conv_bn_act.ConvNormAct") else None
+    return OwnLayers(
+        functools.partial(_bilinear_attention, activation=activation),
+        "BilinearAttention",
+        () if activation is None else ("norm_gate",),
+        bypassed=() if activation is None else paths_but(block, "conv1", "ba", "conv2.conv"),
+        covers=("ba",),
+    )
 
 
 def _global_context(block: Any, x: Tensor) -> Tensor:

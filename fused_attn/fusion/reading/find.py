@@ -173,7 +173,7 @@ def _masks(captured: Captured, x: Node, leaves: int, rank: int) -> Iterator[Foun
             break
 
 
-def _scale(match: Match) -> float:
+def scale_of(match: Match) -> float:
     """Of the products in a softmax, that of which the match has the first nine digits."""
     widths = [n.inputs[0].sizes[axis] for t, n in match.nodes.items() if t.op == "product" for axis in n.attrs[0][2]]
     channels = [n.sizes[1] for t, n in match.nodes.items() if t.op == "input"]
@@ -202,7 +202,7 @@ def _self_attention(template: Template, match: Match, rank: int) -> Maker:
             if type(layer) not in CONVOLUTIONS:
                 return f"{path} is a {type(layer).__name__}, not a plain layer"
         return OwnLayers(
-            masks.SelfAttention(gamma, paths, _scale(match)),
+            masks.SelfAttention(gamma, paths, scale_of(match)),
             template.name,
             functions,
             rank=rank + 2,
@@ -334,7 +334,7 @@ def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
         # Triplet attention takes any channels, and so does what has no parameters.
         shell.channels = channels if paths and template.name != "TripletAttention" else None  # type: ignore[assignment]
         if template.name == "NonLocal":
-            shell.scale = _scale(match)  # type: ignore[assignment]
+            shell.scale = scale_of(match)  # type: ignore[assignment]
         used: list[str] = []
         for ours, found in paths.items():
             if len(found) != 1 or "" in found:

@@ -13,35 +13,35 @@ from ... import reference
 #: and the rank of their maps.
 AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.BAM: (("mixed_scale", "squeeze"), None),
+    reference.BilinearAttention: (("norm_gate",), 4),
+    reference.BilinearTransform: (("norm_gate",), 4),
     reference.ChannelSelfAttention: ((), None),
     reference.CoordinateAttention: (("axis_pool", "mixed_scale"), 4),
     reference.DualAttention: (("position_attention",), 4),
     reference.CrissCrossAttention: (("criss_cross_attention",), 4),
+    reference.DoubleAttention: ((), None),
     reference.EMA: (("scale/space",), 4),
+    reference.ExternalAttention: (("norm_gate",), 4),
+    reference.GSoP: (("scale", "scale/space", "norm_gate"), 4),
     reference.NonLocal: (("position_attention",), None),
     reference.PositionAttention: (("position_attention",), None),
     reference.GlobalContext: (("context_pool", "scale"), None),
+    reference.ResidualAttention: (("scale", "scale/space"), None),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
     reference.SKConv: (("select", "select/with"), 4),
     reference.SelfAttention2d: (("position_attention",), 4),
     reference.SelectiveKernel: (("select", "select/with"), 4),
     reference.SimAM: (("simam",), None),
+    reference.SpatialTransformer: ((), None),
     reference.SplitAttention: (("select", "select/with"), 4),
     reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
 }
 
-#: Modules that `fuse` leaves as they are -> the fused functions in their class in `fused_attn.nn`; it may be none.
-ONLY_IN_NN: dict[type[nn.Module], tuple[str, ...]] = {
-    reference.BilinearAttention: ("norm_gate",),
-    reference.BilinearTransform: ("norm_gate",),
-    reference.DoubleAttention: (),
-    reference.ExternalAttention: ("norm_gate",),
-    reference.GSoP: ("scale", "scale/space", "norm_gate"),
-    reference.ResidualAttention: ("scale", "scale/space"),
-    reference.SpatialTransformer: (),
+#: Parts that are given: any PyTorch code, with blocks of its own in it.
+_GIVEN: dict[type[nn.Module], tuple[str, ...]] = {
+    reference.ResidualAttention: ("trunk_branches", "mask"),
+    reference.SpatialTransformer: ("localization",),
 }
-
-_FUNCTIONS = {cls: functions for cls, (functions, _) in AS_IN_NN.items()} | ONLY_IN_NN
 
 #: Modules of `fused_attn.reference` -> their classes in `fused_attn.nn`, whose functions the fused ones get.
 FUSED_FORMS: dict[type[nn.Module], type[nn.Module]] = {cls: getattr(fused_nn, cls.__name__) for cls in AS_IN_NN}
@@ -49,4 +49,9 @@ FUSED_FORMS: dict[type[nn.Module], type[nn.Module]] = {cls: getattr(fused_nn, cl
 
 def own_functions(block: Any) -> tuple[str, ...] | None:
     """The fused functions in a block of `fused_attn.nn` that is not one of them alone; None for others."""
-    return next((functions for cls, functions in _FUNCTIONS.items() if isinstance(block, cls)), None)
+    return next((functions for cls, (functions, _) in AS_IN_NN.items() if isinstance(block, cls)), None)
+
+
+def blocks_in(block: Any) -> tuple[str, ...]:
+    """Names of its parts that are not its own: they run by their own call, and may be or hold blocks."""
+    return next((names for cls, names in _GIVEN.items() if isinstance(block, cls)), ())

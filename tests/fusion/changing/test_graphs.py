@@ -24,7 +24,7 @@ from fused_attn.fusion.changing.graphs import backend, rewrite
 from fused_attn.fusion.reading import templates
 from fused_attn.fusion.reading.trial import Trial
 from tests.checks import random
-from tests.fusion.reading import pasted
+from tests.fusion.reading import pasted, pasted_attentions
 from tests.fusion.reading.pasted import CBAM, SEBlock, SpatialGate, eca_layer
 
 OWN = (functional.__name__, calls.__name__)
@@ -246,6 +246,45 @@ def test_every_kind(name, how):
     dynamic = how == "dynamic training"
     (node,) = blocks_of(net, random(*shape, dtype=torch.float64), tolerance, dynamic=dynamic)
     assert node.target.__name__ == GRAPHS[name]
+
+
+@pytest.mark.parametrize("how", ["eval", "dynamic training", "one image"])
+@pytest.mark.parametrize("name", [name for name in pasted_attentions.BLOCKS if not name.startswith("PlainCAM")])
+def test_every_attention(name, how):
+    """Their gamma starts at zero, which would hide what they do."""
+    make, kind = pasted_attentions.BLOCKS[name]
+    block = make()
+    channels = next((p.shape[1] for p in block.parameters() if p.dim() > 2), 24)
+    for p in block.parameters():
+        p.data.uniform_(-0.5, 0.5)
+    net: nn.Module = Around(block, channels=channels)
+    shape: tuple[int, ...] = (1 if how == "one image" else 2, 3, 6, 7)
+    if name.startswith("PAM ("):
+        net, shape = nn.Sequential(nn.Conv1d(3, channels, 3), block), (*shape[:2], 42)
+    net = randomised(net.double().train(how == "dynamic training"))
+    (node,) = blocks_of(net, random(*shape, dtype=torch.float64), dynamic=how == "dynamic training")
+    assert node.target.__name__ == kind
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("use_scale", [False, True])
+def test_timms_non_local(use_scale, training):
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    block = layers.NonLocalAttn(32, use_scale=use_scale)
+    (node,) = blocks_of(randomised(Around(block).double().train(training)), random(2, 3, 6, 7, dtype=torch.float64))
+    assert node.target.__name__ == "NonLocal" and node.target.module.scale == (32**-0.5 if use_scale else 1)
+
+
+@pytest.mark.parametrize("name", sorted({*pasted_attentions.LOOK_ALIKES} - {"ScaledByPositions", "WithoutTheMap"}))
+def test_attentions_that_are_others(name):
+    """But for one scaled by a size, which is a number in a graph, and one with a difference behind it."""
+    cls = pasted_attentions.LOOK_ALIKES[name]
+    block = cls()
+    for p in block.parameters():
+        p.data.uniform_(-0.5, 0.5)
+    channels = next((p.shape[1] for p in block.parameters() if p.dim() > 2 and p.shape[1] > 1), 24)
+    net = randomised(Around(block, channels=channels).double().eval())
+    assert not blocks_of(net, random(2, 3, 6, 7, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -255,3 +255,39 @@ def test_parts_are_fused_where_the_whole_cannot_be():
     block = fuse(PrintingCBAM(32))
     assert reason_of(block) == "prints"
     assert sum(row.fused for row in explain(block)) == 2
+
+
+class MaskedTrunk(nn.Module):
+    """Residual attention."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), SEBlock(c))
+        self.mask = nn.Sequential(
+            nn.MaxPool2d(3, 2, 1), nn.Conv2d(c, c, 1), nn.UpsamplingBilinear2d((6, 7)), nn.Sigmoid()
+        )
+
+    def forward(self, x):
+        return (1 + self.mask(x)) * self.trunk(x)
+
+
+class Transformed(nn.Module):
+    """A spatial transformer."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.localization = nn.Sequential(nn.Conv2d(c, c, 3), SEBlock(c), nn.AdaptiveAvgPool2d(1))
+        self.fc_loc = nn.Linear(c, 6)
+
+    def forward(self, x):
+        theta = self.fc_loc(self.localization(x).flatten(1)).view(-1, 2, 3)
+        return F.grid_sample(x, F.affine_grid(theta, x.size(), align_corners=False), align_corners=False)
+
+
+@pytest.mark.parametrize(("cls", "path"), [(MaskedTrunk, "trunk.1"), (Transformed, "localization.1")])
+def test_blocks_in_what_is_not_looked_for(cls, path):
+    block = cls(32).double()
+    x = random(2, 32, 6, 7, dtype=torch.float64)
+    expected = block(x)
+    assert [(row.name, row.fused) for row in explain(fuse(block, strict=True))] == [(path, True)]
+    torch.testing.assert_close(block(x), expected)
