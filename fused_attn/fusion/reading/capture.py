@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .canonical import Graph, Unsupported, Value
+from .canonical import Graph, Node, Unsupported, Value
 from .operators import OPERATORS, opaque
+from .reads import is_torch
 from .shapes import result
 from .twin import STATE, twin
 
@@ -21,9 +24,26 @@ MAX_OPERATORS = 160
 
 
 class Refused(Exception):
-    """The module does something that a fused block would not; the message says what. graph: what it computed so far."""
+    """The module does something that a fused block would not; the message says what. graph: what it computed so far;
+    inner, of what was computed to its end: as in `Captured`."""
 
     graph: Graph | None = None
+    inner: frozenset[Node] | None = None
+
+
+def takes_one_map(cls: type[nn.Module]) -> bool:
+    """Whether it is somebody's class, with a forward of its own that one argument is enough for."""
+    forward: Any = cls.forward
+    if is_torch(cls) or forward is nn.Module.forward or not inspect.isfunction(forward) or is_torch(forward):
+        return False
+    if forward.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return False
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    positional = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    rest = [p for p in parameters if p.default is p.empty and p not in positional and p.kind is p.KEYWORD_ONLY]
+    return len(positional) == 1 and not rest
 
 
 Mode = TypeVar("Mode", bound=type[TorchDispatchMode])
@@ -72,6 +92,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
+        if name == "lift_fresh" and self._is_number(args[0]):
+            number = torch.empty((), dtype=args[0].dtype, device="meta")
+            self.put(number, self.graph.constant(args[0].item(), ()))
+            return number
         args, kwargs = self._known(args), self._known(kwargs or {})
         if function.namespace == "prim" or name in _SILENT:
             return function(*args, **kwargs)
@@ -95,6 +119,11 @@ class Recorder(TorchDispatchMode):
         for tensor, value in zip(outs, values, strict=False):
             self.put(tensor, value)
         return out
+
+    def _is_number(self, tensor: Tensor) -> bool:
+        """Whether it is what code has just made of a number, by torch.tensor."""
+        made = tensor.device.type == "cpu" and tensor.dim() == 0 and tensor.is_floating_point()
+        return made and id(tensor) not in self._values and not math.isnan(tensor.item())
 
     def _known(self, value: Any) -> Any:
         """Without tensors that come from elsewhere, so that nothing is read from them or written into them."""
@@ -213,7 +242,8 @@ class Call:
 
 @dataclass
 class Captured:
-    """What a module computes: from its input of this shape, in this mode. calls: of its parts, the inner ones first."""
+    """What a module computes: from its input of this shape, in this mode. calls: of its parts, the inner ones first.
+    inner: what is first computed in parts that may be blocks themselves."""
 
     graph: Graph
     output: Value
@@ -221,6 +251,7 @@ class Captured:
     strange: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    inner: frozenset[Node] = frozenset()
 
     @property
     def remark(self) -> str | None:
@@ -283,14 +314,17 @@ def capture(
     if contents(acting) != held:
         recorder.remarks.append("keeps state")
     if not isinstance(y, Tensor):
-        raise Refused("returns no single tensor")
+        several = isinstance(y, (tuple, list)) and any(isinstance(t, Tensor) for t in y)
+        refused = Refused("returns more than a map, such as its attention" if several else "returns no single tensor")
+        refused.graph, refused.inner = graph, calls.inner()
+        raise refused
     try:
         output = recorder.get(y)
     except Unsupported:
         raise Refused("writes into a view of what it returns") from None
     if any(_storage(t) in buffers - counted for t in recorder.written):
         recorder.remarks.append("writes into a parameter or buffer")
-    result = Captured(graph, output, y.dtype, recorder.strange, recorder.remarks, calls.found)
+    result = Captured(graph, output, y.dtype, recorder.strange, recorder.remarks, calls.found, calls.inner())
     dead = [weakref.ref(t) for t in recorder._keep if id(t) not in given and t is not x]
     recorder._keep.clear()
     recorder.written.clear()
@@ -307,10 +341,18 @@ class _Calls:
         self.recorder = recorder
         self.names: dict[nn.Module, str] = {}
         self.found: list[Call] = []
+        self.spans: list[tuple[int, int]] = []  # of the graph's nodes, those of parts that may be blocks
+
+    def inner(self) -> frozenset[Node]:
+        nodes = self.recorder.graph.nodes()
+        return frozenset(n for start, end in self.spans for n in nodes[start:end])
 
     def __call__(self, part: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self._value(args[0]) if len(args) == 1 and not kwargs else None
+        before = self.recorder.graph.size
         result = forward(*args, **kwargs)
+        if part in self.names and takes_one_map(type(part)):
+            self.spans.append((before, self.recorder.graph.size))
         made = self._value(result)
         if given is not None and made is not None and part in self.names:
             self.found.append(Call(self.names[part], type(part), given, made))

@@ -58,6 +58,31 @@ class Run:
         return None
 
 
+def check_autocast(block: nn.Module, make: Callable[[nn.Module], Recipe | str], channels: int, rank: int) -> str | None:
+    """Why a fused form that is right is not the block under autocast, where the dtype of its result depends on how its
+    sums are written; None where it is."""
+    shape = next(shape for shape, _ in _maps(channels, rank))
+    for dtype in (torch.float32, torch.bfloat16):
+        results: list[torch.dtype] = []
+        for fused in (False, True):
+            acting = randomised(block).float()
+            recipe = make(acting) if fused else None
+            x = torch.ones(shape, dtype=dtype, device="cpu")
+            try:
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    if isinstance(recipe, str) or recipe is None:
+                        results.append(acting(x).dtype)
+                    else:
+                        results.append(run(acting, recipe, parameters_of(acting, parameter_paths(recipe)), x).dtype)
+            except Exception:
+                break
+        if len(results) == 1:
+            return "raises under autocast when fused"
+        if len(set(results)) > 1:
+            return "returns another dtype under autocast"
+    return None
+
+
 def random_tensor(
     shape: Sequence[int], generator: torch.Generator, *, spread: float = 1.5, positive: bool = False, ties: bool = False
 ) -> Tensor:

@@ -16,6 +16,7 @@ from ..recipes import masks
 from ..recipes.own import AS_IN_NN
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 from . import templates
+from .attentions import find_attentions
 from .canonical import Node, Spread, Unsupported, Value
 from .capture import Captured
 from .layers import paths_but
@@ -42,7 +43,7 @@ def _plain_output(value: Value, like: Node) -> bool:
 
 def find(captured: Captured, rank: int) -> Iterator[Found]:
     """What the output of a capture is, of the blocks in `templates`; best first."""
-    graph, output = captured.graph, captured.output
+    output = captured.output
     every = reached(output.node)
     inputs = [n for n in every if n.op == "input"]
     if len(inputs) != 1:
@@ -51,9 +52,17 @@ def find(captured: Captured, rank: int) -> Iterator[Found]:
     for maker in find_selections(captured, x, rank):
         yield Found("selection", maker)
     leaves = sum(n.op == "leaf" for n in every)
-    if not _plain_output(output, x):
+    if _plain_output(output, x):
+        yield from _blocks(captured, x, leaves, rank)
+    else:
         yield from _masks(captured, x, leaves, rank)
-        return
+    for maker in find_attentions(captured, x, rank):
+        yield Found("attention", maker)
+
+
+def _blocks(captured: Captured, x: Node, leaves: int, rank: int) -> Iterator[Found]:
+    """Whose result is a map like theirs."""
+    graph, output = captured.graph, captured.output
     for node, adds_input in _residual(captured, output.node, x):
         yield from _gates(captured, node, x, leaves, rank, adds_input)
         if adds_input:

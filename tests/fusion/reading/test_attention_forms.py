@@ -1,0 +1,203 @@
+"""Attention between layers of a block's own: every way of writing it, and what a fused one keeps."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn import explain, fuse, unfuse
+from fused_attn.fusion.recipes.names import host_class
+from tests.checks import random
+from tests.fusion.reading.pasted_attention_forms import BLOCKS, LOOK_ALIKES, CrissCrossAttention
+
+
+def started(block: nn.Module) -> nn.Module:
+    """With numbers in what starts at zero."""
+    with torch.no_grad():
+        for p in block.parameters():
+            p.uniform_(-0.5, 0.5)
+    return block
+
+
+def one_of(name, dtype=torch.float64):
+    build, kind, channels, rank = BLOCKS[name]
+    torch.manual_seed(0)
+    plain = started(build()).to(dtype)
+    return plain, kind, random(2, channels, *(9, 6, 5)[:rank], dtype=dtype)
+
+
+def same_as(block, plain, x, **bounds):
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    actual, expected = block(a), plain(b)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, **bounds)
+    grad = random(*expected.shape, dtype=expected.dtype)
+    actual.backward(grad), expected.backward(grad)
+    torch.testing.assert_close(a.grad, b.grad, **bounds)
+    for p, q in zip(block.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **bounds)
+    block.zero_grad(), plain.zero_grad()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_recognised(name):
+    plain, kind, x = one_of(name)
+    block = fuse(copy.deepcopy(plain), strict=True)
+    assert [(row.block, row.fused) for row in explain(block)] == [(kind, True)]
+    assert host_class(block) is type(plain)
+    assert list(block.state_dict()) == list(plain.state_dict())
+    for training in (True, False):
+        block.train(training), plain.train(training)
+        same_as(block, plain, x, rtol=1e-9, atol=1e-10)
+        if x.dim() > 3:
+            last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            same_as(block, plain, x.contiguous(memory_format=last), rtol=1e-9, atol=1e-10)
+    for p, q in zip(block.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+    try:
+        expected = plain(x[:0])
+    except (RuntimeError, ValueError):  # a view to -1, or a pool
+        expected = x[:0]
+    assert block(x[:0]).shape == expected.shape
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert host_class(other) is type(plain) and torch.equal(other(x), block(x))
+    assert type(unfuse(block)) is type(plain)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_in_mixed_precision(name):
+    """The dtypes of the results are those of the code."""
+    plain, _, x = one_of(name, torch.float32)
+    plain.eval()
+    block = fuse(copy.deepcopy(plain), strict=True)
+    for given in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            try:
+                expected = plain(given)
+            except RuntimeError:  # as a GroupNorm of another dtype
+                continue
+            actual = block(given)
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.1 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_left_alone(name):
+    build, reason = LOOK_ALIKES[name]
+    block = build()
+    kind = type(block)
+    (row,) = explain(fuse(block))
+    assert type(block) is kind and not row.fused and reason in row.reason
+
+
+class RCCAModule(nn.Module):
+    """CCNet's head: one attention, as often as it says."""
+
+    def __init__(self, in_channels, out_channels, num_classes):
+        super().__init__()
+        inter = in_channels // 4
+        self.conva = nn.Sequential(nn.Conv2d(in_channels, inter, 3, padding=1, bias=False), nn.BatchNorm2d(inter))
+        self.cca = CrissCrossAttention(inter)
+        self.convb = nn.Sequential(nn.Conv2d(inter, inter, 3, padding=1, bias=False), nn.BatchNorm2d(inter))
+        self.bottleneck = nn.Sequential(
+            nn.Conv2d(in_channels + inter, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(out_channels, num_classes, 1),
+        )
+
+    def forward(self, x, recurrence=2):
+        output = self.conva(x)
+        for _ in range(recurrence):
+            output = self.cca(output)
+        output = self.convb(output)
+        return self.bottleneck(torch.cat([x, output], 1))
+
+
+def test_a_head_that_runs_one_attention_several_times():
+    torch.manual_seed(0)
+    plain = started(RCCAModule(64, 16, 5)).double()
+    head = fuse(copy.deepcopy(plain), strict=True)
+    assert [(row.name, row.block) for row in explain(head)] == [("cca", "CrissCrossAttention")]
+    assert list(head.state_dict()) == list(plain.state_dict())
+    x = random(2, 64, 7, 6, dtype=torch.float64)
+    for recurrence in (1, 2, 3):
+        torch.manual_seed(1)
+        actual = head(x, recurrence)
+        torch.manual_seed(1)
+        torch.testing.assert_close(actual, plain(x, recurrence), rtol=1e-8, atol=1e-8)
+
+
+class SelfAttn(nn.Module):
+    """The port of SAGAN's that returns its attention too."""
+
+    def __init__(self, in_dim):
+        super().__init__()
+        self.query_conv = nn.Conv2d(in_dim, in_dim // 8, 1)
+        self.key_conv = nn.Conv2d(in_dim, in_dim // 8, 1)
+        self.value_conv = nn.Conv2d(in_dim, in_dim, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.softmax = nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        m_batchsize, C, width, height = x.size()
+        proj_query = self.query_conv(x).view(m_batchsize, -1, width * height).permute(0, 2, 1)
+        proj_key = self.key_conv(x).view(m_batchsize, -1, width * height)
+        attention = self.softmax(torch.bmm(proj_query, proj_key))
+        proj_value = self.value_conv(x).view(m_batchsize, -1, width * height)
+        out = torch.bmm(proj_value, attention.permute(0, 2, 1)).view(m_batchsize, C, width, height)
+        return self.gamma * out + x, attention
+
+
+class Generator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l1, self.attn1, self.last = nn.Conv2d(3, 32, 3, padding=1), SelfAttn(32), nn.Conv2d(32, 3, 1)
+
+    def forward(self, z):
+        out, p1 = self.attn1(self.l1(z))
+        return self.last(out), p1
+
+
+def test_one_that_returns_its_attention_still_does():
+    plain = Generator()
+    fused = fuse(copy.deepcopy(plain))
+    (row,) = explain(fused)
+    assert (row.name, row.fused) == ("attn1", False) and "returns more than a map" in row.reason
+    x = random(2, 3, 6, 5)
+    torch.testing.assert_close(fused(x), plain(x))
+    assert fused(x)[1].shape == (2, 30, 30)
+
+
+@pytest.mark.parametrize("name", ["CrissCrossAttention (32,) 2", "HeadsOfOneLayer (24,) 2", "WeightedSum (24,) 2"])
+def test_compiled(name):
+    plain, _, x = one_of(name)
+    block = fuse(copy.deepcopy(plain), strict=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x))
+    exported = torch.export.export(block.eval(), (x,), strict=False)
+    torch.testing.assert_close(exported.module()(x), plain.eval()(x))
+
+
+def test_no_matrix_of_pairs_is_kept():
+    """What backward keeps of a block is linear in the positions."""
+    plain, _, _ = one_of("AttnBlock (24,) 2", torch.float32)
+    block = fuse(copy.deepcopy(plain), strict=True)
+
+    def kept(model, side):
+        sizes = {}
+
+        def pack(t):
+            sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(random(1, 24, side, side))
+        return sum(sizes.values()) + 0 * y.numel()
+
+    assert kept(block, 32) < 4.5 * kept(block, 16)
+    assert kept(block, 32) < kept(plain, 32) / 4
