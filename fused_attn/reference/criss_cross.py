@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from .block_attention import check_channels
+from .checkpoints import OtherNames
 from .scale import scale
 from .squeeze_excite import hidden_channels, positive_int
 
@@ -22,8 +25,10 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return summed.to(value.dtype)
 
 
-class CrissCrossAttention(nn.Module):
+class CrissCrossAttention(OtherNames):
     """See `fused_attn.nn.CrissCrossAttention`."""
+
+    other_names: ClassVar[dict[str, str]] = {"gamma.scale": "gamma"}
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.
     _criss_cross_attention = staticmethod(criss_cross_attention)

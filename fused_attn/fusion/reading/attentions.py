@@ -248,29 +248,38 @@ def _pairs(weights: Node, of_weights: Any, values: tuple[Node, Layout], output: 
     """Weights from products of queries and keys: their softmax over the keys, or themselves."""
     samples, queries, keys = of_weights
     products, scale, place = weights, 1.0, {a: a for a in range(len(weights.sizes))}
+    numbers: list[tuple[Node, Layout]] = []
     if weights.op == "softmax" and sorted(weights.attrs) == sorted(keys):
         (products,) = weights.inputs
-        if products.op == "poly" and [len(f) for _, f in products.terms] == [1]:
-            ((scale, ((products, axes),)),) = products.terms
+        if products.op == "poly" and len(products.terms) == 1:
+            ((scale, factors),) = products.terms
+            numbers = [(n, ()) for n, axes in factors if not axes]
+            found = [(n, axes) for n, axes in factors if axes]
+            if len(found) != 1:
+                return None
+            products, axes = found[0]
             place = {a: i for i, a in enumerate(axes)}
     if products.op != "product" or not queries or not keys:
         return None
     samples, queries, keys = ([place[a] for a in entry] for entry in (samples, queries, keys))
-    found = _sides(products, samples, queries, keys)
+    sides = _sides(products, samples, queries, keys)
     of_space = (*products.attrs[0][0], *products.attrs[0][2])
-    if found is None or any(products.inputs[0].sizes[a] in x.sizes[2:] for a in of_space):
+    if sides is None or any(products.inputs[0].sizes[a] in x.sizes[2:] for a in of_space):
         return None  # of channels, or of lines of a map, the matrices are small
-    (query, of_query), (key, of_key) = found
-    inputs = (
+    (query, of_query), (key, of_key) = sides
+    inputs: tuple[tuple[Node, Layout], ...] = (
         (query, (of_query[0], of_query[1], *_separate(of_query[2]))),
         (key, (of_key[0], of_key[1], *_separate(of_key[2]))),
         values,
+        *numbers,
     )
     if weights is products:
         count = math.prod(key.sizes[a] for a in of_key[2])
         return Attention("NonLocal", (), _dot, inputs, output, 1 / count)
 
-    def attend(block: nn.Module, x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(block: nn.Module, x: Tensor, query: Tensor, key: Tensor, value: Tensor, *numbers: Tensor) -> Tensor:
+        for number in numbers:
+            query = (query * number).to(query.dtype)
         return functional.position_attention(query, key, value, scale=exact)
 
     exact = _exact(scale)
@@ -488,8 +497,13 @@ class _Writer:
         pool = _POOLS.get(node.attrs[0]) if node.op == "opaque" else None
         if pool is not None:
             return self._pool(node, pool)
-        if node.op in ("product", "softmax", "concat"):
-            raise Elsewhere(UNKNOWN)
+        if node.op == "product":
+            return self._product(node)
+        if node.op == "softmax":
+            rest = [(a,) for a in range(len(node.sizes)) if a not in node.attrs]
+            layout = (*rest, node.attrs)
+            place = self._arranged(node.inputs[0], layout)
+            return self._add(lambda block, x, t: t.softmax(-1), place), Value(node, layout)
         raise Elsewhere("its attention stands between computations that are none of its layers'")
 
     def _call(self, call: Call) -> tuple[int, Value]:
@@ -512,6 +526,14 @@ class _Writer:
                 self.places[source] = self._add(lambda block, x, both: both[0], place), self.places[source][1]
             place = self._add(lambda block, x, both: both[1], place)
         return place, Value(node, attention.output)
+
+    def _product(self, node: Node) -> tuple[int, Value]:
+        """One that is no attention between positions, as those of an attention between channels."""
+        (left, (samples, rows, summed)), (right, of_right) = zip(node.inputs, node.attrs, strict=True)
+        places = self._arranged(left, (samples, rows, summed)), self._arranged(right, (of_right[0], *of_right[:0:-1]))
+        axes = iter(range(len(node.sizes)))
+        layout = tuple(tuple(itertools.islice(axes, len(entry))) for entry in (samples, rows, of_right[1]))
+        return self._add(lambda block, x, a, b: a @ b, *places), Value(node, layout)
 
     def _slice(self, node: Node) -> tuple[int, Value]:
         place = self._arranged(node.inputs[0], plain(node.inputs[0]).layout)

@@ -13,7 +13,7 @@ from ... import nn as fused_nn
 from ... import reference
 from ...reference.block_attention import CONVOLUTIONS, NORMS
 from ..recipes import masks
-from ..recipes.own import AS_IN_NN
+from ..recipes.own import AS_IN_NN, ONLY_IN_NN
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 from . import templates
 from .attentions import find_attentions
@@ -65,14 +65,14 @@ def _blocks(captured: Captured, x: Node, leaves: int, rank: int) -> Iterator[Fou
     graph, output = captured.graph, captured.output
     for node, adds_input in _residual(captured, output.node, x):
         yield from _gates(captured, node, x, leaves, rank, adds_input)
-        if adds_input:
-            continue
         for template in templates.modules(rank):
-            if template.leaves == leaves:
+            if template.leaves == leaves and (not adds_input or template.name == "DoubleAttention"):
                 for match in unify(template.output, node, graph, Match()):
                     if match.nodes.get(template.input) is x:
-                        yield Found(template.name, _shell(template, match, rank, x.sizes[1]))
+                        yield Found(template.name, _shell(template, match, rank, x.sizes[1], adds_input))
                         break
+        if adds_input:
+            continue
         for template in templates.self_attentions(rank):
             if template.leaves == leaves:
                 for match in unify(template.output, node, graph, Match()):
@@ -327,7 +327,7 @@ class _Reshaped(nn.Module):
 _DENSE = (nn.Linear, *CONVOLUTIONS)
 
 
-def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
+def _shell(template: Template, match: Match, rank: int, channels: int, adds_input: bool) -> Maker:
     paths: dict[str, set[str]] = {}
     for name, path in match.leaves().items():
         ours, _, what = name.rpartition(".")
@@ -356,10 +356,13 @@ def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
             parent, _, last = ours.rpartition(".")
             shell.get_submodule(parent)._modules[last] = shim
             used.append(path)
-        forward = masks.Shell(shell)
+        forward = masks.Shell(shell, adds_input)
         bypassed = tuple(name for name in _every_part(block) if name not in used)
-        functions, fixed = AS_IN_NN[getattr(reference, template.name)]
-        return OwnLayers(forward, template.name, functions, rank=fixed or rank + 2, bypassed=bypassed, whole=True)
+        ours = getattr(reference, template.name)
+        functions, fixed = AS_IN_NN.get(ours) or (ONLY_IN_NN[ours], None)
+        return OwnLayers(
+            forward, template.name, functions, adds_input, rank=fixed or rank + 2, bypassed=bypassed, whole=True
+        )
 
     def _fitting(layer: nn.Module, place: nn.Module, name: str) -> nn.Module | None:
         if type(layer) is type(place):

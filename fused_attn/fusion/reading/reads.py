@@ -221,6 +221,13 @@ def _names_of(code: types.CodeType) -> _Names:
     return found
 
 
+def own_names(function: types.FunctionType) -> frozenset[str]:
+    """What a function itself names."""
+    found = _names_of(function.__code__)
+    matrix = any(step.argrepr in ("@", "@=") for step in dis.get_instructions(function.__code__))
+    return found.attributes | frozenset(found.globals) | (frozenset(("__matmul__",)) if matrix else frozenset())
+
+
 def _identifiers(constants: Iterable[Any]) -> Iterator[str]:
     """The names in strings, also in tuples of such, and the parts of dotted ones."""
     for constant in constants:

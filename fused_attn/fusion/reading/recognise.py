@@ -21,7 +21,7 @@ from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
 from .match import reached
-from .reads import Reads, reads_of, restore
+from .reads import Reads, own_names, reads_of, restore
 from .selections import why_no_selection
 
 MAX_PARTS = 60
@@ -121,7 +121,7 @@ def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]
 
 def _examine(block: nn.Module, read: Reads) -> Outcome:
     if read.remark is not None:  # then it is not run, so that what it is can only be guessed
-        return Outcome(None, read.remark if _may_be_gate(block, read) else None)
+        return Outcome(None, read.remark if _may_be_gate(block, read) or _may_attend(block) else None)
     first_reason: Outcome | None = None
     rectangles = False
     for rank, channels, captured in _captures(block):
@@ -183,6 +183,18 @@ def _may_be_gate(block: nn.Module, read: Reads) -> bool:
     return len(wide) < 5 and any(n in named for n in _POOLS) and any(n in named for n in gates)
 
 
+_PRODUCTS = ("bmm", "matmul", "einsum", "baddbmm", "__matmul__")
+
+
+def _may_attend(block: nn.Module) -> bool:
+    """Whether its own code, not that of its parts, names a softmax and products, and it has layers for them."""
+    cls: Any = host_of(type(block))
+    named = own_names(cls.forward)
+    soft = any(n in named for n in _SELECTING)
+    layers = [part for part in block.children() if isinstance(part, (nn.Linear, *CONVOLUTIONS))]
+    return soft and len(layers) > 1 and any(n in named for n in _PRODUCTS)
+
+
 def _square_only(block: nn.Module) -> Outcome:
     """Of a module that raises for maps that are not square."""
     for channels in channel_guesses(block):
@@ -190,7 +202,7 @@ def _square_only(block: nn.Module) -> Outcome:
             captured = capture(block, (BATCH, channels, 13, 13))
         except Exception:
             continue
-        if next(find(captured, 2), None) is not None:
+        if any(not isinstance(found.recipe(block), str) for found in find(captured, 2)):
             return Outcome(None, "takes square maps only", channels)
     return Outcome()
 

@@ -139,7 +139,7 @@ class TwiceInOneForward(CrissCrossAttention):
         return x
 
 
-@look_alike(reason="its attention is none that we know")
+@look_alike(reason="its attention")
 class Unmasked(CrissCrossAttention):
     """Itself twice."""
 
@@ -148,7 +148,7 @@ class Unmasked(CrissCrossAttention):
         self.INF = lambda b, h, w, device: torch.zeros(b * w, h, h, device=device)
 
 
-@look_alike(reason="its attention is none that we know")
+@look_alike(reason="its attention")
 class WithoutColumns(CrissCrossAttention):
     """Two softmaxes, one a line."""
 
@@ -181,8 +181,7 @@ class Attention(nn.Module):
         phi = F.max_pool2d(self.phi(x), [2, 2])
         g = F.max_pool2d(self.g(x), [2, 2])
         theta = theta.view(-1, self.ch // 8, x.shape[2] * x.shape[3])
-        phi = phi.view(-1, self.ch // 8, x.shape[2] * x.shape[3] // 4) if False else phi.flatten(2)
-        g = g.flatten(2)
+        phi, g = phi.flatten(2), g.flatten(2)
         beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
         o = self.o(torch.bmm(g, beta.transpose(1, 2)).view(-1, self.ch // 2, x.shape[2], x.shape[3]))
         return self.gamma * o + x
@@ -417,7 +416,7 @@ class WeightedSum(nn.Module):
         return x + self.mlp((x * p).sum(dim=(2, 3)))[:, :, None, None]
 
 
-@look_alike(reason="its attention is none that we know")
+@look_alike(reason="its attention")
 class ContextOfAnother(ContextBlock):
     """Of other values than those that the weights are of."""
 
@@ -429,6 +428,74 @@ class ContextOfAnother(ContextBlock):
         p = self.conv_mask(x).flatten(2).softmax(-1)
         context = torch.einsum("bcn,bon->bc", self.value(x).flatten(2), p)
         return x + self.channel_add_conv(context[:, :, None, None])
+
+
+# Double and external attention
+
+
+@expect("DoubleAttention", 32)
+@expect("DoubleAttention, adds its input", 32, True)
+class DoubleAttentionLayer(nn.Module):
+    """As ports of A2-Nets."""
+
+    def __init__(self, in_channels, residual=False):
+        super().__init__()
+        self.c_m, self.c_n, self.residual = in_channels // 4, in_channels // 8, residual
+        self.convA = nn.Conv2d(in_channels, self.c_m, kernel_size=1)
+        self.convB = nn.Conv2d(in_channels, self.c_n, kernel_size=1)
+        self.convV = nn.Conv2d(in_channels, self.c_n, kernel_size=1)
+        self.conv_reconstruct = nn.Conv2d(self.c_m, in_channels, kernel_size=1)
+
+    def forward(self, x):
+        batch_size, c, h, w = x.size()
+        A, B, V = self.convA(x), self.convB(x), self.convV(x)
+        feature_maps = A.view(batch_size, self.c_m, h * w)
+        attention_maps = F.softmax(B.view(batch_size, self.c_n, h * w), dim=-1)
+        global_descriptors = torch.bmm(feature_maps, attention_maps.permute(0, 2, 1))
+        attention_vectors = F.softmax(V.view(batch_size, self.c_n, h * w), dim=1)
+        out = torch.bmm(global_descriptors, attention_vectors).view(batch_size, self.c_m, h, w)
+        out = self.conv_reconstruct(out)
+        return x + out if self.residual else out
+
+
+@look_alike(reason="its attention")
+class OverTheBatch(DoubleAttentionLayer):
+    """A softmax over the samples, as where `dim` is left out."""
+
+    def __init__(self):
+        super().__init__(32)
+
+    def forward(self, x):
+        a, b, v = (f(x).flatten(2) for f in (self.convA, self.convB, self.convV))
+        y = (a @ b.softmax(0).mT) @ v.softmax(0)
+        return self.conv_reconstruct(y.view(x.shape[0], -1, *x.shape[2:]))
+
+
+@expect("ExternalAttention", 32)
+class External_attention(nn.Module):
+    """As the authors'."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, c, 1)
+        self.k = 16
+        self.linear_0 = nn.Conv1d(c, self.k, 1, bias=False)
+        self.linear_1 = nn.Conv1d(self.k, c, 1, bias=False)
+        self.conv2 = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c))
+
+    def forward(self, x):
+        idn = x
+        x = self.conv1(x)
+        b, c, h, w = x.size()
+        n = h * w
+        x = x.view(b, c, h * w)
+        attn = self.linear_0(x)
+        attn = F.softmax(attn, dim=-1)
+        attn = attn / (1e-9 + attn.sum(dim=1, keepdim=True))
+        x = self.linear_1(attn)
+        x = self.conv2(x.view(b, c, h, w)) + idn
+        assert n == h * w
+        return F.relu(x)
 
 
 # Other ways of writing them
@@ -562,13 +629,7 @@ class SequencesOfPositions(nn.Module):
     def forward(self, x):
         size = x.size()
         flat = x.reshape(size[0], size[1], -1)
-        f = (
-            torch.baddbmm(
-                torch.zeros((), device=x.device, dtype=x.dtype), self.theta(flat).transpose(1, 2), self.phi(flat)
-            )
-            if False
-            else torch.bmm(self.theta(flat).transpose(1, 2), self.phi(flat))
-        )
+        f = torch.bmm(self.theta(flat).transpose(1, 2), self.phi(flat))
         y = torch.bmm(F.softmax(f, -1), self.g(flat).transpose(1, 2)).transpose(1, 2)
         return (self.w(y) + flat).view(size)
 
@@ -592,7 +653,29 @@ class InAResidualBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(out)) + x)
 
 
-@look_alike(reason="its attention is none that we know")
+@expect("NonLocal", 32)
+class BothOfDanet(nn.Module):
+    """Positions and channels in one forward, a temperature that is learned."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.query, self.key, self.value = nn.Conv2d(c, c // 8, 1), nn.Conv2d(c, c // 8, 1), nn.Conv2d(c, c, 1)
+        self.alpha, self.beta = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q, k = self.query(x).view(b, -1, h * w).permute(0, 2, 1), self.key(x).view(b, -1, h * w)
+        positions = torch.softmax(self.temperature * torch.bmm(q, k), dim=-1)
+        feat_p = torch.bmm(self.value(x).view(b, -1, h * w), positions.permute(0, 2, 1)).view(b, c, h, w)
+        a = x.view(b, c, -1)
+        energy = torch.bmm(a, a.transpose(1, 2))
+        channels = F.softmax(torch.max(energy, dim=-1, keepdim=True)[0].expand_as(energy) - energy, dim=-1)
+        feat_c = torch.bmm(channels, a).view(b, c, h, w)
+        return (self.alpha * feat_p + x) + (self.beta * feat_c + x)
+
+
+@look_alike(reason="its attention")
 class WithPositions(nn.Module):
     """What is added to the products depends on where they are."""
 
