@@ -23,9 +23,9 @@ from ...nn.non_local import concatenation_attention, dot_attention
 from ...reference.block_attention import CONVOLUTIONS
 from ...reference.non_local import weighted_channels
 from ..recipes.recipe import OwnLayers, Recipe
-from ..recipes.run import layer_at, parameter_at, split_path
+from ..recipes.run import Unsuited, layer_at, parameter_at, split_path
 from .canonical import Entry, Node, Spread, Unsupported, Value, plain
-from .capture import Call, Captured
+from .capture import EVEN_SPACE, Call, Captured
 from .layers import is_dense, paths_but
 from .match import reached
 from .operators import LOWEST
@@ -59,7 +59,7 @@ def find_attentions(captured: Captured, x: Node, rank: int) -> Iterator[Callable
         return
     if writer.names:
         for in_place in (False, True):
-            yield _maker(writer, rank, in_place)
+            yield _maker(writer, rank, in_place, captured.space == EVEN_SPACE[:rank])
 
 
 def own_attentions(captured: Captured) -> list[Node]:
@@ -492,8 +492,10 @@ class _Writer:
             function = FUNCTIONS[node.attrs[0]]
             place, value = self.place_of(node.inputs[0])
             return self._add(lambda block, x, t: function(t), place), Value(node, value.layout)
-        if node.op in ("slice", "unflatten", "flatten", "mean"):
+        if node.op in ("slice", "select", "unflatten", "flatten", "mean", "concat"):
             return getattr(self, f"_{node.op}")(node)
+        if node.op == "opaque" and node.attrs[0] in _RESIZED:
+            return self._resized(node, **_RESIZED[node.attrs[0]])
         pool = _POOLS.get(node.attrs[0]) if node.op == "opaque" else None
         if pool is not None:
             return self._pool(node, pool)
@@ -504,13 +506,22 @@ class _Writer:
             layout = (*rest, node.attrs)
             place = self._arranged(node.inputs[0], layout)
             return self._add(lambda block, x, t: t.softmax(-1), place), Value(node, layout)
-        raise Elsewhere("its attention stands between computations that are none of its layers'")
+        what = node.attrs[0].split(".")[1] if node.op == "opaque" and "." in node.attrs[0] else node.op
+        raise Elsewhere(f"its attention stands beside something that is not written down anew: {what.strip('_')}")
 
     def _call(self, call: Call) -> tuple[int, Value]:
         place = self._arranged(call.input.node, call.input.layout)
         self.paths.append(call.path)
         path = call.path
-        return self._add(lambda block, x, t: layer_at(block, path)(t), place), call.output
+        times = sum(c.path == path and c.output.node is call.output.node for c in self.captured.calls)
+
+        def run(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+            layer = layer_at(block, path)
+            for _ in range(times - 1 if layer.training else 0):  # it may count its calls
+                layer(t)
+            return layer(t)
+
+        return self._add(run, place), call.output
 
     def _attend(self, node: Node, attention: Attention) -> tuple[int, Value]:
         places = [self._arranged(n, layout) for n, layout in attention.inputs]
@@ -543,6 +554,34 @@ class _Writer:
             return self._add(lambda block, x, t: t.chunk(count, axis)[i], place), plain(node)
         start, length, _ = part
         return self._add(lambda block, x, t: t.narrow(axis, start, length), place), plain(node)
+
+    def _select(self, node: Node) -> tuple[int, Value]:
+        place = self._arranged(node.inputs[0], plain(node.inputs[0]).layout)
+        axis, index = node.attrs
+        return self._add(lambda block, x, t: t.select(axis, index), place), plain(node)
+
+    def _concat(self, node: Node) -> tuple[int, Value]:
+        axis, *orders = node.attrs
+        places = []
+        for piece, order in zip(node.inputs, orders, strict=True):
+            if {*order, axis} != set(range(len(node.sizes))):
+                raise Elsewhere("it puts together what is expanded and what is not")
+            layout = tuple((order.index(a),) if a in order else () for a in range(len(node.sizes)))
+            places.append(self._arranged(piece, layout))
+        return self._add(lambda block, x, *pieces: torch.cat(pieces, axis), *places), plain(node)
+
+    def _resized(self, node: Node, mode: str) -> tuple[int, Value]:
+        """Interpolated to the size of the block's map."""
+        _, layout, size, *rest = node.attrs
+        corners, rest = (rest[0], rest[1:]) if mode == "bilinear" else (None, rest)
+        if tuple(size or ()) != self.x.sizes[2:] or any(r not in (None, ()) for r in rest):
+            raise Elsewhere("it is resized to another size than the map's")
+        place = self._arranged(node.inputs[0], layout)
+
+        def resize(block: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+            return F.interpolate(t, x.shape[2:], mode=mode, align_corners=corners)
+
+        return self._add(resize, place), Value(node, tuple(() if e == () else (i,) for i, e in _numbered(layout)))
 
     def _unflatten(self, node: Node) -> tuple[int, Value]:
         place = self._arranged(node.inputs[0], plain(node.inputs[0]).layout)
@@ -697,6 +736,13 @@ def _added(counts: list[tuple[float, int]], block: nn.Module, x: Tensor, *values
     return total
 
 
+_RESIZED = {
+    "aten.upsample_bilinear2d.vec": {"mode": "bilinear"},
+    "aten.upsample_bilinear2d.default": {"mode": "bilinear"},
+    "aten.upsample_nearest2d.vec": {"mode": "nearest"},
+    "aten.upsample_nearest2d.default": {"mode": "nearest"},
+}
+
 _POOLS: dict[Any, Callable[..., Tensor]] = {
     "aten.max_pool2d_with_indices.default": F.max_pool2d,
     "aten.max_pool3d_with_indices.default": F.max_pool3d,
@@ -710,12 +756,14 @@ _POOLS: dict[Any, Callable[..., Tensor]] = {
 
 class _Attending:
     """What the fused block runs. in_place: its result has the map's dtype, as that of a sum written into a copy of the
-    map, whatever is added."""
+    map, whatever is added. even: it takes no other maps."""
 
-    def __init__(self, steps: list[Step], in_place: bool) -> None:
-        self.steps, self.in_place = steps, in_place
+    def __init__(self, steps: list[Step], in_place: bool, even: bool) -> None:
+        self.steps, self.in_place, self.even = steps, in_place, even
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.even and any(n % 2 for n in x.shape[2:]):
+            raise Unsuited(f"x: expected even sizes; got shape {tuple(x.shape)}")
         values: list[Any] = [x]
         for function, places, gone in self.steps:
             given = [values[i] for i in places]
@@ -728,7 +776,7 @@ class _Attending:
         return values[-1]
 
 
-def _maker(writer: _Writer, rank: int, in_place: bool) -> Callable[[nn.Module], Recipe | str]:
+def _maker(writer: _Writer, rank: int, in_place: bool, even: bool) -> Callable[[nn.Module], Recipe | str]:
     def make(block: nn.Module) -> Recipe | str:
         for path in writer.read:
             layer = block.get_submodule(path)
@@ -736,7 +784,7 @@ def _maker(writer: _Writer, rank: int, in_place: bool) -> Callable[[nn.Module], 
                 return f"{path} is a {type(layer).__name__}, not a plain layer"
         bypassed = paths_but(block, *writer.paths)
         return OwnLayers(
-            _Attending(writer.steps, in_place),
+            _Attending(writer.steps, in_place, even),
             " and ".join(writer.names),
             tuple(dict.fromkeys(writer.functions)),
             rank=rank + 2,

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_TERMS = 24
+#: Nodes whose attrs behind the first may be sizes of the map.
+SIZED = ("slice", "opaque", "unflatten")
 MAX_PARTS = 8
 
 
@@ -35,7 +37,8 @@ class Node:
         self.op, self.inputs, self.attrs, self.options, self.sizes = op, inputs, attrs, options, sizes
         self.name = ""
         #: Names and sizes left out: the same for the nodes of two graphs that may match.
-        self.rank_key: int = hash((op, attrs if op != "leaf" else (), tuple(n.rank_key for n in inputs), len(sizes)))
+        told = () if op == "leaf" else attrs[:1] if op in SIZED else attrs
+        self.rank_key: int = hash((op, told, tuple(n.rank_key for n in inputs), len(sizes)))
 
     def __repr__(self) -> str:
         if self.op in ("leaf", "input"):
@@ -278,7 +281,9 @@ class Graph:
         return Value(node, (batch, columns, rows) if swapped else (batch, rows, columns))
 
     def _flat(self, value: Value, dim: int) -> Value:
-        return self._flatten(value, dim) if len(value.layout[dim]) > 1 else value  # type: ignore[arg-type]
+        """With one axis at most in this dimension."""
+        entry = value.layout[dim]
+        return value if isinstance(entry, Spread) or len(entry) < 2 else self._flatten(value, dim)
 
     def _factored(self, value: Value) -> tuple[float, Value]:
         """What one product is multiplied by, and the rest."""
@@ -418,7 +423,8 @@ class Graph:
         return Value(node, (*inside[:dim], (len(sizes),), *inside[dim + 1 :]))
 
     def concatenate(self, values: Sequence[Value], dim: int) -> Value:
-        axes = [axis_of(v.layout[dim]) for v in values]
+        values = [self._flat(v, dim) for v in values]
+        axes = [axis_or_none(v.layout[dim]) for v in values]  # None: one of size one
         layout, places, sizes = align([Value(v.node, (*v.layout[:dim], (), *v.layout[dim + 1 :])) for v in values])
         if any(isinstance(e, Spread) for e in layout):
             raise Unsupported
@@ -429,7 +435,7 @@ class Graph:
         # One that is the same all along an axis, as it was expanded, does not have it.
         order = next((p for p in places if len(p) == new + 1), tuple(range(new + 1)))
         maps = tuple(tuple(order.index(a) for a in p) for p in places)
-        total = sum(v.node.sizes[axis] for v, axis in zip(values, axes, strict=True))
+        total = sum(v.shape[dim] for v in values)
         node = self.node(
             "concat",
             [v.node for v in values],
@@ -618,6 +624,7 @@ class Graph:
         return Value(self.node(op, inputs, attrs, sizes, options), tuple(layout))
 
     def dense(self, value: Value, dim: int, weight: Node, out: int, order: str) -> Value:
+        value = self._flat(value, dim)
         axis = axis_or_none(value.layout[dim])
         if any(isinstance(e, Spread) for e in value.layout):
             raise Unsupported

@@ -6,12 +6,16 @@ import inspect
 import math
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .canonical import Graph, Node, Unsupported, Value
@@ -72,6 +76,7 @@ class Recorder(TorchDispatchMode):
         self.remarks: list[str] = []  # what makes the whole thing not a function of its inputs
         self.protected: set[int] = set()  # storages that may not be written to
         self.written: list[Tensor] = []
+        self.paused = False
 
     def put(self, tensor: Tensor, value: Value | None) -> None:
         self._values[id(tensor)] = value
@@ -97,7 +102,7 @@ class Recorder(TorchDispatchMode):
             self.put(number, self.graph.constant(args[0].item(), ()))
             return number
         args, kwargs = self._known(args), self._known(kwargs or {})
-        if function.namespace == "prim" or name in _SILENT:
+        if self.paused or function.namespace == "prim" or name in _SILENT:
             return function(*args, **kwargs)
         self.count += 1
         if self.count > self.limit:
@@ -202,6 +207,16 @@ class Recorder(TorchDispatchMode):
                 self._values[other] = None
 
 
+class _Numbers(TorchFunctionMode):
+    """Makes tensors of numbers where these can be read, on the CPU: a tensor without data does not say which it is."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.tensor and isinstance(args[0] if args else None, (int, float)):
+            kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+        return function(*args, **kwargs)
+
+
 #: Operators that compute nothing.
 _SILENT = {"device", "sym_size", "sym_stride", "sym_numel", "is_same_size"}
 _FACTORIES = {"empty", "empty_like", "zeros", "ones", "full", "arange", "zeros_like", "ones_like"}
@@ -243,7 +258,7 @@ class Call:
 @dataclass
 class Captured:
     """What a module computes: from its input of this shape, in this mode. calls: of its parts, the inner ones first.
-    inner: what is first computed in parts that may be blocks themselves."""
+    inner: what is first computed in parts that may be blocks themselves. space: of the input."""
 
     graph: Graph
     output: Value
@@ -252,6 +267,7 @@ class Captured:
     remarks: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     inner: frozenset[Node] = frozenset()
+    space: tuple[int, ...] = ()
 
     @property
     def remark(self) -> str | None:
@@ -260,6 +276,8 @@ class Captured:
 
 #: Sizes of the map in a capture: odd, different from each other and from common channel counts.
 SPACE = (13, 11, 17)
+#: For blocks that take a quarter of the positions for granted where they pool.
+EVEN_SPACE = (14, 10, 18)
 BATCH = 5
 
 
@@ -290,6 +308,10 @@ def capture(
         recorder.put(stand_in, graph.leaf("input" if name in maps else "leaf", name, p.shape))
         if name.endswith("num_batches_tracked"):
             counted.add(_storage(stand_in))
+    for name, value in _made_by_hooks(module):
+        stand_in = torch.empty(value.shape, dtype=dtype, device="meta")
+        tensors[id(value)] = stand_in
+        recorder.put(stand_in, graph.leaf("leaf", name, value.shape))
     given = {id(t) for t in tensors.values()}
     buffers = {_storage(t) for t in tensors.values() if t is not None}
     calls = _Calls(recorder)
@@ -303,7 +325,7 @@ def capture(
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
         try:
-            with recorder:
+            with _Numbers(), recorder:
                 y = acting(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):
@@ -324,7 +346,8 @@ def capture(
         raise Refused("writes into a view of what it returns") from None
     if any(_storage(t) in buffers - counted for t in recorder.written):
         recorder.remarks.append("writes into a parameter or buffer")
-    result = Captured(graph, output, y.dtype, recorder.strange, recorder.remarks, calls.found, calls.inner())
+    result = Captured(graph, output, y.dtype, recorder.strange, recorder.remarks, calls.found)
+    result.inner, result.space = calls.inner(), tuple(shape[2:])
     dead = [weakref.ref(t) for t in recorder._keep if id(t) not in given and t is not x]
     recorder._keep.clear()
     recorder.written.clear()
@@ -332,6 +355,22 @@ def capture(
     if any(ref() is not None for ref in dead):
         result.remarks.append("keeps a tensor")
     return result
+
+
+def _made_by_hooks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the hooks of torch's spectral and weight norm put into its layers before every call."""
+    for path, part in module.named_modules():
+        for hook in part._forward_pre_hooks.values():
+            if is_torch(type(part)) and type(hook) in (SpectralNorm, WeightNorm):
+                value = part.__dict__.get(hook.name)
+                if isinstance(value, Tensor):
+                    yield f"{path}.{hook.name}", value
+
+
+def _is_parametrised(part: nn.Module) -> bool:
+    """Whether it is one of torch's layers, with parametrisations of torch's alone, as spectral norm."""
+    found = getattr(part, "parametrizations", None) if is_parametrized(part) else None
+    return found is not None and is_torch(type(part)) and all(is_torch(type(p)) for p in found.modules())
 
 
 class _Calls:
@@ -350,12 +389,27 @@ class _Calls:
     def __call__(self, part: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self._value(args[0]) if len(args) == 1 and not kwargs else None
         before = self.recorder.graph.size
-        result = forward(*args, **kwargs)
+        if given is not None and _is_parametrised(part) and part in self.names:
+            result = self._whole(part, forward, args[0], given)
+        else:
+            result = forward(*args, **kwargs)
         if part in self.names and takes_one_map(type(part)):
             self.spans.append((before, self.recorder.graph.size))
         made = self._value(result)
         if given is not None and made is not None and part in self.names:
             self.found.append(Call(self.names[part], type(part), given, made))
+        return result
+
+    def _whole(self, part: nn.Module, forward: Any, x: Tensor, given: Value) -> Any:
+        """The result of a layer that is not looked into: it iterates to find its weight."""
+        recorder = self.recorder
+        recorder.paused = True
+        try:
+            result = forward(x)
+        finally:
+            recorder.paused = False
+        if isinstance(result, Tensor):
+            recorder.put(result, opaque(recorder.graph, f"layer {self.names[part]}", [given], result.shape))
         return result
 
     def _value(self, x: Any) -> Value | None:

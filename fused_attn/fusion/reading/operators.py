@@ -139,7 +139,8 @@ for _aten, _name in {
 
 @operator("detach")
 def _(graph: Graph, shape: Any, a: Value) -> Value:
-    return a if a.node.op == "diagonal" else graph.act("detach", a)
+    number = a.node.op == "diagonal" or (a.node.op == "poly" and not a.node.inputs)
+    return a if number else graph.act("detach", a)
 
 
 @operator("gelu")
@@ -403,6 +404,16 @@ def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
     if b.node.op == "leaf" and isinstance(b.layout[0], Spread):  # a Linear of a map that is not contiguous
         return graph.dense(a, 2, b.node, shape[2], _weight(b, 2, 1))
     return graph.product(a, b)
+
+
+@operator("baddbmm")
+def _(
+    graph: Graph, shape: Sequence[int], added: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1
+) -> Value:
+    products = OPERATORS["bmm"](graph, shape, a, b)
+    if beta == 0:  # then what would be added is not read
+        return graph.affine(products, _number(alpha))
+    return graph.add([products, added], [_number(alpha), _number(beta)])
 
 
 @operator("addmm")

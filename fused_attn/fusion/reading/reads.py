@@ -703,7 +703,9 @@ class _Reader:
 
     def _function(self, function: types.FunctionType, keeps: bool = False) -> None:
         module = str(function.__module__ or "")
-        if _root(module) in ("torch", "fused_attn") or (_is_library(module) and _root(module) not in _TRUSTED):
+        if _root(module) in ("torch", "einops", "fused_attn") or (
+            _is_library(module) and _root(module) not in _TRUSTED
+        ):
             self.key.append(token(function))
             if _root(module) == "fused_attn":  # of its own blocks the options count, and nothing else changes
                 self.names.update(dict.fromkeys(sorted(_names_of(function.__code__).attributes)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +15,17 @@ from ...reference.block_attention import CONVOLUTIONS
 from ..recipes.names import host_of
 from ..recipes.recipe import ChannelGate, Recipe
 from .attentions import is_attention, is_soft, why_no_attention
-from .canonical import Node
-from .capture import BATCH, SPACE, Captured, Refused, capture, takes_one_map
-from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, check_autocast, check_block
+from .canonical import SIZED, Node
+from .capture import BATCH, EVEN_SPACE, SPACE, Captured, Refused, capture, takes_one_map
+from .check import (
+    EVEN_MAPS,
+    MAPS,
+    MAPS_OF_ATTENTION,
+    TOLERANCE,
+    TOLERANCE_OF_SIXTHS,
+    check_autocast,
+    check_block,
+)
 from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
@@ -107,10 +116,11 @@ def _ranks(block: nn.Module) -> list[int]:
 
 def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
     """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
+    spaces = (SPACE, EVEN_SPACE) if _may_attend(block) else (SPACE,)
     for rank in _ranks(block):
-        for channels in channel_guesses(block):
+        for space, channels in itertools.product(spaces, channel_guesses(block)):
             try:
-                yield rank, channels, capture(block, (BATCH, channels, *SPACE[:rank]))
+                yield rank, channels, capture(block, (BATCH, channels, *space[:rank]))
                 break
             except Refused as refusal:
                 yield rank, channels, refusal
@@ -217,14 +227,15 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
         return bent
     if captured.remarks:
         return captured.remarks[0]
+    own = (BATCH, channels, *captured.space)
     sizes = [(batch, *space[:rank]) for batch, *space in (_SIZES if found.kind != "attention" else _SIZES_OF_POOLED)]
     for training in (False, True):
         try:
-            watched = capture(block, (BATCH, channels, *SPACE[:rank]), training=training)
+            watched = capture(block, own, training=training)
             others = {
-                dtype: capture(block, (BATCH, channels, *SPACE[:rank]), training=training, dtype=dtype)
+                dtype: capture(block, own, training=training, dtype=dtype)
                 for dtype in (torch.bfloat16, torch.float16, torch.float64)
-                if not (found.kind == "attention" and _mixes(block, channels, rank, dtype))
+                if not (found.kind == "attention" and _mixes(block, own, dtype))
             }
         except Exception as error:
             return f"raises {type(error).__name__} in {'training' if training else 'evaluation'} mode or half precision"
@@ -246,21 +257,23 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
             if batch > 1 and space[0] > 1 and _skeleton(other.output.node) != _skeleton(watched.output.node):
                 return "branches on the size of the map"
     sixths = any(n.op == "act" and n.attrs[0] in ("hard_sigmoid", "hard_swish") for n in reached(captured.output.node))
-    if _branches_on_sizes(block, channels, rank, _PAIRS if found.kind != "attention" else _PAIRS_OF_POOLED):
+    if _branches_on_sizes(block, own, _PAIRS if found.kind != "attention" else _PAIRS_OF_POOLED):
         return "branches on the size of the map"
     if _branches_on_channels(block, channels, rank, captured):
         return "branches on the number of channels"
-    why = check_block(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE)
-    if why is None and found.kind == "attention":
-        why = check_autocast(block, found.recipe, channels, rank)
+    attends = found.kind == "attention"
+    maps = (EVEN_MAPS if captured.space == EVEN_SPACE[:rank] else MAPS_OF_ATTENTION) if attends else MAPS
+    why = check_block(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE, maps)
+    if why is None and attends:
+        why = check_autocast(block, found.recipe, channels, rank, maps)
     return why
 
 
-def _mixes(block: nn.Module, channels: int, rank: int, dtype: torch.dtype) -> bool:
+def _mixes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether it takes no maps of a dtype without autocast, as where it adds a mask in float32 to its logits: then
     there is nothing that a fused block would have to equal."""
     try:
-        capture(block, (BATCH, channels, *SPACE[:rank]), dtype=dtype)
+        capture(block, shape, dtype=dtype)
     except RuntimeError as error:
         return "dtype" in str(error) or "scalar type" in str(error)
     return False
@@ -295,7 +308,8 @@ _PAIRS_OF_POOLED = (
 )
 
 
-def _branches_on_sizes(block: nn.Module, channels: int, rank: int, pairs: Any) -> bool:
+def _branches_on_sizes(block: nn.Module, shape: tuple[int, ...], pairs: Any) -> bool:
+    channels, rank = shape[1], len(shape) - 2
     for pair in pairs:
         alike = [(batch, channels, *space[:rank]) for batch, *space in pair]
         if rank == 1:
@@ -307,7 +321,7 @@ def _branches_on_sizes(block: nn.Module, channels: int, rank: int, pairs: Any) -
         if first != second:
             return True
     try:
-        capture(block, (0, channels, *SPACE[:rank]))
+        capture(block, (0, *shape[1:]))
     except Refused:  # where the others are not
         return True
     except Exception:  # as of a maximum
@@ -319,7 +333,7 @@ def _branches_on_channels(block: nn.Module, channels: int, rank: int, captured: 
     """Of a block that takes maps of other channels."""
     for other in (2 * channels, channels // 2 + 1):
         try:
-            found = capture(block, (BATCH, other, *SPACE[:rank]))
+            found = capture(block, (BATCH, other, *captured.space))
         except Exception:
             continue
         if _skeleton(found.output.node) != _skeleton(captured.output.node):
@@ -339,7 +353,7 @@ def _skeleton(node: Node, exact: bool = False) -> Any:
                 attrs = tuple(factors for _, factors in n.attrs)
             elif n.op == "batch_norm":
                 attrs = (n.attrs[0], n.attrs[2])
-            elif n.op in ("slice", "opaque", "unflatten"):
+            elif n.op in SIZED:
                 attrs = n.attrs[:1]
             children = tuple(walk(i) for i in n.inputs)
             if n.op == "poly":
