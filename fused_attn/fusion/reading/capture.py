@@ -207,14 +207,29 @@ class Recorder(TorchDispatchMode):
                 self._values[other] = None
 
 
-class _Numbers(TorchFunctionMode):
-    """Makes tensors of numbers where these can be read, on the CPU: a tensor without data does not say which it is."""
+class _Plainly(TorchFunctionMode):
+    """Makes tensors of numbers where these can be read, on the CPU: a tensor without data does not say which it is. And
+    interpolates by the one operator for it, which torch takes apart on what is no CPU where algorithms are to be
+    deterministic."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.tensor and isinstance(args[0] if args else None, (int, float)):
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+        if function is torch.nn.functional.interpolate:
+            return _interpolated(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _interpolated(
+    x: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *rest: Any, **kw: Any
+) -> Any:
+    corners = kw.get("align_corners", rest[0] if rest else None)
+    others = [*rest[1:], *(v for k, v in kw.items() if k != "align_corners")]
+    if mode != "bilinear" or x.dim() != 4 or size is None or scale_factor is not None or any(others):
+        return torch.nn.functional.interpolate(x, size, scale_factor, mode, *rest, **kw)
+    size = [size, size] if isinstance(size, int) else list(size)
+    return torch.ops.aten.upsample_bilinear2d(x, size, bool(corners), None)
 
 
 #: Operators that compute nothing.
@@ -325,7 +340,7 @@ def capture(
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
         try:
-            with _Numbers(), recorder:
+            with _Plainly(), recorder:
                 y = acting(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):

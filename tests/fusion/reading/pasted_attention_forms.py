@@ -165,15 +165,15 @@ class WithoutColumns(CrissCrossAttention):
 
 @expect("NonLocal", 32)
 class Attention(nn.Module):
-    """SAGAN's original, as in BigGAN-PyTorch."""
+    """SAGAN's original, as in BigGAN-PyTorch: it takes even maps only."""
 
-    def __init__(self, ch):
+    def __init__(self, ch, which=nn.Identity()):  # noqa: B008
         super().__init__()
         self.ch = ch
-        self.theta = nn.Conv2d(ch, ch // 8, kernel_size=1, padding=0, bias=False)
-        self.phi = nn.Conv2d(ch, ch // 8, kernel_size=1, padding=0, bias=False)
-        self.g = nn.Conv2d(ch, ch // 2, kernel_size=1, padding=0, bias=False)
-        self.o = nn.Conv2d(ch // 2, ch, kernel_size=1, padding=0, bias=False)
+        self.theta = which(nn.Conv2d(ch, ch // 8, kernel_size=1, padding=0, bias=False))
+        self.phi = which(nn.Conv2d(ch, ch // 8, kernel_size=1, padding=0, bias=False))
+        self.g = which(nn.Conv2d(ch, ch // 2, kernel_size=1, padding=0, bias=False))
+        self.o = which(nn.Conv2d(ch // 2, ch, kernel_size=1, padding=0, bias=False))
         self.gamma = nn.Parameter(torch.tensor(0.0), requires_grad=True)
 
     def forward(self, x, y=None):
@@ -181,7 +181,8 @@ class Attention(nn.Module):
         phi = F.max_pool2d(self.phi(x), [2, 2])
         g = F.max_pool2d(self.g(x), [2, 2])
         theta = theta.view(-1, self.ch // 8, x.shape[2] * x.shape[3])
-        phi, g = phi.flatten(2), g.flatten(2)
+        phi = phi.view(-1, self.ch // 8, x.shape[2] * x.shape[3] // 4)
+        g = g.view(-1, self.ch // 2, x.shape[2] * x.shape[3] // 4)
         beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)
         o = self.o(torch.bmm(g, beta.transpose(1, 2)).view(-1, self.ch // 2, x.shape[2], x.shape[3]))
         return self.gamma * o + x
@@ -704,3 +705,318 @@ class ScaledByTheKeys(nn.Module):
         q, (k, v) = self.q(x).flatten(2), (F.max_pool2d(f(x), 2).flatten(2) for f in (self.k, self.v))
         s = (q.mT @ k / k.shape[2] ** 0.5).softmax(-1)
         return x + self.out((v @ s.mT).view(x.shape[0], 12, *x.shape[2:]))
+
+
+@expect("NonLocal", 32)
+class SelfAttentionOfSequences(nn.Module):
+    """fastai's: a softmax over the first of the two, and the values on the left."""
+
+    def __init__(self, n_channels):
+        super().__init__()
+        self.query, self.key, self.value = (
+            self._conv(n_channels, c) for c in (n_channels // 8, n_channels // 8, n_channels)
+        )
+        self.gamma = nn.Parameter(torch.tensor([0.0]))
+
+    def _conv(self, n_in, n_out):
+        return nn.Conv1d(n_in, n_out, 1, bias=False)
+
+    def forward(self, x):
+        size = x.size()
+        x = x.view(*size[:2], -1)
+        f, g, h = self.query(x), self.key(x), self.value(x)
+        beta = F.softmax(torch.bmm(f.transpose(1, 2), g), dim=1)
+        o = self.gamma * torch.bmm(h, beta) + x
+        return o.view(*size).contiguous()
+
+
+@expect("NonLocal", 32)
+class LessItsLargest(nn.Module):
+    """With a norm of one group, and the largest product taken off."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, c)
+        self.q, self.k, self.v, self.o = (
+            nn.Conv2d(c, 16, 1),
+            nn.Conv2d(c, 16, 1),
+            nn.Conv2d(c, 16, 1),
+            nn.Conv2d(16, c, 1),
+        )
+
+    def forward(self, x):
+        h = self.norm(x)
+        b, _, height, width = h.shape
+        q, k, v = (f(h).reshape(b, 16, height * width) for f in (self.q, self.k, self.v))
+        sim = torch.einsum("bdi,bdj->bij", q * 16**-0.5, k)
+        sim = sim - sim.amax(dim=-1, keepdim=True).detach()
+        out = torch.einsum("bij,bdj->bdi", sim.softmax(dim=-1), v)
+        return self.o(out.view(b, 16, height, width)) + x
+
+
+@expect("NonLocal", 32)
+class HeadsOfTokens(nn.Module):
+    """As in vision transformers, on a map."""
+
+    def __init__(self, dim, num_heads=4):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, dim * 3), nn.Linear(dim, dim)
+
+    def attend(self, q, k, v):
+        return (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1) @ v
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        t = x.flatten(2).transpose(1, 2)
+        qkv = self.qkv(t).reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        t = self.attend(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(B, H * W, C)
+        return x + self.proj(t).transpose(1, 2).reshape(B, C, H, W)
+
+
+@expect("NonLocal", 32)
+class UnboundHeads(HeadsOfTokens):
+    def forward(self, x):
+        B, C, H, W = x.shape
+        t = x.permute(0, 2, 3, 1).reshape(B, H * W, C)
+        q, k, v = self.qkv(t).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return y.view(B, H, W, C).permute(0, 3, 1, 2) + x
+
+
+@expect("NonLocal", 32)
+class NormalisedTokens(nn.Module):
+    """A LayerNorm of the tokens, which are added."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.q, self.k, self.v = nn.LayerNorm(c), nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        t = x.view(B, C, H * W).swapaxes(1, 2)
+        y = self.norm(t)
+        a = torch.softmax(torch.bmm(self.q(y), self.k(y).permute(0, 2, 1)) / math.sqrt(C), dim=2)
+        return (torch.bmm(a, self.v(y)) + t).swapaxes(2, 1).reshape(B, C, H, W)
+
+
+class Projected(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.q, self.k, self.v = nn.Conv2d(c, c // 4, 1), nn.Conv2d(c, c // 4, 1), nn.Conv2d(c, c, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def attended(self, x):
+        b, c, h, w = x.shape
+        energy = torch.matmul(self.q(x).view(b, -1, h * w).permute(0, 2, 1), self.k(x).view(b, -1, h * w))
+        return torch.matmul(self.v(x).view(b, c, -1), F.softmax(energy, dim=-1).permute(0, 2, 1)).view_as(x)
+
+
+@expect("NonLocal", 32)
+class TakenOff(Projected):
+    def forward(self, x):
+        return x - self.gamma * self.attended(x)
+
+
+@expect("NonLocal", 32)
+class GammaOfEachChannel(Projected):
+    def __init__(self, c):
+        super().__init__(c)
+        self.gamma = nn.Parameter(torch.zeros(1, c, 1, 1))
+
+    def forward(self, x):
+        return self.gamma * self.attended(x) + x
+
+
+@expect("NonLocal", 32)
+class BesideTheMap(Projected):
+    """Concatenated with the map, as OCNet's."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.bottleneck = nn.Sequential(nn.Conv2d(2 * c, c, 1), nn.BatchNorm2d(c), nn.ReLU())
+
+    def forward(self, x):
+        return self.bottleneck(torch.cat([self.gamma * self.attended(x), x], 1))
+
+
+@expect("NonLocal", 32)
+class AGate(Projected):
+    def forward(self, x):
+        return x * torch.sigmoid(self.attended(x))
+
+
+@expect("NonLocal", 32)
+@expect("NonLocal", 32, 2)
+class SharedLayers(nn.Module):
+    """Queries and keys from one layer with a BatchNorm, which counts twice; a pooled map, resized at the end."""
+
+    def __init__(self, c, scale=1):
+        super().__init__()
+        self.scale, self.pool = scale, nn.MaxPool2d(kernel_size=(scale, scale))
+        self.f_key = nn.Sequential(nn.Conv2d(c, 16, 1), nn.BatchNorm2d(16))
+        self.f_query, self.f_value, self.W = self.f_key, nn.Conv2d(c, 16, 1), nn.Conv2d(16, c, 1)
+
+    def forward(self, x):
+        b, h, w = x.size(0), x.size(2), x.size(3)
+        if self.scale > 1:
+            x = self.pool(x)
+        value = self.f_value(x).view(b, 16, -1).permute(0, 2, 1)
+        query, key = self.f_query(x).view(b, 16, -1).permute(0, 2, 1), self.f_key(x).view(b, 16, -1)
+        sim_map = F.softmax((16**-0.5) * torch.matmul(query, key), dim=-1)
+        context = torch.matmul(sim_map, value).permute(0, 2, 1).contiguous().view(b, 16, *x.size()[2:])
+        context = self.W(context)
+        if self.scale > 1:
+            context = F.interpolate(context, size=(h, w), mode="bilinear", align_corners=True)
+        return context
+
+
+class DotProduct(nn.Module):
+    def __init__(self, temperature):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, q, k, v):
+        return torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)) / self.temperature, 2), v)
+
+
+@expect("NonLocal", 32)
+class ByAPartOfThreeInputs(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.qkv, self.attention = nn.Conv2d(c, 3 * c, 1, bias=False), DotProduct(c**0.5)
+
+    def forward(self, x):
+        q, k, v = torch.chunk(self.qkv(x).flatten(2).transpose(1, 2), 3, dim=-1)
+        return self.attention(q, k, v).transpose(1, 2).reshape(x.shape) + x
+
+
+@expect("NonLocal", 32)
+class PyramidOfKeys(nn.Module):
+    """Keys and values pooled to several sizes, as the asymmetric non-local block's."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.q, self.k, self.v, self.o = nn.Conv2d(c, 8, 1), nn.Conv2d(c, 8, 1), nn.Conv2d(c, 8, 1), nn.Conv2d(8, c, 1)
+        self.stages = nn.ModuleList([nn.AdaptiveAvgPool2d(n) for n in (1, 3, 6)])
+
+    def psp(self, t):
+        return torch.cat([stage(t).view(t.size(0), t.size(1), -1) for stage in self.stages], -1)
+
+    def forward(self, x):
+        B, _, H, W = x.shape
+        q = self.q(x).view(B, 8, -1).permute(0, 2, 1)
+        attention = F.softmax(torch.matmul(q, self.psp(self.k(x))), dim=-1)
+        y = torch.matmul(attention, self.psp(self.v(x)).permute(0, 2, 1)).permute(0, 2, 1)
+        return x + self.o(y.reshape(B, 8, H, W))
+
+
+@expect("NonLocal", 24, rank=3)
+class Volumes(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.q, self.k, self.v = nn.Conv3d(c, 6, 1), nn.Conv3d(c, 6, 1), nn.Conv3d(c, c, 1)
+        self.gamma, self.pool = nn.Parameter(torch.zeros(1)), nn.MaxPool3d(2)
+
+    def forward(self, x):
+        b, c, d, h, w = x.shape
+        query = self.q(x).view(b, -1, d * h * w).permute(0, 2, 1)
+        a = torch.softmax(query @ self.pool(self.k(x)).flatten(2), -1)
+        y = self.pool(self.v(x)).flatten(2) @ a.permute(0, 2, 1)
+        return x + self.gamma * y.view(b, c, d, h, w)
+
+
+@expect("CrissCrossAttention", 32)
+class OnTheDevice(CrissCrossAttention):
+    """Infinity as others make it."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        del self.INF
+
+    def INF(self, B, H, W, device):
+        return torch.diag(torch.tensor(float("-inf"), device=device).repeat(H), 0).unsqueeze(0).repeat(B * W, 1, 1)
+
+
+@expect("CrissCrossAttention", 32)
+class FullOfInfinity(CrissCrossAttention):
+    def forward(self, x):
+        q, k, v = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+        h = x.shape[2]
+        diagonal = torch.diag(torch.full((h,), float("-inf"), device=x.device, dtype=x.dtype)).view(h, 1, h)
+        columns = torch.einsum("bchw,bcgw->bhwg", q, k) + diagonal
+        rows = torch.einsum("bchw,bchv->bhwv", q, k)
+        a = torch.softmax(torch.cat([columns, rows], -1), -1)
+        y = torch.einsum("bhwg,bcgw->bchw", a[..., :h], v) + torch.einsum("bhwv,bchv->bchw", a[..., h:], v)
+        return self.gamma * y + x
+
+
+@expect("GlobalContext", 24)
+class ContextOfTokens(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.a, self.mlp = nn.Linear(c, 1), nn.Sequential(nn.Linear(c, 8), nn.ReLU(), nn.Linear(8, c))
+
+    def forward(self, x):
+        t = x.flatten(2).transpose(1, 2)
+        weights = torch.softmax(self.a(t), dim=1)
+        return x + self.mlp((t * weights).sum(1)).unsqueeze(-1).unsqueeze(-1)
+
+
+@expect("GlobalContext", 24, rank=3)
+class ContextOfVolumes(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.m = nn.Conv3d(c, 1, 1)
+        self.t = nn.Sequential(nn.Conv3d(c, 4, 1), nn.LayerNorm([4, 1, 1, 1]), nn.ReLU(), nn.Conv3d(4, c, 1))
+
+    def forward(self, x):
+        a = self.m(x).view(x.shape[0], 1, -1).softmax(-1)
+        context = torch.einsum("bcn,bn->bc", x.flatten(2), a[:, 0])
+        return x * torch.sigmoid(self.t(context[:, :, None, None, None]))
+
+
+@look_alike(reason="keeps state")
+class SavesItsAttention(Projected):
+    def __init__(self):
+        super().__init__(32)
+
+    def forward(self, x):
+        self.attention = F.softmax(self.q(x).flatten(2).mT @ self.k(x).flatten(2), dim=-1)
+        return self.gamma * (self.v(x).flatten(2) @ self.attention.mT).view(x.shape) + x
+
+
+@look_alike(reason="draws random numbers")
+class DropsAttention(Projected):
+    def __init__(self):
+        super().__init__(32)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        a = self.drop(F.softmax(self.q(x).flatten(2).mT @ self.k(x).flatten(2), dim=-1))
+        return self.gamma * (self.v(x).flatten(2) @ a.mT).view(x.shape) + x
+
+
+@look_alike(reason="another result")
+class InFloat32(Projected):
+    """Its softmax is of fewer digits than a map may have."""
+
+    def __init__(self):
+        super().__init__(32)
+
+    def forward(self, x):
+        a = F.softmax((self.q(x).flatten(2).mT @ self.k(x).flatten(2)).float(), dim=-1).type_as(x)
+        return self.gamma * (self.v(x).flatten(2) @ a.mT).view(x.shape) + x
+
+
+@look_alike(reason="its attention")
+class PositionsPooledElsewhere(Projected):
+    """Values that are not pooled as the keys are: their sum is over other positions."""
+
+    def __init__(self):
+        super().__init__(32)
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        a = (self.q(x).flatten(2).mT @ self.k(x).flatten(2)).softmax(1)
+        return x + self.gamma * (self.v(x).flatten(2) @ a.mT).view(b, c, h, w)
