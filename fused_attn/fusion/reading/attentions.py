@@ -296,7 +296,7 @@ def _exact(number: float) -> float:
         whole = round(abs(number) ** power) if number else 0
         if 0 < whole < 2**24:
             exact = math.copysign(whole ** (1 / power), number)
-            if math.isclose(exact, number, rel_tol=2e-9):
+            if math.isclose(exact, number, rel_tol=1e-8):
                 return exact
     return number
 

@@ -539,6 +539,7 @@ class OfTokens(nn.Module):
 
 
 @expect("NonLocal", 24)
+@expect("NonLocal", 48)
 class AttnBlock(nn.Module):
     """As in diffusion models: a GroupNorm before, the layer behind added to the map."""
 
