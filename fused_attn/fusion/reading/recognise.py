@@ -137,7 +137,7 @@ def _examine(block: nn.Module, read: Reads) -> Outcome:
     for rank, channels, captured in _captures(block):
         rectangles = True
         if isinstance(captured, Refused):
-            if _concerns(captured):
+            if _concerns(captured) or _may_attend(block):
                 first_reason = first_reason or Outcome(None, str(captured), channels, rank)
             continue
         reason = None
@@ -148,7 +148,12 @@ def _examine(block: nn.Module, read: Reads) -> Outcome:
         reason = reason or why_not(captured)
         if reason is not None and first_reason is None:
             first_reason = Outcome(None, reason, channels, rank)
-    return first_reason or (Outcome() if rectangles else _square_only(block))
+    if first_reason is not None or rectangles:
+        return first_reason or Outcome()
+    outcome = _square_only(block)
+    if outcome.reason is None and _may_attend(block):
+        return Outcome(None, "raises on every map that was tried")
+    return outcome
 
 
 def _concerns(refused: Refused) -> bool:
@@ -197,11 +202,11 @@ _PRODUCTS = ("bmm", "matmul", "einsum", "baddbmm", "__matmul__")
 
 
 def _may_attend(block: nn.Module) -> bool:
-    """Whether its own code, not that of its parts, names a softmax and products, and it has layers for them."""
+    """Whether its own code, not that of its parts, names a softmax and products, and it has convolutions for them."""
     cls: Any = host_of(type(block))
     named = own_names(cls.forward)
     soft = any(n in named for n in _SELECTING)
-    layers = [part for part in block.children() if isinstance(part, (nn.Linear, *CONVOLUTIONS))]
+    layers = [part for part in block.children() if isinstance(part, CONVOLUTIONS)]
     return soft and len(layers) > 1 and any(n in named for n in _PRODUCTS)
 
 

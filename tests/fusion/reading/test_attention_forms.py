@@ -11,9 +11,17 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from fused_attn import explain, fuse, unfuse
+from fused_attn import nn as fused_nn
 from fused_attn.fusion.recipes.names import host_class
 from tests.checks import random
-from tests.fusion.reading.pasted_attention_forms import BLOCKS, LOOK_ALIKES, Attention, CrissCrossAttention
+from tests.fusion.reading.pasted_attention_forms import (
+    BLOCKS,
+    LOOK_ALIKES,
+    Attention,
+    CrissCrossAttention,
+    EinsumCrissCross,
+    Scale,
+)
 
 
 def started(block: nn.Module) -> nn.Module:
@@ -256,3 +264,141 @@ def test_no_matrix_of_pairs_is_kept():
 
     assert kept(block, 32) < 4.5 * kept(block, 16)
     assert kept(block, 32) < kept(plain, 32) / 4
+
+
+class WithAMaskOnAGpu(CrissCrossAttention):
+    """As the authors', whose mask is made on a GPU wherever the map is."""
+
+    def __init__(self):
+        super().__init__(32)
+        self.INF = lambda b, h, w, device: torch.diag(torch.tensor(float("-inf")).to("cuda").repeat(h), 0)
+
+    def forward(self, x):
+        b, _, h, w = x.shape
+        q, k, v = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+        columns = torch.einsum("bchw,bcgw->bwhg", q, k) + self.INF(b, h, w, x.device)
+        a = torch.softmax(torch.cat([columns.transpose(1, 2), torch.einsum("bchw,bchv->bhwv", q, k)], -1), -1)
+        y = torch.einsum("bhwg,bcgw->bchw", a[..., :h], v) + torch.einsum("bhwv,bchv->bchw", a[..., h:], v)
+        return self.gamma * y + x
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_one_that_runs_on_no_map_here_is_named():
+    (row,) = explain(fuse(WithAMaskOnAGpu()))
+    assert not row.fused and row.reason == "raises on every map that was tried"
+
+
+class SelfAttentionBlock(nn.Module):
+    """As mmseg's: a query map and a key map, which are often one."""
+
+    def __init__(self, channels, key_downsample=None, with_out=False, matmul_norm=False):
+        super().__init__()
+        self.query_project = nn.Conv2d(channels, channels // 8, 1)
+        self.key_project = nn.Conv2d(channels, channels // 8, 1)
+        self.value_project = nn.Conv2d(channels, channels, 1)
+        self.key_downsample = key_downsample
+        self.out_project = (
+            nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)) if with_out else None
+        )
+        self.matmul_norm, self.channels = matmul_norm, channels // 8
+
+    def forward(self, query_feats, key_feats):
+        batch_size = query_feats.size(0)
+        query = self.query_project(query_feats)
+        query = query.reshape(*query.shape[:2], -1).permute(0, 2, 1).contiguous()
+        key, value = self.key_project(key_feats), self.value_project(key_feats)
+        if self.key_downsample is not None:
+            key, value = self.key_downsample(key), self.key_downsample(value)
+        key = key.reshape(*key.shape[:2], -1)
+        value = value.reshape(*value.shape[:2], -1).permute(0, 2, 1).contiguous()
+        sim_map = torch.matmul(query, key)
+        if self.matmul_norm:
+            sim_map = (self.channels**-0.5) * sim_map
+        context = torch.matmul(torch.nn.functional.softmax(sim_map, dim=-1), value).permute(0, 2, 1).contiguous()
+        context = context.reshape(batch_size, -1, *query_feats.shape[2:])
+        return context if self.out_project is None else self.out_project(context)
+
+
+class PAM(SelfAttentionBlock):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gamma = Scale()
+
+    def forward(self, x):
+        return self.gamma(super().forward(x, x)) + x
+
+
+class CAM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = Scale()
+
+    def forward(self, x):
+        batch_size, channels, height, width = x.size()
+        proj_query = x.view(batch_size, channels, -1)
+        energy = torch.bmm(proj_query, x.view(batch_size, channels, -1).permute(0, 2, 1))
+        energy_new = torch.max(energy, -1, keepdim=True)[0].expand_as(energy) - energy
+        attention = torch.nn.functional.softmax(energy_new, dim=-1)
+        out = torch.bmm(attention, x.view(batch_size, channels, -1)).view(batch_size, channels, height, width)
+        return self.gamma(out) + x
+
+
+class DAHead(nn.Module):
+    """As mmseg's."""
+
+    def __init__(self, in_channels=24, channels=32, num_classes=5, **options):
+        super().__init__()
+        conv = lambda c: nn.Sequential(nn.Conv2d(c, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))  # noqa: E731
+        self.pam_in_conv, self.pam, self.pam_out_conv = conv(in_channels), PAM(channels, **options), conv(channels)
+        self.pam_conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.cam_in_conv, self.cam, self.cam_out_conv = conv(in_channels), CAM(), conv(channels)
+        self.cam_conv_seg, self.conv_seg = nn.Conv2d(channels, num_classes, 1), nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, inputs):
+        pam_feat = self.pam_out_conv(self.pam(self.pam_in_conv(inputs)))
+        cam_feat = self.cam_out_conv(self.cam(self.cam_in_conv(inputs)))
+        return self.conv_seg(pam_feat + cam_feat), self.pam_conv_seg(pam_feat), self.cam_conv_seg(cam_feat)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "PositionAttention"),
+        ({"key_downsample": nn.MaxPool2d(2)}, "NonLocal"),
+        ({"with_out": True, "matmul_norm": True}, "NonLocal"),
+    ],
+    ids=["as published", "pooled keys", "a layer behind"],
+)
+def test_heads_of_danet(options, name):
+    torch.manual_seed(0)
+    plain = started(DAHead(**options)).double()
+    head = fuse(copy.deepcopy(plain), strict=True)
+    assert [(row.name, row.block) for row in explain(head)] == [("pam", name), ("cam", "ChannelSelfAttention")]
+    assert list(head.state_dict()) == list(plain.state_dict())
+    head.load_state_dict(plain.state_dict())
+    x = random(2, 24, 8, 6, dtype=torch.float64)
+    for training in (True, False):
+        head.train(training), plain.train(training)
+        for actual, expected in zip(head(x), plain(x), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_danet_of_pytorchcv():
+    danet = pytest.importorskip("pytorchcv.models.danet", reason="pytorchcv is not installed")
+    plain = danet.DANetHead(in_channels=64, out_channels=5).double().eval()
+    with torch.no_grad():
+        plain.branch_pa.att.scale.alpha.fill_(0.7), plain.branch_ca.att.scale.alpha.fill_(0.6)
+    head = fuse(copy.deepcopy(plain), strict=True)
+    assert {row.block for row in explain(head)} == {"PositionAttention", "ChannelSelfAttention"}
+    assert list(head.state_dict()) == list(plain.state_dict())
+    x = random(2, 64, 7, 6, dtype=torch.float64)
+    for actual, expected in zip(head(x), plain(x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_mmcvs_keys_load_into_our_criss_cross_attention():
+    theirs = started(EinsumCrissCross(32)).double()
+    ours = fused_nn.CrissCrossAttention(32, recurrence=1).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = random(2, 32, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
