@@ -283,9 +283,9 @@ class WithAMaskOnAGpu(CrissCrossAttention):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
-def test_one_that_runs_on_no_map_here_is_named():
+def test_one_that_runs_on_a_gpu_alone_is_named():
     (row,) = explain(fuse(WithAMaskOnAGpu()))
-    assert not row.fused and row.reason == "raises on every map that was tried"
+    assert not row.fused and row.reason == "makes a tensor on a GPU, wherever its map is"
 
 
 class SelfAttentionBlock(nn.Module):
