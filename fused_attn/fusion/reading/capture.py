@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .canonical import Graph, Node, Unsupported, Value
+from .context import OnOneDevice
+from .match import reached
 from .operators import OPERATORS, opaque
 from .reads import is_torch
 from .shapes import result
@@ -82,6 +84,12 @@ class Recorder(TorchDispatchMode):
         self._values[id(tensor)] = value
         self._keep.append(tensor)
         self._storages.setdefault(_storage(tensor), []).append(id(tensor))
+
+    def moved(self, tensor: Tensor) -> None:
+        """Of a tensor that is put on a GPU: only one that is made of numbers alone may be."""
+        value = self._values.get(id(tensor))
+        if value is None or any(n.op in ("input", "leaf") for n in reached(value.node)):
+            self.remarks.append("moves what it computes to a GPU")
 
     def knows(self, tensor: Tensor) -> bool:
         return id(tensor) in self._values
@@ -340,7 +348,7 @@ def capture(
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
         try:
-            with _Plainly(), recorder:
+            with OnOneDevice("meta", recorder.moved), _Plainly(), recorder:
                 y = acting(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):

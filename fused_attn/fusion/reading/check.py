@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..recipes.recipe import Recipe
 from ..recipes.run import parameter_paths, parameters_of, run
+from .context import OnOneDevice
 from .twin import NoTwin, twin
 
 TOLERANCE = 1e-9
@@ -80,7 +81,7 @@ def check_autocast(
             recipe = make(acting) if fused else None
             x = torch.ones(shape, dtype=dtype, device="cpu")
             try:
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), OnOneDevice("cpu"):
                     if isinstance(recipe, str) or recipe is None:
                         results.append(acting(x).dtype)
                     else:
@@ -210,6 +211,7 @@ def _attempt(module: nn.Module, call: Runner, x: Tensor, training: bool) -> Run 
     x = x.clone().requires_grad_()
     try:
         leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
-        return Run.of(lambda: call(module, x), leaves, list(module.buffers()))
+        with OnOneDevice("cpu"):
+            return Run.of(lambda: call(module, x), leaves, list(module.buffers()))
     except Exception as error:
         return type(error).__name__

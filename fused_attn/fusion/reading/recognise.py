@@ -150,7 +150,7 @@ def _examine(block: nn.Module, read: Reads) -> Outcome:
             first_reason = Outcome(None, reason, channels, rank)
     if first_reason is not None or rectangles:
         return first_reason or Outcome()
-    return _on_a_gpu_only(block) if _may_attend(block) else _square_only(block)
+    return _square_only(block)
 
 
 def _concerns(refused: Refused) -> bool:
@@ -217,17 +217,6 @@ def _square_only(block: nn.Module) -> Outcome:
         if any(not isinstance(found.recipe(block), str) for found in find(captured, 2)):
             return Outcome(None, "takes square maps only", channels)
     return Outcome()
-
-
-def _on_a_gpu_only(block: nn.Module) -> Outcome:
-    """Of an attention that raises for all maps: the authors of CCNet make its mask on a GPU, wherever the map is."""
-    for channels in channel_guesses(block):
-        try:
-            capture(block, (BATCH, channels, *SPACE[:2]))
-        except Exception as error:
-            if "cuda" in str(error).lower() or "nvidia" in str(error).lower():
-                return Outcome(None, "makes a tensor on a GPU, wherever its map is", channels)
-    return _square_only(block)
 
 
 def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: Captured) -> str | None:

@@ -271,21 +271,28 @@ class WithAMaskOnAGpu(CrissCrossAttention):
 
     def __init__(self):
         super().__init__(32)
-        self.INF = lambda b, h, w, device: torch.diag(torch.tensor(float("-inf")).to("cuda").repeat(h), 0)
+        self.INF = lambda B, H, W, device: (
+            -torch.diag(torch.tensor(float("inf")).cuda().repeat(H), 0).unsqueeze(0).repeat(B * W, 1, 1)
+        )
 
+
+class OnAGpu(WithAMaskOnAGpu):
     def forward(self, x):
-        b, _, h, w = x.shape
-        q, k, v = self.query_conv(x), self.key_conv(x), self.value_conv(x)
-        columns = torch.einsum("bchw,bcgw->bwhg", q, k) + self.INF(b, h, w, x.device)
-        a = torch.softmax(torch.cat([columns.transpose(1, 2), torch.einsum("bchw,bchv->bhwv", q, k)], -1), -1)
-        y = torch.einsum("bhwg,bcgw->bchw", a[..., :h], v) + torch.einsum("bhwv,bchv->bchw", a[..., h:], v)
-        return self.gamma * y + x
+        return super().forward(x.cuda())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
-def test_one_that_runs_on_a_gpu_alone_is_named():
-    (row,) = explain(fuse(WithAMaskOnAGpu()))
-    assert not row.fused and row.reason == "makes a tensor on a GPU, wherever its map is"
+def test_a_mask_that_is_made_on_a_gpu():
+    """It is found on any machine; and then runs where its map is."""
+    fused = fuse(WithAMaskOnAGpu().double(), strict=True)
+    plain = CrissCrossAttention(32).double()
+    with torch.no_grad():
+        plain.gamma.fill_(0.5)
+    fused.load_state_dict(plain.state_dict())
+    assert [row.block for row in explain(fused)] == ["CrissCrossAttention"]
+    x = random(2, 32, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), plain(x))
+    (row,) = explain(fuse(OnAGpu()))
+    assert not row.fused and row.reason == "moves what it computes to a GPU"
 
 
 class SelfAttentionBlock(nn.Module):
