@@ -68,16 +68,22 @@ def own_attentions(captured: Captured) -> list[Node]:
 
 def why_no_attention(captured: Captured) -> str | None:
     """What keeps a block that computes an attention itself from being a known one; None: it computes none."""
-    own = own_attentions(captured)
-    weighted = any(is_soft(n) for node in own if node.op == "product" for n in node.inputs)
-    return UNKNOWN if weighted else None
+    own = [n for n in reached(captured.output.node) if n not in captured.inner]
+    weighted = any(is_soft(i) for n in own if is_attention(n) and n.op == "product" for i in n.inputs)
+    of_pairs = any(n.op == "softmax" and any(map(_is_of_pairs, reached(n))) for n in own)
+    return UNKNOWN if weighted or of_pairs else None
+
+
+def _is_of_pairs(node: Node) -> bool:
+    """Whether it is products of two things that are computed from the map."""
+    return node.op == "product" and all(any(n.op == "input" for n in reached(i)) for i in node.inputs)
 
 
 def is_attention(node: Node) -> bool:
     """Whether it weighs something that is computed from the map by products of what is."""
     if node.op == "mean" and node.inputs[0].op == "poly" and len(node.inputs[0].terms) == 1:
         return any(is_soft(n) for n in node.inputs[0].inputs)
-    if node.op != "product" or not all(any(n.op == "input" for n in reached(i)) for i in node.inputs):
+    if not _is_of_pairs(node):
         return False
     return any(is_soft(n) or n.op == "product" or _joined(n) is not None for n in node.inputs)
 
