@@ -155,7 +155,8 @@ class CrissCrossAttention(reference.CrissCrossAttention):
 
     `forward(x)`: x (B, channels, H, W); a map of the same shape and layout.
 
-    Keys: those of the authors' code, `query_conv.*`, `key_conv.*`, `value_conv.*`, `gamma` (1,).
+    Keys: those of the authors' code, `query_conv.*`, `key_conv.*`, `value_conv.*`, `gamma` (1,). `load_state_dict` also
+    takes mmcv's `gamma.scale`.
 
     Raises:
         ValueError: an option out of range, or a reduction that leaves no channel; in `forward`: x has not `channels`

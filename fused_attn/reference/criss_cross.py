@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .block_attention import check_channels
+from .checkpoints import OtherNames
 from .scale import scale
 from .squeeze_excite import hidden_channels, positive_int
 
@@ -32,8 +33,10 @@ def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrenc
     return x
 
 
-class CrissCrossAttention(nn.Module):
+class CrissCrossAttention(OtherNames):
     """See `fused_attn.nn.CrissCrossAttention`."""
+
+    other_names: ClassVar[dict[str, str]] = {"gamma.scale": "gamma"}
 
     #: What the forward pass does; `fused_attn.nn` puts the fused function here.
     _attend = staticmethod(attend)

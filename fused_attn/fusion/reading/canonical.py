@@ -9,6 +9,7 @@ in it (none: size one; several: flattened together; `Spread`: expanded).
 - Linear layers and 1x1 convolutions are `dense`; their biases are terms of a `poly`.
 - All means over the whole of some axes are `mean`, all maxima `max` with their rule for ties.
 - Matrix products of two values are `product`, whichever of them comes first.
+- What is on the diagonal of a square matrix alone is `diagonal`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_TERMS = 24
+#: Nodes whose attrs behind the first may be sizes of the map.
+SIZED = ("slice", "opaque", "unflatten")
 MAX_PARTS = 8
 
 
@@ -34,7 +37,8 @@ class Node:
         self.op, self.inputs, self.attrs, self.options, self.sizes = op, inputs, attrs, options, sizes
         self.name = ""
         #: Names and sizes left out: the same for the nodes of two graphs that may match.
-        self.rank_key: int = hash((op, attrs if op != "leaf" else (), tuple(n.rank_key for n in inputs), len(sizes)))
+        told = () if op == "leaf" else attrs[:1] if op in SIZED else attrs
+        self.rank_key: int = hash((op, told, tuple(n.rank_key for n in inputs), len(sizes)))
 
     def __repr__(self) -> str:
         if self.op in ("leaf", "input"):
@@ -110,7 +114,12 @@ class Graph:
         return self._nodes[key]
 
     def nodes(self) -> list[Node]:
+        """In the order in which they were first computed."""
         return list(self._nodes.values())
+
+    @property
+    def size(self) -> int:
+        return len(self._nodes)
 
     def leaf(self, op: str, name: str, shape: Sequence[int]) -> Value:
         """An input of the computation, a parameter or a buffer."""
@@ -213,6 +222,17 @@ class Graph:
             return None
         return self.affine(Value(self.node("act", [x.node], (names[node.attrs[0]],), x.node.sizes), x.layout), factor)
 
+    def constant(self, number: float, shape: Sequence[int]) -> Value:
+        """A tensor of one number."""
+        node, _ = self.poly([(number, ())], ())
+        return Value(node, tuple(() if n == 1 else Spread(n) for n in shape))
+
+    def diagonal(self, number: float, size: int) -> Value:
+        """A matrix with this number on its diagonal, which may be infinite, and zeros beside it."""
+        infinite = math.isinf(number)
+        value = plain(self.node("diagonal", (), (math.inf if infinite else 1.0,), (size, size)))
+        return self.affine(value, math.copysign(1.0, number) if infinite else number)
+
     def act(self, name: str, value: Value) -> Value:
         node = value.node
         if name == "relu6" and node.op == "poly":
@@ -230,8 +250,9 @@ class Graph:
         if factor * other != 1:
             return self.affine(self.product(a, b), factor * other)
         sides = [(a.node, a.layout), (b.node, (b.layout[0], b.layout[2], b.layout[1]))]
-        # By what they are first: keys also tell two scales apart, which a match does not.
-        swapped = (a.node.op, a.node.rank_key) > (b.node.op, b.node.rank_key)
+        # By what they are, or are parts of, first: keys also tell two scales, and two sizes, apart; a match does not.
+        first, second = ((_whole(v.node).op, v.node.op, v.node.rank_key) for v in (a, b))
+        swapped = first > second
         (left, of_left), (right, of_right) = sides[::-1] if swapped else sides
         if any(isinstance(e, Spread) for e in (*of_left, *of_right)):
             raise Unsupported
@@ -239,14 +260,30 @@ class Graph:
         def sizes(node: Node, entry: Entry) -> list[int]:
             return [node.sizes[axis] for axis in entry]  # type: ignore[union-attr]
 
-        for i in (0, 2):
+        for i, dim in ((0, 0), (2, 1)):
             if sizes(left, of_left[i]) != sizes(right, of_right[i]):
-                raise Unsupported  # flattened from other axes
+                if 1 not in (len(of_left[i]), len(of_right[i])):  # type: ignore[arg-type]
+                    raise Unsupported  # flattened from other axes
+                # One is flattened already, as it lies in its node.
+                a, b = (self._flat(v, d) for v, d in ((a, dim and 2), (b, dim)))
+                return self.product(a, b)
+        # The order in which the code has axes flattened, of samples and of what is summed over, makes no difference.
+        samples, summed = (sorted(range(len(of_left[i])), key=of_left[i].__getitem__) for i in (0, 2))  # type: ignore[arg-type,index]
+        of_left, of_right = (
+            (tuple(e[0][j] for j in samples), e[1], tuple(e[2][j] for j in summed))  # type: ignore[index]
+            for e in (of_left, of_right)
+        )
         parts = sizes(left, of_left[0]), sizes(left, of_left[1]), sizes(right, of_right[1])
         node = self.node("product", [left, right], (of_left, of_right), [n for part in parts for n in part])
         ends = [len(parts[0]), len(parts[0]) + len(parts[1]), len(node.sizes)]
         batch, rows, columns = (tuple(range(start, end)) for start, end in zip([0, *ends], ends, strict=False))
+        batch = tuple(samples.index(j) for j in range(len(samples)))
         return Value(node, (batch, columns, rows) if swapped else (batch, rows, columns))
+
+    def _flat(self, value: Value, dim: int) -> Value:
+        """With one axis at most in this dimension."""
+        entry = value.layout[dim]
+        return value if isinstance(entry, Spread) or len(entry) < 2 else self._flatten(value, dim)
 
     def _factored(self, value: Value) -> tuple[float, Value]:
         """What one product is multiplied by, and the rest."""
@@ -386,22 +423,27 @@ class Graph:
         return Value(node, (*inside[:dim], (len(sizes),), *inside[dim + 1 :]))
 
     def concatenate(self, values: Sequence[Value], dim: int) -> Value:
-        axes = [axis_of(v.layout[dim]) for v in values]
+        values = [self._flat(v, dim) for v in values]
+        axes = [axis_or_none(v.layout[dim]) for v in values]  # None: one of size one
         layout, places, sizes = align([Value(v.node, (*v.layout[:dim], (), *v.layout[dim + 1 :])) for v in values])
         if any(isinstance(e, Spread) for e in layout):
             raise Unsupported
         new = len(sizes)
         places = [tuple(new if i == axis else a for i, a in enumerate(p)) for p, axis in zip(places, axes, strict=True)]
-        if any(len(set(p)) != new + 1 for p in places):
+        if any(len(set(p)) != len(p) or -1 in p for p in places):
             raise Unsupported
-        order = places[0]
+        # One that is the same all along an axis, as it was expanded, does not have it.
+        order = next((p for p in places if len(p) == new + 1), tuple(range(new + 1)))
         maps = tuple(tuple(order.index(a) for a in p) for p in places)
-        total = sum(v.node.sizes[axis] for v, axis in zip(values, axes, strict=True))
+        total = sum(v.shape[dim] for v in values)
         node = self.node(
-            "concat", [v.node for v in values], (axes[0], *maps), [total if a == new else sizes[a] for a in order]
+            "concat",
+            [v.node for v in values],
+            (order.index(new), *maps),
+            [total if a == new else sizes[a] for a in order],
         )
         inside = tuple(tuple(order.index(a) for a in e) for e in layout)  # type: ignore[union-attr]
-        return Value(node, (*inside[:dim], (axes[0],), *inside[dim + 1 :]))
+        return Value(node, (*inside[:dim], (order.index(new),), *inside[dim + 1 :]))
 
     def select(self, value: Value, dim: int, index: int) -> Value:
         entry, rest = value.layout[dim], (*value.layout[:dim], *value.layout[dim + 1 :])
@@ -582,10 +624,16 @@ class Graph:
         return Value(self.node(op, inputs, attrs, sizes, options), tuple(layout))
 
     def dense(self, value: Value, dim: int, weight: Node, out: int, order: str) -> Value:
+        value = self._flat(value, dim)
         axis = axis_or_none(value.layout[dim])
         if any(isinstance(e, Spread) for e in value.layout):
             raise Unsupported
         return self.channels("dense", [value.node, weight], (axis, out != 1, order), (), value, dim, out)
+
+
+def _whole(node: Node) -> Node:
+    """What a node is a part of."""
+    return _whole(node.inputs[0]) if node.op == "slice" else node
 
 
 def _is_branching(node: Node, axis: int) -> bool:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .canonical import Graph, Unsupported, Value
+from .canonical import Graph, Node, Unsupported, Value
+from .context import OnOneDevice
+from .match import reached
 from .operators import OPERATORS, opaque
+from .reads import is_torch
 from .shapes import result
 from .twin import STATE, twin
 
@@ -21,9 +30,26 @@ MAX_OPERATORS = 160
 
 
 class Refused(Exception):
-    """The module does something that a fused block would not; the message says what. graph: what it computed so far."""
+    """The module does something that a fused block would not; the message says what. graph: what it computed so far;
+    inner, of what was computed to its end: as in `Captured`."""
 
     graph: Graph | None = None
+    inner: frozenset[Node] | None = None
+
+
+def takes_one_map(cls: type[nn.Module]) -> bool:
+    """Whether it is somebody's class, with a forward of its own that one argument is enough for."""
+    forward: Any = cls.forward
+    if is_torch(cls) or forward is nn.Module.forward or not inspect.isfunction(forward) or is_torch(forward):
+        return False
+    if forward.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return False
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    positional = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    rest = [p for p in parameters if p.default is p.empty and p not in positional and p.kind is p.KEYWORD_ONLY]
+    return len(positional) == 1 and not rest
 
 
 Mode = TypeVar("Mode", bound=type[TorchDispatchMode])
@@ -52,11 +78,18 @@ class Recorder(TorchDispatchMode):
         self.remarks: list[str] = []  # what makes the whole thing not a function of its inputs
         self.protected: set[int] = set()  # storages that may not be written to
         self.written: list[Tensor] = []
+        self.paused = False
 
     def put(self, tensor: Tensor, value: Value | None) -> None:
         self._values[id(tensor)] = value
         self._keep.append(tensor)
         self._storages.setdefault(_storage(tensor), []).append(id(tensor))
+
+    def moved(self, tensor: Tensor) -> None:
+        """Of a tensor that is put on a GPU: only one that is made of numbers alone may be."""
+        value = self._values.get(id(tensor))
+        if value is None or any(n.op in ("input", "leaf") for n in reached(value.node)):
+            self.remarks.append("moves what it computes to a GPU")
 
     def knows(self, tensor: Tensor) -> bool:
         return id(tensor) in self._values
@@ -72,8 +105,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
+        if name == "lift_fresh" and self._is_number(args[0]):
+            number = torch.empty((), dtype=args[0].dtype, device="meta")
+            self.put(number, self.graph.constant(args[0].item(), ()))
+            return number
         args, kwargs = self._known(args), self._known(kwargs or {})
-        if function.namespace == "prim" or name in _SILENT:
+        if self.paused or function.namespace == "prim" or name in _SILENT:
             return function(*args, **kwargs)
         self.count += 1
         if self.count > self.limit:
@@ -95,6 +132,11 @@ class Recorder(TorchDispatchMode):
         for tensor, value in zip(outs, values, strict=False):
             self.put(tensor, value)
         return out
+
+    def _is_number(self, tensor: Tensor) -> bool:
+        """Whether it is what code has just made of a number, by torch.tensor."""
+        made = tensor.device.type == "cpu" and tensor.dim() == 0 and tensor.is_floating_point()
+        return made and id(tensor) not in self._values and not math.isnan(tensor.item())
 
     def _known(self, value: Any) -> Any:
         """Without tensors that come from elsewhere, so that nothing is read from them or written into them."""
@@ -173,6 +215,31 @@ class Recorder(TorchDispatchMode):
                 self._values[other] = None
 
 
+class _Plainly(TorchFunctionMode):
+    """Makes tensors of numbers where these can be read, on the CPU: a tensor without data does not say which it is. And
+    interpolates by the one operator for it, which torch takes apart on what is no CPU where algorithms are to be
+    deterministic."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.tensor and isinstance(args[0] if args else None, (int, float)):
+            kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+        if function is torch.nn.functional.interpolate:
+            return _interpolated(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _interpolated(
+    x: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *rest: Any, **kw: Any
+) -> Any:
+    corners = kw.get("align_corners", rest[0] if rest else None)
+    others = [*rest[1:], *(v for k, v in kw.items() if k != "align_corners")]
+    if mode != "bilinear" or x.dim() != 4 or size is None or scale_factor is not None or any(others):
+        return torch.nn.functional.interpolate(x, size, scale_factor, mode, *rest, **kw)
+    size = [size, size] if isinstance(size, int) else list(size)
+    return torch.ops.aten.upsample_bilinear2d(x, size, bool(corners), None)
+
+
 #: Operators that compute nothing.
 _SILENT = {"device", "sym_size", "sym_stride", "sym_numel", "is_same_size"}
 _FACTORIES = {"empty", "empty_like", "zeros", "ones", "full", "arange", "zeros_like", "ones_like"}
@@ -213,7 +280,8 @@ class Call:
 
 @dataclass
 class Captured:
-    """What a module computes: from its input of this shape, in this mode. calls: of its parts, the inner ones first."""
+    """What a module computes: from its input of this shape, in this mode. calls: of its parts, the inner ones first.
+    inner: what is first computed in parts that may be blocks themselves. space: of the input."""
 
     graph: Graph
     output: Value
@@ -221,6 +289,8 @@ class Captured:
     strange: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    inner: frozenset[Node] = frozenset()
+    space: tuple[int, ...] = ()
 
     @property
     def remark(self) -> str | None:
@@ -229,6 +299,8 @@ class Captured:
 
 #: Sizes of the map in a capture: odd, different from each other and from common channel counts.
 SPACE = (13, 11, 17)
+#: For blocks that take a quarter of the positions for granted where they pool.
+EVEN_SPACE = (14, 10, 18)
 BATCH = 5
 
 
@@ -259,6 +331,10 @@ def capture(
         recorder.put(stand_in, graph.leaf("input" if name in maps else "leaf", name, p.shape))
         if name.endswith("num_batches_tracked"):
             counted.add(_storage(stand_in))
+    for name, value in _made_by_hooks(module):
+        stand_in = torch.empty(value.shape, dtype=dtype, device="meta")
+        tensors[id(value)] = stand_in
+        recorder.put(stand_in, graph.leaf("leaf", name, value.shape))
     given = {id(t) for t in tensors.values()}
     buffers = {_storage(t) for t in tensors.values() if t is not None}
     calls = _Calls(recorder)
@@ -272,7 +348,7 @@ def capture(
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
         try:
-            with recorder:
+            with OnOneDevice("meta", recorder.moved), _Plainly(), recorder:
                 y = acting(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):
@@ -283,7 +359,10 @@ def capture(
     if contents(acting) != held:
         recorder.remarks.append("keeps state")
     if not isinstance(y, Tensor):
-        raise Refused("returns no single tensor")
+        several = isinstance(y, (tuple, list)) and any(isinstance(t, Tensor) for t in y)
+        refused = Refused("returns more than a map, such as its attention" if several else "returns no single tensor")
+        refused.graph, refused.inner = graph, calls.inner()
+        raise refused
     try:
         output = recorder.get(y)
     except Unsupported:
@@ -291,6 +370,7 @@ def capture(
     if any(_storage(t) in buffers - counted for t in recorder.written):
         recorder.remarks.append("writes into a parameter or buffer")
     result = Captured(graph, output, y.dtype, recorder.strange, recorder.remarks, calls.found)
+    result.inner, result.space = calls.inner(), tuple(shape[2:])
     dead = [weakref.ref(t) for t in recorder._keep if id(t) not in given and t is not x]
     recorder._keep.clear()
     recorder.written.clear()
@@ -300,6 +380,22 @@ def capture(
     return result
 
 
+def _made_by_hooks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the hooks of torch's spectral and weight norm put into its layers before every call."""
+    for path, part in module.named_modules():
+        for hook in part._forward_pre_hooks.values():
+            if is_torch(type(part)) and type(hook) in (SpectralNorm, WeightNorm):
+                value = part.__dict__.get(hook.name)
+                if isinstance(value, Tensor):
+                    yield f"{path}.{hook.name}", value
+
+
+def _is_parametrised(part: nn.Module) -> bool:
+    """Whether it is one of torch's layers, with parametrisations of torch's alone, as spectral norm."""
+    found = getattr(part, "parametrizations", None) if is_parametrized(part) else None
+    return found is not None and is_torch(type(part)) and all(is_torch(type(p)) for p in found.modules())
+
+
 class _Calls:
     """Notes the calls of a twin's parts that take one tensor and give one."""
 
@@ -307,13 +403,36 @@ class _Calls:
         self.recorder = recorder
         self.names: dict[nn.Module, str] = {}
         self.found: list[Call] = []
+        self.spans: list[tuple[int, int]] = []  # of the graph's nodes, those of parts that may be blocks
+
+    def inner(self) -> frozenset[Node]:
+        nodes = self.recorder.graph.nodes()
+        return frozenset(n for start, end in self.spans for n in nodes[start:end])
 
     def __call__(self, part: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self._value(args[0]) if len(args) == 1 and not kwargs else None
-        result = forward(*args, **kwargs)
+        before = self.recorder.graph.size
+        if given is not None and _is_parametrised(part) and part in self.names:
+            result = self._whole(part, forward, args[0], given)
+        else:
+            result = forward(*args, **kwargs)
+        if part in self.names and takes_one_map(type(part)):
+            self.spans.append((before, self.recorder.graph.size))
         made = self._value(result)
         if given is not None and made is not None and part in self.names:
             self.found.append(Call(self.names[part], type(part), given, made))
+        return result
+
+    def _whole(self, part: nn.Module, forward: Any, x: Tensor, given: Value) -> Any:
+        """The result of a layer that is not looked into: it iterates to find its weight."""
+        recorder = self.recorder
+        recorder.paused = True
+        try:
+            result = forward(x)
+        finally:
+            recorder.paused = False
+        if isinstance(result, Tensor):
+            recorder.put(result, opaque(recorder.graph, f"layer {self.names[part]}", [given], result.shape))
         return result
 
     def _value(self, x: Any) -> Value | None:

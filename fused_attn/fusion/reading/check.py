@@ -12,11 +12,21 @@ from torch import Tensor, nn
 
 from ..recipes.recipe import Recipe
 from ..recipes.run import parameter_paths, parameters_of, run
+from .context import OnOneDevice
 from .twin import NoTwin, twin
 
 TOLERANCE = 1e-9
 #: torch's own backward of hard_sigmoid and hard_swish has its sixths in float32.
 TOLERANCE_OF_SIXTHS = 1e-6
+
+
+#: Batches and spaces of the maps that a block is tried on, of which it has to take the first two.
+MAPS = ((2, 6, 5, 4), (3, 7, 9, 3), (1, 1, 3, 2), (2, 4, 4, 4), (2, 1, 1, 1))
+#: Never one sample: torch's backward of a BatchNorm in evaluation is then wrong for gradients that lie as those of a
+#: transposed product do.
+MAPS_OF_ATTENTION = ((2, 6, 5, 4), (3, 7, 9, 3), (2, 1, 3, 2), (2, 4, 4, 4), (2, 1, 1, 1))
+EVEN_MAPS = ((2, 6, 4, 4), (3, 8, 10, 2), (2, 2, 4, 2), (2, 4, 4, 4), (2, 2, 2, 2))
+Maps = tuple[tuple[int, ...], ...]
 
 
 def is_same(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
@@ -56,6 +66,33 @@ class Run:
             if len(a) != len(b) or not all(is_same(*pair, tolerance) for pair in zip(a, b, strict=True)):
                 return what
         return None
+
+
+def check_autocast(
+    block: nn.Module, make: Callable[[nn.Module], Recipe | str], channels: int, rank: int, maps: Maps = MAPS
+) -> str | None:
+    """Why a fused form that is right is not the block under autocast, where the dtype of its result depends on how its
+    sums are written; None where it is."""
+    shape = next(shape for shape, _ in _maps(channels, rank, maps))
+    for dtype in (torch.float32, torch.bfloat16):
+        results: list[torch.dtype] = []
+        for fused in (False, True):
+            acting = randomised(block).float()
+            recipe = make(acting) if fused else None
+            x = torch.ones(shape, dtype=dtype, device="cpu")
+            try:
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), OnOneDevice("cpu"):
+                    if isinstance(recipe, str) or recipe is None:
+                        results.append(acting(x).dtype)
+                    else:
+                        results.append(run(acting, recipe, parameters_of(acting, parameter_paths(recipe)), x).dtype)
+            except Exception:
+                break
+        if len(results) == 1:
+            return "raises under autocast when fused"
+        if len(set(results)) > 1:
+            return "returns another dtype under autocast"
+    return None
 
 
 def random_tensor(
@@ -102,10 +139,9 @@ def put_buffers(module: nn.Module, tensors: dict[int, Tensor | None], generator:
             tensors[id(b)] = torch.full(b.shape, 3, dtype=b.dtype, device="cpu")
 
 
-def _maps(channels: int, rank: int) -> Iterator[tuple[tuple[int, ...], bool]]:
+def _maps(channels: int, rank: int, maps: Maps) -> Iterator[tuple[tuple[int, ...], bool]]:
     """Shapes of maps, and whether a block has to take them."""
-    spaces = ((6, 5, 4), (7, 9, 3), (1, 3, 2), (4, 4, 4), (1, 1, 1))
-    for i, (batch, space) in enumerate(zip((2, 3, 1, 2, 2), spaces, strict=True)):
+    for i, (batch, *space) in enumerate(maps):
         yield (batch, channels, *space[:rank]), i < 2
 
 
@@ -113,7 +149,12 @@ Runner = Callable[[nn.Module, Tensor], Tensor]
 
 
 def check_block(
-    block: nn.Module, make: Callable[[nn.Module], Recipe | str], channels: int, rank: int, tolerance: float = TOLERANCE
+    block: nn.Module,
+    make: Callable[[nn.Module], Recipe | str],
+    channels: int,
+    rank: int,
+    tolerance: float = TOLERANCE,
+    maps: Maps = MAPS,
 ) -> str | None:
     """Why the fused form of a block is not the block; None where it is."""
     try:
@@ -127,7 +168,7 @@ def check_block(
     return differences(
         (original, lambda m, x: m(x)),
         (fused, lambda m, x: run(m, found, parameters_of(m, paths), x)),
-        _maps(channels, rank),
+        _maps(channels, rank, maps),
         "the known block",
         tolerance,
     )
@@ -170,6 +211,7 @@ def _attempt(module: nn.Module, call: Runner, x: Tensor, training: bool) -> Run 
     x = x.clone().requires_grad_()
     try:
         leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
-        return Run.of(lambda: call(module, x), leaves, list(module.buffers()))
+        with OnOneDevice("cpu"):
+            return Run.of(lambda: call(module, x), leaves, list(module.buffers()))
     except Exception as error:
         return type(error).__name__

@@ -16,6 +16,7 @@ from ..recipes import masks
 from ..recipes.own import AS_IN_NN
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 from . import templates
+from .attentions import find_attentions
 from .canonical import Node, Spread, Unsupported, Value
 from .capture import Captured
 from .layers import paths_but
@@ -42,7 +43,7 @@ def _plain_output(value: Value, like: Node) -> bool:
 
 def find(captured: Captured, rank: int) -> Iterator[Found]:
     """What the output of a capture is, of the blocks in `templates`; best first."""
-    graph, output = captured.graph, captured.output
+    output = captured.output
     every = reached(output.node)
     inputs = [n for n in every if n.op == "input"]
     if len(inputs) != 1:
@@ -51,19 +52,27 @@ def find(captured: Captured, rank: int) -> Iterator[Found]:
     for maker in find_selections(captured, x, rank):
         yield Found("selection", maker)
     leaves = sum(n.op == "leaf" for n in every)
-    if not _plain_output(output, x):
+    if _plain_output(output, x):
+        yield from _blocks(captured, x, leaves, rank)
+    else:
         yield from _masks(captured, x, leaves, rank)
-        return
+    for maker in find_attentions(captured, x, rank):
+        yield Found("attention", maker)
+
+
+def _blocks(captured: Captured, x: Node, leaves: int, rank: int) -> Iterator[Found]:
+    """Whose result is a map like theirs."""
+    graph, output = captured.graph, captured.output
     for node, adds_input in _residual(captured, output.node, x):
         yield from _gates(captured, node, x, leaves, rank, adds_input)
-        if adds_input:
-            continue
         for template in templates.modules(rank):
-            if template.leaves == leaves:
+            if template.leaves == leaves and (not adds_input or template.name == "DoubleAttention"):
                 for match in unify(template.output, node, graph, Match()):
                     if match.nodes.get(template.input) is x:
-                        yield Found(template.name, _shell(template, match, rank, x.sizes[1]))
+                        yield Found(template.name, _shell(template, match, rank, x.sizes[1], adds_input))
                         break
+        if adds_input:
+            continue
         for template in templates.self_attentions(rank):
             if template.leaves == leaves:
                 for match in unify(template.output, node, graph, Match()):
@@ -318,7 +327,7 @@ class _Reshaped(nn.Module):
 _DENSE = (nn.Linear, *CONVOLUTIONS)
 
 
-def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
+def _shell(template: Template, match: Match, rank: int, channels: int, adds_input: bool) -> Maker:
     paths: dict[str, set[str]] = {}
     for name, path in match.leaves().items():
         ours, _, what = name.rpartition(".")
@@ -347,10 +356,13 @@ def _shell(template: Template, match: Match, rank: int, channels: int) -> Maker:
             parent, _, last = ours.rpartition(".")
             shell.get_submodule(parent)._modules[last] = shim
             used.append(path)
-        forward = masks.Shell(shell)
+        forward = masks.Shell(shell, adds_input)
         bypassed = tuple(name for name in _every_part(block) if name not in used)
-        functions, fixed = AS_IN_NN[getattr(reference, template.name)]
-        return OwnLayers(forward, template.name, functions, rank=fixed or rank + 2, bypassed=bypassed, whole=True)
+        ours = getattr(reference, template.name)
+        functions, fixed = AS_IN_NN[ours]
+        return OwnLayers(
+            forward, template.name, functions, adds_input, rank=fixed or rank + 2, bypassed=bypassed, whole=True
+        )
 
     def _fitting(layer: nn.Module, place: nn.Module, name: str) -> nn.Module | None:
         if type(layer) is type(place):

@@ -11,6 +11,9 @@ from .canonical import Entry, Graph, Spread, Unsupported, Value, axis_or_none, o
 #: Operator -> function(graph, shape of the first output, *args, **kwargs) -> Value or several.
 OPERATORS: dict[str, Callable[..., Any]] = {}
 
+#: Up to which a number in front of a softmax is taken for minus infinity.
+LOWEST = -1e8
+
 
 def operator(*names: str) -> Callable[[Callable], Callable]:
     def add(function: Callable) -> Callable:
@@ -78,6 +81,42 @@ def _(graph: Graph, shape: Any, a: Value, b: Value, c: Value, *, value: float = 
     return graph.add([a, graph.multiply(b, c)], [1.0, _number(value)])
 
 
+# Matrices with a diagonal, by which the code of a criss-cross attention leaves every position's own out once
+
+
+@operator("full")
+def _(graph: Graph, shape: Sequence[int], size: Any, number: Any, **_: Any) -> Value:
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or math.isnan(number):
+        raise Unsupported
+    return graph.constant(float(number), shape)
+
+
+@operator("diag_embed")
+def _(graph: Graph, shape: Sequence[int], a: Value, *places: Any, **_: Any) -> Value:
+    constant = a.node.op == "poly" and not a.node.inputs and len(a.node.terms) == 1
+    if len(a.layout) != 1 or not constant or places[:1] not in ((), (0,)) or shape[0] == 1:
+        raise Unsupported
+    return graph.diagonal(a.node.terms[0][0], shape[0])
+
+
+@operator("eye")
+def _(graph: Graph, shape: Sequence[int], *_: Any, **__: Any) -> Value:
+    if shape[0] != shape[1] or shape[0] == 1:
+        raise Unsupported
+    return graph.diagonal(1.0, shape[0])
+
+
+@operator("masked_fill")
+def _(graph: Graph, shape: Any, a: Value, mask: Value, number: Any) -> Value:
+    """Of a diagonal: whatever was there makes no difference to a number beside which it vanishes."""
+    if mask.node.op != "diagonal" or mask.node.attrs != (1.0,) or not isinstance(number, (int, float)):
+        raise Unsupported
+    if not number <= LOWEST:
+        raise Unsupported
+    diagonal = graph.diagonal(float(number), mask.node.sizes[0])
+    return graph.add([a, Value(diagonal.node, mask.layout)], [1.0, 1.0])
+
+
 # Functions of one value
 
 for _aten, _name in {
@@ -94,9 +133,14 @@ for _aten, _name in {
     "log": "log",
     "abs": "abs",
     "mish": "mish",
-    "detach": "detach",
 }.items():
     OPERATORS[_aten] = lambda graph, shape, a, name=_name: graph.act(name, a)
+
+
+@operator("detach")
+def _(graph: Graph, shape: Any, a: Value) -> Value:
+    number = a.node.op == "diagonal" or (a.node.op == "poly" and not a.node.inputs)
+    return a if number else graph.act("detach", a)
 
 
 @operator("gelu")
@@ -357,7 +401,19 @@ def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
 
 @operator("bmm")
 def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
+    if b.node.op == "leaf" and isinstance(b.layout[0], Spread):  # a Linear of a map that is not contiguous
+        return graph.dense(a, 2, b.node, shape[2], _weight(b, 2, 1))
     return graph.product(a, b)
+
+
+@operator("baddbmm")
+def _(
+    graph: Graph, shape: Sequence[int], added: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1
+) -> Value:
+    products = OPERATORS["bmm"](graph, shape, a, b)
+    if beta == 0:  # then what would be added is not read
+        return graph.affine(products, _number(alpha))
+    return graph.add([products, added], [_number(alpha), _number(beta)])
 
 
 @operator("addmm")

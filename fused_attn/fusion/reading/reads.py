@@ -221,6 +221,13 @@ def _names_of(code: types.CodeType) -> _Names:
     return found
 
 
+def own_names(function: types.FunctionType) -> frozenset[str]:
+    """What a function itself names."""
+    found = _names_of(function.__code__)
+    matrix = any(step.argrepr in ("@", "@=") for step in dis.get_instructions(function.__code__))
+    return found.attributes | frozenset(found.globals) | (frozenset(("__matmul__",)) if matrix else frozenset())
+
+
 def _identifiers(constants: Iterable[Any]) -> Iterator[str]:
     """The names in strings, also in tuples of such, and the parts of dotted ones."""
     for constant in constants:
@@ -696,7 +703,9 @@ class _Reader:
 
     def _function(self, function: types.FunctionType, keeps: bool = False) -> None:
         module = str(function.__module__ or "")
-        if _root(module) in ("torch", "fused_attn") or (_is_library(module) and _root(module) not in _TRUSTED):
+        if _root(module) in ("torch", "einops", "fused_attn") or (
+            _is_library(module) and _root(module) not in _TRUSTED
+        ):
             self.key.append(token(function))
             if _root(module) == "fused_attn":  # of its own blocks the options count, and nothing else changes
                 self.names.update(dict.fromkeys(sorted(_names_of(function.__code__).attributes)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
@@ -14,14 +14,23 @@ from torch import nn
 from ...reference.block_attention import CONVOLUTIONS
 from ..recipes.names import host_of
 from ..recipes.recipe import ChannelGate, Recipe
-from .canonical import Node
-from .capture import BATCH, SPACE, Captured, Refused, capture
-from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, check_block
+from .attentions import is_attention, is_soft, why_no_attention
+from .canonical import SIZED, Node
+from .capture import BATCH, EVEN_SPACE, SPACE, Captured, Refused, capture, takes_one_map
+from .check import (
+    EVEN_MAPS,
+    MAPS,
+    MAPS_OF_ATTENTION,
+    TOLERANCE,
+    TOLERANCE_OF_SIXTHS,
+    check_autocast,
+    check_block,
+)
 from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
 from .match import reached
-from .reads import Reads, is_torch, reads_of, restore
+from .reads import Reads, own_names, reads_of, restore
 from .selections import why_no_selection
 
 MAX_PARTS = 60
@@ -48,21 +57,9 @@ def is_candidate(block: nn.Module) -> bool:
 def has_own_forward(block: nn.Module) -> bool:
     """Whether it is of somebody's class, with a forward of its own that one argument is enough for."""
     cls = host_of(type(block))
-    if is_torch(cls) or "forward" in block.__dict__ or cls.__call__ is not nn.Module.__call__:
+    if "forward" in block.__dict__ or cls.__call__ is not nn.Module.__call__:
         return False
-    forward: Any = cls.forward
-    if forward is nn.Module.forward or not inspect.isfunction(forward) or is_torch(forward):
-        return False
-    if isinstance(block, (torch.fx.GraphModule, torch.jit.ScriptModule)):
-        return False
-    if forward.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
-        return False
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    positional = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    rest = [p for p in parameters if p.default is p.empty and p not in positional and p.kind is p.KEYWORD_ONLY]
-    return len(positional) == 1 and not rest
+    return takes_one_map(cls) and not isinstance(block, (torch.fx.GraphModule, torch.jit.ScriptModule))
 
 
 def outcome_of(block: nn.Module) -> Outcome:
@@ -119,10 +116,11 @@ def _ranks(block: nn.Module) -> list[int]:
 
 def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
     """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
+    spaces = (SPACE, EVEN_SPACE) if _may_attend(block) else (SPACE,)
     for rank in _ranks(block):
-        for channels in channel_guesses(block):
+        for space, channels in itertools.product(spaces, channel_guesses(block)):
             try:
-                yield rank, channels, capture(block, (BATCH, channels, *SPACE[:rank]))
+                yield rank, channels, capture(block, (BATCH, channels, *space[:rank]))
                 break
             except Refused as refusal:
                 yield rank, channels, refusal
@@ -133,13 +131,13 @@ def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]
 
 def _examine(block: nn.Module, read: Reads) -> Outcome:
     if read.remark is not None:  # then it is not run, so that what it is can only be guessed
-        return Outcome(None, read.remark if _may_be_gate(block, read) else None)
+        return Outcome(None, read.remark if _may_be_gate(block, read) or _may_attend(block) else None)
     first_reason: Outcome | None = None
     rectangles = False
     for rank, channels, captured in _captures(block):
         rectangles = True
         if isinstance(captured, Refused):
-            if captured.graph is not None and any(_is_gate(n) for n in captured.graph.nodes() if n.op == "act"):
+            if _concerns(captured) or _may_attend(block):
                 first_reason = first_reason or Outcome(None, str(captured), channels, rank)
             continue
         reason = None
@@ -150,7 +148,19 @@ def _examine(block: nn.Module, read: Reads) -> Outcome:
         reason = reason or why_not(captured)
         if reason is not None and first_reason is None:
             first_reason = Outcome(None, reason, channels, rank)
-    return first_reason or (Outcome() if rectangles else _square_only(block))
+    if first_reason is not None or rectangles:
+        return first_reason or Outcome()
+    return _square_only(block)
+
+
+def _concerns(refused: Refused) -> bool:
+    """Whether what was refused has a gate, or an attention that is not one of its parts'."""
+    if refused.graph is None:
+        return False
+    if refused.inner is None:
+        return any(_is_gate(n) for n in refused.graph.nodes() if n.op == "act")
+    own = (n for n in refused.graph.nodes() if n not in refused.inner and is_attention(n))
+    return any(is_soft(n) for node in own for n in node.inputs)
 
 
 def _of_any_rank(block: nn.Module, found: Found, rank: int) -> Found:
@@ -185,6 +195,18 @@ def _may_be_gate(block: nn.Module, read: Reads) -> bool:
     return len(wide) < 5 and any(n in named for n in _POOLS) and any(n in named for n in gates)
 
 
+_PRODUCTS = ("bmm", "matmul", "einsum", "baddbmm", "__matmul__")
+
+
+def _may_attend(block: nn.Module) -> bool:
+    """Whether its own code, not that of its parts, names a softmax and products, and it has convolutions for them."""
+    cls: Any = host_of(type(block))
+    named = own_names(cls.forward)
+    soft = any(n in named for n in _SELECTING)
+    layers = [part for part in block.children() if isinstance(part, CONVOLUTIONS)]
+    return soft and len(layers) > 1 and any(n in named for n in _PRODUCTS)
+
+
 def _square_only(block: nn.Module) -> Outcome:
     """Of a module that raises for maps that are not square."""
     for channels in channel_guesses(block):
@@ -192,7 +214,7 @@ def _square_only(block: nn.Module) -> Outcome:
             captured = capture(block, (BATCH, channels, 13, 13))
         except Exception:
             continue
-        if next(find(captured, 2), None) is not None:
+        if any(not isinstance(found.recipe(block), str) for found in find(captured, 2)):
             return Outcome(None, "takes square maps only", channels)
     return Outcome()
 
@@ -207,27 +229,23 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
         return bent
     if captured.remarks:
         return captured.remarks[0]
-    sizes = [
-        (1, *(1, 1, 1)[:rank]),
-        (2, *(7, 7, 7)[:rank]),
-        (4, *(56, 56, 16)[:rank]),
-        (8, *(224, 160, 24)[:rank]),
-        (2, *(5, 64, 9)[:rank]),
-    ]
+    own = (BATCH, channels, *captured.space)
+    sizes = [(batch, *space[:rank]) for batch, *space in (_SIZES if found.kind != "attention" else _SIZES_OF_POOLED)]
     for training in (False, True):
         try:
-            watched = capture(block, (BATCH, channels, *SPACE[:rank]), training=training)
-            others = [
-                capture(block, (BATCH, channels, *SPACE[:rank]), training=training, dtype=dtype)
+            watched = capture(block, own, training=training)
+            others = {
+                dtype: capture(block, own, training=training, dtype=dtype)
                 for dtype in (torch.bfloat16, torch.float16, torch.float64)
-            ]
+                if not (found.kind == "attention" and _mixes(block, own, dtype))
+            }
         except Exception as error:
             return f"raises {type(error).__name__} in {'training' if training else 'evaluation'} mode or half precision"
         if watched.remarks:
             return watched.remarks[0]
-        if [other.dtype for other in others] != [torch.bfloat16, torch.float16, torch.float64]:
+        if any(other.dtype != dtype for dtype, other in others.items()):
             return "returns another dtype than it gets"
-        if any(_skeleton(other.output.node) != _skeleton(watched.output.node) for other in others):
+        if any(_skeleton(other.output.node) != _skeleton(watched.output.node) for other in others.values()):
             return "branches on the dtype"
         if training and _skeleton(watched.output.node) != _skeleton(captured.output.node):
             return "computes something else in training"
@@ -241,12 +259,30 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
             if batch > 1 and space[0] > 1 and _skeleton(other.output.node) != _skeleton(watched.output.node):
                 return "branches on the size of the map"
     sixths = any(n.op == "act" and n.attrs[0] in ("hard_sigmoid", "hard_swish") for n in reached(captured.output.node))
-    if _branches_on_sizes(block, channels, rank):
+    if _branches_on_sizes(block, own, _PAIRS if found.kind != "attention" else _PAIRS_OF_POOLED):
         return "branches on the size of the map"
     if _branches_on_channels(block, channels, rank, captured):
         return "branches on the number of channels"
-    return check_block(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE)
+    attends = found.kind == "attention"
+    maps = (EVEN_MAPS if captured.space == EVEN_SPACE[:rank] else MAPS_OF_ATTENTION) if attends else MAPS
+    why = check_block(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE, maps)
+    if why is None and attends:
+        why = check_autocast(block, found.recipe, channels, rank, maps)
+    return why
 
+
+def _mixes(block: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether it takes no maps of a dtype without autocast, as where it adds a mask in float32 to its logits: then
+    there is nothing that a fused block would have to equal."""
+    try:
+        capture(block, shape, dtype=dtype)
+    except RuntimeError as error:
+        return "dtype" in str(error) or "scalar type" in str(error)
+    return False
+
+
+#: Maps on which a block computes the same; one that raises on small ones may.
+_SIZES = ((1, 1, 1, 1), (2, 7, 7, 7), (4, 56, 56, 16), (8, 224, 160, 24), (2, 5, 64, 9))
 
 #: Batches (of one, axes are left out) and spaces with as many positions, so that a block that divides by their number
 #: does so by the same: what its computations differ in then comes of a branch.
@@ -261,8 +297,22 @@ _PAIRS = (
 )
 
 
-def _branches_on_sizes(block: nn.Module, channels: int, rank: int) -> bool:
-    for pair in _PAIRS:
+#: The same for blocks that pool a part of the map by up to eight: there the numbers of positions are equal too.
+_SIZES_OF_POOLED = ((1, 1, 1, 1), (2, 18, 18, 18), (4, 56, 56, 16), (8, 224, 160, 24), (2, 20, 64, 18))
+_PAIRS_OF_POOLED = (
+    ((2, 32, 32, 16), (4000, 32, 32, 16)),
+    ((2, 32, 32, 16), (33, 64, 16, 16)),
+    ((2, 48, 48, 16), (9, 144, 16, 16)),
+    ((3, 64, 64, 16), (2, 256, 16, 16)),
+    ((4, 64, 48, 16), (2, 16, 192, 16)),
+    ((2, 640, 960, 16), (70, 960, 640, 16)),
+    ((8, 224, 160, 16), (16, 320, 112, 16)),
+)
+
+
+def _branches_on_sizes(block: nn.Module, shape: tuple[int, ...], pairs: Any) -> bool:
+    channels, rank = shape[1], len(shape) - 2
+    for pair in pairs:
         alike = [(batch, channels, *space[:rank]) for batch, *space in pair]
         if rank == 1:
             alike[1] = (alike[1][0], *alike[0][1:])
@@ -273,7 +323,7 @@ def _branches_on_sizes(block: nn.Module, channels: int, rank: int) -> bool:
         if first != second:
             return True
     try:
-        capture(block, (0, channels, *SPACE[:rank]))
+        capture(block, (0, *shape[1:]))
     except Refused:  # where the others are not
         return True
     except Exception:  # as of a maximum
@@ -285,7 +335,7 @@ def _branches_on_channels(block: nn.Module, channels: int, rank: int, captured: 
     """Of a block that takes maps of other channels."""
     for other in (2 * channels, channels // 2 + 1):
         try:
-            found = capture(block, (BATCH, other, *SPACE[:rank]))
+            found = capture(block, (BATCH, other, *captured.space))
         except Exception:
             continue
         if _skeleton(found.output.node) != _skeleton(captured.output.node):
@@ -305,7 +355,7 @@ def _skeleton(node: Node, exact: bool = False) -> Any:
                 attrs = tuple(factors for _, factors in n.attrs)
             elif n.op == "batch_norm":
                 attrs = (n.attrs[0], n.attrs[2])
-            elif n.op in ("slice", "opaque", "unflatten"):
+            elif n.op in SIZED:
                 attrs = n.attrs[:1]
             children = tuple(walk(i) for i in n.inputs)
             if n.op == "poly":
@@ -327,6 +377,9 @@ def why_not(captured: Captured) -> str | None:
     selected = why_no_selection(captured)
     if selected is not None:
         return [*captured.remarks, *captured.strange, selected][0]
+    attends = why_no_attention(captured)
+    if attends is not None:
+        return [*captured.remarks, attends][0]
     if output.node.op == "poly":
         gates = [
             [n for n, _ in factors if n.op != "input"]

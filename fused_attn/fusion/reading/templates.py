@@ -155,6 +155,8 @@ MODULES: list[tuple[str, dict[str, tuple], tuple[tuple[str, ...], ...]]] = [
     ("TripletAttention", {"no_spatial": (False, True), "ties": ("first", "even")}, ((),)),
     ("CoordinateAttention", {"activation": (ACTIVATION,), "gate": (GATE,)}, ((), ("conv",), ("conv1",))),
     ("SimAM", {"e_lambda": (1e-4,)}, ((),)),
+    ("DoubleAttention", {"distribute": ("channels", "positions")}, ((), ("conv",))),
+    ("ExternalAttention", {"memory": (64, 128, 32, 16, 8)}, ((), ("conv1",))),
     (
         "NonLocal",
         {
@@ -174,15 +176,16 @@ def modules(rank: int) -> tuple[Template, ...]:
     for name, grid, bare in MODULES:
         for values, layers in itertools.product(itertools.product(*grid.values()), bare):
             options = dict(zip(grid, values, strict=True))
-            if name in ("BAM", "NonLocal"):
+            if name in ("BAM", "DoubleAttention", "NonLocal"):
                 options["rank"] = rank
-            elif rank != 2 and name in ("TripletAttention", "CoordinateAttention"):
+            elif rank != 2 and name in ("CoordinateAttention", "ExternalAttention", "TripletAttention"):
                 continue
             build = functools.partial(without_bias, getattr(reference, name), layers, channels=CHANNELS, **options)
             with torch.device("meta"):
                 block = build()
             tensors = (*block.named_parameters(), *block.named_buffers())
-            leaves = sum(not key.endswith("num_batches_tracked") for key, _ in tensors)
+            unread = ("num_batches_tracked", "convB.bias")  # a softmax does not see what all its logits have in common
+            leaves = sum(not key.endswith(unread) for key, _ in tensors)
             options["bare"] = layers
             found.append(Template("module", name, build, options, rank, leaves))
     return tuple(found)

@@ -76,10 +76,11 @@ class SelfAttention:
 
 
 class Shell:
-    """Runs a module of `fused_attn.nn` that has the block's own layers in it."""
+    """Runs a module of `fused_attn.nn` that has the block's own layers in it; adds_input: and adds the map."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, adds_input: bool) -> None:
+        self.module, self.adds_input = module, adds_input
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
-        return type(self.module).forward(self.module, x)
+        y = type(self.module).forward(self.module, x)
+        return x + y if self.adds_input else y

@@ -187,8 +187,10 @@ class ScaledByPositions(PAM_Module):
         return self.gamma * (value @ attention.mT).reshape(n, c, h, w) + x
 
 
-@look_alike
+@expect("NonLocal")
 class WithoutTheMap(PAM_Module):
+    """Its result alone."""
+
     def forward(self, x):
         return super().forward(x) - x
 
