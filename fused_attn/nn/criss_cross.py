@@ -21,8 +21,10 @@ def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrenc
     of the sums: that is the same, as the weights add up to 1."""
     if not is_ordinary(x):
         return reference.criss_cross.attend(x, query, key, value, gamma, recurrence)
-    one_dtype = x.dtype == query.weight.dtype == key.weight.dtype == value.weight.dtype == gamma.dtype
-    if not one_dtype or torch.is_autocast_enabled(x.device.type) or not are_products(query, key, value):
+    # In half precision gamma times the values' weight would be rounded.
+    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    products = exact and are_products(query, key, value)
+    if not (products and {t.dtype for t in (query.weight, key.weight, value.weight, gamma)} == {x.dtype}):
         return attend_to_values(x, query, key, value, gamma, recurrence)
     weight = torch.cat([matrix(query), matrix(key)])
     biases = [torch.zeros_like(c.weight[:, 0, 0, 0]) if c.bias is None else c.bias for c in (query, key)]
