@@ -128,14 +128,14 @@ class _Attend(torch.autograd.Function):
         of_weight, of_bias, of_last = (torch.zeros_like(t) for t in (weight, bias, of_value))
         of_last_bias = None if bias_of_value is None else torch.zeros_like(bias_of_value)
         rows = _rows(grad)
+        of_attended = torch.empty_like(rows)
         while kept:
             *kept, query, key, y, attended, state = kept
             of_last.addmm_(rows.t(), _rows(attended))
             if of_last_bias is not None:
                 of_last_bias += rows.sum(0)
-            grad_attended = _as_map(rows @ of_value, x)
-            of_maps = below(BACKWARD[ctx.backend], grad_attended, query, key, y, attended, state)
-            del grad_attended, attended
+            of_sums = _as_map(torch.mm(rows, of_value, out=of_attended), x)
+            of_maps = below(BACKWARD[ctx.backend], of_sums, query, key, y, attended, state)
             of_products = torch.cat([_rows(t) for t in of_maps[:2]], 1)
             of_weight.addmm_(of_products.t(), _rows(y))
             of_bias += of_products.sum(0)

@@ -263,7 +263,8 @@ def test_every_attention(name, how):
         net, shape = nn.Sequential(nn.Conv1d(3, channels, 3), block), (*shape[:2], 42)
     net = randomised(net.double().train(how == "dynamic training"))
     (node,) = blocks_of(net, random(*shape, dtype=torch.float64), dynamic=how == "dynamic training")
-    assert node.target.__name__ == ("PositionAttention" if name.startswith("WithoutTheMap") else kind)  # with the sum inside
+    # In a graph the sum inside WithoutTheMap is found with it.
+    assert node.target.__name__ == ("PositionAttention" if name.startswith("WithoutTheMap") else kind)
 
 
 @pytest.mark.parametrize("training", [False, True])
