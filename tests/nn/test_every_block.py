@@ -155,3 +155,18 @@ def test_in_a_checkpoint(name):
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_layer_is_called_where_somebody_listens(name):
+    """As the reference calls it. What a hook makes of its result, or its weight, counts."""
+    found = []
+    for block in pair(name, training=True):
+        called: list[str] = []
+        for path, layer in block.named_modules():
+            if path and not [*layer.children()]:
+                layer.register_forward_hook(lambda _, __, y, path=path: called.append(path) or 2 * y)
+        found.append((block(random(3, 8, 6, 5, dtype=torch.float64)), called))
+    (mine, called), (theirs, expected) = found
+    assert called == expected
+    torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
