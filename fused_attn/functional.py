@@ -1163,7 +1163,7 @@ def _check_excitation(
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     autocast = _check_map(query, "query")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number; got {scale!r}")
     for argument, tensor in (("key", key), ("value", value)):
         _check_tensor(argument, tensor, query)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from .. import functional, reference
-from ..backends import choose, is_ordinary
+from ..backends import are_plain, choose, is_ordinary
 from ..ops.common import below, differentiable_backward, is_channels_last, wants_graph
 from ..ops.criss_cross_attention import BACKWARD, FORWARD
 from .pointwise import are_products, matrix
@@ -22,8 +22,9 @@ def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrenc
     if not is_ordinary(x):
         return reference.criss_cross.attend(x, query, key, value, gamma, recurrence)
     # In half precision gamma times the values' weight would be rounded.
-    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-    products = exact and are_products(query, key, value)
+    known = x.device.type != "meta" and are_products(query, key, value)
+    exact = known and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    products = exact and are_plain(query.weight, key.weight, value.weight, query.bias, key.bias, value.bias, gamma)
     if not (products and {t.dtype for t in (query.weight, key.weight, value.weight, gamma)} == {x.dtype}):
         return attend_to_values(x, query, key, value, gamma, recurrence)
     weight = torch.cat([matrix(query), matrix(key)])

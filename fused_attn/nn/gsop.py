@@ -15,6 +15,7 @@ from ..reference.block_attention import uses_batch_statistics
 from ..reference.gsop import SIDE
 from .deterministic import torch_has_no_deterministic
 from .normalised import normalised
+from .pointwise import are_products, is_hooked
 from .selection import folded
 
 
@@ -92,7 +93,7 @@ def mean_of_windows(x: Tensor, height: int, width: int) -> Tensor:
 def reduced_to_side(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """conv, BatchNorm and the means of 8x8 windows; these first where that saves work."""
     pays = not torch.compiler.is_compiling() and x.shape[2] * x.shape[3] >= 8 * SIDE * SIDE
-    plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+    plain = are_products(conv) and type(norm) is nn.BatchNorm2d and not is_hooked(norm)
     if not (pays and plain) or uses_batch_statistics(norm):
         return mean_of_windows(norm(conv(x)), SIDE, SIDE)
     # Folded, also because torch 2.13's BatchNorm on CPUs has wrong gradients of one sample where those that come to it

@@ -19,6 +19,7 @@ from .. import functional
 from ..reference.block_attention import affine_of, uses_batch_statistics
 from ..reference.selection import Layers
 from ..reference.squeeze import Excitation
+from .pointwise import is_hooked
 
 
 def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
@@ -32,13 +33,15 @@ def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _runs_itself(norm: Any) -> bool:
-    """Whether a norm cannot be folded: it takes statistics from its input, or is what somebody put in its place."""
-    return not isinstance(norm, _BatchNorm) or uses_batch_statistics(norm)
+    """Whether a norm cannot be folded: it takes statistics from its input, is what somebody put in its place, or has
+    somebody listening to it."""
+    return not isinstance(norm, _BatchNorm) or uses_batch_statistics(norm) or is_hooked(norm)
 
 
 def _is_one_op(excitation: Layers) -> bool:
-    layers = isinstance(excitation.fc1, torch.nn.Conv2d) and isinstance(excitation.fc2, torch.nn.Conv2d)
-    return layers and (excitation.norm is None or not _runs_itself(excitation.norm))
+    layers = excitation.fc1, excitation.fc2
+    plain = all(isinstance(layer, torch.nn.Conv2d) and not is_hooked(layer) for layer in layers)
+    return plain and (excitation.norm is None or not _runs_itself(excitation.norm))
 
 
 def call(norm: Any, x: Tensor) -> Tensor:

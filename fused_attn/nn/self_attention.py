@@ -16,8 +16,10 @@ def channel_self_attention(x: Tensor, gamma: Tensor) -> Tensor:
     gamma goes into the (C, C) weights and the sum into the second product, so that x is read three times and the
     result written once. channels_last maps are multiplied as they lie.
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return plain_channel_self_attention(x, gamma)  # the product is then in half precision; x is added in its own
+    # Under autocast the product is in half precision, and x is added in its own. What inference mode has made cannot be
+    # kept for the gradient of the weights that gamma is in.
+    if (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)) or x.is_inference():
+        return plain_channel_self_attention(x, gamma)
     rows = x.flatten(2)
     weights = (gamma * (-(rows @ rows.transpose(1, 2))).softmax(2)).to(x.dtype)
     if is_channels_last(x) and not x.is_contiguous():

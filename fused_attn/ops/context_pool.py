@@ -146,7 +146,7 @@ class _Gate(torch.autograd.Function):
         gate, x = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             dots = None
-        elif wants_graph():
+        elif wants_graph(grad):
             dots = (grad * x).sum(space(x)).to(gate.dtype)
         else:
             dots = below(DOTS[ctx.backend], grad, [x], 1, None, None, IDENTITY).squeeze(1).to(gate.dtype)

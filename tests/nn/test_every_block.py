@@ -157,16 +157,62 @@ def test_in_a_checkpoint(name):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
 
+def listened(block: nn.Module) -> list[str]:
+    """Gets the path of each layer that is called, whose result is then doubled."""
+    called: list[str] = []
+
+    def doubled(path: str) -> Callable:
+        return lambda layer, arguments, y: called.append(path) or 2 * y  # type: ignore[func-returns-value]
+
+    for path, layer in block.named_modules():
+        if path and not [*layer.children()]:
+            layer.register_forward_hook(doubled(path))
+    return called
+
+
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_layer_is_called_where_somebody_listens(name):
-    """As the reference calls it. What a hook makes of its result, or its weight, counts."""
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_is_called_where_somebody_listens(name, training):
+    """As the reference calls it. What a hook makes of its result, or its weight, counts. A large map: some do less
+    for those."""
     found = []
-    for block in pair(name, training=True):
-        called: list[str] = []
-        for path, layer in block.named_modules():
-            if path and not [*layer.children()]:
-                layer.register_forward_hook(lambda _, __, y, path=path: called.append(path) or 2 * y)
-        found.append((block(random(3, 8, 6, 5, dtype=torch.float64)), called))
+    for block in pair(name, training):
+        called = listened(block)
+        found.append((block(random(3, 8, 26, 25, dtype=torch.float64)), called))
     (mine, called), (theirs, expected) = found
     assert called == expected
     torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_batched(name):
+    found = []
+    for block in pair(name, training=True):
+        x = random(3, 8, 6, 5, dtype=torch.float64).requires_grad_()
+        y = block(x)
+        grads = random(2, *y.shape, seed=1, dtype=torch.float64)
+        found.append(torch.autograd.grad(y, [x, *block.parameters()], grads, is_grads_batched=True))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_without_numbers(name):
+    block = BLOCKS[name](fused_attn.nn).eval().to("meta")
+    x = torch.empty(3, 8, 6, 5, device="meta")
+    assert block(x).shape == BLOCKS[name](reference).eval()(random(3, 8, 6, 5)).shape
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_maps_of_inference_mode(name):
+    with torch.inference_mode():
+        x = random(3, 8, 6, 5, dtype=torch.float64)
+    found: list[object] = []
+    for block in pair(name, training=False):
+        try:
+            found.append(block(x).detach())
+        except RuntimeError as error:
+            found.append(str(error))
+    mine, theirs = found
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)

@@ -233,11 +233,15 @@ def test_as_good_as_the_reference(name, layout, own):
     assert_as_good_as_reference(original, block, x)
 
 
-def test_under_autocast():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(dtype, own):
+    """torch samples in float32 there, whatever the map is in."""
     block, original, x = build("2-D", fused_nn)
+    leaf = x.to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = block.float()(x.float())
-    assert y.dtype == torch.float32
+        y = block.float()(leaf)
+    y.sum().backward()
+    assert y.dtype == torch.float32 and leaf.grad.dtype == dtype
     torch.testing.assert_close(y.double(), original(x), rtol=0.1, atol=0.1)
 
 

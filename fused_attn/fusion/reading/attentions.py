@@ -23,7 +23,7 @@ from ...nn.non_local import concatenation_attention, dot_attention
 from ...reference.block_attention import CONVOLUTIONS
 from ...reference.non_local import weighted_channels
 from ..recipes.recipe import OwnLayers, Recipe
-from ..recipes.run import Unsuited, layer_at, parameter_at, split_path
+from ..recipes.run import Unsuited, layer_at, number_at, parameter_at, split_path
 from .canonical import Entry, Node, Spread, Unsupported, Value, plain
 from .capture import EVEN_SPACE, Call, Captured
 from .layers import is_dense, paths_but
@@ -719,7 +719,7 @@ def _regrouped(terms: Terms, term: Any, factor: tuple[Node, Axes], node: Node) -
 
 def _number(block: nn.Module, x: Tensor, path: Any, rank: int) -> Tensor:
     """A parameter of one number, which counts in a result's dtype unless it has no dimension."""
-    number: Any = parameter_at(block, path)
+    number = number_at(block, path)
     return number if number.dim() == 0 else number.reshape((1,) * rank)
 
 
@@ -766,10 +766,14 @@ class _Attending:
 
     def __init__(self, steps: list[Step], in_place: bool, even: bool) -> None:
         self.steps, self.in_place, self.even = steps, in_place, even
+        functions = [f for f, *_ in steps if isinstance(f, functools.partial) and f.func is _number]
+        self.numbers = [f.keywords["path"] for f in functions]
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.even and any(n % 2 for n in x.shape[2:]):
             raise Unsuited(f"x: expected even sizes; got shape {tuple(x.shape)}")
+        for path in self.numbers:  # before a layer has run
+            number_at(block, path)
         values: list[Any] = [x]
         for function, places, gone in self.steps:
             given = [values[i] for i in places]

@@ -12,7 +12,7 @@ from ...nn.self_attention import channel_self_attention
 from ...reference.channel_gate import excite, gate_alone
 from ...reference.self_attention import attended_channels
 from .recipe import ChannelGate, SpatialGate
-from .run import layer_at, parameter_at, parameter_paths, split_path
+from .run import layer_at, number_at, parameter_at, parameter_paths, split_path
 
 
 def channel_mask(block: nn.Module, gate: ChannelGate, x: Tensor) -> Tensor:
@@ -63,8 +63,7 @@ class SelfAttention:
         self.gamma, self.layers, self.scale = split_path(gamma), layers, scale
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
-        gamma = parameter_at(block, self.gamma)
-        assert gamma is not None
+        gamma = number_at(block, self.gamma)
         if self.layers:
             query, key, value = (layer_at(block, path)(x) for path in self.layers)
             y = functional.position_attention(query, key, value, scale=self.scale)

@@ -49,6 +49,14 @@ class Unsuited(TypeError):
     """Raised before any layer of a block has run: for a map that its own forward may take."""
 
 
+def number_at(block: nn.Module, path: tuple[str, str] | None) -> Tensor:
+    """A parameter that was one number when the block was recognised; Unsuited where it is not any more."""
+    number: Any = parameter_at(block, path)
+    if not isinstance(number, Tensor) or number.numel() != 1:
+        raise Unsuited(f"{path}: expected a tensor of one number")
+    return number
+
+
 #: The tensors at `parameter_paths`.
 Parameters = tuple[Tensor | None, ...]
 

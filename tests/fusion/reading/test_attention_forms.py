@@ -22,6 +22,7 @@ from tests.fusion.reading.pasted_attention_forms import (
     EinsumCrissCross,
     Scale,
 )
+from tests.fusion.reading.pasted_attentions import CAM_Module, PAM_Module
 
 
 def started(block: nn.Module) -> nn.Module:
@@ -409,3 +410,24 @@ def test_mmcvs_keys_load_into_our_criss_cross_attention():
     ours.load_state_dict(theirs.state_dict())
     x = random(2, 32, 7, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+GAMMAS = {
+    "a number": 0.3,
+    "without dimensions": torch.tensor(0.3, dtype=torch.float64),
+    "of each column": torch.linspace(-1, 1, 5, dtype=torch.float64),
+    "of each channel": torch.linspace(-1, 1, 32, dtype=torch.float64).view(1, -1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("build", [CrissCrossAttention, PAM_Module, CAM_Module])
+def test_gamma_becomes_something_else(build, gamma):
+    """After fuse: the block then runs as it was written."""
+    plain = started(build(32)).double()
+    block = fuse(copy.deepcopy(plain), strict=True)
+    number = GAMMAS[gamma]
+    for b in (block, plain):
+        del b.gamma
+        b.gamma = nn.Parameter(number.clone()) if isinstance(number, torch.Tensor) else number
+    same_as(block, plain, random(2, 32, 5, 5, dtype=torch.float64))
