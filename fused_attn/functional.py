@@ -667,7 +667,9 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: floa
 
     Returns:
         (B, E, *space) in value's dtype, and in its layout where it has the query's space. Backward keeps the inputs,
-        the result and two numbers a position; no matrix of pairs is written, in either direction.
+        the result and two numbers a position; no matrix of pairs is written, in either direction. As in flash
+        attention the softmax's backward subtracts gradient . result, rounded by itself: where one product outdoes the
+        others by thousands, the gradients of query and key are zero but for that rounding times key or query.
 
     Equivalent to `scaled_dot_product_attention` over `t.flatten(2).transpose(1, 2)` of each, with that scale. (Where
     the value has another width than query and key, torch's own writes that matrix on a CPU.)
@@ -689,7 +691,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Returns:
         A map of value's shape, dtype and layout. Backward keeps the inputs, the result and two numbers a position; no
-        (H + W) weights a position are written, in either direction.
+        (H + W) weights a position are written, in either direction. Gradients are rounded as `position_attention`'s.
 
     Source: CCNet, arXiv:1811.11721; without the block's convolutions and its residual.
     """

@@ -141,6 +141,7 @@ class _Attend(torch.autograd.Function):
             of_weight.addmm_(of_products.t(), _rows(y))
             of_bias += of_products.sum(0)
             rows = _rows(of_maps[2]).add_(rows).addmm_(of_products, weight)
+        del of_attended, of_sums, of_maps, of_products  # before there is one more
         return None, None, _in_layout_of(rows, x), of_weight, of_bias, of_last, of_last_bias
 
 

@@ -10,6 +10,10 @@ from ..ops.common import is_channels_last
 from ..reference.self_attention import channel_self_attention as plain_channel_self_attention
 
 
+def made_in_inference_mode(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.is_inference()
+
+
 def channel_self_attention(x: Tensor, gamma: Tensor) -> Tensor:
     """x + gamma * softmax(-x x^T) x over the channels of x, (B, C, *spatial); gamma: (1,).
 
@@ -18,7 +22,7 @@ def channel_self_attention(x: Tensor, gamma: Tensor) -> Tensor:
     """
     # Under autocast the product is in half precision, and x is added in its own. What inference mode has made cannot be
     # kept for the gradient of the weights that gamma is in.
-    if (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)) or x.is_inference():
+    if (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)) or made_in_inference_mode(x):
         return plain_channel_self_attention(x, gamma)
     rows = x.flatten(2)
     weights = (gamma * (-(rows @ rows.transpose(1, 2))).softmax(2)).to(x.dtype)

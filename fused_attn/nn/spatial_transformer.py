@@ -159,7 +159,7 @@ def grid_sample(x: Tensor, grid: Tensor, *, padding_mode: str = "zeros", align_c
     differentiated again, and deterministic on CUDA where `torch.use_deterministic_algorithms` asks for that."""
     if is_ordinary(x) and are_plain(grid) and needs_node(x, grid):
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            x, grid = x.float(), grid.float()  # as torch does
+            x, grid = (t if t.dtype == torch.float64 else t.float() for t in (x, grid))  # as torch does
         if not torch.compiler.is_compiling():
             return _Sample.apply(x, grid, padding_mode, align_corners)
         if torch_has_no_deterministic(x):

@@ -134,13 +134,11 @@ def test_frozen_statistics_in_a_block_that_trains(frozen):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_in_eval_a_normalised_map_is_not_written(name):
+def test_in_eval_a_normalised_map_is_not_written(name, monkeypatch):
     """Between the convolutions and y is one operator."""
     block = BLOCKS[name](fused_nn).eval()
     calls = []
-    for norm in block.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda norm, x: calls.append(norm) or x)
     with torch.no_grad():
         block(random(2, 16, 5, 5))
     assert not calls
