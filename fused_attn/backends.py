@@ -153,6 +153,11 @@ def is_ordinary(x: Tensor) -> bool:
     return type(x) in PLAIN and forward_ad._current_level < 0 and not _in_functorch() and _jit_tracing() is None
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; torch knows of none on "meta"."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether none of them is a subclass."""
     for tensor in tensors:  # noqa: SIM110 (a generator would cost more than the rest)

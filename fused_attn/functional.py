@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import are_plain, choose, is_ordinary
+from .backends import are_plain, autocasts, choose, is_ordinary
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
 from .reference.norm_gate import update_statistics
@@ -900,8 +900,7 @@ def _check_map(x: Tensor, argument: str = "x") -> bool:
         raise ValueError(
             f"{argument}: expected (B, C, *spatial) with one to three spatial axes; got shape {tuple(x.shape)}"
         )
-    device = x.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
+    return autocasts(x)
 
 
 def _check_branches(branches: Tensor | Sequence[Tensor], paths: int | None) -> tuple[list[Tensor], bool]:
@@ -1163,17 +1162,21 @@ def _check_excitation(
         _check_parameter("bias2", bias2, (channels,), x, autocast)
 
 
+def _check_beside_query(argument: str, tensor: Tensor, query: Tensor, autocast: bool) -> None:
+    _check_tensor(argument, tensor, query)
+    if tensor.dtype != query.dtype and not autocast:
+        raise TypeError(f"{argument}: expected query's dtype, {query.dtype} (or autocast); got {tensor.dtype}")
+
+
 def _check_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     autocast = _check_map(query, "query")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number; got {scale!r}")
     for argument, tensor in (("key", key), ("value", value)):
-        _check_tensor(argument, tensor, query)
+        _check_beside_query(argument, tensor, query, autocast)
         if not 3 <= tensor.dim() <= 5:
             expected = "one to three spatial axes"
             raise ValueError(f"{argument}: expected {expected}; got shape {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype and not autocast:
-            raise TypeError(f"{argument}: expected query's dtype, {query.dtype} (or autocast); got {tensor.dtype}")
     batch, width = query.shape[:2]
     if key.shape[:2] != (batch, width):
         raise ValueError(f"key: expected shape ({batch}, {width}, *other_space); got {tuple(key.shape)}")
@@ -1188,9 +1191,7 @@ def _check_criss_cross(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query: expected (B, D, H, W); got shape {tuple(query.shape)}")
     batch, _, height, width = query.shape
     for argument, tensor in (("key", key), ("value", value)):
-        _check_tensor(argument, tensor, query)
-        if tensor.dtype != query.dtype and not autocast:
-            raise TypeError(f"{argument}: expected query's dtype, {query.dtype} (or autocast); got {tensor.dtype}")
+        _check_beside_query(argument, tensor, query, autocast)
     if key.shape != query.shape:
         raise ValueError(f"key: expected query's shape, {tuple(query.shape)}; got {tuple(key.shape)}")
     if value.dim() != 4 or value.shape[0] != batch or value.shape[2:] != query.shape[2:]:

@@ -33,10 +33,10 @@ RUNS = {
     "avx512bf16: positions": ("position_attention",),
     "avx2: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam", "context_pool"),
     "avx2: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool", "position_attention"),
-    "avx2: mixtures": ("mixed_scale", "select"),
+    "avx2: mixtures": ("mixed_scale", "select", "criss_cross"),
     "baseline": (
         *("channel_gate", "norm_gate", "simam", "context_pool", "spatial_gate", "cbam", "axis_pool", "mixed_scale"),
-        *("select", "position_attention"),
+        *("select", "position_attention", "criss_cross"),
     ),
 }
 

@@ -36,8 +36,6 @@ struct Matrix {
     T* at(int64_t first) const { return data + first * position; }
 };
 
-int64_t terms_of(int64_t numbers, int64_t a_term) { return (numbers + a_term - 1) / a_term; }
-
 // Some positions of a map as the rows of a product and its terms: `row` and `step` are their strides.
 template <class T>
 class Block {
@@ -66,7 +64,7 @@ class Block {
         const AttentionKernels<T>& run = term_kernels<T>();
         const bool by_channel = map.position == 1, across = by_channel == positions;
         const int64_t length = by_channel ? count : map.channels;
-        const int64_t pitch = (across ? length : terms_of(length, run.numbers)) + 16;
+        const int64_t pitch = (across ? length : ceil_div(length, run.numbers)) + 16;
         run.read_terms(map.at(first), by_channel ? map.channel : map.position, by_channel ? map.channels : count,
                        length, across, numbers_.data(), pitch);
         data = numbers_.data();
@@ -75,8 +73,6 @@ class Block {
     }
     std::vector<A> numbers_;
 };
-
-int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
 
 template <class T>
 struct Inputs {
@@ -111,14 +107,14 @@ void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, A
     using A = Accumulator<T>;
     const AttentionKernels<T>& run = term_kernels<T>();
     const Sizes& size = sizes<T>();
-    const int64_t width = run.panel, panels = panels_of(count, width), wide = panels * width;
+    const int64_t width = run.panel, panels = ceil_div(count, width), wide = panels * width;
     const Matrix<T> query(in.query, sample), key(in.key, sample), value(in.value, sample);
     const int64_t depth = query.channels, channels = value.channels;
     std::vector<A> queries(wide * depth), scores(wide * size.keys), sums(wide * channels);
     std::vector<A> peak(wide, -std::numeric_limits<A>::infinity()), sum(wide, A(0)), factor(wide, A(1));
     Block<T> keys(depth, size.keys), values(channels, size.keys);
-    run.pack(query.at(first), query.position, query.channel, count, depth, A(1), queries.data());
-    const int64_t depth_terms = terms_of(depth, run.numbers);
+    run.pack(query.at(first), query.position, query.channel, count, depth, queries.data());
+    const int64_t depth_terms = ceil_div(depth, run.numbers);
     for (int64_t k = 0; k < key.positions; k += size.keys) {
         const int64_t here = std::min(size.keys, key.positions - k);
         keys.read_positions(key, k, here);
@@ -137,7 +133,7 @@ void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, A
                             sums.data(),
                             channels * width,
                             channels,
-                            terms_of(here, run.numbers),
+                            ceil_div(here, run.numbers),
                             panels};
         weighted.adds = k > 0;
         weighted.factors = factor.data();
@@ -155,7 +151,7 @@ void attend(const Inputs<T>& in, int64_t sample, int64_t first, int64_t count, A
 template <class T>
 void dots(const MapView<T>& a, const MapView<T>& b, std::vector<Accumulator<T>>& out) {
     constexpr int64_t kPositions = 512;  // of a block
-    const int64_t blocks = (a.positions + kPositions - 1) / kPositions;
+    const int64_t blocks = ceil_div(a.positions, kPositions);
     parallel(a.batch * blocks, a.batch * a.sample_size(), [&](int64_t unit) {
         const int64_t sample = unit / blocks, first = unit % blocks * kPositions;
         const int64_t count = std::min(kPositions, a.positions - first);
@@ -186,11 +182,11 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
     using A = Accumulator<T>;
     const AttentionKernels<T>& run = term_kernels<T>();
     const Sizes& size = sizes<T>();
-    const int64_t width = run.panel, most = panels_of(size.keys_back, width) * width;
+    const int64_t width = run.panel, most = ceil_div(size.keys_back, width) * width;
     const Matrix<T> query(in.query, sample), key(in.key, sample), value(in.value, sample), grad(grad_map, sample);
     const int64_t depth = query.channels, channels = value.channels, positions = query.positions;
-    const int64_t depth_panels = panels_of(depth, width), depth_terms = terms_of(depth, run.numbers);
-    const int64_t channel_terms = terms_of(channels, run.numbers);
+    const int64_t depth_panels = ceil_div(depth, width), depth_terms = ceil_div(depth, run.numbers);
+    const int64_t channel_terms = ceil_div(channels, run.numbers);
     std::vector<A> keys(most * depth_terms), values(most * channel_terms), of_keys(most * depth);
     std::vector<A> of_values(most * channels), turned(depth_panels * width * size.keys_back);
     std::vector<A> scores(most * size.queries_back), slopes(scores.size()), room(width * size.queries_back);
@@ -198,13 +194,13 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
     Block<T> a_query(depth, size.queries_back), a_depth(depth, size.queries_back);
     Block<T> a_grad(channels, size.queries_back), a_channel(channels, size.queries_back);
     for (int64_t k = from; k < to; k += size.keys_back) {
-        const int64_t here = std::min(size.keys_back, to - k), panels = panels_of(here, width);
-        run.pack(key.at(k), key.position, key.channel, here, depth, A(1), keys.data());
-        run.pack(value.at(k), value.position, value.channel, here, channels, A(1), values.data());
-        run.pack(key.at(k), key.channel, key.position, depth, here, A(1), turned.data());
+        const int64_t here = std::min(size.keys_back, to - k), panels = ceil_div(here, width);
+        run.pack(key.at(k), key.position, key.channel, here, depth, keys.data());
+        run.pack(value.at(k), value.position, value.channel, here, channels, values.data());
+        run.pack(key.at(k), key.channel, key.position, depth, here, turned.data());
         for (int64_t q = 0; q < positions; q += size.queries_back) {
             const int64_t count = std::min(size.queries_back, positions - q), step = size.queries_back * width;
-            const int64_t count_terms = terms_of(count, run.numbers);
+            const int64_t count_terms = ceil_div(count, run.numbers);
             a_query.read_positions(query, q, count);
             a_depth.read_channels(query, q, count);
             a_grad.read_positions(grad, q, count);
@@ -227,8 +223,8 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
                 const int64_t lanes = std::min(width, here - p * width);
                 const A* rows = run.turn_terms(&slopes[p * step], count, lanes, room.data());
                 run.product({rows, width / run.numbers, 1, &turned[p * width / run.numbers * width],
-                             terms_of(here, run.numbers) * width, queries + q * width, positions * width, count,
-                             terms_of(lanes, run.numbers), depth_panels, true});
+                             ceil_div(here, run.numbers) * width, queries + q * width, positions * width, count,
+                             ceil_div(lanes, run.numbers), depth_panels, true});
             }
         }
         for (int64_t p = 0; p < panels; ++p) {
@@ -241,10 +237,6 @@ void attend_back(const Inputs<T>& in, const MapView<T>& grad_map, int64_t sample
     }
 }
 
-void zero(const Tensor& tensor, int64_t itemsize) {
-    if (tensor.numel() > 0) std::memset(tensor.data_ptr(), 0, tensor.numel() * itemsize);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -254,7 +246,7 @@ std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor&
         using A = Accumulator<T>;
         const Inputs<T> in(query, key, value);
         const int64_t positions = in.query.positions, queries = sizes<T>().queries;
-        const int64_t blocks = panels_of(positions, queries);
+        const int64_t blocks = ceil_div(positions, queries);
         Tensor out = empty_result(in);
         Tensor state = empty_tensor(query, {in.query.batch, 2, positions}, kScalarType<A>);
         if (in.key.positions == 0) zero(out, sizeof(T));
@@ -290,9 +282,9 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& gra
         std::vector<A> dot(batch * positions);
         dots(gradient, result, dot);
         const AttentionKernels<T>& run = term_kernels<T>();
-        const int64_t width = run.panel, depth_panels = panels_of(in.query.channels, width);
+        const int64_t width = run.panel, depth_panels = ceil_div(in.query.channels, width);
         const int64_t size = depth_panels * width * positions, block = sizes<T>().keys_back;
-        const int64_t blocks = panels_of(keys, block);
+        const int64_t blocks = ceil_div(keys, block);
         const int64_t pieces = std::min<int64_t>(pieces_of(batch, blocks, in.work()), kMostPieces);
         std::vector<A> sums(batch * pieces * size, A(0));
         const MapView<T> query_view(grad_query), key_view(grad_key), value_view(grad_value);

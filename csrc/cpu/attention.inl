@@ -86,8 +86,7 @@ void product(const Product<A>& p) {
 // Of numbers that stand `lane` apart along a panel's columns and `step` apart along its rows; lanes past the last are
 // zero, and so are the panel's whole columns there.
 template <class T, int kNumbers>
-void pack_panels(const T* from, int64_t lane, int64_t step, int64_t lanes, int64_t steps, Accumulator<T> factor,
-                 Accumulator<T>* out) {
+void pack_panels(const T* from, int64_t lane, int64_t step, int64_t lanes, int64_t steps, Accumulator<T>* out) {
     using A = Accumulator<T>;
     constexpr int64_t width = kPanel<A>, vector = kLanes<A>;
     const int64_t terms = (steps + kNumbers - 1) / kNumbers;
@@ -100,7 +99,7 @@ void pack_panels(const T* from, int64_t lane, int64_t step, int64_t lanes, int64
                     const int64_t here = lesser(vector, n - j);
                     Vec<A> numbers[kNumbers] = {};
                     for (int64_t k = t * kNumbers, i = 0; here > 0 && i < kNumbers && k + i < steps; ++i)
-                        numbers[i] = load_n(at + (k + i) * step + j, here) * factor;
+                        numbers[i] = load_n(at + (k + i) * step + j, here);
                     store(Term<A, kNumbers>::joined(numbers), out + t * width + j);
                 }
             continue;
@@ -108,7 +107,7 @@ void pack_panels(const T* from, int64_t lane, int64_t step, int64_t lanes, int64
         for (int64_t i = 0; i < width; ++i)
             for (int64_t t = 0; t < terms; ++t) {
                 if constexpr (kNumbers == 1) {
-                    out[t * width + i] = i < n ? static_cast<A>(at[i * lane + t * step]) * factor : A(0);
+                    out[t * width + i] = i < n ? static_cast<A>(at[i * lane + t * step]) : A(0);
                 } else {
                     T numbers[kNumbers] = {};
                     for (int64_t k = t * kNumbers, j = 0; i < n && j < kNumbers && k + j < steps; ++j)
@@ -119,10 +118,10 @@ void pack_panels(const T* from, int64_t lane, int64_t step, int64_t lanes, int64
     }
 }
 
-// rows of `length` numbers in a row into rows `pitch` apart.
-template <class T>
-void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t length, Accumulator<T>* out, int64_t pitch) {
-    using A = Accumulator<T>;
+// rows of `length` numbers in a row, `stride` apart, into rows of another type, `pitch` apart.
+template <class From, class To>
+void copy_rows(const From* from, int64_t stride, int64_t rows, int64_t length, To* out, int64_t pitch) {
+    using A = Accumulator<To>;
     for (int64_t r = 0; r < rows; ++r, from += stride, out += pitch)
         vectors<A>(0, length, [&](int64_t i, int64_t n, auto) { store_n(load_n(from + i, n), out + i, n); });
 }
@@ -257,7 +256,7 @@ constexpr AttentionKernels<T> kAttentionKernels{kPanel<Accumulator<T>>,
                                                 kNumbers,
                                                 product<Accumulator<T>, kNumbers>,
                                                 pack_panels<T, kNumbers>,
-                                                copy_rows<T>,
+                                                copy_rows<T, Accumulator<T>>,
                                                 read_terms<T, kNumbers>,
                                                 soften<Accumulator<T>, kNumbers>,
                                                 probabilities<Accumulator<T>, kNumbers>,

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
         Pooling<T> pooling(x, pieces, prologue, pool, channel_ties);
         if (pieces == 1 && space.pieces == 1 && !norm) {
             const int64_t group = gates.group(1);
-            parallel_ranges((x.batch + group - 1) / group, elements, [&](int64_t begin, int64_t end) {
+            parallel_ranges(ceil_div(x.batch, group), elements, [&](int64_t begin, int64_t end) {
                 auto numbers = space.numbers(false);
                 for (int64_t unit = begin; unit < end; ++unit) {
                     const int64_t first = unit * group, last = std::min(x.batch, first + group);
@@ -115,7 +115,7 @@ cbam_backward(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y
         };
         if (pieces == 1 && !norm) {
             const int64_t group = gates.group(2);
-            parallel_ranges((x.batch + group - 1) / group, elements, [&](int64_t begin, int64_t end) {
+            parallel_ranges(ceil_div(x.batch, group), elements, [&](int64_t begin, int64_t end) {
                 std::vector<SpaceNumbers<A>> numbers(group, space.numbers(true));
                 for (int64_t unit = begin; unit < end; ++unit) {
                     const int64_t first = unit * group, last = std::min(x.batch, first + group);

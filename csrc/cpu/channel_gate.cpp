@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x_in, const Option
         };
         if (pieces == 1) {
             const int64_t group = gates.group(1);
-            parallel((x.batch + group - 1) / group, elements, [&](int64_t unit) {
+            parallel(ceil_div(x.batch, group), elements, [&](int64_t unit) {
                 const int64_t first = unit * group, last = std::min(x.batch, first + group);
                 for (int64_t b = first; b < last; ++b) pooling.run(b, 0);
                 gates.excite(first, last - first, pooling);
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
         };
         if (pieces == 1) {
             const int64_t group = gates.group(2);
-            parallel((x.batch + group - 1) / group, elements, [&](int64_t unit) {
+            parallel(ceil_div(x.batch, group), elements, [&](int64_t unit) {
                 const int64_t first = unit * group, last = std::min(x.batch, first + group);
                 for (int64_t b = first; b < last; ++b) gates.open(b), pass.dot(b, 0);
                 excite(first, last - first);

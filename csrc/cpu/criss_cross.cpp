@@ -74,7 +74,7 @@ Tensor in_layout_of_input(const Tensor& result, const Tensor& input) {
     const MapView<T> from(result);
     T* to = static_cast<T*>(out.data_ptr());
     constexpr int64_t kTile = 64;
-    const int64_t tiles = (from.positions + kTile - 1) / kTile;
+    const int64_t tiles = ceil_div(from.positions, kTile);
     parallel(from.batch * tiles, result.numel(), [&](int64_t i) {
         const int64_t sample = i / tiles * from.sample_size(), p = i % tiles * kTile;
         for (int64_t c = 0; c < from.channels; c += kTile)
@@ -155,12 +155,10 @@ struct Result {
     }
 };
 
-int64_t panels_of(int64_t n, int64_t width) { return (n + width - 1) / width; }
-
 // The size of blocks of about the same size, whole panels, that a line is cut into.
 int64_t block_of(int64_t length, int64_t width) {
-    const int64_t blocks = panels_of(length, kMost);
-    return panels_of(panels_of(length, blocks), width) * width;
+    const int64_t blocks = ceil_div(length, kMost);
+    return ceil_div(ceil_div(length, blocks), width) * width;
 }
 
 // Scores of a position with itself into minus infinity. scores: panels of `columns` by rows, the first of which are
@@ -204,7 +202,7 @@ void attend(const Inputs<T>& in, bool columns, const Result<T>& out, Accumulator
             A* peaks = state + sample * 2 * size + index * (columns ? 1 : in.width);
             A* totals = peaks + size;
             for (int64_t q = 0; q < length; q += block) {
-                const int64_t here = std::min(block, length - q), panels = panels_of(here, width);
+                const int64_t here = std::min(block, length - q), panels = ceil_div(here, width);
                 to_panels(query, q, here, depth, width, queries);
                 // Not minus infinity: a column may have nothing but itself, or scores that are all that.
                 std::fill(peak.begin(), peak.end(), std::numeric_limits<A>::lowest());
@@ -284,7 +282,7 @@ void attend_back(const Inputs<T>& in, bool columns, const MapView<T>& gradient, 
                 (columns ? known : dot[q]) = columns ? dot[q] : known;
             }
             for (int64_t k = 0; k < length; k += block) {
-                const int64_t here = std::min(block, length - k), panels = panels_of(here, width);
+                const int64_t here = std::min(block, length - k), panels = ceil_div(here, width);
                 to_panels(key, k, here, depth, width, keys);
                 to_panels(value, k, here, channels, width, values);
                 for (int64_t q = 0; q < length; q += block) {
@@ -314,8 +312,6 @@ void attend_back(const Inputs<T>& in, bool columns, const MapView<T>& gradient, 
         }
     });
 }
-
-void zero(const Tensor& tensor, int64_t itemsize) { std::memset(tensor.data_ptr(), 0, tensor.numel() * itemsize); }
 
 }  // namespace
 

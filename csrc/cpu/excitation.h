@@ -12,7 +12,7 @@ template <class A>
 void matrix_gradient(const A* grad, int64_t grad_stride, int64_t rows, const A* in, int64_t in_stride, int64_t batch,
                      int64_t columns, A* grad_weight) {
     constexpr int64_t kRows = 16;
-    parallel((rows + kRows - 1) / kRows, batch * rows * columns, [&](int64_t block) {
+    parallel(ceil_div(rows, kRows), batch * rows * columns, [&](int64_t block) {
         dense_kernels<A>().weight_grad(grad, grad_stride, in, in_stride, batch, block * kRows,
                                        std::min(rows, (block + 1) * kRows), columns, grad_weight);
     });
@@ -30,8 +30,8 @@ inline int64_t samples_a_read(int64_t weight_bytes, int64_t sample_bytes, int64_
     if (weight_bytes <= 128 << 10) return 1;
     const int64_t wanted = 4 * weight_bytes / std::max<int64_t>(1, sample_bytes) + 1;
     const int64_t threads = torch::stable::get_num_threads(), round = wanted * threads;
-    const int64_t units = std::max<int64_t>(1, (batch + round - 1) / round) * threads;  // as many for every thread
-    return std::max<int64_t>(1, (batch + units - 1) / units);
+    const int64_t units = std::max<int64_t>(1, ceil_div(batch, round)) * threads;  // as many for every thread
+    return std::max<int64_t>(1, ceil_div(batch, units));
 }
 
 template <class A>

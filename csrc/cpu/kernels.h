@@ -260,7 +260,7 @@ struct AttentionKernels {
     using A = Accumulator<T>;
     int64_t panel, numbers;  // columns; numbers a term
     void (*product)(const Product<A>&);
-    void (*pack)(const T* from, int64_t lane, int64_t step, int64_t lanes, int64_t steps, A factor, A* out);
+    void (*pack)(const T* from, int64_t lane, int64_t step, int64_t lanes, int64_t steps, A* out);
     void (*copy_rows)(const T* from, int64_t stride, int64_t rows, int64_t length, A* out, int64_t pitch);
     void (*read_terms)(const T* from, int64_t stride, int64_t rows, int64_t length, bool across, A* out, int64_t pitch);
     void (*soften)(A* scores, int64_t keys, A* peak, A* sum, A* factor);

@@ -66,13 +66,5 @@ void row_dots(const Accumulator<T>* x, int64_t pitch, const T* y, int64_t stride
     }
 }
 
-// Numbers of the accumulator's type in a row as numbers of the map's.
 template <class T>
-void round_rows(const Accumulator<T>* from, int64_t stride, int64_t rows, int64_t length, T* out, int64_t pitch) {
-    using A = Accumulator<T>;
-    for (int64_t r = 0; r < rows; ++r, from += stride, out += pitch)
-        vectors<A>(0, length, [&](int64_t i, int64_t n, auto) { store_n(load_n(from + i, n), out + i, n); });
-}
-
-template <class T>
-constexpr LineKernels<T> kLineKernels{row_product<Accumulator<T>>, row_dots<T>, round_rows<T>};
+constexpr LineKernels<T> kLineKernels{row_product<Accumulator<T>>, row_dots<T>, copy_rows<Accumulator<T>, T>};

@@ -237,6 +237,13 @@ auto dispatch(const Tensor& x, F f) {
     }
 }
 
+// How many pieces of this size cover n.
+inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+inline void zero(const Tensor& tensor, int64_t itemsize) {
+    if (tensor.numel() > 0) std::memset(tensor.data_ptr(), 0, tensor.numel() * itemsize);
+}
+
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t kSerialElements = 1 << 15;
 

@@ -441,7 +441,7 @@ void in_two_passes(int64_t batch, int64_t pieces, int64_t group, int64_t element
         parallel(batch * pieces, elements, [&](int64_t unit) { second(unit / pieces, unit % pieces); });
         return;
     }
-    parallel((batch + group - 1) / group, elements, [&](int64_t unit) {
+    parallel(ceil_div(batch, group), elements, [&](int64_t unit) {
         const int64_t begin = unit * group, end = std::min(batch, begin + group);
         for (int64_t b = begin; b < end; ++b) first(b, 0);
         between(begin, end - begin);

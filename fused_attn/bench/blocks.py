@@ -131,14 +131,12 @@ BLOCKS: dict[str, Block] = {
     "channel-attention": Block(lambda m, c, _: m.ChannelAttention(c), (3, 7)),
     "spatial-attention": Block(lambda m, c, rank: m.SpatialAttention(c, batch_norm=False, rank=rank), (3, 7)),
     "cbam": Block(lambda m, c, rank: m.CBAM(c, batch_norm=False, rank=rank), (4, 10)),
-    "cbam-batch-norm": Block(
-        lambda m, c, rank: m.CBAM(c, rank=rank), (4, 10)
-    ),  # with the batch's statistics, as networks train
+    # With the batch's statistics, as networks train.
+    "cbam-batch-norm": Block(lambda m, c, rank: m.CBAM(c, rank=rank), (4, 10)),
     "triplet": Block(lambda m, c, _: m.TripletAttention(c), (3, 8)),
     "coordinate": Block(lambda m, c, _: m.CoordinateAttention(c), (3, 8)),
-    "bam": Block(
-        lambda m, c, rank: m.BAM(c, rank=rank), (4, 11)
-    ),  # beside its convolutions, which are most of its time
+    # Beside its convolutions, which are most of its time.
+    "bam": Block(lambda m, c, rank: m.BAM(c, rank=rank), (4, 11)),
     "scse": Block(lambda m, c, _: m.SCSE(c), (4, 11)),
     "norm-gate": Block(lambda m, c, _: Tail(m, c, "identity", "relu"), (4, 10), residual=True),  # of an SE-ResNet
     "norm-silu-gate": Block(lambda m, c, _: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from .. import functional, reference
-from ..backends import are_plain, choose, is_ordinary
-from ..ops.common import below, differentiable_backward, is_channels_last, wants_graph
+from ..backends import are_plain, autocasts, choose, is_ordinary
+from ..ops.common import below, differentiable_backward, wants_graph
 from ..ops.criss_cross_attention import BACKWARD, FORWARD
-from .pointwise import are_products, matrix
+from ..reference.layout import lies_channels_last
+from .pointwise import are_products, map_of, matrix, rows_of
 
 
 def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrence: int) -> Tensor:
@@ -22,8 +23,7 @@ def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrenc
     if not is_ordinary(x):
         return reference.criss_cross.attend(x, query, key, value, gamma, recurrence)
     # In half precision gamma times the values' weight would be rounded.
-    known = x.device.type != "meta" and are_products(query, key, value)
-    exact = known and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    exact = x.dtype in (torch.float32, torch.float64) and not autocasts(x) and are_products(query, key, value)
     products = exact and are_plain(query.weight, key.weight, value.weight, query.bias, key.bias, value.bias, gamma)
     if not (products and {t.dtype for t in (query.weight, key.weight, value.weight, gamma)} == {x.dtype}):
         return attend_to_values(x, query, key, value, gamma, recurrence)
@@ -46,7 +46,7 @@ def attend_to_values(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor,
     for _ in range(recurrence):
         attended = functional.criss_cross_attention(query(y), key(y), value(y))
         y = functional.scale(attended.to(x.dtype), gamma.expand(x.shape[:2]), residual=y)
-    return y if _has_rows(x) else y.contiguous()
+    return y if lies_channels_last(x) else y.contiguous()
 
 
 def attend_to_map(
@@ -58,27 +58,14 @@ def attend_to_map(
         maps = conv2d(y, weight[..., None, None], bias)
         attended = functional.criss_cross_attention(maps[:, :depth], maps[:, depth:], y)
         y = conv2d(attended, of_value[..., None, None], bias_of_value) + y
-    return y if _has_rows(x) else y.contiguous()
-
-
-def _has_rows(x: Tensor) -> bool:
-    return is_channels_last(x) and not x.is_contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(positions of the batch, C): a position's channels next to each other."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _as_map(rows: Tensor, x: Tensor) -> Tensor:
-    return rows.view(x.shape[0], *x.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
+    return y if lies_channels_last(x) else y.contiguous()
 
 
 def _in_layout_of(rows: Tensor, x: Tensor) -> Tensor:
-    if _has_rows(x):
-        return _as_map(rows, x)
+    if lies_channels_last(x):
+        return map_of(rows, x.shape[0], x.shape[2:])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for sample, of_sample in zip(y.flatten(2), _as_map(rows, x).flatten(2), strict=True):
+    for sample, of_sample in zip(y.flatten(2), map_of(rows, x.shape[0], x.shape[2:]).flatten(2), strict=True):
         sample.copy_(of_sample)  # torch turns matrices tile by tile, and maps not
     return y
 
@@ -94,16 +81,16 @@ def _steps(
     bias_of_value: Tensor | None,
 ) -> Tensor:
     """`attend_to_map` without gradients. kept: gets the map before each step, queries, keys, sums and their state."""
-    rows, depth = _rows(x), weight.shape[0] // 2
+    rows, depth = rows_of(x), weight.shape[0] // 2
     for _ in range(recurrence):
-        maps = _as_map(torch.addmm(bias, rows, weight.t()), x)
+        maps = map_of(torch.addmm(bias, rows, weight.t()), x.shape[0], x.shape[2:])
         query, key = (t.contiguous(memory_format=torch.channels_last) for t in (maps[:, :depth], maps[:, depth:]))
-        y = _as_map(rows, x)
+        y = map_of(rows, x.shape[0], x.shape[2:])
         attended, state = below(FORWARD[backend], query, key, y)
         if kept is not None:
             kept += [query, key, y, attended, state]
         rows = rows.clone() if bias_of_value is None else rows + bias_of_value
-        rows.addmm_(_rows(attended), of_value.t())
+        rows.addmm_(rows_of(attended), of_value.t())
     return _in_layout_of(rows, x)
 
 
@@ -128,19 +115,19 @@ class _Attend(torch.autograd.Function):
             return None, None, *differentiable_backward(function, inputs, ctx.needs_input_grad[2:], grad)
         of_weight, of_bias, of_last = (torch.zeros_like(t) for t in (weight, bias, of_value))
         of_last_bias = None if bias_of_value is None else torch.zeros_like(bias_of_value)
-        rows = _rows(grad)
+        rows = rows_of(grad)
         of_attended = torch.empty_like(rows)
         while kept:
             *kept, query, key, y, attended, state = kept
-            of_last.addmm_(rows.t(), _rows(attended))
+            of_last.addmm_(rows.t(), rows_of(attended))
             if of_last_bias is not None:
                 of_last_bias += rows.sum(0)
-            of_sums = _as_map(torch.mm(rows, of_value, out=of_attended), x)
+            of_sums = map_of(torch.mm(rows, of_value, out=of_attended), x.shape[0], x.shape[2:])
             of_maps = below(BACKWARD[ctx.backend], of_sums, query, key, y, attended, state)
-            of_products = torch.cat([_rows(t) for t in of_maps[:2]], 1)
-            of_weight.addmm_(of_products.t(), _rows(y))
+            of_products = torch.cat([rows_of(t) for t in of_maps[:2]], 1)
+            of_weight.addmm_(of_products.t(), rows_of(y))
             of_bias += of_products.sum(0)
-            rows = _rows(of_maps[2]).add_(rows).addmm_(of_products, weight)
+            rows = rows_of(of_maps[2]).add_(rows).addmm_(of_products, weight)
         del of_attended, of_sums, of_maps, of_products  # before there is one more
         return None, None, _in_layout_of(rows, x), of_weight, of_bias, of_last, of_last_bias
 

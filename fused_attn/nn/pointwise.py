@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.common import is_channels_last
 from ..reference.block_attention import CONVOLUTIONS
+from ..reference.layout import lies_channels_last
 
 
 def is_pointwise(layer: Any) -> bool:
@@ -47,9 +48,19 @@ def product(weight: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
 def spread(weights: Tensor, maps: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """weights maps + bias, of (B, channels, n) and (B, n, positions), as a map in x's layout."""
     space = x.shape[2:]
-    if is_channels_last(x) and not x.is_contiguous():
+    if lies_channels_last(x):
         maps, weights = maps.transpose(1, 2), weights.transpose(1, 2)
         y = torch.bmm(maps, weights) if bias is None else torch.baddbmm(bias, maps, weights)
         return y.unflatten(1, space).movedim(-1, 1)
     y = torch.bmm(weights, maps) if bias is None else torch.baddbmm(bias[:, None], weights, maps)
     return y.unflatten(2, space)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(B, C, *space) as (B * positions, C)."""
+    return x.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def map_of(rows: Tensor, batch: int, space: Sequence[int]) -> Tensor:
+    """Back from `rows_of`, in channels_last."""
+    return rows.view(batch, *space, rows.shape[1]).movedim(-1, 1)

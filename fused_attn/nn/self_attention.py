@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import functional, reference
-from ..ops.common import is_channels_last
+from ..backends import autocasts
+from ..reference.layout import lies_channels_last
 from ..reference.self_attention import channel_self_attention as plain_channel_self_attention
 
 
@@ -22,11 +23,11 @@ def channel_self_attention(x: Tensor, gamma: Tensor) -> Tensor:
     """
     # Under autocast the product is in half precision, and x is added in its own. What inference mode has made cannot be
     # kept for the gradient of the weights that gamma is in.
-    if (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)) or made_in_inference_mode(x):
+    if autocasts(x) or made_in_inference_mode(x):
         return plain_channel_self_attention(x, gamma)
     rows = x.flatten(2)
     weights = (gamma * (-(rows @ rows.transpose(1, 2))).softmax(2)).to(x.dtype)
-    if is_channels_last(x) and not x.is_contiguous():
+    if lies_channels_last(x):
         positions = rows.transpose(1, 2)
         return torch.baddbmm(positions, positions, weights.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
     return torch.baddbmm(rows, weights, rows).reshape(x.shape)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import are_plain, is_ordinary
+from ..backends import are_plain, autocasts, is_ordinary
 from ..ops.common import accumulator, differentiable_backward, needs_node, wants_graph
 from ..reference.spatial_transformer import PADDINGS
 from .deterministic import torch_has_no_deterministic
+from .pointwise import map_of, rows_of
 
 
 def affine_grid(theta: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
@@ -74,16 +75,6 @@ def _corners(
     return corners
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, *space) as (B * positions, C)."""
-    return x.flatten(2).transpose(1, 2).flatten(0, 1)
-
-
-def _map(rows: Tensor, batch: int, space: Sequence[int]) -> Tensor:
-    """Back from `_rows`, in channels_last."""
-    return rows.view(batch, *space, rows.shape[1]).movedim(-1, 1)
-
-
 def _in_rows(index: Tensor, positions: int) -> Tensor:
     """Positions in their samples as positions among all samples'."""
     samples = torch.arange(index.shape[0], device=index.device)
@@ -95,9 +86,9 @@ def gathered(x: Tensor, grid: Tensor, padding_mode: str, align_corners: bool) ->
     space = x.shape[2:]
     y: Any = 0
     for index, weight, inside in _corners(grid, space, padding_mode, align_corners):
-        value = _rows(x).index_select(0, _in_rows(index, math.prod(space)))
+        value = rows_of(x).index_select(0, _in_rows(index, math.prod(space)))
         y = y + torch.where(inside.flatten()[:, None], value * weight.flatten()[:, None], 0)
-    return _map(y, x.shape[0], grid.shape[1:-1])
+    return map_of(y, x.shape[0], grid.shape[1:-1])
 
 
 def deterministic_gradients(
@@ -107,7 +98,7 @@ def deterministic_gradients(
     indices on CUDA under deterministic algorithms. Half precision is summed in float32."""
     space, dtype = x.shape[2:], accumulator(x.dtype)
     positions = math.prod(space)
-    rows, grads = _rows(x), _rows(grad).to(dtype)
+    rows, grads = rows_of(x), rows_of(grad).to(dtype)
     of_rows = torch.zeros(rows.shape, dtype=dtype, device=x.device)
     with torch.enable_grad():
         leaf = grid.detach().to(dtype).requires_grad_()
@@ -120,7 +111,7 @@ def deterministic_gradients(
         of_rows.index_add_(0, at, (grads * weight.detach().flatten()[:, None]).masked_fill_(outside, 0))
     weights = [weight for _, weight, _ in corners]
     (of_grid,) = torch.autograd.grad(weights, leaf, of_weights, materialize_grads=True)
-    return _map(of_rows, x.shape[0], space).to(x.dtype), of_grid.to(grid.dtype)
+    return map_of(of_rows, x.shape[0], space).to(x.dtype), of_grid.to(grid.dtype)
 
 
 class _Sample(torch.autograd.Function):
@@ -158,7 +149,7 @@ def grid_sample(x: Tensor, grid: Tensor, *, padding_mode: str = "zeros", align_c
     """`torch.nn.functional.grid_sample` between the nearest values, in x's layout, with gradients that can be
     differentiated again, and deterministic on CUDA where `torch.use_deterministic_algorithms` asks for that."""
     if is_ordinary(x) and are_plain(grid) and needs_node(x, grid):
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        if autocasts(x):
             x, grid = (t if t.dtype == torch.float64 else t.float() for t in (x, grid))  # as torch does
         if not torch.compiler.is_compiling():
             return _Sample.apply(x, grid, padding_mode, align_corners)

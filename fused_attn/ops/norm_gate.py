@@ -37,6 +37,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import FUNCTIONS
+from ..reference.layout import lies_channels_last
 from ..reference.squeeze import per_channel, prologue, space
 from .common import (
     accumulator,
@@ -75,7 +76,7 @@ def _fake_coefficients(x, moments, weight, bias, eps, wants_descriptor):
 
 def _lies_by_position(x: Tensor) -> bool:
     """Whether the bits of a map lie in rows of channels, one a position, and not in rows of positions."""
-    return math.prod(x.shape[2:]) == 1 or (is_channels_last(x) and not x.is_contiguous())
+    return math.prod(x.shape[2:]) == 1 or lies_channels_last(x)
 
 
 def _fake_bits(x, keep_bits):

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 
+def lies_channels_last(x: Tensor) -> bool:
+    """Whether a map's channels are last in memory and it is not NCHW as well, as a map of one channel may be."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
 def in_layout_of(y: Tensor, x: Tensor) -> Tensor:
     """y, a map of two or three spatial axes, with its channels last in memory where x has them there."""
-    if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+    if lies_channels_last(x):
         return y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     return y

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fused_attn
 from fused_attn import functional, reference
 
 from ..checks import LAYOUTS, assert_equivalent, in_layout, random, run
@@ -13,7 +12,7 @@ from ..ops.test_channel_gate import STRIDES, strided
 from ..ops.test_criss_cross import DTYPES, NAMES, inputs_of
 from .test_select import on_gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("streaming")]
 
 #: Of the value, with the depth of query and key.
 SHAPES = {
@@ -26,14 +25,6 @@ SHAPES = {
     (3, 70, 7, 9): 33,
     (2, 1, 1, 1): 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def streaming():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device; this machine has none")
-    with fused_attn.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

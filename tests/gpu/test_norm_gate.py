@@ -7,27 +7,18 @@ import copy
 import pytest
 import torch
 
-import fused_attn
 from fused_attn import functional
 
 from ..checks import LAYOUTS, in_layout, random
 from ..ops import test_norm_gate as of_norm_gate
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("streaming")]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = (
     *((4, 256, 56, 56), (1, 64, 112, 112), (8, 2048, 7, 7), (2, 40, 13, 17), (3, 9, 1, 1), (2, 6, 31)),
     *((2, 5, 3, 4, 5), (2, 1, 9, 5)),
 )
-
-
-@pytest.fixture(autouse=True)
-def streaming():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device; this machine has none")
-    with fused_attn.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

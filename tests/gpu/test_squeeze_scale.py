@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fused_attn
-
 from ..checks import LAYOUTS, assert_equivalent, in_layout, random
 from ..ops.test_axis_pool import MODES, pools, shapes_of
 from ..ops.test_mixed_scale import KINDS, gates_of, mixed_scale
 from ..ops.test_squeeze_scale import scale, squeeze
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("streaming")]
 
 SHAPES = (
     (4, 256, 56, 56),
@@ -23,14 +21,6 @@ SHAPES = (
     (2, 6, 31),
     (2, 5, 3, 4, 5),
 )
-
-
-@pytest.fixture(autouse=True)
-def streaming():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device; this machine has none")
-    with fused_attn.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -719,7 +719,7 @@ def _regrouped(terms: Terms, term: Any, factor: tuple[Node, Axes], node: Node) -
 
 def _number(block: nn.Module, x: Tensor, path: Any, rank: int) -> Tensor:
     """A parameter of one number, which counts in a result's dtype unless it has no dimension."""
-    number = number_at(block, path)
+    number: Any = parameter_at(block, path)  # checked before the first step
     return number if number.dim() == 0 else number.reshape((1,) * rank)
 
 

@@ -230,14 +230,15 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
     if captured.remarks:
         return captured.remarks[0]
     own = (BATCH, channels, *captured.space)
-    sizes = [(batch, *space[:rank]) for batch, *space in (_SIZES if found.kind != "attention" else _SIZES_OF_POOLED)]
+    attends = found.kind == "attention"  # it may pool
+    sizes = [(batch, *space[:rank]) for batch, *space in (_SIZES_OF_POOLED if attends else _SIZES)]
     for training in (False, True):
         try:
             watched = capture(block, own, training=training)
             others = {
                 dtype: capture(block, own, training=training, dtype=dtype)
                 for dtype in (torch.bfloat16, torch.float16, torch.float64)
-                if not (found.kind == "attention" and _mixes(block, own, dtype))
+                if not (attends and _mixes(block, own, dtype))
             }
         except Exception as error:
             return f"raises {type(error).__name__} in {'training' if training else 'evaluation'} mode or half precision"
@@ -259,11 +260,10 @@ def _unsafe(block: nn.Module, found: Found, channels: int, rank: int, captured: 
             if batch > 1 and space[0] > 1 and _skeleton(other.output.node) != _skeleton(watched.output.node):
                 return "branches on the size of the map"
     sixths = any(n.op == "act" and n.attrs[0] in ("hard_sigmoid", "hard_swish") for n in reached(captured.output.node))
-    if _branches_on_sizes(block, own, _PAIRS if found.kind != "attention" else _PAIRS_OF_POOLED):
+    if _branches_on_sizes(block, own, _PAIRS_OF_POOLED if attends else _PAIRS):
         return "branches on the size of the map"
     if _branches_on_channels(block, channels, rank, captured):
         return "branches on the number of channels"
-    attends = found.kind == "attention"
     maps = (EVEN_MAPS if captured.space == EVEN_SPACE[:rank] else MAPS_OF_ATTENTION) if attends else MAPS
     why = check_block(block, found.recipe, channels, rank, TOLERANCE_OF_SIXTHS if sixths else TOLERANCE, maps)
     if why is None and attends:
