@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("select_backward.cpu", TORCH_BOX(&fused_attn::cpu::select_backward));
     m.impl("position_attention.cpu", TORCH_BOX(&fused_attn::cpu::position_attention));
     m.impl("position_attention_backward.cpu", TORCH_BOX(&fused_attn::cpu::position_attention_backward));
+    m.impl("relayout.cpu", TORCH_BOX(&fused_attn::cpu::relayout));
     m.impl("criss_cross_attention.cpu", TORCH_BOX(&fused_attn::cpu::criss_cross_attention));
     m.impl("criss_cross_attention_backward.cpu", TORCH_BOX(&fused_attn::cpu::criss_cross_attention_backward));
     m.impl("cbam.cpu", TORCH_BOX(&fused_attn::cpu::cbam));

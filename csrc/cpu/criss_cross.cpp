@@ -30,58 +30,70 @@ struct Lines {
     T* at(int64_t index, int64_t first = 0) const { return data + index * line + first * position; }
 };
 
-template <class T>
-Tensor channels_last(const Tensor& map) {
-    if (is_channels_last(map)) return map;
-    Tensor copy = torch::stable::empty(map.sizes(), map.scalar_type(), std::nullopt, map.device(), std::nullopt,
-                                       torch::headeronly::MemoryFormat::ChannelsLast);
-    prefer_huge_pages(copy, sizeof(T));
-    torch::stable::copy_(copy, map);
-    return copy;
-}
-
-// out[j][i] = in[i][j], in rows that are `pitch` and `out_pitch` apart.
+// out[j][i] = in[i][j], in rows that are `pitch` and `out_pitch` apart. Line by line of the cache on both sides: rows a
+// power of two apart share few places in it.
 template <class A>
 void turn(const A* in, int64_t pitch, int64_t rows, int64_t columns, A* out, int64_t out_pitch) {
-    int64_t turned = 0;
+    constexpr int64_t kLine = 64 / sizeof(A);
+    for (int64_t i0 = 0; i0 < rows; i0 += kLine)
+        for (int64_t j0 = 0; j0 < columns; j0 += kLine) {
+            const int64_t end = std::min(rows, i0 + kLine), last = std::min(columns, j0 + kLine);
+            int64_t i = i0;
 #if defined(__SSE2__)
-    if constexpr (std::is_same_v<A, float>)
-        for (; turned + 4 <= rows; turned += 4) {
-            const float* at = in + turned * pitch;
-            int64_t j = 0;
-            for (; j + 4 <= columns; j += 4) {
-                __m128 a = _mm_loadu_ps(at + j), b = _mm_loadu_ps(at + pitch + j);
-                __m128 c = _mm_loadu_ps(at + 2 * pitch + j), d = _mm_loadu_ps(at + 3 * pitch + j);
-                _MM_TRANSPOSE4_PS(a, b, c, d);
-                float* to = out + j * out_pitch + turned;
-                _mm_storeu_ps(to, a), _mm_storeu_ps(to + out_pitch, b);
-                _mm_storeu_ps(to + 2 * out_pitch, c), _mm_storeu_ps(to + 3 * out_pitch, d);
-            }
-            for (; j < columns; ++j)
-                for (int64_t i = 0; i < 4; ++i) out[j * out_pitch + turned + i] = at[i * pitch + j];
-        }
+            if constexpr (std::is_same_v<A, float>)
+                for (; i + 4 <= end; i += 4) {
+                    const float* at = in + i * pitch;
+                    int64_t j = j0;
+                    for (; j + 4 <= last; j += 4) {
+                        __m128 a = _mm_loadu_ps(at + j), b = _mm_loadu_ps(at + pitch + j);
+                        __m128 c = _mm_loadu_ps(at + 2 * pitch + j), d = _mm_loadu_ps(at + 3 * pitch + j);
+                        _MM_TRANSPOSE4_PS(a, b, c, d);
+                        float* to = out + j * out_pitch + i;
+                        _mm_storeu_ps(to, a), _mm_storeu_ps(to + out_pitch, b);
+                        _mm_storeu_ps(to + 2 * out_pitch, c), _mm_storeu_ps(to + 3 * out_pitch, d);
+                    }
+                    for (; j < last; ++j)
+                        for (int64_t k = 0; k < 4; ++k) out[j * out_pitch + i + k] = at[k * pitch + j];
+                }
 #endif
-    for (int64_t i = turned; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) out[j * out_pitch + i] = in[i * pitch + j];
+            for (; i < end; ++i)
+                for (int64_t j = j0; j < last; ++j) out[j * out_pitch + i] = in[i * pitch + j];
+        }
 }
 
-// A channels_last map in the layout of another.
+// A map of any strides in one of the two layouts: itself where it lies so.
 template <class T>
-Tensor in_layout_of_input(const Tensor& result, const Tensor& input) {
-    if (is_channels_last(input) && !input.is_contiguous()) return result;
-    Tensor out = contiguous_like(result);
+Tensor in_layout(const Tensor& map, bool channels_last) {
+    if (channels_last ? is_channels_last(map) : map.is_contiguous()) return map;
+    const bool turns = channels_last ? map.is_contiguous() : is_channels_last(map);
+    Tensor out = channels_last ? torch::stable::empty(map.sizes(), map.scalar_type(), std::nullopt, map.device(),
+                                                      std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast)
+                               : contiguous_like(map);
     prefer_huge_pages(out, sizeof(T));
-    const MapView<T> from(result);
+    if (!turns) {
+        torch::stable::copy_(out, map);
+        return out;
+    }
+    const MapView<T> view(map);
+    const int64_t rows = channels_last ? view.channels : view.positions;
+    const int64_t columns = channels_last ? view.positions : view.channels;
     T* to = static_cast<T*>(out.data_ptr());
-    constexpr int64_t kTile = 64;
-    const int64_t tiles = ceil_div(from.positions, kTile);
-    parallel(from.batch * tiles, result.numel(), [&](int64_t i) {
-        const int64_t sample = i / tiles * from.sample_size(), p = i % tiles * kTile;
-        for (int64_t c = 0; c < from.channels; c += kTile)
-            turn(from.data + sample + p * from.channels + c, from.channels, std::min(kTile, from.positions - p),
-                 std::min(kTile, from.channels - c), to + sample + c * from.positions + p, from.positions);
+    constexpr int64_t kTile = 128;
+    const int64_t tiles = ceil_div(view.positions, kTile);
+    parallel(view.batch * tiles, map.numel(), [&](int64_t unit) {
+        const int64_t sample = unit / tiles * view.sample_size(), p = unit % tiles * kTile;
+        for (int64_t c = 0; c < view.channels; c += kTile) {
+            const int64_t i = channels_last ? c : p, j = channels_last ? p : c;
+            turn(view.data + sample + i * columns + j, columns, std::min(kTile, rows - i), std::min(kTile, columns - j),
+                 to + sample + j * rows + i, rows);
+        }
     });
     return out;
+}
+
+template <class T>
+Tensor in_layout_of_input(const Tensor& result, const Tensor& input) {
+    return in_layout<T>(result, is_channels_last(input) && !input.is_contiguous());
 }
 
 template <class T>
@@ -90,9 +102,9 @@ struct Inputs {
     MapView<T> query, key, value;
     int64_t height, width;
     Inputs(const Tensor& q, const Tensor& k, const Tensor& v)
-        : query_map(channels_last<T>(q)),
-          key_map(channels_last<T>(k)),
-          value_map(channels_last<T>(v)),
+        : query_map(in_layout<T>(q, true)),
+          key_map(in_layout<T>(k, true)),
+          value_map(in_layout<T>(v, true)),
           query(query_map),
           key(key_map),
           value(value_map),
@@ -315,6 +327,14 @@ void attend_back(const Inputs<T>& in, bool columns, const MapView<T>& gradient, 
 
 }  // namespace
 
+Tensor relayout(const Tensor& map, int64_t channels_last) {
+    return dispatch(map, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const Tensor out = in_layout<T>(map, channels_last != 0);
+        return out.data_ptr() == map.data_ptr() ? torch::stable::clone(out) : out;
+    });
+}
+
 std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value) {
     return dispatch(query, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -341,7 +361,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
         if (out.numel() == 0) {
             for (const Result<T>* result : {&grad_query, &grad_key, &grad_value}) zero(result->tensor, sizeof(T));
         } else {
-            const Tensor grad_map = channels_last<T>(grad), out_map = channels_last<T>(out);
+            const Tensor grad_map = in_layout<T>(grad, true), out_map = in_layout<T>(out, true);
             std::vector<A> dots(in.batch() * in.height * in.width);
             for (const bool columns : {true, false})
                 attend_back(in, columns, MapView<T>(grad_map), MapView<T>(out_map),

@@ -26,12 +26,17 @@ inline void row_tile(const RowProduct<A>& p, const A* a, const A* b, A* c, const
         for (int j = 0; j < kVectors; ++j) store_n(sum[i][j], c + i * p.c_row + j * lanes, numbers(j));
 }
 
-// Columns outside, so that those of b stay in the first cache for all rows.
+// Columns outside, so that those of b stay in the first cache for all rows. Rows of c may be pages apart, where the
+// processor itself fetches nothing ahead.
 template <class A, int kVectors>
 void row_tiles(const RowProduct<A>& p, int64_t column, int64_t last) {
     constexpr int64_t width = kPanel<A>;
     for (int64_t r = 0, n; r < p.rows; r += n) {
         n = lesser(4, lesser(p.rows, (r / width + 1) * width) - r);
+        for (int64_t i = r + n; i < lesser(p.rows, r + n + 4); ++i) {
+            __builtin_prefetch(p.c + i * p.c_row + column, 1);
+            __builtin_prefetch(p.c + i * p.c_row + column + kVectors * kLanes<A> - 1, 1);
+        }
         auto tile = n == 4   ? row_tile<A, 4, kVectors>
                     : n == 3 ? row_tile<A, 3, kVectors>
                     : n == 2 ? row_tile<A, 2, kVectors>

@@ -96,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_pool_backward(const Tensor& grad, con
                                                          const OptionalTensor& affine_bias, int64_t pre_activation,
                                                          int64_t mean_first, int64_t ties);
 
+Tensor relayout(const Tensor& map, int64_t channels_last);
 std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query, const Tensor& key, const Tensor& value);
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad, const Tensor& query,
                                                                   const Tensor& key, const Tensor& value,

@@ -351,6 +351,10 @@ def _arguments(query: Tensor, value: Tensor, columns: bool) -> tuple[dict, int]:
     return arguments, batch * lines * triton.cdiv(length, block)
 
 
+def relayout(x: Tensor, channels_last: int) -> Tensor:
+    return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     dtype, (batch, channels, *space) = maps.accumulator(value.dtype), value.shape
     out = empty_map(value)

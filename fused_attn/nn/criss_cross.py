@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d
 from .. import functional, reference
 from ..backends import are_plain, autocasts, choose, is_ordinary
 from ..ops.common import below, differentiable_backward, wants_graph
-from ..ops.criss_cross_attention import BACKWARD, FORWARD
+from ..ops.criss_cross_attention import BACKWARD, FORWARD, RELAYOUT
 from ..reference.layout import lies_channels_last
 from .pointwise import are_products, map_of, matrix, rows_of
 
@@ -61,13 +61,13 @@ def attend_to_map(
     return y if lies_channels_last(x) else y.contiguous()
 
 
-def _in_layout_of(rows: Tensor, x: Tensor) -> Tensor:
-    if lies_channels_last(x):
-        return map_of(rows, x.shape[0], x.shape[2:])
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for sample, of_sample in zip(y.flatten(2), map_of(rows, x.shape[0], x.shape[2:]).flatten(2), strict=True):
-        sample.copy_(of_sample)  # torch turns matrices tile by tile, and maps not
-    return y
+def _rows(x: Tensor, backend: str) -> Tensor:
+    return rows_of(x if lies_channels_last(x) else below(RELAYOUT[backend], x, 1))
+
+
+def _in_layout_of(rows: Tensor, x: Tensor, backend: str) -> Tensor:
+    y = map_of(rows, x.shape[0], x.shape[2:])
+    return y if lies_channels_last(x) else below(RELAYOUT[backend], y, 0)
 
 
 def _steps(
@@ -81,7 +81,7 @@ def _steps(
     bias_of_value: Tensor | None,
 ) -> Tensor:
     """`attend_to_map` without gradients. kept: gets the map before each step, queries, keys, sums and their state."""
-    rows, depth = rows_of(x), weight.shape[0] // 2
+    rows, depth = _rows(x, backend), weight.shape[0] // 2
     for _ in range(recurrence):
         maps = map_of(torch.addmm(bias, rows, weight.t()), x.shape[0], x.shape[2:])
         query, key = (t.contiguous(memory_format=torch.channels_last) for t in (maps[:, :depth], maps[:, depth:]))
@@ -91,7 +91,7 @@ def _steps(
             kept += [query, key, y, attended, state]
         rows = rows.clone() if bias_of_value is None else rows + bias_of_value
         rows.addmm_(rows_of(attended), of_value.t())
-    return _in_layout_of(rows, x)
+    return _in_layout_of(rows, x, backend)
 
 
 class _Attend(torch.autograd.Function):
@@ -115,7 +115,7 @@ class _Attend(torch.autograd.Function):
             return None, None, *differentiable_backward(function, inputs, ctx.needs_input_grad[2:], grad)
         of_weight, of_bias, of_last = (torch.zeros_like(t) for t in (weight, bias, of_value))
         of_last_bias = None if bias_of_value is None else torch.zeros_like(bias_of_value)
-        rows = rows_of(grad)
+        rows = _rows(grad, ctx.backend)
         of_attended = torch.empty_like(rows)
         while kept:
             *kept, query, key, y, attended, state = kept
@@ -129,7 +129,7 @@ class _Attend(torch.autograd.Function):
             of_bias += of_products.sum(0)
             rows = rows_of(of_maps[2]).add_(rows).addmm_(of_products, weight)
         del of_attended, of_sums, of_maps, of_products  # before there is one more
-        return None, None, _in_layout_of(rows, x), of_weight, of_bias, of_last, of_last_bias
+        return None, None, _in_layout_of(rows, x, ctx.backend), of_weight, of_bias, of_last, of_last_bias
 
 
 class CrissCrossAttention(reference.CrissCrossAttention):

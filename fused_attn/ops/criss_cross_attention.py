@@ -10,8 +10,19 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from .. import reference
-from .common import accumulator, below, define, differentiable, differentiable_backward, empty_map, wants_graph
+from .common import (
+    accumulator,
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    differentiable_by_reference,
+    empty_map,
+    wants_graph,
+)
 
 
 def _fake(query, key, value):
@@ -23,6 +34,13 @@ def _fake_backward(grad, query, key, value, out, state):
     return empty_map(query), empty_map(key), empty_map(value)
 
 
+def _in_layout(x, channels_last):
+    return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+#: A copy of a 4-D map whose channels are next to each other, as here they are read, or whose positions are.
+RELAYOUT = define("relayout", "(Tensor x, int channels_last) -> Tensor", _in_layout, module="criss_cross_attention")
+differentiable_by_reference(RELAYOUT, lambda x, channels_last: [_in_layout(x, channels_last)], 1)
 FORWARD = define(
     "criss_cross_attention", "(Tensor query, Tensor key, Tensor value) -> (Tensor out, Tensor state)", _fake
 )

@@ -254,4 +254,11 @@ MUTANTS = [
         "std::fill(peak.begin(), peak.end(), -std::numeric_limits<A>::infinity());",
         "tests/ops/test_criss_cross.py -k 'test_scores_that_are_all_minus_infinity_in_a_column or test_any_shape'",
     ),
+    Mutant(
+        "relayout-of-whole-tiles",
+        "csrc/cpu/criss_cross.cpp",
+        "constexpr int64_t kLine = 64 / sizeof(A);",
+        "constexpr int64_t kLine = 64 / sizeof(A); rows -= rows % 4;",
+        "tests/ops/test_criss_cross.py -k test_relayout",
+    ),
 ]

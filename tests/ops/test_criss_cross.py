@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_attn import functional, reference
 from fused_attn.backends import choose
-from fused_attn.ops.criss_cross_attention import BACKWARD, FORWARD
+from fused_attn.ops.criss_cross_attention import BACKWARD, FORWARD, RELAYOUT
 from tests.checks import LAYOUTS, Inputs, assert_equivalent, gradcheck, in_layout, random, run
 from tests.ops.test_channel_gate import CHECKED, STRIDES, strided
 
@@ -255,3 +255,20 @@ def test_under_autocast():
         y = functional.criss_cross_attention(query.bfloat16(), key, value)
         assert torch.equal(y, reference.criss_cross_attention(query.bfloat16(), key, value))
         assert functional.criss_cross_attention(query, key, value).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_relayout(dtype):
+    """Past tiles of 128, odd sizes, one channel, one position, nothing; from both layouts and from neither."""
+    backend = choose("criss_cross_attention", torch.empty(0))
+    if backend == "reference":
+        pytest.skip("no native library on this machine: the reference is not an operator")
+    for shape in ((2, 130, 9, 29), (1, 3, 5, 7), (2, 1, 4, 5), (3, 17, 1, 1), (0, 4, 5, 6), (2, 4, 0, 3)):
+        x = random(*shape, dtype=dtype)
+        for source in (x, x.contiguous(memory_format=torch.channels_last), x.repeat(1, 1, 1, 2)[..., : shape[3]]):
+            for to, layout in enumerate((torch.contiguous_format, torch.channels_last)):
+                y = RELAYOUT[backend](source, to)
+                assert torch.equal(y, x) and y.is_contiguous(memory_format=layout)
+                assert not y.numel() or y.data_ptr() != source.data_ptr()
+                if dtype == torch.float64:
+                    torch.library.opcheck(RELAYOUT[backend], (source, to))
