@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +130,10 @@ def _known(node: fx.Node, value: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val", value))
 
 
+def _is_float(x: Any) -> bool:
+    return isinstance(x, float) and not math.isnan(x)
+
+
 def _tensors(result: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
@@ -191,6 +196,9 @@ def _run(found: Followed, recorder: Recorder | None) -> Followed:
                 result = stand_in(n.name, self.fetch_attr(str(n.target)))
             elif n.op == "call_method" and n.target in MOVES:
                 result = self.env[n.all_input_nodes[0]]
+            elif n.target is torch.tensor and _is_float(n.args[0]):  # a tensor without data would not say which
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                result = torch.full((), args[0], dtype=kwargs.get("dtype"))
             elif n.target is torch.ops.aten._assert_tensor_metadata.default:  # autocast leaves meta tensors as they are
                 result = None
             else:

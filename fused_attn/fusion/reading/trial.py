@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,16 +94,32 @@ class Trial:
             return
         shape = own[x].shape
         if not block.sizes and not self.seen.is_dynamic:
-            for kept in ((), shape[:1]):
+            for joined, kept in itertools.product((False, True), ((), shape[:1])):
                 fresh = iter(SPACE)
                 numbers = {n: n for n in kept}
                 numbers |= {n: next(fresh) for n in dict.fromkeys((shape[0], *shape[2:])) if n not in numbers and n > 1}
                 space = [numbers.get(n, n) for n in shape[2:]]
                 small = own[x].new_empty((numbers.get(shape[0], shape[0]), shape[1], *space))
                 numbers.setdefault(shape[2:].numel(), small.shape[2:].numel())
-                yield _Setting({n: small if v.shape == shape else v for n, v in own.items()}, numbers, False)
-        if shape.numel() <= MOST_ELEMENTS:
+                for a, b in itertools.combinations((shape[0], *shape[2:]), 2) if joined else ():
+                    numbers.setdefault(a * b, numbers.get(a, a) * numbers.get(b, b))  # samples next to columns
+                    numbers.setdefault(a + b, numbers.get(a, a) + numbers.get(b, b))  # rows behind columns
+                maps = {n for n, v in own.items() if isinstance(v, Tensor) and _is_as(v.shape, shape)}
+                yield _Setting(
+                    {
+                        n: v.new_empty((*small.shape[:1], v.shape[1], *space)) if n in maps else v
+                        for n, v in own.items()
+                    },
+                    numbers,
+                    False,
+                )
+        if max(v.numel() for v in own.values() if isinstance(v, Tensor)) <= MOST_ELEMENTS:
             yield _Setting(own, {}, True)
+
+
+def _is_as(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether it is that of a map of as many samples and as large a space."""
+    return len(shape) == len(other) and shape[:1] == other[:1] and shape[2:] == other[2:]
 
 
 @dataclass
@@ -140,6 +157,10 @@ def _run(nodes: Sequence[fx.Node], values: dict[fx.Node, Any], buffers: Buffers,
         for node in nodes:
             given: Any = fx.node.map_aggregate((node.args, dict(node.kwargs)), here)
             args, kwargs = given
+            if isinstance(kwargs.get("device"), str):
+                kwargs = {**kwargs, "device": "cpu"}
+            if node.target == "to":
+                args = tuple("cpu" if isinstance(a, str) else a for a in args)
             if node.op == "call_function":
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif node.target in _CASTS or node.target in MOVES:
