@@ -29,7 +29,7 @@ from ..reading.cores import context_of, crossed, crossed_template
 from ..reading.find import scale_of
 from ..reading.followed import Followed, follow, is_whole
 from ..reading.match import Match, reached, unify
-from ..reading.region import Region, region
+from ..reading.region import Region, is_number, region
 from ..reading.templates import Template
 from ..reading.trial import Trial
 from . import calls
@@ -87,7 +87,7 @@ def _write_down_numbers(module: Any) -> None:
     """A number that code has made a tensor of, which a program has as a constant of its own, is one in the graph."""
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.lift_fresh_copy.default):
         held = node.args[0]
-        number = getattr(module, str(held.target), None) if held.op == "get_attr" else None
+        number = operator.attrgetter(held.target)(module) if held.op == "get_attr" else None
         if isinstance(number, Tensor) and number.dim() == 0 and number.is_floating_point():
             with module.graph.inserting_before(node):
                 kept = {"dtype": number.dtype, "device": number.device}
@@ -229,10 +229,10 @@ def _others(seen: Followed, end: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
     waiting, known = [end], set(stops)
     while waiting:
         node = waiting.pop()
-        if node in known:
+        if node in known or is_number(seen.results.get(node)):
             continue
         known.add(node)
-        if node.op in ("placeholder", "get_attr") and isinstance(seen.results.get(node), Tensor):
+        if node.op in ("placeholder", "get_attr"):
             found[node] = None
         waiting += node.all_input_nodes
     return list(found)

@@ -403,6 +403,8 @@ def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
 def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
     if b.node.op == "leaf" and isinstance(b.layout[0], Spread):  # a Linear of a map that is not contiguous
         return graph.dense(a, 2, b.node, shape[2], _weight(b, 2, 1))
+    if a.node.op == "leaf" and isinstance(a.layout[0], Spread):  # a weight times a map
+        return graph.dense(b, 1, a.node, shape[1], _weight(a, 1, 2))
     return graph.product(a, b)
 
 

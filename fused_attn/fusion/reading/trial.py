@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, Run, random_tensor
 from .followed import MOVES, Followed
@@ -52,8 +53,8 @@ class Trial:
             for n in (*block.nodes, *new)
         ]
         results = self.seen.results
-        shapes = [tuple(r.shape) if isinstance(r := results[n], Tensor) else r for n in number if n in results]
-        return tuple(lines), tuple(shapes), frozenset((number.get(n), var) for n, var in buffers.items())
+        shapes = [[getattr(r, "shape", r) for r in tree_leaves(results[n])] for n in number if n in results]
+        return tuple(lines), tuple(map(tuple, shapes)), frozenset((number.get(n), var) for n, var in buffers.items())
 
     def _compare(
         self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, tolerance: float
