@@ -217,10 +217,14 @@ def _try(seen: Followed, trial: Trial, last: fx.Node, found: Found, before: bool
             continue
         if len(unseen) > 1:
             continue
-        given = {**tensors, **{str(found.unseen): n for n in unseen}}
+        given = _with_unseen(tensors, {str(found.unseen): n for n in unseen})
         if _is_typed(seen, block, given, x if norm is None else norm.x, options.get("residual")):
             return _insert(seen, trial, block, x, norm, found.function, {**given, **found.options, **options})
     return ""
+
+
+def _with_unseen(tensors: dict[str, Any], unseen: dict[str, fx.Node]) -> dict[str, Any]:
+    return {"tensors": {**tensors["tensors"], **unseen}} if "tensors" in tensors else {**tensors, **unseen}
 
 
 def _others(seen: Followed, end: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
@@ -483,7 +487,8 @@ def _block(template: Template, match: Match) -> Found | None:
     channels = x.sizes[1 - (template.batch == 1)]
     scale = scale_of(match) if template.name == "NonLocal" else None
     call = _module(template.name, options, tuple(sorted(layers.items())), channels, template.training, scale)
-    return Found(call, x, {"tensors": _leaves(match)}, {}, around=False)
+    unseen = "convB.bias" if template.name == "DoubleAttention" else None
+    return Found(call, x, {"tensors": _leaves(match)}, {}, around=False, unseen=unseen)
 
 
 def _self_attention(template: Template, match: Match) -> Found:
@@ -514,7 +519,7 @@ def _module(
         module: Any = templates.without_bias(
             getattr(fused_nn, name), bare, channels=templates.CHANNELS, **chosen
         ).train(training)
-    module.channels = channels if name == "SCSE" else None
+    module.channels = channels if name in ("SCSE", "DoubleAttention", "ExternalAttention") else None
     if name == "NonLocal":
         module.scale = scale
     elif scale is not None:

@@ -91,6 +91,15 @@ def _(graph: Graph, shape: Sequence[int], size: Any, number: Any, **_: Any) -> V
     return graph.constant(float(number), shape)
 
 
+@operator("new_full")
+def _(graph: Graph, shape: Sequence[int], a: Any, size: Any, number: Any, **_: Any) -> Value:
+    return OPERATORS["full"](graph, shape, size, number)
+
+
+OPERATORS["ones"] = lambda graph, shape, *_, **__: graph.constant(1.0, shape)
+OPERATORS["zeros"] = lambda graph, shape, *_, **__: graph.constant(0.0, shape)
+
+
 @operator("diag_embed")
 def _(graph: Graph, shape: Sequence[int], a: Value, *places: Any, **_: Any) -> Value:
     constant = a.node.op == "poly" and not a.node.inputs and len(a.node.terms) == 1
