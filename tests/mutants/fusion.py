@@ -280,7 +280,8 @@ MUTANTS = [
     Mutant(
         name="rounding-in-a-graph-is-overlooked",
         file="fused_attn/fusion/changing/graphs.py",
-        old="        if any(torch.finfo(d).eps > torch.finfo(own[-1]).eps for d in own):\n            return False\n",
+        old="        if any(torch.finfo(d).eps > torch.finfo(own[-1][1]).eps and _varies(seen, n) for n, d in own):\n"
+        "            return False\n",
         new="",
         tests="tests/fusion/changing/test_graphs.py -k test_what_must_not_be_replaced",
     ),

@@ -89,7 +89,8 @@ class Trial:
         results = self.seen.results
         own = {n: results[n] for n in (*block.stops, *block.sizes)}
         others = self.seen.other_sizes()
-        for sizes in others if own[x].numel() <= SMALL else others[:1]:
+        most = max(v.numel() for v in own.values() if isinstance(v, Tensor))
+        for sizes in others if most <= SMALL else others[:1]:
             yield _Setting({n: sizes[n] for n in own}, {}, True)
         if others:
             return
@@ -114,7 +115,7 @@ class Trial:
                     numbers,
                     False,
                 )
-        if max(v.numel() for v in own.values() if isinstance(v, Tensor)) <= MOST_ELEMENTS:
+        if most <= MOST_ELEMENTS:
             yield _Setting(own, {}, True)
 
 
