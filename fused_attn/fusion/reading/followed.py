@@ -16,11 +16,12 @@ from .canonical import Graph, Node, Unsupported, Value
 from .capture import Recorder
 
 #: Sizes that stand for those a dynamic graph leaves open, all different: for small ones (a batch), and for those that
-#: strides will divide; the last for networks that take only what is divisible.
+#: strides will divide; the last two for networks that take only what is divisible, and for checks that take long.
 SIZES = (
     ((5, 13, 11, 17, 19, 23, 29, 31, 37, 41), (211, 173, 239, 193, 227, 181)),
     ((3, 7, 9, 6, 10, 8, 14, 12, 15, 16), (67, 99, 81, 75, 91, 105)),
     ((2, 6, 5, 9, 8, 10, 12, 7, 14, 15), (96, 64, 160, 128, 192, 224)),
+    ((4, 11, 8, 13, 6, 9, 15, 7, 10, 16), (32, 24, 40, 48, 56, 72)),
 )
 #: Methods that move a tensor to another device.
 MOVES = {"cuda", "cpu", "xpu"}

@@ -7,6 +7,7 @@ import copy
 import importlib.metadata
 import inspect
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fused_attn import functional, fuse, reference
 from fused_attn.fusion import FusionError
 from fused_attn.fusion.changing import calls, graphs
 from fused_attn.fusion.changing.graphs import backend, rewrite
-from fused_attn.fusion.reading import templates
+from fused_attn.fusion.reading import templates, trial
 from fused_attn.fusion.reading.trial import Trial
 from tests.checks import random
 from tests.fusion.reading import pasted, pasted_attention_forms, pasted_attentions
@@ -463,21 +464,27 @@ def test_an_exported_criss_cross_and_context(name, sizes):
         torch.testing.assert_close(fused.module()(x), net(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("sizes", ["fixed", "batch open", "open"])
 @pytest.mark.parametrize("name", ["CrissCrossAttention (32,) 2", "MaskedRows (24,) 2"])
-def test_a_criss_cross_of_a_large_static_map(name):
+def test_a_criss_cross_of_a_large_map(name, sizes, monkeypatch):
     """The check, on small maps, has to say in small what the graph says of samples next to lines and of both lines."""
     found: list = []
+    drawn: list = []
+    right = trial.random_tensor
+    monkeypatch.setattr(trial, "random_tensor", lambda shape, *a, **kw: drawn.append(shape) or right(shape, *a, **kw))
 
     def keep(graph, inputs):
         found.append(rewrite(graph, inputs))
         raise NotImplementedError
 
     make, _, channels, _ = pasted_attention_forms.BLOCKS[name]
+    x = torch.empty(3, 3, 400, 440)
+    if sizes == "batch open":
+        torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(Around(make(), channels=channels).eval(), backend=keep, dynamic=sizes == "open" or None)
     with pytest.raises(Exception, match="NotImplementedError"), torch.no_grad():
-        torch.compile(Around(make(), channels=channels).eval(), backend=keep, dynamic=False)(
-            torch.empty(3, 3, 400, 440)
-        )
-    assert found == [1]
+        compiled(x)
+    assert found == [1] and max(map(math.prod, drawn)) <= trial.SMALL
 
 
 @pytest.mark.parametrize(
