@@ -295,7 +295,7 @@ MUTANTS = [
     Mutant(
         name="the-bias-that-no-softmax-sees-is-no-part-of-a-block",
         file="fused_attn/fusion/changing/graphs.py",
-        old="        unseen = _others(seen, end, {x, *leaves}) if found.unseen is not None else []\n",
+        old="        unseen = _others(seen, end, {x, *leaves}) if found.unseen else []\n",
         new="        unseen: list[fx.Node] = []\n",
         tests="tests/fusion/changing/test_graphs.py -k test_ways_of_writing_a_context",
     ),

@@ -88,7 +88,7 @@ def _write_down_numbers(module: Any) -> None:
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.lift_fresh_copy.default):
         held = node.args[0]
         number = operator.attrgetter(held.target)(module) if held.op == "get_attr" else None
-        if isinstance(number, Tensor) and number.dim() == 0 and number.is_floating_point():
+        if type(number) is Tensor and number.dim() == 0 and number.is_floating_point() and not number.is_meta:
             with module.graph.inserting_before(node):
                 kept = {"dtype": number.dtype, "device": number.device}
                 made = module.graph.call_function(torch.ops.aten.full.default, ([], number.item()), kept)
@@ -158,8 +158,8 @@ class Found:
     """A block: the map it reads, and the call that computes it.
 
     tensors: names of arguments -> canonical values; one that is a dictionary of them, or a tuple, is passed as such.
-    around: whether the function takes a BatchNorm before and a sum after it. maps: as tensors, of what is computed in
-    the graph. unseen: the argument for a parameter that is read and makes no difference, where there is one.
+    around: whether the function takes a BatchNorm before and a sum after it. maps: as tensors, of what the graph computes.
+    unseen: arguments for parameters that are read and make no difference, such as the bias of a softmax's logits.
     """
 
     function: Callable
@@ -168,7 +168,7 @@ class Found:
     options: dict[str, Any]
     around: bool = True
     maps: dict[str, Node] = field(default_factory=dict)
-    unseen: str | None = None
+    unseen: tuple[str, ...] = ()
 
 
 def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bool:
@@ -211,16 +211,21 @@ def _try(seen: Followed, trial: Trial, last: fx.Node, found: Found, before: bool
     if norm is not None:
         around += [norm.x, *(t for t in norm.tensors if t is not None)]
     for x in reversed(seen.holders(found.x, last)):
-        unseen = _others(seen, end, {x, *leaves}) if found.unseen is not None else []
+        unseen = _others(seen, end, {x, *leaves}) if found.unseen else []
         block = region(seen, end, (*leaves, *unseen, *around, *((x,) if norm is None else ())))
         if block is None or (norm is not None and x not in block.gone) or _is_counted_elsewhere(seen, block):
             continue
-        if len(unseen) > 1:
+        if len(unseen) > len(found.unseen) or _has_readers(seen, block):
             continue
-        given = _with_unseen(tensors, {str(found.unseen): n for n in unseen})
+        given = _with_unseen(tensors, dict(zip(found.unseen, unseen, strict=False)))
         if _is_typed(seen, block, given, x if norm is None else norm.x, options.get("residual")):
             return _insert(seen, trial, block, x, norm, found.function, {**given, **found.options, **options})
     return ""
+
+
+def _has_readers(seen: Followed, block: Region) -> bool:
+    """Whether an attention's weights are read outside too: then they are written all the same."""
+    return any(n not in block.gone and n in seen.values and seen.values[n].node.op == "softmax" for n in block.nodes)
 
 
 def _with_unseen(tensors: dict[str, Any], unseen: dict[str, fx.Node]) -> dict[str, Any]:
@@ -376,7 +381,7 @@ def _contexts(seen: Followed, value: Value) -> Iterator[Found]:
     found = context_of(seen.graph, value)
     if found is not None:
         options = {"place": found.place, "rank": len(value.shape)}
-        yield Found(calls.context_pool, found.x, {"weight": found.weight}, options, around=False, unseen="bias")
+        yield Found(calls.context_pool, found.x, {"weight": found.weight}, options, around=False, unseen=("bias",))
 
 
 #: Steps from the sum at the end of an attention to the softmax or the product in it.
@@ -487,7 +492,9 @@ def _block(template: Template, match: Match) -> Found | None:
     channels = x.sizes[1 - (template.batch == 1)]
     scale = scale_of(match) if template.name == "NonLocal" else None
     call = _module(template.name, options, tuple(sorted(layers.items())), channels, template.training, scale)
-    unseen = "convB.bias" if template.name == "DoubleAttention" else None
+    unseen: tuple[str, ...] = ()
+    if template.name == "DoubleAttention":
+        unseen = ("convB.bias",) if template.options["distribute"] == "channels" else ("convB.bias", "convV.bias")
     return Found(call, x, {"tensors": _leaves(match)}, {}, around=False, unseen=unseen)
 
 

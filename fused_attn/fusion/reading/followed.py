@@ -197,7 +197,7 @@ def _run(found: Followed, recorder: Recorder | None) -> Followed:
                 result = stand_in(n.name, self.fetch_attr(str(n.target)))
             elif n.op == "call_method" and n.target in MOVES:
                 result = self.env[n.all_input_nodes[0]]
-            elif n.target is torch.tensor and _is_float(n.args[0]):  # a tensor without data would not say which
+            elif n.target is torch.tensor and n.args and _is_float(n.args[0]):  # without data it would not say which
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 result = torch.full((), args[0], dtype=kwargs.get("dtype"))
             elif n.target is torch.ops.aten._assert_tensor_metadata.default:  # autocast leaves meta tensors as they are

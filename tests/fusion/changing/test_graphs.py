@@ -414,7 +414,14 @@ def test_ways_of_writing_a_context(name):
     assert node.target is calls.context_pool and ("bias" in node.kwargs) is (name != "no bias")
 
 
+class WithItsWeights(Pooled):
+    def forward(self, x):
+        weights = self.logits(x).flatten(2).softmax(2)
+        return x * self.mlp((x.flatten(2) @ weights.mT).flatten(1))[:, :, None, None] + weights.view_as(x[:, :1])
+
+
 NOT_CROSSED = {
+    "weights that others read": lambda: WithItsWeights(None),
     "itself twice": lambda: pasted_attention_forms.Unmasked(),
     "two softmaxes": lambda: pasted_attention_forms.WithoutColumns(),
     "a mask that is not infinite": lambda: Crossed(lambda e, h, x: e - 1e4 * torch.eye(h)[:, None]),
@@ -440,10 +447,16 @@ def test_timms_global_context(fusions):
     assert node.target is calls.context_pool
 
 
-@pytest.mark.parametrize("block", [reference.CrissCrossAttention(32), reference.GlobalContext(32, fuse="both")])
-def test_our_reference(block):
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (reference.CrissCrossAttention(32), ["CrissCrossAttention"] * 2),
+        (reference.GlobalContext(32, fuse="both"), ["context_pool"]),
+        (reference.DoubleAttention(32, distribute="positions"), ["DoubleAttention"]),
+    ],
+)
+def test_our_reference(block, expected):
     nodes = blocks_of(Around(restarted(copy.deepcopy(block))).double(), random(2, 3, 6, 7, dtype=torch.float64))
-    expected = ["context_pool"] if isinstance(block, reference.GlobalContext) else ["CrissCrossAttention"] * 2
     assert [n.target.__name__ for n in nodes] == expected
 
 
