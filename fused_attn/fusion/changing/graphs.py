@@ -158,7 +158,7 @@ class Found:
     """A block: the map it reads, and the call that computes it.
 
     tensors: names of arguments -> canonical values; one that is a dictionary of them, or a tuple, is passed as such.
-    around: whether the function takes a BatchNorm before and a sum after it. maps: as tensors, of what the graph computes.
+    around: whether the function takes a BatchNorm before and a sum after it. maps: as tensors; the graph computes them.
     unseen: arguments for parameters that are read and make no difference, such as the bias of a softmax's logits.
     """
 
