@@ -529,9 +529,9 @@ def test_criss_cross_and_context_behind_autograd():
     layers = nn.Conv2d(3, 32, 1), context, pasted_attention_forms.CrissCrossAttention(32)
     net = restarted(nn.Sequential(*layers).double())
     both(net, torch.compile(net, backend=compiler, dynamic=True), random(2, 3, 6, 7, dtype=torch.float64))
-    calls_of_ours = sorted(name.split(".")[1] for name in found if name.startswith("fused_attn"))
-    names = ["context_pool", "criss_cross_attention"]
-    assert calls_of_ours == sorted([*names, *(f"{name}_backward" for name in names)])
+    ours = [name.split(".")[1] for name in found if name.startswith("fused_attn")]
+    for name in ("context_pool", "criss_cross_attention"):
+        assert ours.count(name) == ours.count(f"{name}_backward") == 1
     assert not any("softmax" in name for name in found)
     net(random(2, 3, 6, 7, dtype=torch.float64)).sum().backward()
     assert context.conv_mask.bias.grad is not None
