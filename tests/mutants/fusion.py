@@ -280,9 +280,31 @@ MUTANTS = [
     Mutant(
         name="rounding-in-a-graph-is-overlooked",
         file="fused_attn/fusion/changing/graphs.py",
-        old="        if any(torch.finfo(d).eps > torch.finfo(own[-1]).eps for d in own):\n            return False\n",
+        old="        if any(torch.finfo(d).eps > torch.finfo(own[-1][1]).eps and _varies(seen, n) for n, d in own):\n"
+        "            return False\n",
         new="",
         tests="tests/fusion/changing/test_graphs.py -k test_what_must_not_be_replaced",
+    ),
+    Mutant(
+        name="infinity-in-a-program-stays-a-constant",
+        file="fused_attn/fusion/changing/graphs.py",
+        old="    _write_down_numbers(module)\n",
+        new="",
+        tests="tests/fusion/changing/test_graphs.py -k test_an_exported_criss_cross_and_context",
+    ),
+    Mutant(
+        name="the-bias-that-no-softmax-sees-is-no-part-of-a-block",
+        file="fused_attn/fusion/changing/graphs.py",
+        old="        unseen = _others(seen, end, {x, *leaves}) if found.unseen else []\n",
+        new="        unseen: list[fx.Node] = []\n",
+        tests="tests/fusion/changing/test_graphs.py -k test_ways_of_writing_a_context",
+    ),
+    Mutant(
+        name="samples-next-to-lines-are-large-in-the-small-check",
+        file="fused_attn/fusion/reading/trial.py",
+        old="numbers.setdefault(a * b, numbers.get(a, a) * numbers.get(b, b))",
+        new="pass",
+        tests="tests/fusion/changing/test_graphs.py -k test_a_criss_cross_of_a_large_map",
     ),
     Mutant(
         name="graphs-are-read-in-the-moment",

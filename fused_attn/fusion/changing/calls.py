@@ -39,6 +39,13 @@ spatial_gate_with_batch_norm = _with_norm(functional.spatial_gate, "")
 cbam_with_batch_norm = _with_norm(functional.cbam, "spatial_")
 
 
+def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, place: int, rank: int) -> Tensor:
+    """A map's context as a tensor of `rank` dimensions: samples first, and channels in this place. weight, bias: in any
+    shape."""
+    context = functional.context_pool(x, weight.reshape(1, -1), None if bias is None else bias.reshape(1))
+    return context.reshape(context.shape[0], *(1,) * (place - 1), context.shape[1], *(1,) * (rank - place - 1))
+
+
 class Block:
     """A module of `fused_attn.nn` without parameters of its own: they come with each call, by their names."""
 

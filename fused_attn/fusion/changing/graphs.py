@@ -5,10 +5,11 @@ activation before, a residual sum and an activation after. Each is checked numer
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from ..reading import templates
 from ..reading.canonical import Node, Value
 from ..reading.capture import BATCH, SPACE
 from ..reading.context import in_its_own_context
+from ..reading.cores import context_of, crossed, crossed_template
 from ..reading.find import scale_of
 from ..reading.followed import Followed, follow, is_whole
 from ..reading.match import Match, reached, unify
-from ..reading.region import Region, region
+from ..reading.region import Region, is_number, region
 from ..reading.templates import Template
 from ..reading.trial import Trial
 from . import calls
@@ -66,6 +68,7 @@ def fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram:
 def _fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram:
     module: Any = program.module(check_guards=False)
     holders = module.graph.find_nodes(op="placeholder")
+    _write_down_numbers(module)
     if not rewrite(module, [n.meta.get("val") for n in holders], left):
         return program
     assert program.example_inputs is not None
@@ -78,6 +81,20 @@ def _fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram
     except Exception as error:
         left.append(f"the fused program cannot be exported: {type(error).__name__}: {error}")
         return program
+
+
+def _write_down_numbers(module: Any) -> None:
+    """A number that code has made a tensor of, which a program has as a constant of its own, is one in the graph."""
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.lift_fresh_copy.default):
+        held = node.args[0]
+        number = operator.attrgetter(held.target)(module) if held.op == "get_attr" else None
+        if type(number) is Tensor and number.dim() == 0 and number.is_floating_point() and not number.is_meta:
+            with module.graph.inserting_before(node):
+                kept = {"dtype": number.dtype, "device": number.device}
+                made = module.graph.call_function(torch.ops.aten.full.default, ([], number.item()), kept)
+            made.meta.update(node.meta)
+            node.replace_all_uses_with(made)
+            module.graph.erase_node(node)
 
 
 def _open(value: Any, ranges: Any, known: dict[Any, Any]) -> Any:
@@ -141,7 +158,8 @@ class Found:
     """A block: the map it reads, and the call that computes it.
 
     tensors: names of arguments -> canonical values; one that is a dictionary of them, or a tuple, is passed as such.
-    around: whether the function takes a BatchNorm before and a sum after it.
+    around: whether the function takes a BatchNorm before and a sum after it. maps: as tensors; the graph computes them.
+    unseen: arguments for parameters that are read and make no difference, such as the bias of a softmax's logits.
     """
 
     function: Callable
@@ -149,19 +167,22 @@ class Found:
     tensors: dict[str, Any]
     options: dict[str, Any]
     around: bool = True
+    maps: dict[str, Node] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
 
 
 def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bool:
     value = seen.values[last]
+    if not last.users or any(seen.values.get(n) == value for n in last.all_input_nodes):
+        return False  # a copy in another layout, which is wanted
     products = value.node.op == "maximum" or (
         value.node.op == "poly" and (any(len(f) > 1 for _, f in value.node.attrs) or _attends(value.node))
     )
-    if not products or not is_whole(value) or not last.users or len(value.shape) not in (3, 4, 5):
-        return False
-    if any(seen.values.get(n) == value for n in last.all_input_nodes):
-        return False  # a copy in another layout, which is wanted
+    candidates = [_contexts(seen, value)]
+    if products and len(value.shape) in (3, 4, 5):
+        candidates += [_matches(seen, value) if is_whole(value) else iter(()), _criss_crosses(seen, value)]
     reason = ""
-    for found in _matches(seen, value):
+    for found in itertools.chain(*candidates):
         for before, after in ((True, True), (False, True), (True, False), (False, False)):
             if found.around or not (before or after):
                 why = _try(seen, trial, last, found, before, after)
@@ -177,8 +198,11 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bo
 def _try(seen: Followed, trial: Trial, last: fx.Node, found: Found, before: bool, after: bool) -> str | None:
     """Put a block's call into the graph, with what stands before and after it; or why not, "" where there is nothing
     to be said."""
-    tensors = fx.node.map_aggregate(found.tensors, lambda n: seen.leaf(n) if isinstance(n, Node) else n)
+    tensors: Any = fx.node.map_aggregate(found.tensors, lambda n: seen.leaf(n) if isinstance(n, Node) else n)
     leaves: list[Any] = [seen.leaf(n) for n in tree_leaves(found.tensors) if isinstance(n, Node)]
+    if found.maps:
+        computed = {name: next(reversed(seen.holders(n, last)), None) for name, n in found.maps.items()}
+        tensors, leaves = {**tensors, **computed}, [*leaves, *computed.values()]
     norm = _normalised(seen, last, found.x) if before else None
     end, options = _epilogue(seen, last) if after else (last, {})
     if None in leaves or (before and norm is None) or (after and end is last):
@@ -187,12 +211,40 @@ def _try(seen: Followed, trial: Trial, last: fx.Node, found: Found, before: bool
     if norm is not None:
         around += [norm.x, *(t for t in norm.tensors if t is not None)]
     for x in reversed(seen.holders(found.x, last)):
-        block = region(seen, end, (*leaves, *around, *((x,) if norm is None else ())))
+        unseen = _others(seen, end, {x, *leaves}) if found.unseen else []
+        block = region(seen, end, (*leaves, *unseen, *around, *((x,) if norm is None else ())))
         if block is None or (norm is not None and x not in block.gone) or _is_counted_elsewhere(seen, block):
             continue
-        if _is_typed(seen, block, tensors, x if norm is None else norm.x, options.get("residual")):
-            return _insert(seen, trial, block, x, norm, found.function, {**tensors, **found.options, **options})
+        if len(unseen) > len(found.unseen) or _has_readers(seen, block):
+            continue
+        given = _with_unseen(tensors, dict(zip(found.unseen, unseen, strict=False)))
+        if _is_typed(seen, block, given, x if norm is None else norm.x, options.get("residual")):
+            return _insert(seen, trial, block, x, norm, found.function, {**given, **found.options, **options})
     return ""
+
+
+def _has_readers(seen: Followed, block: Region) -> bool:
+    """Whether an attention's weights are read outside too: then they are written all the same."""
+    return any(n not in block.gone and n in seen.values and seen.values[n].node.op == "softmax" for n in block.nodes)
+
+
+def _with_unseen(tensors: dict[str, Any], unseen: dict[str, fx.Node]) -> dict[str, Any]:
+    return {"tensors": {**tensors["tensors"], **unseen}} if "tensors" in tensors else {**tensors, **unseen}
+
+
+def _others(seen: Followed, end: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
+    """The tensors of the graph that a node is computed from beside these, as from the bias of a softmax's logits."""
+    found: dict[fx.Node, None] = {}
+    waiting, known = [end], set(stops)
+    while waiting:
+        node = waiting.pop()
+        if node in known or is_number(seen.results.get(node)):
+            continue
+        known.add(node)
+        if node.op in ("placeholder", "get_attr"):
+            found[node] = None
+        waiting += node.all_input_nodes
+    return list(found)
 
 
 def _insert(
@@ -310,6 +362,28 @@ def _matches(seen: Followed, value: Value) -> Iterator[Found]:
             yield _self_attention(template, match)
 
 
+def _criss_crosses(seen: Followed, value: Value) -> Iterator[Found]:
+    """CCNet's block, or its attention alone, of queries, keys and values that are made in any way."""
+    if value.node.op != "poly" or len(value.shape) != 4:
+        return
+    for found in filter(is_whole, crossed(seen.graph, value)):
+        for template in _templates("criss_crosses", value.shape, {False}, lambda template: True):
+            for match in unify(crossed_template(template), found.node, seen.graph, Match()):
+                yield _self_attention(template, match)
+        if found.node.op == "criss_cross":
+            query, key, attended = found.node.inputs
+            maps = {"key": key, "value": attended}
+            yield Found(functional.criss_cross_attention, query, {}, {}, around=False, maps=maps)
+
+
+def _contexts(seen: Followed, value: Value) -> Iterator[Found]:
+    """What global context begins with; all that follows is the graph's own."""
+    found = context_of(seen.graph, value)
+    if found is not None:
+        options = {"place": found.place, "rank": len(value.shape)}
+        yield Found(calls.context_pool, found.x, {"weight": found.weight}, options, around=False, unseen=("bias",))
+
+
 #: Steps from the sum at the end of an attention to the softmax or the product in it.
 _STEPS = 8
 
@@ -418,7 +492,10 @@ def _block(template: Template, match: Match) -> Found | None:
     channels = x.sizes[1 - (template.batch == 1)]
     scale = scale_of(match) if template.name == "NonLocal" else None
     call = _module(template.name, options, tuple(sorted(layers.items())), channels, template.training, scale)
-    return Found(call, x, {"tensors": _leaves(match)}, {}, around=False)
+    unseen: tuple[str, ...] = ()
+    if template.name == "DoubleAttention":
+        unseen = ("convB.bias",) if template.options["distribute"] == "channels" else ("convB.bias", "convV.bias")
+    return Found(call, x, {"tensors": _leaves(match)}, {}, around=False, unseen=unseen)
 
 
 def _self_attention(template: Template, match: Match) -> Found:
@@ -426,10 +503,14 @@ def _self_attention(template: Template, match: Match) -> Found:
     leaves = _leaves(match)
     options: dict[str, Any] = {"bare": ()}
     scale = None
-    if template.name == "PositionAttention":
+    if template.name != "ChannelSelfAttention":
         layers = ("query_conv", "key_conv", "value_conv")
-        options = {"bare": tuple(name for name in layers if f"{name}.bias" not in leaves), "rank": template.rank}
+        options["bare"] = tuple(name for name in layers if f"{name}.bias" not in leaves)
+    if template.name == "PositionAttention":
+        options["rank"] = template.rank
         scale = scale_of(match)
+    elif template.name == "CrissCrossAttention":
+        options["recurrence"] = 1
     call = _module(template.name, tuple(sorted(options.items())), (), templates.CHANNELS, False, scale)
     return Found(call, match.nodes[template.input], {"tensors": leaves}, {}, around=False)
 
@@ -445,7 +526,7 @@ def _module(
         module: Any = templates.without_bias(
             getattr(fused_nn, name), bare, channels=templates.CHANNELS, **chosen
         ).train(training)
-    module.channels = channels if name == "SCSE" else None
+    module.channels = channels if name in ("SCSE", "DoubleAttention", "ExternalAttention") else None
     if name == "NonLocal":
         module.scale = scale
     elif scale is not None:
@@ -469,10 +550,15 @@ def _is_typed(seen: Followed, block: Region, tensors: Any, x: fx.Node, residual:
     given = [x, block.end] if residual is None else [x, block.end, residual]
     if seen.modes[block.end][1] is None:  # under autocast parameters are read as they are
         given += [n for n in tree_leaves(tensors) if isinstance(n, fx.Node)]
-        own = [d for n in block.nodes if (d := seen.dtype(n)) is not None and d.is_floating_point]
-        if any(torch.finfo(d).eps > torch.finfo(own[-1]).eps for d in own):
+        own = [(n, d) for n in block.nodes if (d := seen.dtype(n)) is not None and d.is_floating_point]
+        if any(torch.finfo(d).eps > torch.finfo(own[-1][1]).eps and _varies(seen, n) for n, d in own):
             return False
     return len({seen.dtype(n) for n in given}) == 1
+
+
+def _varies(seen: Followed, node: fx.Node) -> bool:
+    """Whether it is more than numbers that the code has written down."""
+    return node not in seen.values or any(n.op not in ("poly", "diagonal") for n in reached(seen.values[node].node))
 
 
 # What stands around it

@@ -24,7 +24,7 @@ from ...reference.block_attention import CONVOLUTIONS
 from ...reference.non_local import weighted_channels
 from ..recipes.recipe import OwnLayers, Recipe
 from ..recipes.run import Unsuited, layer_at, number_at, parameter_at, split_path
-from .canonical import Entry, Node, Spread, Unsupported, Value, plain
+from .canonical import Entry, Graph, Node, Spread, Unsupported, Value, plain
 from .capture import EVEN_SPACE, Call, Captured
 from .layers import is_dense, paths_but
 from .match import reached
@@ -356,22 +356,22 @@ def _line(node: Node) -> _Line | None:
             continue
         part = int(share.attrs[1] != 0)
         masked, products, axes = _unmasked(joint.inputs[part])
-        if products is None or len(samples) != 2 or len(of_value[1]) != 1:
+        count = len(samples)  # one where the batch is one
+        if products is None or count not in (1, 2) or len(of_value[1]) != 1:
             continue
         place = {joint.attrs[1 + part][a]: i for i, a in enumerate(axes)}
         found = _sides(products, *([place[a] for a in entry] for entry in (samples, queries, keys)))
         if found is None:
             continue
         (query, of_query), (key, of_key) = found
-        row = 2 if side == 0 else 2 + len(of_value[1])
-        feature = 2 + len(queries) if side == 0 else 2
+        row, feature = (count, count + 1) if side == 0 else (count + 1, count)
         return _Line(
             soft,
             masked,
             (query, of_query),
             (key, of_key),
             (value, of_value),
-            ((0, 1), (feature,), (row,)),
+            (tuple(range(count)), (feature,), (row,)),
         )
     return None
 
@@ -412,7 +412,7 @@ def _criss_cross(nodes: Sequence[tuple[Node, Axes]]) -> tuple[Attention, Layout]
     if result is None:
         return None
     nodes3 = tuple(zip((line[0] for line in column[2:5]), layouts, strict=True))
-    output = ((0,), (1,), (2,), (3,))
+    output = (*(((0,),) if result[0] else ((),)), *((len(result[0]) + i,) for i in range(3)))  # type: ignore[arg-type]
     functions = ("criss_cross_attention",)
     return Attention("CrissCrossAttention", functions, _attend_criss_cross, nodes3, output), result
 
@@ -422,7 +422,28 @@ def _crossed(column: tuple[Axes, ...], row: tuple[Axes, ...]) -> Layout | None:
     (height,), (width,) = column[2], row[2]
     samples = set(column[0]) & set(row[0])
     fits = column[1] == row[1] and {*column[0]} == {*samples, width} and {*row[0]} == {*samples, height}
-    return (tuple(samples), column[1], (height,), (width,)) if fits and len(samples) == 1 else None
+    return (tuple(samples), column[1], (height,), (width,)) if fits and len(samples) < 2 else None
+
+
+def criss_crosses(graph: Graph, terms: Terms) -> Iterator[tuple[Node, Attention, Terms]]:
+    """For each two terms of a sum that are the columns and the rows of one attention: a node that stands for it, whose
+    inputs are queries, keys and values, with their layouts; and the sum with it in their place."""
+    for (i, (c, f)), (j, (d, g)) in itertools.combinations(enumerate(terms), 2):
+        if c != d or len(f) != len(g):
+            continue
+        for a, b in itertools.product(f, g):
+            rest = [m for m in f if m is not a]
+            if _sorted(rest) != _sorted([m for m in g if m is not b]):
+                continue
+            found = _criss_cross((a, b))
+            if found is None:
+                continue
+            attention, places = found
+            axes = tuple(e[0] for e in places if e)  # type: ignore[index]
+            sizes = [dict(zip((*a[1], *b[1]), (*a[0].sizes, *b[0].sizes), strict=True))[e] for e in axes]
+            nodes, layouts = zip(*attention.inputs, strict=True)
+            node = graph.node("criss_cross", nodes, layouts, sizes)
+            yield node, attention, [*(t for k, t in enumerate(terms) if k not in (i, j)), (c, [*rest, (node, axes)])]
 
 
 def _attend_criss_cross(block: nn.Module, x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -649,25 +670,9 @@ class _Writer:
         return self._add(functools.partial(_added, counts), *(p for _, places, _ in parts for p in places))
 
     def _with_criss_cross(self, terms: Terms) -> Terms:
-        for (i, (c, f)), (j, (d, g)) in itertools.combinations(enumerate(terms), 2):
-            if c != d or len(f) != len(g):
-                continue
-            for a, b in itertools.product(f, g):
-                rest = [m for m in f if m is not a]
-                if _sorted(rest) != _sorted([m for m in g if m is not b]):
-                    continue
-                found = _criss_cross((a, b))
-                if found is None:
-                    continue
-                attention, places = found
-                axes = tuple(e[0] for e in places)  # type: ignore[index]
-                sizes = [dict(zip((*a[1], *b[1]), (*a[0].sizes, *b[0].sizes), strict=True))[e] for e in axes]
-                nodes = tuple(n for n, _ in attention.inputs)
-                layouts = tuple(layout for _, layout in attention.inputs)
-                node = self.captured.graph.node("criss_cross", nodes, layouts, sizes)
-                self.criss_cross[node] = attention
-                others = [t for k, t in enumerate(terms) if k not in (i, j)]
-                return self._with_criss_cross([*others, (c, [*rest, (node, axes)])])
+        for node, attention, others in criss_crosses(self.captured.graph, terms):
+            self.criss_cross[node] = attention
+            return self._with_criss_cross(others)
         return terms
 
     def _with_sums(self, terms: Terms) -> Terms:

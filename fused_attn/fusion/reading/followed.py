@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,12 @@ from .canonical import Graph, Node, Unsupported, Value
 from .capture import Recorder
 
 #: Sizes that stand for those a dynamic graph leaves open, all different: for small ones (a batch), and for those that
-#: strides will divide; the last for networks that take only what is divisible.
+#: strides will divide; the last two for networks that take only what is divisible, and for checks that take long.
 SIZES = (
     ((5, 13, 11, 17, 19, 23, 29, 31, 37, 41), (211, 173, 239, 193, 227, 181)),
     ((3, 7, 9, 6, 10, 8, 14, 12, 15, 16), (67, 99, 81, 75, 91, 105)),
     ((2, 6, 5, 9, 8, 10, 12, 7, 14, 15), (96, 64, 160, 128, 192, 224)),
+    ((4, 11, 8, 13, 6, 9, 15, 7, 10, 16), (32, 24, 40, 48, 56, 72)),
 )
 #: Methods that move a tensor to another device.
 MOVES = {"cuda", "cpu", "xpu"}
@@ -129,6 +131,10 @@ def _known(node: fx.Node, value: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val", value))
 
 
+def _is_float(x: Any) -> bool:
+    return isinstance(x, float) and not math.isnan(x)
+
+
 def _tensors(result: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
@@ -191,6 +197,9 @@ def _run(found: Followed, recorder: Recorder | None) -> Followed:
                 result = stand_in(n.name, self.fetch_attr(str(n.target)))
             elif n.op == "call_method" and n.target in MOVES:
                 result = self.env[n.all_input_nodes[0]]
+            elif n.target is torch.tensor and n.args and _is_float(n.args[0]):  # without data it would not say which
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                result = torch.full((), args[0], dtype=kwargs.get("dtype"))
             elif n.target is torch.ops.aten._assert_tensor_metadata.default:  # autocast leaves meta tensors as they are
                 result = None
             else:

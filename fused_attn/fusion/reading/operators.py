@@ -91,6 +91,15 @@ def _(graph: Graph, shape: Sequence[int], size: Any, number: Any, **_: Any) -> V
     return graph.constant(float(number), shape)
 
 
+@operator("new_full")
+def _(graph: Graph, shape: Sequence[int], a: Any, size: Any, number: Any, **_: Any) -> Value:
+    return OPERATORS["full"](graph, shape, size, number)
+
+
+OPERATORS["ones"] = lambda graph, shape, *_, **__: graph.constant(1.0, shape)
+OPERATORS["zeros"] = lambda graph, shape, *_, **__: graph.constant(0.0, shape)
+
+
 @operator("diag_embed")
 def _(graph: Graph, shape: Sequence[int], a: Value, *places: Any, **_: Any) -> Value:
     constant = a.node.op == "poly" and not a.node.inputs and len(a.node.terms) == 1
@@ -403,6 +412,8 @@ def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
 def _(graph: Graph, shape: Sequence[int], a: Value, b: Value) -> Value:
     if b.node.op == "leaf" and isinstance(b.layout[0], Spread):  # a Linear of a map that is not contiguous
         return graph.dense(a, 2, b.node, shape[2], _weight(b, 2, 1))
+    if a.node.op == "leaf" and isinstance(a.layout[0], Spread):  # a weight times a map
+        return graph.dense(b, 1, a.node, shape[1], _weight(a, 1, 2))
     return graph.product(a, b)
 
 

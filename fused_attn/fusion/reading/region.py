@@ -36,7 +36,7 @@ def region(seen: Followed, end: fx.Node, stops: Iterable[fx.Node]) -> Region | N
             continue
         if node not in seen.results:
             return None
-        if _is_number(seen.results[node]):
+        if is_number(seen.results[node]):
             found.sizes.add(node)
             continue
         if node.op not in ("call_function", "call_method") or seen.modes[node] != seen.modes[end]:
@@ -56,7 +56,7 @@ def region(seen: Followed, end: fx.Node, stops: Iterable[fx.Node]) -> Region | N
     return found
 
 
-def _is_number(result: Any) -> bool:
+def is_number(result: Any) -> bool:
     return result is None or isinstance(result, (bool, int, float, str))
 
 

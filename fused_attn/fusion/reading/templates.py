@@ -207,6 +207,18 @@ def self_attentions(rank: int) -> tuple[Template, ...]:
     return tuple(found)
 
 
+@functools.cache
+def criss_crosses(rank: int) -> tuple[Template, ...]:
+    """CCNet's block, applied once."""
+    found = []
+    for layers in ((), ("query_conv", "key_conv"), ("",)) if rank == 2 else ():
+        build = functools.partial(without_bias, reference.CrissCrossAttention, layers, channels=CHANNELS, recurrence=1)
+        with torch.device("meta"):
+            leaves = sum(1 for _ in build().parameters())
+        found.append(Template("module", "CrissCrossAttention", build, {"recurrence": 1, "bare": layers}, rank, leaves))
+    return tuple(found)
+
+
 class _Selection(nn.Module):
     """A selection between maps that any modules make, with any excitation but for the softmax: one layer that gives the
     logits of all branches, or one a branch."""

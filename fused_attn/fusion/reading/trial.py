@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, Run, random_tensor
 from .followed import MOVES, Followed
@@ -51,8 +54,8 @@ class Trial:
             for n in (*block.nodes, *new)
         ]
         results = self.seen.results
-        shapes = [tuple(r.shape) if isinstance(r := results[n], Tensor) else r for n in number if n in results]
-        return tuple(lines), tuple(shapes), frozenset((number.get(n), var) for n, var in buffers.items())
+        shapes = [[getattr(r, "shape", r) for r in tree_leaves(results[n])] for n in number if n in results]
+        return tuple(lines), tuple(map(tuple, shapes)), frozenset((number.get(n), var) for n, var in buffers.items())
 
     def _compare(
         self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, tolerance: float
@@ -86,23 +89,52 @@ class Trial:
     def _settings(self, block: Region, x: fx.Node) -> Iterator[_Setting]:
         results = self.seen.results
         own = {n: results[n] for n in (*block.stops, *block.sizes)}
-        others = self.seen.other_sizes()
-        for sizes in others if own[x].numel() <= SMALL else others[:1]:
-            yield _Setting({n: sizes[n] for n in own}, {}, True)
+        others = [{n: sizes[n] for n in own} for sizes in self.seen.other_sizes()]
+        large = _largest(own) > SMALL
+        if others and large:  # one setting, the smallest; smaller still where only some sizes are open
+            others = [min(others, key=_largest)]
+            shape, other = own[x].shape, others[0][x].shape
+            open_sizes = [m for n, m in zip(shape, other, strict=True) if n != m]
+            if _largest(others[0]) > SMALL:
+                yield from (_smaller(others[0], x, open_sizes, joined) for joined in (False, True))
+        yield from (_Setting(sizes, {}, True) for sizes in others)
         if others:
             return
-        shape = own[x].shape
         if not block.sizes and not self.seen.is_dynamic:
-            for kept in ((), shape[:1]):
-                fresh = iter(SPACE)
-                numbers = {n: n for n in kept}
-                numbers |= {n: next(fresh) for n in dict.fromkeys((shape[0], *shape[2:])) if n not in numbers and n > 1}
-                space = [numbers.get(n, n) for n in shape[2:]]
-                small = own[x].new_empty((numbers.get(shape[0], shape[0]), shape[1], *space))
-                numbers.setdefault(shape[2:].numel(), small.shape[2:].numel())
-                yield _Setting({n: small if v.shape == shape else v for n, v in own.items()}, numbers, False)
-        if shape.numel() <= MOST_ELEMENTS:
+            for joined, kept in itertools.product((False, True), ((), own[x].shape[:1])):
+                yield _smaller(own, x, kept, joined)
+        if _largest(own) <= MOST_ELEMENTS:
             yield _Setting(own, {}, True)
+
+
+def _largest(values: dict[fx.Node, Any]) -> int:
+    return max(v.numel() for v in values.values() if isinstance(v, Tensor))
+
+
+def _smaller(own: dict[fx.Node, Any], x: fx.Node, kept: Sequence[int], joined: bool) -> _Setting:
+    """With small numbers in place of the batch and the sizes of the map x, but for those that are kept. joined: also in
+    place of products and sums of two of them."""
+    shape = own[x].shape
+    fresh = (n for n in SPACE if n not in kept)
+    numbers = {n: n for n in kept}
+    numbers |= {n: next(fresh) for n in dict.fromkeys((shape[0], *shape[2:])) if n not in numbers and n > 1}
+    batch, *space = (numbers.get(n, n) for n in (shape[0], *shape[2:]))
+    numbers.setdefault(shape[2:].numel(), math.prod(space))
+    for a, b in itertools.combinations((shape[0], *shape[2:]), 2) if joined else ():
+        numbers.setdefault(a * b, numbers.get(a, a) * numbers.get(b, b))  # samples next to columns
+        numbers.setdefault(a + b, numbers.get(a, a) + numbers.get(b, b))  # rows behind columns
+
+    def small(v: Any) -> Any:
+        if isinstance(v, Tensor):
+            return v.new_empty((batch, v.shape[1], *space)) if _is_as(v.shape, shape) else v
+        return numbers.get(v, v) if isinstance(v, int) and not isinstance(v, bool) else v
+
+    return _Setting({n: small(v) for n, v in own.items()}, numbers, False)
+
+
+def _is_as(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether it is that of a map of as many samples and as large a space."""
+    return len(shape) == len(other) and shape[:1] == other[:1] and shape[2:] == other[2:]
 
 
 @dataclass
@@ -140,6 +172,10 @@ def _run(nodes: Sequence[fx.Node], values: dict[fx.Node, Any], buffers: Buffers,
         for node in nodes:
             given: Any = fx.node.map_aggregate((node.args, dict(node.kwargs)), here)
             args, kwargs = given
+            if isinstance(kwargs.get("device"), str):
+                kwargs = {**kwargs, "device": "cpu"}
+            if node.target == "to":
+                args = tuple("cpu" if isinstance(a, str) else a for a in args)
             if node.op == "call_function":
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif node.target in _CASTS or node.target in MOVES:

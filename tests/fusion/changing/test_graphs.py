@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import inspect
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fused_attn
-from fused_attn import functional, fuse
+from fused_attn import functional, fuse, reference
 from fused_attn.fusion import FusionError
 from fused_attn.fusion.changing import calls, graphs
 from fused_attn.fusion.changing.graphs import backend, rewrite
-from fused_attn.fusion.reading import templates
+from fused_attn.fusion.reading import templates, trial
 from fused_attn.fusion.reading.trial import Trial
 from tests.checks import random
-from tests.fusion.reading import pasted, pasted_attentions
+from tests.fusion.reading import pasted, pasted_attention_forms, pasted_attentions
 from tests.fusion.reading.pasted import CBAM, SEBlock, SpatialGate, eca_layer
 
 OWN = (functional.__name__, calls.__name__)
@@ -286,6 +290,251 @@ def test_attentions_that_are_others(name):
     channels = next((p.shape[1] for p in block.parameters() if p.dim() > 2 and p.shape[1] > 1), 24)
     net = randomised(Around(block, channels=channels).double().eval())
     assert not blocks_of(net, random(2, 3, 6, 7, dtype=torch.float64))
+
+
+def restarted(block: nn.Module) -> nn.Module:
+    """What starts at zero, as gamma does, would hide what a block does."""
+    for p in block.parameters():
+        p.data.uniform_(-0.5, 0.5)
+    return block
+
+
+KINDS_OF_FORMS = {
+    "CrissCrossAttention": "CrissCrossAttention",
+    "GlobalContext": "context_pool",
+    "DoubleAttention": "DoubleAttention",
+}
+FORMS = [name for name, (_, kind, *_) in pasted_attention_forms.BLOCKS.items() if kind in KINDS_OF_FORMS]
+
+
+#: The others are written in other ways, which makes no difference between these.
+BOTH = [
+    "CrissCrossAttention (32,) 2",
+    "MaskedRows (24,) 2",
+    "ContextBlock (32, 'att', ('channel_add', 'channel_mul')) 2",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, "eval") for name in FORMS if name not in BOTH]
+    + [(name, how) for name in BOTH for how in ("dynamic training", "one image")]
+    + [("ContextOfTokens (24,) 2", "one image")],
+)
+def test_criss_cross_and_context(name, how):
+    """Of the layers around it, those of global context stay the graph's own, and so do those of MaskedRows, which are
+    not those of CCNet's block."""
+    make, kind, channels, rank = pasted_attention_forms.BLOCKS[name]
+    block = restarted(make())
+    net = Around(block, channels=channels) if rank == 2 else nn.Sequential(nn.Conv3d(3, channels, 1), block)
+    net = randomised(net.double().train(how == "dynamic training"))
+    shape = (1 if how == "one image" else 2, 3, 6, 7, 5)[: rank + 2]
+    nodes = blocks_of(net, random(*shape, dtype=torch.float64), dynamic=how == "dynamic training")
+    expected = "criss_cross_attention" if name.startswith("MaskedRows") else KINDS_OF_FORMS[kind]
+    assert [n.target.__name__ for n in nodes] == [expected] * (2 if name.startswith("TwiceInOneForward") else 1)
+
+
+class Crossed(nn.Module):
+    """masked(logits of the columns, height, map) are those without the position itself."""
+
+    def __init__(self, masked=None, layer=lambda c, d: nn.Conv2d(c, d, 1), after=None):
+        super().__init__()
+        self.q, self.k, self.v = layer(32, 4), layer(32, 4), nn.Conv2d(32, 32, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.masked = masked or (lambda e, h, x: e.masked_fill(torch.eye(h, dtype=torch.bool)[:, None], -1e9))
+        self.after = after or (lambda columns, rows, x, gamma: gamma * (columns + rows) + x)
+
+    def forward(self, x):
+        q, k, v, h = self.q(x), self.k(x), self.v(x), x.shape[2]
+        columns = self.masked(torch.einsum("bchw,bcgw->bhwg", q, k), h, x)
+        a = torch.cat([columns, torch.einsum("bchw,bchv->bhwv", q, k)], 3).softmax(3)
+        columns = torch.einsum("bhwg,bcgw->bchw", a[..., :h], v)
+        return self.after(columns, torch.einsum("bhwv,bchv->bchw", a[..., h:], v), x, self.gamma)
+
+
+class ByMatmul(Crossed):
+    def forward(self, x):
+        q, k, v, h = self.q(x), self.k(x), self.v(x), x.shape[2]
+        columns = (q.permute(0, 3, 2, 1) @ k.permute(0, 3, 1, 2)).masked_fill(torch.eye(h) == 1, -torch.inf)
+        a = torch.cat((columns.transpose(1, 2), q.permute(0, 2, 3, 1) @ k.permute(0, 2, 1, 3)), -1).softmax(-1)
+        columns, rows = a[..., :h].transpose(1, 2) @ v.permute(0, 3, 2, 1), a[..., h:] @ v.permute(0, 2, 3, 1)
+        return self.gamma * (columns.permute(0, 3, 2, 1) + rows.permute(0, 3, 1, 2)) + x
+
+
+def _normed(c, d):
+    return nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU())
+
+
+CROSSED = {
+    "of ones": Crossed(lambda e, h, x: e + torch.diag(torch.ones(h) * -1e10)[:, None]),
+    "filled zeros": Crossed(
+        lambda e, h, x: e + torch.zeros(h, h).masked_fill(torch.eye(h).bool(), -torch.inf)[:, None]
+    ),
+    "of the map's kind": Crossed(lambda e, h, x: e + torch.diag_embed(x.new_full((h,), -torch.inf))[:, None]),
+    "expanded": Crossed(lambda e, h, x: e - torch.diag(torch.tensor(torch.inf, device="cpu").expand(h))[:, None]),
+    "gamma twice": Crossed(after=lambda columns, rows, x, gamma: x + gamma * columns + gamma * rows),
+    "layers without a bias": Crossed(layer=lambda c, d: nn.Conv2d(c, d, 1, bias=False)),
+    "normed": Crossed(layer=_normed),
+    "no map added": Crossed(after=lambda columns, rows, x, gamma: columns.add_(rows)),
+}
+ALONE = {"normed", "no map added"}
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_ways_of_writing_criss_cross(name):
+    net = randomised(Around(restarted(copy.deepcopy(CROSSED[name]))).double().eval())
+    (node,) = blocks_of(net, random(3, 3, 6, 6, dtype=torch.float64))
+    assert node.target.__name__ == ("criss_cross_attention" if name in ALONE else "CrissCrossAttention")
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool, bias=True):
+        super().__init__()
+        self.logits, self.pool = nn.Conv2d(32, 1, 1, bias=bias), pool
+        self.mlp = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 32))
+
+    def forward(self, x):
+        x = F.relu(x)
+        return x * self.mlp(self.pool(x, self.logits(x)).flatten(1)).sigmoid()[:, :, None, None]
+
+
+POOLED = {
+    "a sum with its axes": Pooled(lambda x, a: (x * a.flatten(2).softmax(2).view_as(a)).sum((2, 3), keepdim=True)),
+    "weights first": Pooled(lambda x, a: a.flatten(2).softmax(2) @ x.flatten(2).transpose(1, 2)),
+    "weights last": Pooled(lambda x, a: torch.bmm(x.flatten(2), a.flatten(1).softmax(1)[:, :, None])),
+    "einsum": Pooled(lambda x, a: torch.einsum("bcn,bn->bc", x.flatten(2), a.flatten(1).softmax(1))),
+    "no bias": Pooled(lambda x, a: x.flatten(2) @ a.flatten(2).softmax(2).mT, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_ways_of_writing_a_context(name):
+    net = randomised(Around(copy.deepcopy(POOLED[name])).double().eval())
+    (node,) = blocks_of(net, random(2, 3, 6, 7, dtype=torch.float64))
+    assert node.target is calls.context_pool and ("bias" in node.kwargs) is (name != "no bias")
+
+
+class WithItsWeights(Pooled):
+    def forward(self, x):
+        weights = self.logits(x).flatten(2).softmax(2)
+        return x * self.mlp((x.flatten(2) @ weights.mT).flatten(1))[:, :, None, None] + weights.view_as(x[:, :1])
+
+
+NOT_CROSSED = {
+    "weights that others read": lambda: WithItsWeights(None),
+    "itself twice": lambda: pasted_attention_forms.Unmasked(),
+    "two softmaxes": lambda: pasted_attention_forms.WithoutColumns(),
+    "a mask that is not infinite": lambda: Crossed(lambda e, h, x: e - 1e4 * torch.eye(h)[:, None]),
+    "a difference": lambda: Crossed(after=lambda columns, rows, x, gamma: gamma * (columns - rows) + x),
+    "a context of others": lambda: pasted_attention_forms.ContextOfAnother(),
+    "of a row": lambda: Pooled(lambda x, a: (x * a.softmax(3)).sum((2, 3))),
+    "a mean": lambda: Pooled(lambda x, a: (x * a.flatten(2).softmax(2).view_as(a)).mean((2, 3))),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CROSSED)
+def test_other_attentions_along_lines_and_to_one_context(name):
+    net = randomised(Around(restarted(NOT_CROSSED[name]())).double().eval())
+    assert not blocks_of(net, random(2, 3, 6, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fusions", [(), ("fuse_add",), ("fuse_add", "fuse_scale")], ids=str)
+def test_timms_global_context(fusions):
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    options = {name: name in fusions for name in ("fuse_add", "fuse_scale")} if fusions else {}
+    block = restarted(layers.GlobalContext(32, **options))
+    (node,) = blocks_of(randomised(Around(block).double().eval()), random(2, 3, 6, 7, dtype=torch.float64))
+    assert node.target is calls.context_pool
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (reference.CrissCrossAttention(32), ["CrissCrossAttention"] * 2),
+        (reference.GlobalContext(32, fuse="both"), ["context_pool"]),
+        (reference.DoubleAttention(32, distribute="positions"), ["DoubleAttention"]),
+    ],
+)
+def test_our_reference(block, expected):
+    nodes = blocks_of(Around(restarted(copy.deepcopy(block))).double(), random(2, 3, 6, 7, dtype=torch.float64))
+    assert [n.target.__name__ for n in nodes] == expected
+
+
+@pytest.mark.parametrize("name", ["CrissCrossAttention (32,) 2", "ContextBlock (32, 'att', ('channel_add',)) 2"])
+@pytest.mark.parametrize("sizes", ["fixed", "open"])
+def test_an_exported_criss_cross_and_context(name, sizes):
+    """Infinity, which the code makes a tensor of, is a constant of the program."""
+    net, x = Around(restarted(pasted_attention_forms.BLOCKS[name][0]())).double().eval(), random(2, 3, 6, 7).double()
+    shapes = ({0: Dim("batch"), 2: Dim("height", min=2), 3: Dim("width", min=2)},) if sizes == "open" else None
+    program = torch.export.export(net, (x,), dynamic_shapes=shapes)
+    fused = fuse(program, strict=True)
+    kind = "criss_cross_attention" if "Cross" in name else "context_pool"
+    assert any(f"fused_attn.{kind}" in str(n.target) for n in fused.graph.nodes)
+    assert not any("softmax" in str(n.target) for n in fused.graph.nodes)
+    assert list(fused.state_dict) == list(program.state_dict)
+    for shape in ((2, 3, 6, 7), (3, 3, 9, 4)) if sizes == "open" else ((2, 3, 6, 7),):
+        x = random(*shape, dtype=torch.float64)
+        torch.testing.assert_close(fused.module()(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", ["fixed", "batch open", "open"])
+@pytest.mark.parametrize("name", ["CrissCrossAttention (32,) 2", "MaskedRows (24,) 2"])
+def test_a_criss_cross_of_a_large_map(name, sizes, monkeypatch):
+    """The check, on small maps, has to say in small what the graph says of samples next to lines and of both lines."""
+    found: list = []
+    drawn: list = []
+    right = trial.random_tensor
+    monkeypatch.setattr(trial, "random_tensor", lambda shape, *a, **kw: drawn.append(shape) or right(shape, *a, **kw))
+
+    def keep(graph, inputs):
+        found.append(rewrite(graph, inputs))
+        raise NotImplementedError
+
+    make, _, channels, _ = pasted_attention_forms.BLOCKS[name]
+    x = torch.empty(3, 3, 400, 440)
+    if sizes == "batch open":
+        torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(Around(make(), channels=channels).eval(), backend=keep, dynamic=sizes == "open" or None)
+    with pytest.raises(Exception, match="NotImplementedError"), torch.no_grad():
+        compiled(x)
+    assert found == [1] and max(map(math.prod, drawn)) <= trial.SMALL
+
+
+@pytest.mark.parametrize(
+    "name", ["CrissCrossAttention (32,) 2", "EinsumCrissCross (64,) 2", "ContextBlock (32, 'att', ('channel_add',)) 2"]
+)
+def test_criss_cross_and_context_under_autocast(name):
+    make, _, channels, _ = pasted_attention_forms.BLOCKS[name]
+    net, found = Around(restarted(make()), channels=channels).eval(), []
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        x = random(2, 3, 6, 7)
+        actual, expected = torch.compile(net, backend=counting(found))(x), net(x)
+    assert actual.dtype == expected.dtype and len(found[0]) == 1
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_criss_cross_and_context_behind_autograd():
+    """One call forward and one backward each, of open sizes; the bias that no softmax sees has a gradient, of zeros."""
+    found: list = []
+
+    def keep(graph, inputs):
+        found.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    def compiler(graph, inputs):
+        rewrite(graph, inputs)
+        return aot_autograd(fw_compiler=keep)(graph, inputs)
+
+    context = pasted_attention_forms.ContextBlock(32)
+    layers = nn.Conv2d(3, 32, 1), context, pasted_attention_forms.CrissCrossAttention(32)
+    net = restarted(nn.Sequential(*layers).double())
+    both(net, torch.compile(net, backend=compiler, dynamic=True), random(2, 3, 6, 7, dtype=torch.float64))
+    ours = [name.split(".")[1] for name in found if name.startswith("fused_attn")]
+    for name in ("context_pool", "criss_cross_attention"):
+        assert ours.count(name) == ours.count(f"{name}_backward") == 1
+    assert not any("softmax" in name for name in found)
+    net(random(2, 3, 6, 7, dtype=torch.float64)).sum().backward()
+    assert context.conv_mask.bias.grad is not None
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
