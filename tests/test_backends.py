@@ -228,7 +228,7 @@ def test_an_environment_that_names_no_backend_is_an_error():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_gives_the_same_function(isa):
-    """The narrower kernels, which this machine would not choose, against the reference."""
+    """The narrower kernels, which a machine with AVX-512 would not choose, against the reference."""
     if backends.LIBRARY_ERROR:
         pytest.skip(backends.LIBRARY_ERROR)
     code = """

@@ -27,13 +27,14 @@ ENDS = "prologue or epilogue or ties or convolution or mixed or pools or groups 
 EDGES = "strides or empty or kernels or threads or pieces or parts or bits or shapes_and_dtypes or squeeze or scale"
 NOT = "any_shape or gradcheck or opcheck or compiles or one_graph or torch.float16"
 #: instruction set -> its tests
-CHOSEN = {"avx512bf16": f"({EDGES}) and bfloat16", "avx2": f"{ENDS} or {EDGES}", "baseline": EDGES}
+CHOSEN = {"avx512bf16": f"({EDGES}) and bfloat16", "avx512": f"{ENDS} or {EDGES}", "avx2": EDGES, "baseline": EDGES}
 #: run -> the ops
 RUNS = {
     "avx512bf16: positions": ("position_attention",),
-    "avx2: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam", "context_pool"),
-    "avx2: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool", "position_attention"),
-    "avx2: mixtures": ("mixed_scale", "select", "criss_cross"),
+    "avx512: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam", "context_pool"),
+    "avx512: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool", "position_attention"),
+    "avx512: mixtures": ("mixed_scale", "select", "criss_cross"),
+    "avx2": ("channel_gate", "norm_gate", "spatial_gate", "axis_pool", "select", "criss_cross"),
     "baseline": (
         *("channel_gate", "norm_gate", "simam", "context_pool", "spatial_gate", "cbam", "axis_pool", "mixed_scale"),
         *("select", "position_attention", "criss_cross"),

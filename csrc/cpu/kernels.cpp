@@ -1,4 +1,4 @@
-// Picks the kernels for this processor, once. FUSED_ATTN_ISA=avx2 or =baseline asks for less (tests do).
+// Picks the kernels for this processor, once. FUSED_ATTN_ISA=avx512, =avx2 or =baseline asks for less (tests do).
 #include "kernels.h"
 
 #include <cstdlib>
@@ -19,17 +19,22 @@ struct Choice {
 Choice choose() {
 #if defined(__x86_64__)
     const char* asked = std::getenv("FUSED_ATTN_ISA");
-    const bool all = asked == nullptr || *asked == 0 || std::strcmp(asked, "avx512bf16") == 0;
+    const char* const names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+    int most = 3;
+    for (int i = 0; asked != nullptr && i < 3; ++i)
+        if (std::strcmp(asked, names[i]) == 0) most = i;
     __builtin_cpu_init();
-    if ((all || std::strcmp(asked, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    // The processors with vbmi2 are those that do not slow down for wide vectors.
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vbmi2");
 #if defined(FUSED_ATTN_AVX512BF16)
-        if (all && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return {&avx2::kTable, &avx512bf16::kTerms, "avx512bf16"};
+    if (most >= 3 && avx512 && __builtin_cpu_supports("avx512bf16"))
+        return {&avx512::kTable, &avx512bf16::kTerms, names[3]};
 #endif
-        return {&avx2::kTable, &avx2::kTable.of_bfloat16.attention, "avx2"};
-    }
+    if (most >= 2 && avx512) return {&avx512::kTable, &avx512::kTable.of_bfloat16.attention, names[2]};
+    if (most >= 1 && avx2) return {&avx2::kTable, &avx2::kTable.of_bfloat16.attention, names[1]};
 #endif
     return {&baseline::kTable, &baseline::kTable.of_bfloat16.attention, "baseline"};
 }

@@ -1,4 +1,4 @@
-// The kernels for x86 with AVX512-BF16 where it does more than AVX2: products of bfloat16 maps.
+// The kernels for x86 with AVX512-BF16 where it does more than AVX-512: products of bfloat16 maps.
 #include "table.h"
 
 #if defined(FUSED_ATTN_AVX512BF16)

@@ -30,17 +30,18 @@ inline void activate_both(Vec<A> v, int activation, Vec<A>& u, Vec<A>& slope) {
 inline unsigned load_bits(const uint8_t* row, int64_t i, int64_t n) {
     const int64_t byte = i >> 3, shift = i & 7;
     unsigned bits = row[byte] >> shift;
-    if (shift + n > 8) bits |= static_cast<unsigned>(row[byte + 1]) << (8 - shift);
+    for (int64_t k = 1; 8 * k < shift + n; ++k) bits |= static_cast<unsigned>(row[byte + k]) << (8 * k - shift);
     return bits;
 }
-// Sets them. Where vectors have fewer than eight lanes the row's bytes must have been zero. Those of eight write whole
-// bytes; only a row's last may start within one, whose bits are set already, and the next byte is the row's last.
+// Sets them. Where vectors have fewer than eight lanes the row's bytes must have been zero. Those of eight or
+// more write whole bytes; only a row's last may start within one, whose bits are set already, and ends with the row.
 template <int64_t kWidth>
 inline void store_bits(unsigned bits, uint8_t* row, int64_t i, int64_t n) {
     const int64_t byte = i >> 3, shift = i & 7;
     bits &= (1u << n) - 1;
-    if (kWidth == 8) {
-        row[shift ? byte + 1 : byte] = static_cast<uint8_t>(shift ? bits >> (8 - shift) : bits);
+    if (kWidth >= 8) {
+        for (int64_t k = shift ? 1 : 0; 8 * k < shift + n; ++k)
+            row[byte + k] = static_cast<uint8_t>(bits >> (8 * k - shift));
         return;
     }
     row[byte] |= static_cast<uint8_t>(bits << shift);

@@ -75,6 +75,10 @@ FUSED_ATTN_INLINE inline void put(Vec<Accumulator<T>> v, T* p, int64_t n, bool s
             _mm_stream_si128(reinterpret_cast<__m128i*>(p), load_bytes<__m128i>(lanes));
         else if constexpr (sizeof(lanes) == 32)
             _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_bytes<__m256i>(lanes));
+#if VECTOR_BYTES == 64
+        else
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(p), load_bytes<__m512i>(lanes));
+#endif
         return;
     }
 #endif

@@ -42,6 +42,9 @@ extern const KernelTable kTable;
 namespace avx2 {
 extern const KernelTable kTable;
 }
+namespace avx512 {
+extern const KernelTable kTable;
+}
 namespace avx512bf16 {
 extern const AttentionKernels<BFloat16> kTerms;
 }

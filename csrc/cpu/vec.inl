@@ -65,6 +65,8 @@ inline Vec<float> load(const BFloat16* p) {
 inline Vec<float> load(const Half* p) {
 #if VECTOR_BYTES == 32  // of kernels_avx2.cpp: g++ defines no __F16C__ after its pragma
     return (Vec<float>)_mm256_cvtph_ps(load_bytes<__m128i>(p));
+#elif VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_cvtph_ps(load_bytes<__m256i>(p));
 #else
     Vec<float> v;
     for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(p[i]);
@@ -84,6 +86,9 @@ inline void store(Vec<float> v, BFloat16* p) {  // to nearest, ties to even; NaN
 inline void store(Vec<float> v, Half* p) {
 #if VECTOR_BYTES == 32
     auto half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &half, sizeof(half));
+#elif VECTOR_BYTES == 64
+    auto half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     std::memcpy(p, &half, sizeof(half));
 #else
     for (int64_t i = 0; i < kLanes<float>; ++i) p[i] = static_cast<Half>(v[i]);
@@ -168,6 +173,8 @@ template <class A>
 inline unsigned bits_of(Mask<A> mask) {
 #if VECTOR_BYTES == 32
     if constexpr (sizeof(A) == 4) return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#elif VECTOR_BYTES == 64
+    if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)mask);
 #endif
     unsigned bits = 0;
     for (int64_t i = 0; i < kLanes<A>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
@@ -232,6 +239,8 @@ inline Vec<double> exp(Vec<double> x) {
 inline Vec<float> between(Vec<float> x, Vec<float> low, Vec<float> high) {
 #if VECTOR_BYTES == 32
     return (Vec<float>)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)x));
+#elif VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
 #else
     x = x < low ? low : x;
     return x > high ? high : x;
