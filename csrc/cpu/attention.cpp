@@ -14,7 +14,7 @@ namespace {
 struct Sizes {
     int64_t queries, keys, queries_back, keys_back;
 };
-constexpr Sizes kSizes[] = {{128, 192, 96, 96}, {192, 256, 192, 192}};
+constexpr Sizes kSizes[] = {{128, 192, 96, 128}, {192, 256, 192, 192}};
 template <class T>
 const Sizes& sizes() {
     return kSizes[term_kernels<T>().numbers - 1];

@@ -198,7 +198,7 @@ void to_panels(const Line<T>& line, int64_t first, int64_t positions, int64_t ch
 template <class T>
 void attend(const Inputs<T>& in, bool columns, const Result<T>& out, Accumulator<T>* state) {
     using A = Accumulator<T>;
-    const AttentionKernels<A>& run = attention_kernels<A>();
+    const AttentionKernels<A>& run = *line_kernels<T>().panels;
     const int64_t depth = in.query.channels, channels = in.value.channels, length = in.length(columns);
     const int64_t width = run.panel, block = block_of(length, width), panel = block * width;
     const int64_t lines = in.lines(columns), step = columns ? in.width : 1, size = in.height * in.width;
@@ -262,7 +262,7 @@ void attend_back(const Inputs<T>& in, bool columns, const MapView<T>& gradient, 
                  const Accumulator<T>* state, Accumulator<T>* dots, const Result<T>& grad_query,
                  const Result<T>& grad_key, const Result<T>& grad_value) {
     using A = Accumulator<T>;
-    const AttentionKernels<A>& run = attention_kernels<A>();
+    const AttentionKernels<A>& run = *line_kernels<T>().panels;
     const LineKernels<T>& with_rows = line_kernels<T>();
     const int64_t depth = in.query.channels, channels = in.value.channels, length = in.length(columns);
     const int64_t width = run.panel, block = block_of(length, width), panel = block * width;

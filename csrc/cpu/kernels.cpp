@@ -16,6 +16,24 @@ struct Choice {
     const char* name;
 };
 
+#if defined(__x86_64__)
+const KernelTable& wide_table() {
+    static const KernelTable table = [] {
+        KernelTable made = avx2::kTable;
+        made.of_half = avx512::kWide.of_half;
+        made.of_half.axis = avx2::kTable.of_half.axis;
+        made.of_half.lines = avx2::kTable.of_half.lines;
+        made.of_bfloat16 = avx512::kWide.of_bfloat16;
+        made.of_bfloat16.axis = avx2::kTable.of_bfloat16.axis;
+        made.of_bfloat16.lines = avx2::kTable.of_bfloat16.lines;
+        made.of_float.simam = avx512::kWide.simam;
+        made.of_float.attention = avx512::kWide.attention;
+        return made;
+    }();
+    return table;
+}
+#endif
+
 Choice choose() {
 #if defined(__x86_64__)
     const char* asked = std::getenv("FUSED_ATTN_ISA");
@@ -31,9 +49,9 @@ Choice choose() {
                         __builtin_cpu_supports("avx512vbmi2");
 #if defined(FUSED_ATTN_AVX512BF16)
     if (most >= 3 && avx512 && __builtin_cpu_supports("avx512bf16"))
-        return {&avx512::kTable, &avx512bf16::kTerms, names[3]};
+        return {&wide_table(), &avx512bf16::kTerms, names[3]};
 #endif
-    if (most >= 2 && avx512) return {&avx512::kTable, &avx512::kTable.of_bfloat16.attention, names[2]};
+    if (most >= 2 && avx512) return {&wide_table(), &avx512::kWide.of_bfloat16.attention, names[2]};
     if (most >= 1 && avx2) return {&avx2::kTable, &avx2::kTable.of_bfloat16.attention, names[1]};
 #endif
     return {&baseline::kTable, &baseline::kTable.of_bfloat16.attention, "baseline"};

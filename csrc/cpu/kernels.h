@@ -289,6 +289,7 @@ struct RowProduct {
 template <class T>
 struct LineKernels {
     using A = Accumulator<T>;
+    const AttentionKernels<A>* panels;  // that these go with
     void (*product)(const RowProduct<A>&);
     void (*dots)(const A* x, int64_t pitch, const T* y, int64_t stride, int64_t rows, int64_t length, A* out);
     void (*round_rows)(const A* from, int64_t stride, int64_t rows, int64_t length, T* out, int64_t pitch);

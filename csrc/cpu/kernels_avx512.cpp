@@ -1,4 +1,5 @@
-// The kernels for x86 with AVX-512.
+// The kernels for x86 with AVX-512 that are faster than AVX2's. Where memory is what is waited for they are not:
+// vectors of 64 bytes straddle two lines of the cache wherever the rows of an NCHW map do not begin with one.
 #if defined(__x86_64__)
 #include "kernels.h"
 
@@ -25,7 +26,13 @@
 #include "kernels.inl"
 
 // The target stays set: templates are instantiated at the end of the file.
-FUSED_ATTN_KERNEL_TABLE(avx512)
+#define HALF_PRECISION(T)                                       \
+    {kMapKernels<T>,    kSpaceKernels<T>,     kSimamKernels<T>, \
+     kNormKernels<T>,   kMixKernels<T>,       {},               \
+     kSelectKernels<T>, kAttentionKernels<T>, {},               \
+     kContextKernels<T>}
+constexpr fused_attn::cpu::WideKernels fused_attn::cpu::avx512::kWide{HALF_PRECISION(Half), HALF_PRECISION(BFloat16),
+                                                                      kSimamKernels<float>, kAttentionKernels<float>};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -72,4 +72,5 @@ void row_dots(const Accumulator<T>* x, int64_t pitch, const T* y, int64_t stride
 }
 
 template <class T>
-constexpr LineKernels<T> kLineKernels{row_product<Accumulator<T>>, row_dots<T>, copy_rows<Accumulator<T>, T>};
+constexpr LineKernels<T> kLineKernels{&kAttentionKernels<Accumulator<T>>, row_product<Accumulator<T>>, row_dots<T>,
+                                      copy_rows<Accumulator<T>, T>};

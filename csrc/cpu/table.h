@@ -35,6 +35,15 @@ struct KernelTable {
     DenseKernels<float> dense_float;
 };
 
+// What AVX-512 does better than AVX2: maps of half precision, but for their axes and lines, and in float32
+// what computes most. Lines of a hundred positions fill narrow panels better.
+struct WideKernels {
+    TypedKernels<Half> of_half;
+    TypedKernels<BFloat16> of_bfloat16;
+    SimamKernels<float> simam;
+    AttentionKernels<float> attention;
+};
+
 namespace baseline {
 extern const TypedKernels<double> kDoubleKernels;
 extern const KernelTable kTable;
@@ -43,7 +52,7 @@ namespace avx2 {
 extern const KernelTable kTable;
 }
 namespace avx512 {
-extern const KernelTable kTable;
+extern const WideKernels kWide;
 }
 namespace avx512bf16 {
 extern const AttentionKernels<BFloat16> kTerms;
