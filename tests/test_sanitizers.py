@@ -15,14 +15,14 @@ from tests.workers import folder_of_the_run, one_at_a_time
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
-SOURCES = sorted([*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "csrc" / "library.cpp"])
+SOURCES = sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")])
 FLAGS = ["-std=c++17", "-Og", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # AddressSanitizer sees what the checks left out would; without them and with its own as calls, a third of the time.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr,null,pointer-overflow,object-size"]
 AS_CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]
 
 #: Tests of what decides where a kernel reads and writes: shapes, layouts, pieces, prologue and epilogue.
-ENDS = "prologue or epilogue or ties or convolution or mixed or pools or groups or branches or write_over"
+ENDS = "prologue or epilogue or ties or convolution or mixed or pools or groups or branches or write_over or beyond"
 #: Where vectors end and threads part, which their width decides; bfloat16 stands for float16.
 EDGES = "strides or empty or kernels or threads or pieces or parts or bits or shapes_and_dtypes or squeeze or scale"
 NOT = "any_shape or gradcheck or opcheck or compiles or one_graph or torch.float16"
@@ -33,7 +33,7 @@ RUNS = {
     "avx512bf16: positions": ("position_attention",),
     "avx2: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam", "context_pool"),
     "avx2: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool", "position_attention"),
-    "avx2: mixtures": ("mixed_scale", "select", "criss_cross"),
+    "avx2: mixtures": ("mixed_scale", "select", "criss_cross", "resident"),
     "baseline": (
         *("channel_gate", "norm_gate", "simam", "context_pool", "spatial_gate", "cbam", "axis_pool", "mixed_scale"),
         *("select", "position_attention", "criss_cross"),
