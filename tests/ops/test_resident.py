@@ -290,6 +290,19 @@ def test_a_batch_of_any_size_is_asked(launches):
         fused_attn.ops.channel_gate("cuda", *arguments_of("channel_gate", (256, 56, 56), x=x))
 
 
+def test_a_compiled_call_is_refused_when_it_is_traced(launches):
+    """Once for all batches; a graph without gradients is not."""
+    compiled = torch.compile(functional.channel_gate, fullgraph=True, backend="aot_eager")
+    with fused_attn.backend("cuda"):
+        x = torch.empty(2, 256, 56, 56, device="meta")
+        assert compiled(x).shape == x.shape
+        with pytest.raises(Exception, match=REFUSED):
+            compiled(x.requires_grad_())
+        for batch in (2, 3, 5):
+            x = torch.empty(batch, 256, 28, 28, device="meta", requires_grad=True)
+            assert torch.autograd.grad(compiled(x).sum(), x)[0].shape == x.shape
+
+
 def test_the_answers_say_what_a_call_needs():
     assert [Clusters(8, 16).fit(needed) for needed in (False, True)] == [True, True]
     assert [Clusters(16, 0).fit(needed) for needed in (False, True)] == [True, False]
