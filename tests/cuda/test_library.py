@@ -44,21 +44,22 @@ def test_every_symbol_is_in_a_library_that_it_names():
 def limits():
     if not hasattr(torch.ops.fused_attn, "resident_limits"):
         pytest.skip("the native library was built without CUDA")
-    if torch.version.cuda is not None:
-        pytest.skip("this torch has CUDA")
     return torch.ops.fused_attn.resident_limits
 
 
 def test_beside_a_torch_without_cuda(limits):
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
     with pytest.raises(RuntimeError, match="fused_attn: this torch has no CUDA"):
         limits(0)
 
 
 def test_beside_a_torch_with_cuda(limits, tmp_path):
-    """Its stand-in is loaded as Python loads torch's libraries; what then is missing is a driver."""
+    """Itself, or a stand-in that is loaded as Python loads torch's libraries; what then is missing is a driver."""
+    load = f"ctypes.CDLL({str(standin_of_torch(tmp_path))!r})" if torch.version.cuda is None else ""
     code = f"""
 import ctypes
-ctypes.CDLL({str(standin_of_torch(tmp_path))!r})
+{load}
 import torch
 torch.ops.load_library({str(backends.LIBRARY_PATH)!r})
 try:

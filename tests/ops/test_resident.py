@@ -292,6 +292,7 @@ def test_a_batch_of_any_size_is_asked(launches):
 
 def test_a_compiled_call_is_refused_when_it_is_traced(launches):
     """Once for all batches; a graph without gradients is not."""
+    torch._dynamo.reset()
     compiled = torch.compile(functional.channel_gate, fullgraph=True, backend="aot_eager")
     with fused_attn.backend("cuda"):
         x = torch.empty(2, 256, 56, 56, device="meta")
