@@ -22,9 +22,9 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr,null,pointer-o
 AS_CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]
 
 #: Tests of what decides where a kernel reads and writes: shapes, layouts, pieces, prologue and epilogue.
-ENDS = "prologue or epilogue or ties or convolution or mixed or pools or groups or branches or write_over or beyond"
+ENDS = "prologue or epilogue or ties or convolution or mixed or pools or groups or branches or write_over"
 #: Where vectors end and threads part, which their width decides; bfloat16 stands for float16.
-EDGES = "strides or empty or kernels or threads or pieces or parts or bits or shapes_and_dtypes or squeeze or scale"
+EDGES = "strides or empty or kernels or threads or pieces or parts or bits or shapes_and_dtypes or squeeze or scale or beyond"
 NOT = "any_shape or gradcheck or opcheck or compiles or one_graph or torch.float16"
 #: instruction set -> its tests
 CHOSEN = {"avx512bf16": f"({EDGES}) and bfloat16", "avx2": f"{ENDS} or {EDGES}", "baseline": EDGES}
@@ -33,10 +33,10 @@ RUNS = {
     "avx512bf16: positions": ("position_attention",),
     "avx2: gates of channels": ("channel_gate", "squeeze_scale", "norm_gate", "simam", "context_pool"),
     "avx2: gates of positions": ("spatial_gate", "cbam", "spatial_logits", "axis_pool", "position_attention"),
-    "avx2: mixtures": ("mixed_scale", "select", "criss_cross", "resident"),
+    "avx2: mixtures": ("mixed_scale", "select", "criss_cross"),
     "baseline": (
         *("channel_gate", "norm_gate", "simam", "context_pool", "spatial_gate", "cbam", "axis_pool", "mixed_scale"),
-        *("select", "position_attention", "criss_cross"),
+        *("select", "position_attention", "criss_cross", "resident"),
     ),
 }
 
