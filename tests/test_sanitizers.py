@@ -24,7 +24,7 @@ AS_CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]
 #: Tests of what decides where a kernel reads and writes: shapes, layouts, pieces, prologue and epilogue.
 ENDS = "prologue or epilogue or ties or convolution or mixed or pools or groups or branches or write_over"
 #: Where vectors end and threads part, which their width decides; bfloat16 stands for float16.
-EDGES = "strides or empty or kernels or threads or pieces or parts or bits or shapes_and_dtypes or squeeze or scale or beyond"
+EDGES = "strides or empty or kernels or threads or pieces or parts or bits or shapes_and_dtypes or squeeze or scale"
 NOT = "any_shape or gradcheck or opcheck or compiles or one_graph or torch.float16"
 #: instruction set -> its tests
 CHOSEN = {"avx512bf16": f"({EDGES}) and bfloat16", "avx2": f"{ENDS} or {EDGES}", "baseline": EDGES}

@@ -163,7 +163,7 @@ def test_layouts_that_are_copied_count_as_what_they_become():
     assert resident.clusters("channel_gate", H100, *arguments) == clusters_of("channel_gate", H100, (64, 56, 56))
 
 
-def test_sizes_beyond_an_int():
+def test_sizes_beyond_32_bits():
     for op in OPS:
         for shape in ((1 << 23, 1, 1), (1, 1 << 16, 1 << 16), (1, 1 << 29, 1), (1 << 21, 1 << 29, 1), (1, 1, 1 << 40)):
             assert clusters_of(op, H100, shape) == (0, 0)
