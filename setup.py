@@ -13,7 +13,7 @@ Environment:
     CUDA_HOME             where nvcc lives, if not on PATH
     FUSED_ATTN_NATIVE     0: leave the native library out
     FUSED_ATTN_CUDA       auto (default): build csrc/cuda if nvcc can; 0: do not; 1: fail if it cannot
-    TORCH_CUDA_ARCH_LIST  default "8.0;9.0a;10.0" and PTX for newer cards, as far as nvcc knows them
+    TORCH_CUDA_ARCH_LIST  default "8.0;9.0a;10.0;12.0" and PTX for newer cards, as far as nvcc knows them
     MAX_JOBS              compilers at a time; default: one a core, while there are 2 GiB of memory for each
 """
 
@@ -46,8 +46,8 @@ TORCH_TARGET = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Icsrc"]
 CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# The kernels use nothing beyond compute_90, so that 9.0a and 10.0 are assembled from the same PTX: a compilation less.
-PTX_OF = {"8.0": "80", "9.0a": "90", "10.0": "90"}
+# The kernels use nothing beyond compute_90, so that 9.0a and newer are assembled from the same PTX: compilations less.
+PTX_OF = {"8.0": "80", "9.0a": "90", "10.0": "90", "12.0": "90"}
 
 
 class Unavailable(Exception):

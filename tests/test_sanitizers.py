@@ -15,7 +15,7 @@ from tests.workers import folder_of_the_run, one_at_a_time
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(torch.__file__).parent
-SOURCES = sorted([*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "csrc" / "library.cpp"])
+SOURCES = sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")])
 FLAGS = ["-std=c++17", "-Og", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # AddressSanitizer sees what the checks left out would; without them and with its own as calls, a third of the time.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr,null,pointer-overflow,object-size"]
@@ -37,7 +37,7 @@ RUNS = {
     "avx2": ("channel_gate", "norm_gate", "spatial_gate", "axis_pool", "select", "criss_cross"),
     "baseline": (
         *("channel_gate", "norm_gate", "simam", "context_pool", "spatial_gate", "cbam", "axis_pool", "mixed_scale"),
-        *("select", "position_attention", "criss_cross"),
+        *("select", "position_attention", "criss_cross", "resident"),
     ),
 }
 

@@ -13,8 +13,8 @@ struct BackwardKernel {
     static constexpr auto kernel = channel_gate_backward_kernel<Io, kChannelsLast>;
 };
 
-void choose(Prepared& p, const OnDevice& device) {
-    p.choose_ranks(device, [&](int ranks) { return carve(p.extent, ranks).bytes; });
+void choose(Prepared& p, const KernelLimits& limits) {
+    p.choose_ranks(limits, [&](int ranks) { return carve(p.extent, ranks).bytes; });
     p.call.carve = carve(p.extent, p.ranks);
 }
 
@@ -24,12 +24,13 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x, const OptionalT
                                                 const OptionalTensor& affine_bias, const OptionalTensor& residual,
                                                 int64_t layer, int64_t pool, int64_t ties, int64_t activation,
                                                 int64_t gate, int64_t pre_activation, int64_t post_activation) {
-    const OnDevice device(x);
+    const OnDevice device(x.get_device_index());
     Prepared p(x,
                {weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, layer, pool, ties, activation,
                 gate, pre_activation, post_activation},
                false);
-    choose(p, device);
+    const auto kernel = kernel_for<ForwardKernel>(p);
+    choose(p, device.limits(kernel));
     Tensor y = torch::stable::empty_like(p.x);
     Tensor state = new_tensor(x, {p.batch, p.call.state_width}, p.acc);
     Tensor index =
@@ -37,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x, const OptionalT
     p.call.y = static_cast<char*>(y.data_ptr());
     p.call.state = state.data_ptr();
     p.call.index = static_cast<int32_t*>(index.data_ptr());
-    run(p, kernel_for<ForwardKernel>(p), p.call, p.call.carve.bytes, device.stream());
+    run(p, kernel, p.call, p.call.carve.bytes, device.stream());
     return {y, state, index};
 }
 
@@ -47,12 +48,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
     const OptionalTensor& bias2, const OptionalTensor& affine_weight, const OptionalTensor& affine_bias,
     const OptionalTensor& residual, int64_t layer, int64_t pool, int64_t ties, int64_t activation, int64_t gate,
     int64_t pre_activation, int64_t post_activation) {
-    const OnDevice device(x);
+    const OnDevice device(x.get_device_index());
     Prepared p(x,
                {weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, layer, pool, ties, activation,
                 gate, pre_activation, post_activation},
                true);
-    choose(p, device);
+    const auto kernel = kernel_for<BackwardKernel>(p);
+    choose(p, device.limits(kernel));
     Call& call = p.call;
     call.state = p.contiguous(state_in);
     call.index = static_cast<int32_t*>(p.contiguous(index_in));
@@ -61,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
         post_activation == kIdentity ? new_tensor(x, {0}, x.scalar_type()) : torch::stable::empty_like(p.x);
     p.backward_tensors(grad_in, y, grad_x, grad_residual);
     const cudaStream_t stream = device.stream();
-    run(p, kernel_for<BackwardKernel>(p), call, call.carve.bytes, stream);
+    run(p, kernel, call, call.carve.bytes, stream);
 
     const Tensor grads[6] = {gradient_like(weight1, x), gradient_like(bias1, x),         gradient_like(weight2, x),
                              gradient_like(bias2, x),   gradient_like(affine_weight, x), gradient_like(affine_bias, x)};
@@ -75,38 +77,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
     return {grad_x, grad_residual, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }
 
-// Blocks a sample is spread over at the least, 0 where it must stream: what a caller asks before it calls.
-// layers and hidden as in the excitation (hidden only counts for two layers); general: a prologue, an
-// epilogue other than ReLU.
-int64_t cluster_size_of(int64_t channels, int64_t spatial, int64_t itemsize, bool channels_last, int64_t layers,
-                        int64_t hidden, int64_t layer, int64_t pool, bool affine, bool general, bool backward,
-                        int64_t capability) {
-    if (channels < 1 || channels >= (1 << 22) || spatial >= (1 << 30)) return 0;
-    const Extent extent = {static_cast<int>(channels),
-                           static_cast<int>(spatial),
-                           static_cast<int>(hidden),
-                           static_cast<int>(layers),
-                           static_cast<int>(layer),
-                           static_cast<int>(pool),
-                           static_cast<int>(itemsize),
-                           channels_last,
-                           affine,
-                           backward,
-                           general || affine || itemsize == 8};
-    return resident_cluster_size(extent, static_cast<int>(capability));
+// What a device gives every resident kernel (all have as many threads, and registers for one block that fills the
+// shared memory): bytes of shared memory a block, blocks a cluster. Raises why they do not run there.
+std::tuple<int64_t, int64_t> limits_of(int64_t index) {
+    stream_of_torch();
+    const OnDevice device(static_cast<int>(index));
+    const KernelLimits limits = device.limits(BackwardKernel<Typed<float>, false>::kernel);
+    return {limits.shared, limits.cluster};
 }
 
 }  // namespace
 }  // namespace fused_attn::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn, m) {
-    m.def(
-        "resident_cluster_size(int channels, int spatial, int itemsize, bool channels_last, int layers, int "
-        "hidden,"
-        " int layer, int pool, bool affine, bool general, bool backward, int capability) -> int");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn, m) { m.def("resident_limits(int device) -> (int shared, int cluster)"); }
 STABLE_TORCH_LIBRARY_IMPL(fused_attn, CompositeExplicitAutograd, m) {
-    m.impl("resident_cluster_size", TORCH_BOX(&fused_attn::cuda::cluster_size_of));
+    m.impl("resident_limits", TORCH_BOX(&fused_attn::cuda::limits_of));
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_attn, CUDA, m) {
     m.impl("channel_gate.cuda", TORCH_BOX(&fused_attn::cuda::channel_gate));

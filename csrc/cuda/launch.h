@@ -1,8 +1,6 @@
-// Host side shared by the resident kernels: devices, layouts, a call's arguments, launches. Only the stable ABI
-// and the CUDA runtime (linked statically), so that it builds and loads beside a torch without CUDA.
+// Host side shared by the resident kernels: layouts, a call's arguments, launches. Only the stable ABI and the CUDA
+// runtime (linked statically), so that it builds and loads beside a torch without CUDA.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <optional>
 #include <tuple>
@@ -14,9 +12,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "channel_gate.cuh"
-
-// Absent where torch has no CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "device.h"
 
 namespace fused_attn::cuda {
 namespace {
@@ -24,39 +20,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-void check(cudaError_t code, const char* what) {
-    STD_TORCH_CHECK(code == cudaSuccess, "fused_attn: ", what, ": ", cudaGetErrorString(code));
-}
-
-// Makes a device current, and the one before it on leaving.
-class OnDevice {
-  public:
-    explicit OnDevice(const Tensor& x) : device_(x.get_device_index()) {
-        check(cudaGetDevice(&before_), "cudaGetDevice");
-        if (device_ != before_) check(cudaSetDevice(device_), "cudaSetDevice");
-    }
-    ~OnDevice() {
-        if (device_ != before_) cudaSetDevice(before_);
-    }
-    int attribute(cudaDeviceAttr which) const {
-        int value = 0;
-        check(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
-        return value;
-    }
-    int capability() const {
-        return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-    }
-    cudaStream_t stream() const {
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fused_attn: this torch has no CUDA");
-        void* stream = nullptr;
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "fused_attn: no CUDA stream");
-        return static_cast<cudaStream_t>(stream);
-    }
-
-  private:
-    int device_, before_ = 0;
-};
 
 int dtype_code(ScalarType type) {
     switch (type) {
@@ -130,7 +93,8 @@ struct Prepared {
         int64_t spatial = 1;
         for (int64_t axis = 2; axis < x.dim(); ++axis) spatial *= x.size(axis);
         batch = x.size(0);
-        STD_TORCH_CHECK(x.size(1) < (1 << 22) && spatial < (1 << 30), "fused_attn: map too large to be resident");
+        STD_TORCH_CHECK(x.size(1) <= kMostChannels && spatial <= kMostPositions,
+                        "fused_attn: map too large to be resident");
         acc = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
         call.dtype = dtype_code(x.scalar_type());
         call.itemsize = call.dtype == kFloat64 ? 8 : call.dtype == kFloat32 ? 4 : 2;
@@ -172,25 +136,19 @@ struct Prepared {
         extent.pool = call.pool;
         extent.affine = o.affine_weight.has_value();
         extent.backward = backward;
-        extent.general = o.affine_weight || o.pre_activation != kIdentity || call.dtype == kFloat64 ||
-                         (o.post_activation != kIdentity && o.post_activation != kRelu);
+        extent.general = is_general(call.itemsize, extent.affine, o.pre_activation, o.post_activation);
     }
 
-    // The smallest cluster that holds a sample, bytes(ranks) of shared memory a block; more blocks for few samples,
-    // while all of them run at once and keep a few KiB to work on.
+    // How many blocks a sample is spread over, with bytes(ranks) of shared memory a block.
     template <class Bytes>
-    void choose_ranks(const OnDevice& device, Bytes bytes, int maps = 1) {
-        const int capability = device.capability();
-        ranks = smallest_cluster(capability, bytes);
+    void choose_ranks(const KernelLimits& limits, Bytes bytes, int maps = 1) {
+        const int64_t sample = int64_t(call.channels) * call.spatial * call.itemsize;
+        ranks = cluster_for(limits, limits.processors, batch, sample, bytes);
         STD_TORCH_CHECK(ranks > 0, "fused_attn: a sample of ", maps > 1 ? std::to_string(maps) + " x " : "",
                         call.channels, " x ", call.spatial, " elements of ", call.itemsize,
-                        " bytes does not fit the shared memory of a cluster (compute capability ", capability / 10, ".",
-                        capability % 10, ", at most ", cluster_limit(capability), " blocks); use the triton backend");
-        const int64_t sample = int64_t(call.channels) * call.spatial * call.itemsize;
-        const int processors = device.attribute(cudaDevAttrMultiProcessorCount);
-        while (2 * ranks <= std::min(8, cluster_limit(capability)) && batch * 2 * ranks <= processors &&
-               sample / (2 * ranks) >= 8192 && bytes(2 * ranks) <= shared_limit(capability))
-            ranks *= 2;
+                        " bytes does not fit the shared memory of a cluster (on this device at most ", limits.cluster,
+                        limits.cluster > 1 ? " blocks" : " block", " of ", limits.shared / 1024,
+                        " KiB); use the triton backend");
     }
 
     void* contiguous(const Tensor& t) {
@@ -228,30 +186,6 @@ struct Prepared {
         return {kept.back().data_ptr(), dtype_code(tensor->scalar_type())};
     }
 };
-
-template <class Argument>
-void launch(void (*kernel)(Argument), const Argument& argument, dim3 grid, int threads, int ranks, uint32_t bytes,
-            cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute cluster = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    if (bytes > 48 * 1024)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-              "shared memory of a block");
-    if (ranks > 1) {
-        if (ranks > 8)
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-    }
-    check(cudaLaunchKernelEx(&config, kernel, argument), "launch of a resident kernel");
-    check(cudaGetLastError(), "launch of a resident kernel");
-}
 
 // The kernel for a call's dtype and layout: Of<Io, kChannelsLast>::kernel.
 template <template <class, bool> class Of>

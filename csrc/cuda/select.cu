@@ -197,9 +197,11 @@ struct PreparedSelect : Prepared {
         extent.backward = backward;
         extent.channels_last = inputs.channels_last;  // what lies so may be NCHW too
         call.channel_of = Divider(static_cast<uint32_t>(inputs.channels_last ? call.channels : call.spatial));
-        extent.general = (o.pre_activation != kIdentity && o.pre_activation != kRelu) || call.dtype == kFloat64;
+        extent.general = is_general_selection(call.itemsize, o.pre_activation);
         select_extent = {extent, select.paths};
-        choose_ranks(device, [&](int ranks) { return carve(select_extent, ranks).bytes; }, select.paths);
+        const KernelLimits limits = backward ? device.limits(kernel_for<BackwardKernel>(*this))
+                                             : device.limits(kernel_for<ForwardKernel>(*this));
+        choose_ranks(limits, [&](int ranks) { return carve(select_extent, ranks).bytes; }, select.paths);
         const SelectCarve places = carve(select_extent, ranks);
         call.carve = places.sample;
         select.tile = places.tile;
@@ -216,7 +218,7 @@ std::tuple<Tensor, Tensor> select(const std::vector<Tensor>& branches, const Ten
                                   const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t paths,
                                   int64_t groups, int64_t activation, int64_t gate, int64_t pre_activation) {
     const Inputs inputs(branches, paths);
-    const OnDevice device(branches[0]);
+    const OnDevice device(branches[0].get_device_index());
     Tensor y = inputs.empty_map();
     PreparedSelect p(
         y, inputs,
@@ -235,7 +237,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> 
     const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, int64_t paths, int64_t groups,
     int64_t activation, int64_t gate, int64_t pre_activation) {
     const Inputs inputs(branches, paths);
-    const OnDevice device(branches[0]);
+    const OnDevice device(branches[0].get_device_index());
     const Tensor grad = inputs.in_kind(grad_in);
     PreparedSelect p(
         grad, inputs,
@@ -267,34 +269,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> 
     return {grads, of[0], of[1], of[2], of[3], of[4], of[5]};
 }
 
-// Blocks a sample's branches are spread over at the least, 0 where they must stream: what a caller asks before it
-// calls. general: an activation before the selection other than ReLU.
-int64_t cluster_size_of(int64_t channels, int64_t spatial, int64_t itemsize, bool channels_last, int64_t paths,
-                        int64_t hidden, bool affine, bool general, bool backward, int64_t capability) {
-    if (channels < 1 || channels >= (1 << 22) || spatial >= (1 << 30) || paths < 1 || paths > kMostPaths) return 0;
-    SelectExtent extent = {{}, static_cast<int>(paths)};
-    extent.sample.channels = static_cast<int>(channels);
-    extent.sample.spatial = static_cast<int>(spatial);
-    extent.sample.hidden = static_cast<int>(hidden);
-    extent.sample.itemsize = static_cast<int>(itemsize);
-    extent.sample.channels_last = channels_last;
-    extent.sample.affine = affine;
-    extent.sample.backward = backward;
-    extent.sample.general = general || itemsize == 8;
-    return resident_cluster_size(extent, static_cast<int>(capability));
-}
-
 }  // namespace
 }  // namespace fused_attn::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn, m) {
-    m.def(
-        "resident_select_cluster_size(int channels, int spatial, int itemsize, bool channels_last, int paths,"
-        " int hidden, bool affine, bool general, bool backward, int capability) -> int");
-}
-STABLE_TORCH_LIBRARY_IMPL(fused_attn, CompositeExplicitAutograd, m) {
-    m.impl("resident_select_cluster_size", TORCH_BOX(&fused_attn::cuda::cluster_size_of));
-}
 STABLE_TORCH_LIBRARY_IMPL(fused_attn, CUDA, m) {
     m.impl("select.cuda", TORCH_BOX(&fused_attn::cuda::select));
     m.impl("select_backward.cuda", TORCH_BOX(&fused_attn::cuda::select_backward));

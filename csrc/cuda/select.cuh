@@ -15,70 +15,11 @@
 
 namespace fused_attn::cuda {
 
-constexpr int kMostPaths = 8;
-
 // Branch maps in global memory: strides from sample to sample and, of channels_last, from position to position.
 struct Branches {
     char* map[kMostPaths] = {};
     int64_t sample_stride[kMostPaths] = {}, pitch[kMostPaths] = {};
 };
-
-struct SelectExtent {
-    Extent sample;  // `hidden`: of all groups
-    int paths;
-};
-
-// Of the sample's Carve: x is branch 0's slice. part: (groups, C), backward (groups, M, C). own: (share) descriptors;
-// backward (M, share) dot products, then gradients of logits. result: (M, share) sums, then logits, then branch
-// weights; backward (share) gradients of descriptors. gate, weight, bias: M tables. exchange and hidden: (H).
-struct SelectCarve {
-    Carve sample;
-    uint32_t tile = 0;  // from a branch's slice to the next one's
-    uint32_t bytes = 0;
-};
-
-inline SelectCarve carve(const SelectExtent& extent, int ranks) {
-    const Extent& e = extent.sample;
-    SelectCarve s;
-    Carve& c = s.sample;
-    c.share = (e.channels + ranks - 1) / ranks;
-    c.rows = (e.spatial + ranks - 1) / ranks;
-    int64_t at = 16;  // the copies' barrier
-    const auto take = [&](int64_t bytes) {
-        const int64_t here = at;
-        at = std::min(at + (bytes + 15) / 16 * 16, int64_t(1) << 31);
-        return static_cast<uint32_t>(here);
-    };
-    const int64_t elements = e.channels_last ? int64_t(c.rows) * e.channels : int64_t(c.share) * e.spatial;
-    const int64_t acc = e.acc(), table = (e.channels_last ? e.channels : c.share) * acc, own = c.share * acc;
-    s.tile = static_cast<uint32_t>(std::min((elements * e.itemsize + 31) / 16 * 16, int64_t(1) << 24));
-    c.x = take(int64_t(s.tile) * extent.paths);
-    if (e.backward) c.grad = take(s.tile);
-    if (e.affine) {
-        c.weight = take(extent.paths * table);
-        c.bias = take(extent.paths * table);
-    }
-    if (e.channels_last) {
-        c.piece = !e.general && e.channels % 4 == 0 ? 4 : 1;
-        const int64_t columns = int64_t(e.backward ? extent.paths : 1) * e.channels;
-        c.groups = static_cast<int>(std::max<int64_t>(1, e.threads / (columns / c.piece)));
-        c.part = take(c.groups * columns * (e.backward && e.affine ? 2 : 1) * acc);
-    }
-    c.own = take(own * (e.backward ? extent.paths : 1));
-    c.result = take(own * (e.backward ? 1 : extent.paths));
-    c.exchange = take(e.hidden * acc);
-    c.hidden = take(e.hidden * acc);
-    c.gate = e.backward || e.channels_last ? take(extent.paths * table) : c.result;
-    if (e.backward) {
-        c.mean = take(table);
-        c.fold = take(e.threads * acc);
-    }
-    c.bytes = s.bytes = static_cast<uint32_t>(at);
-    return s;
-}
-inline int resident_cluster_size(const SelectExtent& extent, int capability) {
-    return smallest_cluster(capability, [&](int ranks) { return carve(extent, ranks).bytes; });
-}
 
 // What a launch is told beside the sample's Call, of which y and grad are dense maps, gate is a code of Selection, and
 // state (B, C + H + M * C) has rows s (C), z1 (H), branch weights (M, C). Logits are rows (groups, M, C / groups).

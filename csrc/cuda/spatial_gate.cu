@@ -28,10 +28,12 @@ struct PreparedSpace : Prepared {
             space.grid.size[3 - rank + axis] = static_cast<int>(x.size(2 + axis));
             space.grid.kernel[3 - rank + axis] = static_cast<int>(o.weight.size(2 + axis));
         }
-        STD_TORCH_CHECK(o.weight.numel() < (1 << 16), "fused_attn: kernel too large to be resident");
+        STD_TORCH_CHECK(o.weight.numel() / 2 <= kMostTaps, "fused_attn: kernel too large to be resident");
         extent.gated = gated;
         space_extent = {extent, space.grid};
-        choose_ranks(device, [&](int ranks) { return carve(space_extent, ranks).bytes; });
+        const KernelLimits limits =
+            backward ? device.limits(kernel_for<Backward>(*this)) : device.limits(kernel_for<Forward>(*this));
+        choose_ranks(limits, [&](int ranks) { return carve(space_extent, ranks).bytes; });
         space.carve = carve(space_extent, ranks);
         call.carve = space.carve.sample;
         space.weight = small(o.weight);
@@ -123,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_gate(const Tensor& x, const T
                                                         int64_t ties, int64_t gate, int64_t pre_activation,
                                                         int64_t post_activation) {
     refuse(norm_weight);
-    const OnDevice device(x);
+    const OnDevice device(x.get_device_index());
     PreparedSpace p(x, options_of(affine_weight, affine_bias, residual, pre_activation, post_activation),
                     {weight, bias, mean_first, ties, gate}, false, false, device);
     auto [y, state, index] = p.forward(device);
@@ -137,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spati
     const OptionalTensor& residual, double, int64_t mean_first, int64_t ties, int64_t gate, int64_t pre_activation,
     int64_t post_activation) {
     refuse(norm_weight);
-    const OnDevice device(x);
+    const OnDevice device(x.get_device_index());
     const Options options = options_of(affine_weight, affine_bias, residual, pre_activation, post_activation);
     const SpaceOptions space = {weight, bias, mean_first, ties, gate};
     PreparedSpace p(x, options, space, false, true, device);
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
     int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
     int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
     refuse(norm_weight);
-    const OnDevice device(x);
+    const OnDevice device(x.get_device_index());
     PreparedSpace p(x,
                     {weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, layer, pool, channel_ties,
                      activation, channel_gate, pre_activation, post_activation},
@@ -178,7 +180,7 @@ cbam_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& y, cons
               int64_t channel_ties, int64_t activation, int64_t channel_gate, int64_t mean_first, int64_t spatial_ties,
               int64_t spatial_gate, int64_t pre_activation, int64_t post_activation) {
     refuse(norm_weight);
-    const OnDevice device(x);
+    const OnDevice device(x.get_device_index());
     const Options options = {weight1, bias1, weight2,      bias2,      affine_weight, affine_bias,    residual,
                              layer,   pool,  channel_ties, activation, channel_gate,  pre_activation, post_activation};
     const SpaceOptions space = {spatial_weight, spatial_bias, mean_first, spatial_ties, spatial_gate};
@@ -200,42 +202,9 @@ cbam_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& y, cons
             of[5]};
 }
 
-// As resident_cluster_size, for spatial_gate and (gated) cbam: the spatial axes and the kernel, leading ones first.
-int64_t cluster_size_of(int64_t channels, int64_t depth, int64_t height, int64_t width, int64_t kernel_depth,
-                        int64_t kernel_height, int64_t kernel_width, int64_t itemsize, bool channels_last, bool gated,
-                        int64_t layers, int64_t hidden, int64_t layer, int64_t pool, bool affine, bool general,
-                        bool backward, int64_t capability) {
-    if (channels < 1 || channels >= (1 << 22) || depth * height * width >= (1 << 30)) return 0;
-    SpaceExtent e;
-    e.sample = {static_cast<int>(channels),
-                static_cast<int>(depth * height * width),
-                static_cast<int>(hidden),
-                static_cast<int>(layers),
-                static_cast<int>(layer),
-                static_cast<int>(pool),
-                static_cast<int>(itemsize),
-                channels_last,
-                affine,
-                backward,
-                general || affine || itemsize == 8};
-    e.sample.gated = gated;
-    e.grid = {{static_cast<int>(depth), static_cast<int>(height), static_cast<int>(width)},
-              {static_cast<int>(kernel_depth), static_cast<int>(kernel_height), static_cast<int>(kernel_width)}};
-    return resident_cluster_size(e, static_cast<int>(capability));
-}
-
 }  // namespace
 }  // namespace fused_attn::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_attn, m) {
-    m.def(
-        "resident_space_cluster_size(int channels, int depth, int height, int width, int kernel_depth,"
-        " int kernel_height, int kernel_width, int itemsize, bool channels_last, bool gated, int layers, int hidden,"
-        " int layer, int pool, bool affine, bool general, bool backward, int capability) -> int");
-}
-STABLE_TORCH_LIBRARY_IMPL(fused_attn, CompositeExplicitAutograd, m) {
-    m.impl("resident_space_cluster_size", TORCH_BOX(&fused_attn::cuda::cluster_size_of));
-}
 STABLE_TORCH_LIBRARY_IMPL(fused_attn, CUDA, m) {
     m.impl("spatial_gate.cuda", TORCH_BOX(&fused_attn::cuda::spatial_gate));
     m.impl("spatial_gate_backward.cuda", TORCH_BOX(&fused_attn::cuda::spatial_gate_backward));

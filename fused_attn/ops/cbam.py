@@ -7,8 +7,10 @@ index and statistics (see ops/channel_gate.py and ops/spatial_gate.py).
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import reference
-from .channel_gate import LAYER_NAMES, empty_state
+from .channel_gate import LAYER_NAMES, empty_state, excitation_of
 from .common import (
     below,
     define,
@@ -19,8 +21,9 @@ from .common import (
     unless_absent,
     wants_graph,
 )
+from .resident import Clusters, Limits, ask
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue
-from .spatial_gate import ORDER_NAMES
+from .spatial_gate import ORDER_NAMES, three_axes
 from .spatial_gate import empty_state as empty_spatial_state
 from .squeeze import POOL_NAMES, TIE_NAMES
 
@@ -59,6 +62,18 @@ BACKWARD = define(
     " Tensor grad_norm_bias, Tensor grad_affine_weight, Tensor grad_affine_bias)",
     _fake_backward,
 )
+
+
+def resident_clusters(limits: Limits, x: Tensor, *arguments) -> Clusters:
+    """Over how many blocks the resident kernels spread a sample of x; `arguments` as in the operator's schema."""
+    weight1, _, weight2, _, spatial_weight, _, norm_weight, _, affine_weight, *_ = arguments
+    _, layer, pool, *_, pre_activation, post_activation = arguments[11:]
+    if norm_weight is not None:  # statistics of the batch need all samples
+        return Clusters(0, 0)
+    last, *layers = excitation_of(x, weight1, weight2)
+    ends = affine_weight is not None, pre_activation, post_activation
+    sizes = x.shape[1], *three_axes(x, spatial_weight), x.itemsize
+    return ask("spatial_gate", *sizes, last, True, *layers, layer, pool, *ends, *limits)
 
 
 def _keep(ctx, inputs, results):
@@ -115,4 +130,11 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
 
 #: cbam(backend, *arguments): (y, statistics), the gated map in x's dtype and layout; `arguments` as in the operator's
 #: schema.
-cbam = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=lambda results: (results[0], results[-1]))
+cbam = differentiable(
+    FORWARD,
+    BACKWARD,
+    _keep,
+    _gradients,
+    shown=lambda results: (results[0], results[-1]),
+    resident_clusters=resident_clusters,
+)

@@ -8,6 +8,8 @@ rows of `state` are the averages, the logits, the averages' hidden logits, the m
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,12 @@ from .common import (
     differentiable,
     differentiable_backward,
     empty_map,
+    is_channels_last,
     like_or_none,
     unless_absent,
     wants_graph,
 )
+from .resident import Clusters, Limits, ask
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue
 from .squeeze import AVG, BOTH, POOL_NAMES, TIE_NAMES
 
@@ -111,6 +115,24 @@ BACKWARD = define(
 )
 
 
+def excitation_of(x: Tensor, weight1: Tensor | None, weight2: Tensor | None) -> tuple[bool, int, int]:
+    """What decides how a sample of x lies in shared memory: (whether as channels_last, dense layers, hidden values)."""
+    last = not x.is_contiguous() and is_channels_last(x)
+    if weight2 is None:
+        return last, 0 if weight1 is None else 1, 0
+    assert weight1 is not None
+    return last, 2, weight1.shape[0]
+
+
+def resident_clusters(limits: Limits, x: Tensor, *arguments) -> Clusters:
+    """Over how many blocks the resident kernels spread a sample of x; `arguments` as in the operator's schema."""
+    weight1, _, weight2, _, affine_weight, _, _, layer, pool, _, _, _, pre_activation, post_activation = arguments
+    channels, *spatial = x.shape[1:]
+    last, *layers = excitation_of(x, weight1, weight2)
+    ends = affine_weight is not None, pre_activation, post_activation
+    return ask("channel_gate", channels, math.prod(spatial), x.itemsize, last, *layers, layer, pool, *ends, *limits)
+
+
 def _keep(ctx, inputs, results):
     y, state, index = results
     ctx.save_for_backward(*inputs[:-1], *saved_for_epilogue(y, inputs[-1], ctx.codes[-1]), state, index)
@@ -158,4 +180,4 @@ def _differentiable(ctx, inputs, y, grad):
 
 
 #: channel_gate(backend, *arguments): the gated map, in x's dtype and layout; `arguments` as in the operator's schema.
-channel_gate = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+channel_gate = differentiable(FORWARD, BACKWARD, _keep, _gradients, resident_clusters=resident_clusters)

@@ -12,6 +12,7 @@ The inputs are the arguments up to the codes behind them, lists flattened; ctx.c
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from . import resident
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
 BACKENDS = ("cpu", "triton", "cuda")
@@ -80,6 +83,7 @@ class _Rule(NamedTuple):
     gradients: Gradients
     outputs: int
     codes: int
+    require: Callable[[tuple[Any, ...]], None] | None
 
 
 class _Call(NamedTuple):
@@ -94,7 +98,10 @@ class _Operator(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *leaves):
         rule, spec, results_spec = call
-        results = below(rule.op, *tree_unflatten(list(leaves), spec))
+        arguments = tree_unflatten(list(leaves), spec)
+        if rule.require is not None:
+            rule.require(arguments)
+        results = below(rule.op, *arguments)
         last = len(leaves) - rule.codes
         ctx.rule, ctx.spec, ctx.backend, ctx.codes = rule, spec, rule.backend, leaves[last:]
         rule.keep(ctx, leaves[:last], results)
@@ -117,11 +124,18 @@ def _codes_of(op: torch._ops.OpOverload) -> int:
     return is_tensor[::-1].index(True)
 
 
-def register_gradients(overloads: Overloads, keep: Keep, gradients: Gradients, outputs: int) -> None:
-    """Give each overload its Autograd kernel. outputs: how many of the leading results have gradients."""
+def register_gradients(
+    overloads: Overloads,
+    keep: Keep,
+    gradients: Gradients,
+    outputs: int,
+    require: Callable[[tuple[Any, ...]], None] | None = None,
+) -> None:
+    """Give each overload its Autograd kernel. outputs: how many of the leading results have gradients. require: raises
+    where the "cuda" backend has no backward for the arguments."""
 
     def register(backend: str, op: torch._ops.OpOverload) -> None:
-        rule = _Rule(op, backend, keep, gradients, outputs, _codes_of(op))
+        rule = _Rule(op, backend, keep, gradients, outputs, _codes_of(op), require if backend == "cuda" else None)
 
         def kernel(*arguments):
             leaves, spec = tree_flatten(arguments)
@@ -168,6 +182,7 @@ def differentiable(
     *,
     outputs: int = 1,
     shown: Callable[[Any], Any] = first,
+    resident_clusters: Callable[..., resident.Clusters] | None = None,
 ) -> Callable[..., Any]:
     """Give the overloads their gradients, and return what Python calls them by: call(backend, *arguments, told=None).
 
@@ -178,19 +193,25 @@ def differentiable(
         outputs: how many of the leading results have gradients.
         shown: from the results to what `call` returns; `keep` marks what of that has no gradient. told: gets that
             before anything is kept for the backward, where a checkpoint's recomputation may end.
+        resident_clusters: of the "cuda" backend's kernels, where they are resident (ops/resident.py): a call whose
+            backward they do not hold raises before its forward.
     """
-    register_gradients(overloads, keep, gradients, outputs)
-    differentiable_once(backward)
     any_overload = next(iter(overloads.values()))
+    require = None
+    if resident_clusters is not None:
+        resident.QUESTIONS[any_overload._opname] = resident_clusters
+        require = functools.partial(resident.require, any_overload._opname)
+    register_gradients(overloads, keep, gradients, outputs, require)
+    differentiable_once(backward)
     arguments = any_overload._schema.arguments
     count, listed = len(arguments) - _codes_of(any_overload), str(arguments[0].type) == "List[Tensor]"
 
     def forward(ctx, where, *inputs):
         ctx.backend, ctx.codes, told = backend, codes, _ = where
-        if listed:
-            results = below(overloads[backend], inputs[: 1 - count], *inputs[1 - count :], *codes)
-        else:
-            results = below(overloads[backend], *inputs, *codes)
+        arguments = (inputs[: 1 - count], *inputs[1 - count :], *codes) if listed else (*inputs, *codes)
+        if backend == "cuda" and require is not None:
+            require(arguments)
+        results = below(overloads[backend], *arguments)
         found = told_of(results, told)
         keep(ctx, inputs, results)
         return found

@@ -38,6 +38,7 @@ from .common import (
     unless_absent,
     wants_graph,
 )
+from .resident import Clusters, Limits, ask
 from .scale import ACTIVATION_NAMES
 
 SELECTION_NAMES = tuple(SELECTIONS)
@@ -182,6 +183,16 @@ def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]
     return None if weight is None or bias is None else (weight, bias)
 
 
+def resident_clusters(limits: Limits, branches: Sequence[Tensor], *arguments) -> Clusters:
+    """Over how many blocks the resident kernels spread the branches of a sample; `arguments` as in the operator's
+    schema."""
+    weight1, *_, affine_weight, _, paths, _, _, _, pre_activation = arguments
+    u = branch_views(branches, paths)[0]
+    channels, *spatial = u.shape[1:]
+    sizes = channels, math.prod(spatial), u.itemsize, are_channels_last(branches, paths), paths, weight1.shape[0]
+    return ask("select", *sizes, affine_weight is not None, pre_activation, *limits)
+
+
 def _keep(ctx, inputs, results):
     ctx.save_for_backward(*inputs, results[1])
 
@@ -214,7 +225,7 @@ def _reference(codes):
 
 
 #: select(backend, branches, *parameters_and_codes): y; the arguments as in the operator's schema.
-select = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+select = differentiable(FORWARD, BACKWARD, _keep, _gradients, resident_clusters=resident_clusters)
 
 
 class _Squeeze(torch.autograd.Function):

@@ -21,10 +21,12 @@ from .common import (
     differentiable,
     differentiable_backward,
     empty_map,
+    is_channels_last,
     like_or_none,
     unless_absent,
     wants_graph,
 )
+from .resident import Clusters, Limits, ask
 from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue
 from .squeeze import TIE_NAMES
 
@@ -71,6 +73,24 @@ BACKWARD = define(
     " Tensor grad_norm_bias, Tensor grad_affine_weight, Tensor grad_affine_bias)",
     _fake_backward,
 )
+
+
+def three_axes(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """The spatial axes of a map, and of the convolution's kernel, with leading ones up to three."""
+    axes = 5 - x.dim()
+    return *(1,) * axes, *x.shape[2:], *(1,) * axes, *weight.shape[2:]
+
+
+def resident_clusters(limits: Limits, x: Tensor, weight: Tensor, *arguments) -> Clusters:
+    """Over how many blocks the resident kernels spread a sample of x; `arguments` as in the operator's schema."""
+    _, norm_weight, _, affine_weight, *_, pre_activation, post_activation = arguments
+    if norm_weight is not None:  # statistics of the batch need all samples
+        return Clusters(0, 0)
+    last = not x.is_contiguous() and is_channels_last(x)
+    no_channel_gate = False, 0, 0, 0, 0
+    ends = affine_weight is not None, pre_activation, post_activation
+    sizes = x.shape[1], *three_axes(x, weight), x.itemsize
+    return ask("spatial_gate", *sizes, last, *no_channel_gate, *ends, *limits)
 
 
 def _keep(ctx, inputs, results):
@@ -120,4 +140,11 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
 
 #: spatial_gate(backend, *arguments): (y, statistics), the gated map in x's dtype and layout; `arguments` as in the
 #: operator's schema.
-spatial_gate = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=lambda results: (results[0], results[-1]))
+spatial_gate = differentiable(
+    FORWARD,
+    BACKWARD,
+    _keep,
+    _gradients,
+    shown=lambda results: (results[0], results[-1]),
+    resident_clusters=resident_clusters,
+)

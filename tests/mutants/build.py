@@ -44,6 +44,13 @@ MUTANTS = [
         tests="tests/packaging/test_install.py -k test_without_torch_it_builds_and_says_so",
     ),
     Mutant(
+        name="a-compilation-an-architecture",
+        file="setup.py",
+        old="options = [option for name in names for option in gencode(name, PTX_OF[name])]",
+        new="options = [option for name in names for option in gencode(name)]",
+        tests="tests/packaging/test_install.py -k test_architectures_are_those_that_nvcc_knows",
+    ),
+    Mutant(
         name="wheel-bound-to-an-abi",
         file="setup.py",
         old='return ("py3", "none", super().get_tag()[2])',

@@ -1,4 +1,5 @@
-"""Faults in the resident CUDA kernels, which the tests run in an emulator of blocks and clusters."""
+"""Faults in the resident CUDA kernels, which the tests run in an emulator of blocks and clusters, in the host side of
+their launches, which runs on a stand-in for the CUDA runtime, and in the answer to what they hold."""
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ MUTANTS = [
     ),
     Mutant(
         name="room-for-one-of-the-two-affine-sums",
-        file="csrc/cuda/spatial_gate.cuh",
+        file="csrc/cuda/fit.h",
         old="c.team_sums = take(int64_t(c.teams) * c.sample.share * acc * (e.affine ? 2 : 1));",
         new="c.team_sums = take(int64_t(c.teams) * c.sample.share * acc);",
         tests="tests/emulate/test_cbam.py tests/emulate/test_spatial_gate.py -k test_prologue",
@@ -122,7 +123,7 @@ MUTANTS = [
     ),
     Mutant(
         name="no-room-for-a-misaligned-branch",
-        file="csrc/cuda/select.cuh",
+        file="csrc/cuda/fit.h",
         old="s.tile = static_cast<uint32_t>(std::min((elements * e.itemsize + 31) / 16 * 16, int64_t(1) << 24));",
         new="s.tile = static_cast<uint32_t>(std::min((elements * e.itemsize + 15) / 16 * 16, int64_t(1) << 24));",
         tests="tests/emulate/test_select.py -k 'test_two_branches or test_shapes'",
@@ -133,5 +134,109 @@ MUTANTS = [
         old=": pieces && misaligned == 0 && s.gap % 16 == 0 ? kPieces",
         new=": pieces && misaligned == 0 ? kPieces",
         tests="tests/emulate/test_select.py -k test_without_a_copy",
+    ),
+    # ---- device: the host side of a launch ----
+    Mutant(
+        name="stream-looked-for-in-the-library-alone",
+        file="csrc/cuda/device.h",
+        old='void* const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);',
+        new="void* const library = nullptr;",
+        tests="tests/cuda/test_device.py -k test_torchs_stream_is_found_where_torch_keeps_it",
+    ),
+    Mutant(
+        name="kernel-prepared-at-every-launch",
+        file="csrc/cuda/device.h",
+        old="    if (found != prepared.end()) return found->second;\n",
+        new="",
+        tests="tests/cuda/test_device.py -k test_a_kernel_is_prepared_once_a_device",
+    ),
+    Mutant(
+        name="kernel-prepared-for-one-device-only",
+        file="csrc/cuda/device.h",
+        old="prepared.find({kernel, device})",
+        new="prepared.lower_bound({kernel, 0})",
+        tests="tests/cuda/test_device.py -k test_a_kernel_is_prepared_once_a_device",
+    ),
+    Mutant(
+        name="cluster-without-a-place",
+        file="csrc/cuda/device.h",
+        old="== cudaSuccess) return count > 0;",
+        new="== cudaSuccess) return true;",
+        tests="tests/cuda/test_device.py -k test_no_larger_cluster_than_finds_a_place",
+    ),
+    Mutant(
+        name="error-of-a-question-left-for-the-launch",
+        file="csrc/cuda/device.h",
+        old="    cudaGetLastError();  // the next launch is not to find it\n",
+        new="",
+        tests="tests/cuda/test_device.py -k test_no_larger_cluster_than_finds_a_place",
+    ),
+    Mutant(
+        name="clusters-of-code-that-knows-none",
+        file="csrc/cuda/device.h",
+        old="if (built.ptxVersion >= 90 && attribute(",
+        new="if (attribute(",
+        tests="tests/cuda/test_device.py -k test_no_larger_cluster_than_finds_a_place",
+    ),
+    Mutant(
+        name="driver-of-a-smaller-minor-version-refused",
+        file="csrc/cuda/device.h",
+        old="if (driver / 1000 >= runtime / 1000)",
+        new="if (driver >= runtime)",
+        tests="tests/cuda/test_device.py -k test_an_older_driver_is_named",
+    ),
+    Mutant(
+        name="device-left-to-torchs-runtime",
+        file="csrc/cuda/device.h",
+        old='if (current != device_) check(cudaSetDevice(device_), "cudaSetDevice");',
+        new="",
+        tests="tests/cuda/test_device.py -k test_a_launch_is_on_the_device_of_its_maps",
+    ),
+    Mutant(
+        name="device-set-past-torch",
+        file="csrc/cuda/device.h",
+        old="    torch::stable::accelerator::DeviceGuard guard_;\n",
+        new="    struct Guard {\n"
+        "        int before = 0;\n"
+        "        explicit Guard(int) { cudaGetDevice(&before); }\n"
+        "        ~Guard() { cudaSetDevice(before); }\n"
+        "    } guard_;\n",
+        tests="tests/cuda/test_device.py -k test_leaving_a_device_makes_no_context_elsewhere",
+    ),
+    # ---- fit: what the kernels hold ----
+    Mutant(
+        name="backward-asked-as-the-forward",
+        file="csrc/fit.cpp",
+        old="        sample.backward = backward;",
+        new="        sample.backward = false;",
+        tests="tests/ops/test_resident.py -k test_forward_alone_fits_in_float32",
+    ),
+    Mutant(
+        name="answer-for-one-layout",
+        file="fused_attn/ops/channel_gate.py",
+        old="    last = not x.is_contiguous() and is_channels_last(x)",
+        new="    last = False",
+        tests="tests/ops/test_resident.py -k test_what_a_cluster_holds",
+    ),
+    Mutant(
+        name="operator-called-by-itself-not-asked",
+        file="fused_attn/ops/common.py",
+        old="            rule.require(arguments)\n",
+        new="            pass\n",
+        tests="tests/ops/test_resident.py -k test_what_does_not_fit_in_the_backward_is_refused_before_the_forward",
+    ),
+    Mutant(
+        name="open-sizes-asked",
+        file="fused_attn/ops/resident.py",
+        old="    if not all(type(size) is int for size in x.shape[1:]):\n        return\n",
+        new="",
+        tests="tests/ops/test_resident.py -k test_sizes_that_a_trace_leaves_open_are_not_asked",
+    ),
+    Mutant(
+        name="refused-without-a-gradient",
+        file="fused_attn/ops/resident.py",
+        old="return self.forward > 0 and (self.backward > 0 or not needs_grad)",
+        new="return self.forward > 0 and self.backward > 0",
+        tests="tests/ops/test_resident.py -k test_the_answers_say_what_a_call_needs",
     ),
 ]

@@ -290,6 +290,39 @@ def test_cuda_that_must_be_built_but_cannot_is_one_line(built: Path, tmp_path: P
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    "known, expected",
+    [
+        ("75 80 90 100 120", {"compute_80": ["sm_80"], "compute_90": ["sm_90a", "sm_100", "sm_120", "compute_90"]}),
+        ("80 90", {"compute_80": ["sm_80"], "compute_90": ["sm_90a", "compute_90"]}),
+    ],
+)
+def test_architectures_are_those_that_nvcc_knows(built: Path, tmp_path: Path, known, expected):
+    """From as few compilations as there can be; the last one's PTX is for newer cards."""
+    tree, cuda = tmp_path / "tree", tmp_path / "cuda"
+    shutil.copytree(built / "tree", tree, ignore=shutil.ignore_patterns("build", "csrc"))
+    for folder in (tree / "csrc/cuda", cuda / "bin", cuda / "lib64"):
+        folder.mkdir(parents=True)
+    (tree / "csrc/cuda/kernel.cu").touch()
+    (cuda / "lib64/libcudart_static.a").touch()
+    nvcc = cuda / "bin/nvcc"
+    names = "\n".join(f"sm_{name}" for name in known.split())
+    nvcc.write_text(f"""#!/bin/sh
+case "$*" in
+*--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+*--list-gpu-code*) echo "{names}" ;;
+*--dryrun*) ;;
+*) exit 1 ;;
+esac
+""")
+    nvcc.chmod(0o755)
+    printed = setup(tree, "build_ext", "--inplace", ok=False, FUSED_ATTN_CUDA="1", CUDA_HOME=str(cuda))
+    found: dict[str, list[str]] = {}
+    for ptx, code in re.findall(r"-gencode=arch=(\w+),code=(\w+)", printed):
+        found.setdefault(ptx, []).append(code)
+    assert found == expected
+
+
 def test_a_second_build_compiles_nothing(built: Path, tmp_path: Path):
     tree = tmp_path / "tree"
     shutil.copytree(built / "tree", tree)
