@@ -1,0 +1,69 @@
+"""The host side of the Triton kernels, with a stand-in for the GPU: what is compiled and launched, how long it takes.
+
+What a replayed call computes is in test_replay.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+#: Microseconds of Python a call, on the machine where `UNIT` is what `tests.kernels.host.work` takes.
+BARS = {"channel_gate forward": 20, "channel_gate backward": 35, "cbam forward": 35, "cbam backward": 55}
+UNIT = 10.0
+SLACK = 2.0  # for what else runs on a machine
+
+
+def host(part: str) -> Any:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.host", part]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)[part]
+
+
+@pytest.mark.slow  # 20 s
+def test_a_batch_never_seen_before_compiles_nothing():
+    found = host("variants")
+    for layout, kernels in found["seresnet50"].items():
+        print(f"seresnet50, {layout}: {kernels[0]} kernels a training step")
+        assert kernels[0] <= 20 and set(kernels) == {kernels[0]}, layout
+    assert not found["new for another batch"]
+
+
+def test_launches_of_a_call():
+    """The same in the first call of a kind, in the one that is recorded, and in those that are replayed."""
+    expected = {
+        "channel_gate forward": {2},
+        "channel_gate backward": {3},
+        "cbam forward": {4, 5},  # one more where the maximum over space is split among programs
+        "cbam backward": {6},
+    }
+    for name, launches in host("launches").items():
+        op, _, layout = name.rpartition(" ")
+        if op == "replayed":
+            assert launches == ["cbam", "cbam_backward", "channel_gate", "channel_gate_backward"], layout
+        else:
+            assert len(set(launches)) == 1 and launches[0] in expected[op], name
+
+
+def test_time_of_a_call():
+    for name, (took, unit) in host("times").items():
+        print(f"{name}: {took} µs (a unit of work: {unit} µs)")
+        op, _, way = name.partition(": ")
+        if way == "operator":
+            assert took <= SLACK * BARS[op] * max(unit / UNIT, 1.0), name
+
+
+@pytest.mark.slow  # 10 s where nothing is cached
+def test_kernels_that_are_compiled_are_launched():
+    found = host("compiled")
+    assert {"_pool", "_gate", "_dot", "_spread", "_parameters"} <= set(found)
