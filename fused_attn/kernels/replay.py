@@ -42,7 +42,8 @@ _ALLOCATIONS = {
 
 
 #: By device type: torch.empty_strided on the current device, without dispatch; torch's compiler calls it too.
-_EMPTY = {at: getattr(torch._C._dynamo.guards, f"_empty_strided_{at}", None) for at in ("cpu", "cuda")}
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_EMPTY = {at: getattr(_guards, f"_empty_strided_{at}", None) for at in ("cpu", "cuda")}
 
 
 class _Thread(threading.local):
@@ -132,6 +133,7 @@ class _Plan(NamedTuple):
     constants: tuple[Any, ...]
     tuples: tuple[Callable[[list[Any]], Any], ...]
     launches: tuple[tuple[Any, Any, Any, int, Callable[[list[Any]], Any]], ...]
+    compiled: tuple[Any, ...]  # kept, because Triton unloads what nobody keeps
     results: Any
     is_flat: bool  # results: takes the outputs out of what was allocated
 
@@ -225,6 +227,7 @@ class _Planner:
             tuple(self.constants),
             tuple(picked(values) for values in self.tuples),
             tuple((c.run, c.function, c.packed_metadata, programs, picked(v)) for c, programs, v in launches),
+            tuple(launch.compiled for launch in self.recording.launches),
             results,
             is_flat,
         )
@@ -250,7 +253,13 @@ def _setting() -> tuple[Any, ...] | None:
         return None
     if getattr(runtime, "add_stages_inspection_hook", None) is not None:
         return None
-    return driver.active, runtime.debug, knobs.compilation.instrumentation_mode
+    compilation = knobs.compilation
+    return (
+        driver.active,
+        runtime.debug,
+        getattr(compilation, "instrumentation_mode", None),
+        getattr(compilation, "fpsan_homomorphic_casts", None),
+    )
 
 
 def _run(plan: _Plan, pointers: list[int]) -> Any:
@@ -284,9 +293,11 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         pointers: list[int] = []
         device = None
         for a in arguments:
-            if type(a) is list:
+            if type(a) is list or type(a) is tuple:
                 key.append(len(a))
-            for t in a if type(a) is list else (a,):
+            else:
+                a = (a,)
+            for t in a:
                 kind = type(t)
                 if kind is Tensor or kind is nn.Parameter:
                     pointer = t.data_ptr()
@@ -338,7 +349,7 @@ def _recorded(
     inputs: list[Tensor] = []
 
     def alias(a: Any) -> Any:
-        if isinstance(a, list):
+        if isinstance(a, list | tuple):
             return [alias(t) for t in a]
         if not isinstance(a, Tensor):
             return a
