@@ -23,13 +23,6 @@ from fused_attn.ops.common import KERNELS, OPERATORS, kernel_of
 from tests.checks import LAYOUTS, assert_equivalent, cast, in_layout, random
 from tests.ops.test_every_op import ALL, gradients_for
 
-#: Functions that call torch's operators too, for these inputs or for all: sums, copies, a BatchNorm.
-AS_WRITTEN = {
-    *("squeeze_backward", "scale_backward", "mixed_scale_backward", "channel_pool_backward", "context_pool_backward"),
-    *("spatial_gate_backward", "axis_pool", "norm_scale", "norm_dots", "select_gradients"),
-}
-OF_BATCH_NORM = {"spatial_gate", "cbam", "cbam_backward"}
-
 
 @pytest.fixture
 def replay(monkeypatch):
@@ -79,16 +72,16 @@ def replay(monkeypatch):
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
     counted = SimpleNamespace(runs=0, setting=(active, False, ""), module=replay)
 
-    def counting(plan, pointers, run=replay._run):
+    def counting(*given, run=replay._run):
         counted.runs += 1
-        return run(plan, pointers)
+        return run(*given)
 
     monkeypatch.setattr(maps, "launch", launch)
     monkeypatch.setattr(replay, "launched", launched)
     monkeypatch.setattr(replay, "_setting", lambda: counted.setting)
     monkeypatch.setattr(replay, "_run", counting)
     for module, names in OPERATORS.items():
-        if module not in ("position_attention", "spatial_logits"):
+        if module not in UNSERVED:
             for name in names:
                 monkeypatch.setitem(KERNELS, name, replay.replayed(kernel_of(module, name)))
     with fused_attn.backend("triton"):
@@ -99,8 +92,8 @@ def plans_of(name: str) -> list[Any]:
     return list(KERNELS[name].plans.values())
 
 
-NEVER = ("position_attention", "spatial_logits", "criss_cross_attention")
-OPS = [name for name in ALL if name not in NEVER]
+UNSERVED = ("position_attention", "spatial_logits")
+OPS = [name for name in ALL if name not in UNSERVED]
 CASES = [(name, LAYOUTS[i % 2]) for i, name in enumerate(OPS)]
 
 
@@ -120,10 +113,8 @@ def test_every_op(name, layout, replay):
         kept.append((inputs, grads))  # so that no address comes again
     used = {n: plans_of(n) for n in KERNELS if plans_of(n)}
     assert used and all(len(plans) < 6 for plans in used.values())
-    replayed = {n for n, plans in used.items() if any(type(p) is not bool for p in plans)}
-    assert (replay.runs > 0) == bool(replayed)
-    as_written = AS_WRITTEN | (OF_BATCH_NORM if "batch_norm" in name else set())
-    assert set(used) - replayed <= as_written, set(used) - replayed
+    assert replay.runs > 0
+    assert all(isinstance(p, replay.module._Plan) for plans in used.values() for p in plans if p is not True), used
 
 
 def gate(x, weights, **options):
@@ -164,8 +155,7 @@ def test_what_makes_a_call_another_kind(replay):
             torch.testing.assert_close(gate(x, [w.to(x.dtype) for w in weights]), expected)
     plans = plans_of("channel_gate")
     assert len(plans) == len(kinds)
-    assert [type(p) is not bool for p in plans] == [name != "no layout" for name in kinds]  # it is copied
-    assert replay.runs == len(kinds) - 1
+    assert replay.runs == len(kinds)
     gate(kinds["as it is"], weights, gate="hard_sigmoid")
     assert len(plans_of("channel_gate")) == len(kinds) + 1
 
