@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 import fused_attn
 from fused_attn import functional
@@ -124,10 +125,24 @@ def launches() -> dict[str, list[int]]:
                     ways["kernel"]()
                     counts.append(len(standing.launches))
                 found[f"{name} {layout}"] = counts
+            found[f"heard {layout}"] = heard(ways["kernel"])
             found[f"replayed {layout}"] = sorted(
                 name for name, kernel in KERNELS.items() if any(type(p) is not bool for p in kernel.plans.values())
             )
     return found
+
+
+def heard(call: Callable[[], Any]) -> list[int]:
+    """Launches that a listener hears of, of a call that was replayed before."""
+    counts = []
+    for listens in (True, False):
+        names: list[Any] = []
+        if listens:
+            knobs.runtime.launch_enter_hook.add(names.append)
+        call()
+        knobs.runtime.launch_enter_hook.calls.clear()
+        counts.append(len(names))
+    return counts
 
 
 def median(call: Callable[[], Any], times: int = 200) -> float:

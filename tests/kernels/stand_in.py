@@ -76,6 +76,8 @@ class StandIn(DriverBase):
 
     def launcher(self, name: str) -> Any:
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            if enter is not None:
+                enter(launch_metadata)
             if self.launches is not None:
                 self.launches.append(Launch(name, (x, y, z), arguments))
 

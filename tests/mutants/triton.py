@@ -107,6 +107,13 @@ MUTANTS = [
         new="if plan.setting != setting:",
         tests="tests/kernels/test_replay.py -k test_listeners_and_other_settings_are_not_passed_over",
     ),
+    Mutant(
+        name="listeners-of-all-launches-passed-over",
+        file="fused_attn/kernels/replay.py",
+        old='if (enter is not None and getattr(enter, "calls", True)) or (leave',
+        new="if (leave",
+        tests="tests/kernels/test_host.py -k test_launches_of_a_call",
+    ),
     # ---- passes over a map, pools over space ----
     Mutant(
         name="nan-never-better",
