@@ -238,3 +238,19 @@ def test_inference_tensors(replay):
     leaf = x.clone().requires_grad_()
     functional.channel_gate(leaf, *weights).sum().backward()
     assert replay.runs == 2 and leaf.grad is not None
+
+
+@pytest.mark.slow  # 10 s
+def test_compiled_functions(replay):
+    """torch.compile's programs call the same operators; a batch of their own is a kind of its own."""
+    weights = weights_of(4)
+    function = torch.compile(
+        lambda x, *w: functional.channel_gate(x, *w, residual=x), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for i in range(6):
+        leaves = [t.clone().requires_grad_() for t in (random(2 + i % 2, 4, 3, 5, seed=i), *weights)]
+        x, *given = leaves
+        found = torch.autograd.grad(function(x, *given).square().sum(), leaves)
+        expected = torch.autograd.grad(reference.channel_gate(x, *given, residual=x).square().sum(), leaves)
+        torch.testing.assert_close(found, expected)
+    assert replay.runs == 4  # the third of each batch, forward and backward
