@@ -1,8 +1,9 @@
 """Op `axis_pool`: one read of x, then what the blocks left of each pool is put together; backward is one read of the
 map's gradient, where there is one, and one write of grad_x (and a read of x for shared ties).
 
-Programs work on tiles of BLOCK_C channels x BLOCK_H rows x BLOCK_W columns, and on BLOCK_K channels of them one after
-the other: the pools over channels stay in registers, those over rows and columns leave a partial result a tile.
+Programs work on tiles of BLOCK_C channels x BLOCK_H rows x BLOCK_W columns, and on `tiles` of them along the channels
+one after the other: the pools over channels stay in registers, those over rows and columns leave a partial result a
+tile.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from .channel_pool import BLOCK, _finish_pool
 from .language import EVEN, NOWHERE, from_order_key, reduce_max
 from .maps import CHANNELS_LAST, SIZES
 
-AXIS_SIZES = (*SIZES, "w_q", "n_h", "n_w")
+AXIS_SIZES = (*SIZES, "w_q", "n_c", "n_h", "n_w")
 TILE, WARPS = 4096, 8
 CHANNELS = 64  # a program
 CHANNELS_A_TILE, SIDE = 16, 16  # channels_last: 32 bytes or more along the contiguous axis, square in space
 
 
 @triton.jit
-def _tile(n_c, n_h, n_w, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def _tile(n_c, n_h, n_w, tiles, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """(sample, block of channels, of rows, of columns) of this program, its first channel, its rows and columns."""
     pid = tl.program_id(0)
     wblk = pid % n_w
@@ -36,7 +37,7 @@ def _tile(n_c, n_h, n_w, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: 
     cblk = pid // (n_w * n_h) % n_c
     b = (pid // (n_w * n_h * n_c)).to(tl.int64)
     h, w = hblk * BLOCK_H + tl.arange(0, BLOCK_H), wblk * BLOCK_W + tl.arange(0, BLOCK_W)
-    return b, cblk, hblk, wblk, cblk * BLOCK_K, h, w
+    return b, cblk, hblk, wblk, cblk * tiles * BLOCK_C, h, w
 
 
 @triton.jit
@@ -67,17 +68,17 @@ def _store_partial(
 @triton.jit(do_not_specialize=AXIS_SIZES)
 def _axis_pool(
     x, row_sums, row_best, row_place, column_sums, column_best, column_place, plane_sums, plane_best, plane_place,
-    c_q, w_q, H, n_c, n_h, n_w,
+    c_q, w_q, H, n_c, n_h, n_w, tiles,
     MAXIMA: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, WV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x once; leaves parts of the rows (B, n_w, C, H), the columns (B, n_h, C, W), the plane (B, n_c, H, W)."""
     C, W = c_q * CV, w_q * WV
-    b, cblk, hblk, wblk, c_first, h, w = _tile(n_c, n_h, n_w, BLOCK_K, BLOCK_H, BLOCK_W)
+    b, cblk, hblk, wblk, c_first, h, w = _tile(n_c, n_h, n_w, tiles, BLOCK_C, BLOCK_H, BLOCK_W)
     total = tl.zeros((BLOCK_C, BLOCK_H, BLOCK_W), ACC)
     peak = tl.full((BLOCK_C, BLOCK_H, BLOCK_W), float("-inf"), ACC)
     found = tl.full((BLOCK_C, BLOCK_H, BLOCK_W), 0 if TIES == EVEN else NOWHERE, tl.int32)
-    for j in range(BLOCK_K // BLOCK_C):
+    for j in range(tiles):
         c0 = c_first + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         at, offsets, mask = _elements(b, c0, c, h, w, C, H, W, LAYOUT)
@@ -146,20 +147,20 @@ def _received(mean, value, tag, number, v, MAXIMA: tl.constexpr, TIES: tl.conste
 @triton.jit(do_not_specialize=AXIS_SIZES)
 def _axis_spread(
     grad, x, grad_x, grad_rows, rows, row_index, grad_columns, columns, column_index, grad_plane, plane, plane_index,
-    c_q, w_q, H, n_c, n_h, n_w,
+    c_q, w_q, H, n_c, n_h, n_w, tiles,
     MAXIMA: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, WV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad (and x for shared ties), writes grad_x."""
     C, W = c_q * CV, w_q * WV
-    b, cblk, hblk, wblk, c_first, h, w = _tile(n_c, n_h, n_w, BLOCK_K, BLOCK_H, BLOCK_W)
+    b, cblk, hblk, wblk, c_first, h, w = _tile(n_c, n_h, n_w, tiles, BLOCK_C, BLOCK_H, BLOCK_W)
     if grad_plane is not None:
         in_plane = (h < H)[:, None] & (w < W)[None, :]
         position = (h * W)[:, None] + w[None, :]
         depth_mean, depth_value, depth_tag = _passed_on(
             grad_plane, plane, plane_index, b, position, in_plane, H * W, C, MAXIMA, TIES, ACC
         )
-    for j in range(BLOCK_K // BLOCK_C):
+    for j in range(tiles):
         c0 = c_first + j * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         start, offsets, mask = _elements(b, c0, c, h, w, C, H, W, LAYOUT)
@@ -202,23 +203,23 @@ def _arguments(x: Tensor, layout: int, tile: int) -> dict[str, Any]:
         block_w = min(power(width), tile)
         block_h = min(power(height), tile // block_w)
         block_c = 1 if height * width >= maps.LONG_ROW else min(power(channels), tile // (block_w * block_h))
-    block_k = max(block_c, min(power(channels), CHANNELS))
+    tiles = max(min(power(channels), CHANNELS) // block_c, 1)
     n_h, n_w = triton.cdiv(height, block_h), triton.cdiv(width, block_w)
     wanted = 2 * maps.multiprocessors(x.device)
-    while block_k > block_c and batch * triton.cdiv(channels, block_k) * n_h * n_w < wanted:
-        block_k //= 2
+    while tiles > 1 and batch * triton.cdiv(channels, tiles * block_c) * n_h * n_w < wanted:
+        tiles //= 2
     cv, wv = math.gcd(channels, vector), math.gcd(width, vector)
     return {
         "c_q": channels // cv,
         "w_q": width // wv,
         "H": height,
-        "n_c": triton.cdiv(channels, block_k),
+        "n_c": triton.cdiv(channels, tiles * block_c),
         "n_h": n_h,
         "n_w": n_w,
+        "tiles": tiles,
         "CV": cv,
         "WV": wv,
         "LAYOUT": layout,
-        "BLOCK_K": block_k,
         "BLOCK_C": block_c,
         "BLOCK_H": block_h,
         "BLOCK_W": block_w,
@@ -229,7 +230,8 @@ def _arguments(x: Tensor, layout: int, tile: int) -> dict[str, Any]:
 
 def _tile_size(x: Tensor, maxima: int, plane: bool | int, ties: int) -> int:
     """Elements a tile: what takes registers beside the map makes it smaller."""
-    return TILE >> (bool(plane) + bool(maxima and ties == TIES["even"]) + (x.dtype == torch.float64))
+    halvings = bool(plane) + bool(maxima and ties == TIES["even"]) + (x.dtype == torch.float64)
+    return TILE >> (halvings + bool(plane and maxima and x.dtype == torch.float32))
 
 
 def _programs(x: Tensor, given: dict[str, Any]) -> int:
@@ -242,6 +244,7 @@ def axis_pool(
     x, plan = maps.dense(x)
     batch, depth, height, width = x.shape
     given = _arguments(x, plan.layout, _tile_size(x, maxima, channels, ties))
+    most = triton.cdiv(depth, given["BLOCK_C"])  # blocks of channels, however small the batch
     # Of each pool: its shape, the parts that are left of it, and the length of what is pooled.
     shapes = {
         "row": ((depth, height), given["n_w"], width),
@@ -287,7 +290,7 @@ def axis_pool(
             MEAN_FIRST=0,
             TIES=ties,
             BLOCK_S=BLOCK,
-            BLOCK_ROWS=min(maps.next_power_of_2(parts), 8),
+            BLOCK_ROWS=min(maps.next_power_of_2(most if name == "plane" else parts), 8),
             ACC=maps.triton_accumulator(x.dtype),
             num_warps=2,
             **{part: tables[f"{name}_{part}"] for part in ("sums", "best", "place")},

@@ -20,7 +20,7 @@ from . import channel_gate as channels
 from . import maps, spatial_gate
 from .channel_gate import excite, excite_backward, store_hidden_grads
 from .language import AVG, BOTH, EVEN, IDENTITY
-from .maps import SIZES, locate
+from .maps import SIZES, channels_of, locate
 from .passes import backward_pass, scale_pass
 from .space import channel_dot_pass, channel_pool_pass
 
@@ -29,7 +29,7 @@ from .space import channel_dot_pass, channel_pool_pass
 def _excite_and_pool(
     x, weight1, bias1, weight2, bias2, affine_weight, affine_bias,
     sums, best, place, products, space_sums, space_best, space_place, state, index,
-    c_q, s_q, n_cblk, n_split, blocks, pool_split, H, n_part, taps, width,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, pool_split, H, n_part, taps, width,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE: tl.constexpr, PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -38,55 +38,56 @@ def _excite_and_pool(
     """The logits of the program's channels; then reads x for the pools over them of the gated map."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
     excite(
         weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-        b, cblk, C, S, pool_split, H, n_part, taps, width,
+        b, cblk, c, in_c, C, S, pool_split, H, n_part, taps, width,
         LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
     )  # fmt: skip
     tl.debug_barrier()
     channel_pool_pass(
         x, affine_weight, affine_bias, state + b * width + C, space_sums, space_best, space_place,
-        b, cblk, split, C, S, n_cblk, blocks, GATE, PRE, SPACE_TIES, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_cblk, blocks, tiles, GATE, PRE, SPACE_TIES, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _scale_both(
-    x, affine_weight, affine_bias, residual, y, channel_state, state, c_q, s_q, n_cblk, n_split, blocks, width,
+    x, affine_weight, affine_bias, residual, y, channel_state, state, c_q, s_q, n_cblk, n_split, blocks, tiles, width,
     GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     scale_pass(
         x, residual, y, channel_state + b * width + C, state + b * ROWS * S + 2 * S, affine_weight, affine_bias,
-        b, cblk, split, C, S, blocks, GATE, SPACE_GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, blocks, tiles, GATE, SPACE_GATE, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _dot_channels_gated(
     grad, x, y, residual, grad_residual, affine_weight, affine_bias, channel_state, state, space_dots,
-    c_q, s_q, n_cblk, n_split, blocks, width, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, width, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     channel_dot_pass(
         grad, x, y, residual, grad_residual, affine_weight, affine_bias,
         channel_state + b * width + C, state + b * ROWS * S + 2 * S, space_dots,
-        b, cblk, split, C, S, n_cblk, blocks, stride_b, stride_c, stride_s,
-        GATE, SPACE_GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_cblk, blocks, tiles, stride_b, stride_c, stride_s,
+        GATE, SPACE_GATE, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _dot_space(
     grad, x, weight2, affine_weight, affine_bias, channel_state, state, index, space_grads, dots, products,
-    c_q, s_q, n_cblk, n_split, blocks, H, width, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, H, width, stride_b, stride_c, stride_s,
     SPACE_TIES: tl.constexpr, GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
@@ -100,12 +101,13 @@ def _dot_space(
         grad, x, None, None, None, None, affine_weight, affine_bias,
         logits, None, None, None, None, dots, None, None,
         row + 2 * S, space_grads + b * 2 * S, index + b * S, row if SPACE_TIES == EVEN else None,
-        b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        GATE, SPACE_GATE, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        GATE, SPACE_GATE, PRE, IDENTITY, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
     if weight2 is not None:
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
         store_hidden_grads(
-            weight2, logits, dots, products, b, cblk, split, C, n_cblk, n_split, H, GATE, BLOCK_K, BLOCK_H, ACC
+            weight2, logits, dots, products, b, cblk, split, c, in_c, C, n_cblk, n_split, H, GATE, BLOCK_H, ACC
         )
 
 
@@ -113,7 +115,7 @@ def _dot_space(
 def _spread_both(
     grad, x, weight1, weight2, affine_weight, affine_bias, channel_state, channel_index, state, index, space_grads,
     dots, products, mean, value, grad_logits, grad_hidden, tap_sums, grad_x, weight_sums, bias_sums,
-    c_q, s_q, n_cblk, n_split, blocks, H, n_part, taps, width, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width, stride_b, stride_c, stride_s,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
@@ -124,9 +126,10 @@ def _spread_both(
     grad_x, and leaves partial sums for the prologue."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
     excite_backward(
         weight1, weight2, channel_state, channel_index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
-        b, cblk, C, S, n_cblk, n_split, H, n_part, taps, width,
+        b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
         LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
     )  # fmt: skip
     tl.debug_barrier()
@@ -138,8 +141,8 @@ def _spread_both(
         row + C, mean + b * C, None if POOL == AVG else value + b * C, channel_index + b * C,
         peak if POOL != AVG and TIES == EVEN else None, None, weight_sums, bias_sums,
         space_row + 2 * S, space_grads + b * 2 * S, index + b * S, space_row if SPACE_TIES == EVEN else None,
-        b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        GATE, SPACE_GATE, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        GATE, SPACE_GATE, PRE, IDENTITY, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -180,6 +183,8 @@ def cbam(
     tables = maps.channel_pool_tables(x, over_channels)
     shared: dict[str, Any] = {"x": x, "GATE": channel_gate, "PRE": pre_activation, "width": channel_state.shape[1]}
     shared |= affine
+    # A program has up to four times the channels that one of channel_gate has.
+    sizes_of_pool = sizes | {"BLOCK_H": 16, "BLOCK_K": over_channels.block_k}
     maps.launch(
         _excite_and_pool,
         x,
@@ -198,7 +203,7 @@ def cbam(
         ACTIVATION=activation,
         **{f"space_{k}": v for k, v in tables.items()},
         **shared,
-        **(sizes | {"BLOCK_H": 16}),  # a program has up to four times the channels that one of channel_gate has
+        **sizes_of_pool,
         **found,
         **over_channels.arguments(x.dtype),
         **maps.exact(spatial_ties),
@@ -321,7 +326,7 @@ def cbam_backward(
         **plan.arguments(x.dtype),
         **maps.exact(spatial_ties),
     }
-    maps.launch(_dot_space, x, plan.programs, H=sizes["H"], BLOCK_H=sizes["BLOCK_H"], **shared)
+    maps.launch(_dot_space, x, plan.programs, **{k: sizes[k] for k in ("H", "BLOCK_H", "BLOCK_K")}, **shared)
     tables = channels.excitation_tables(state, plan, weight1, sizes, pool)
     sums = maps.affine_tables(x, plan, affine_weight)
     maps.launch(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..codes import ACTIVATIONS, LAYERS, POOLS, TIES
 from . import maps
 from .language import AVG, AVGMAX, BOTH, CIRCULAR, DENSE, EVEN, IDENTITY, MAX, activate, activate_grad, sum_rows
-from .maps import SIZES, locate
+from .maps import SIZES, channels_of, locate
 from .passes import backward_pass, descriptor, pool_pass, scale_pass, store_pool_gradients
 
 
@@ -61,11 +61,10 @@ def _store_products(matrix, values, out, c, mask, H, width_h, width_c, BLOCK_H: 
 
 @triton.jit
 def _first_layer_part(
-    weight1, sums, best, place, products, b, cblk, c, C, S, n_cblk, n_split, H,
+    weight1, sums, best, place, products, b, cblk, c, mask, C, S, n_cblk, n_split, H,
     POOL: tl.constexpr, TIES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Weight1's products with the whole descriptors of channels c; with both pools those of each, side by side."""
-    mask = c < C
     if POOL == BOTH:
         mean, peak, _ = descriptor(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
         out = products + (b * n_cblk + cblk) * 2 * H
@@ -79,43 +78,44 @@ def _first_layer_part(
 @triton.jit(do_not_specialize=SIZES)
 def _pool(
     x, affine_weight, affine_bias, weight1, sums, best, place, products,
-    c_q, s_q, n_cblk, n_split, blocks, H,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, H,
     PRE: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads x; leaves partial descriptors and, where `products` is given, weight1's products with them."""
+    """Reads x; leaves partial descriptors and, where `products` is given, weight1's products with them, if they are not
+    of maxima that were split."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     pool_pass(
-        x, affine_weight, affine_bias, sums, best, place, b, cblk, split, C, S, n_split, blocks,
-        PRE, POOL, TIES, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        x, affine_weight, affine_bias, sums, best, place, b, cblk, split, C, S, n_split, blocks, tiles,
+        PRE, POOL, TIES, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
     if products is not None:
         tl.debug_barrier()
-        c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
         if POOL == AVG:
             out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
-            s = tl.load(sums + (b * n_split + split) * C + c, mask=c < C, other=0.0) / S
-            _store_products(weight1, s, out, c, c < C, H, C, 1, BLOCK_H, ACC)
-        else:  # not split
+            s = tl.load(sums + (b * n_split + split) * C + c, mask=in_c, other=0.0) / S
+            _store_products(weight1, s, out, c, in_c, H, C, 1, BLOCK_H, ACC)
+        elif n_split == 1:
             _first_layer_part(
-                weight1, sums, best, place, products, b, cblk, c, C, S, n_cblk, 1, H, POOL, TIES, BLOCK_H, 1, ACC
+                weight1, sums, best, place, products, b, cblk, c, in_c, C, S, n_cblk, 1, H, POOL, TIES, BLOCK_H, 1, ACC
             )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _first_layer(
-    weight1, sums, best, place, products, c_q, s_q, n_cblk, n_split, H,
+    weight1, sums, best, place, products, c_q, s_q, n_cblk, n_split, tiles, H,
     POOL: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Weight1's products with the descriptors of a block of channels, after a maximum that was split."""
     C, S = c_q * CV, s_q * SV
     b = (tl.program_id(0) // n_cblk).to(tl.int64)
     cblk = tl.program_id(0) % n_cblk
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
     _first_layer_part(
-        weight1, sums, best, place, products, b, cblk, c, C, S, n_cblk, n_split, H,
+        weight1, sums, best, place, products, b, cblk, c, in_c, C, S, n_cblk, n_split, H,
         POOL, TIES, BLOCK_H, BLOCK_ROWS, ACC,
     )  # fmt: skip
 
@@ -134,17 +134,15 @@ def _store_hidden(products, bias1, out, n_part, width, H, h, first, BLOCK_ROWS: 
 @triton.jit
 def excite(
     weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-    b, cblk, C, S, n_split, H, n_part, taps, width,
+    b, cblk, c, in_c, C, S, n_split, H, n_part, taps, width,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store the descriptors and logits of the program's channels from the partial results of n_split programs.
+    """Store the descriptors and logits of the program's channels c from the partial results of n_split programs.
 
     Programs that share channels store the same numbers; each may read what it has stored, after a barrier.
     """
     row = state + b * width
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_c = c < C
     PAIR: tl.constexpr = 2 if POOL == BOTH else 1  # an excitation of both pools has each bias twice
     mean, peak, found = descriptor(sums, best, place, b, c, in_c, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
     s = mean
@@ -203,7 +201,7 @@ def excite(
 def _gate(
     x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual,
     sums, best, place, products, y, state, index,
-    c_q, s_q, n_cblk, n_split, blocks, H, n_part, taps, width,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -212,15 +210,16 @@ def _gate(
     """The logits of the program's channels; then reads x and the residual, writes y."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
     excite(
         weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-        b, cblk, C, S, n_split, H, n_part, taps, width,
+        b, cblk, c, in_c, C, S, n_split, H, n_part, taps, width,
         LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
     )  # fmt: skip
     tl.debug_barrier()
     scale_pass(
-        x, residual, y, state + b * width + C, None, affine_weight, affine_bias, b, cblk, split, C, S, blocks,
-        GATE, IDENTITY, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        x, residual, y, state + b * width + C, None, affine_weight, affine_bias, b, cblk, split, C, S, blocks, tiles,
+        GATE, IDENTITY, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -236,23 +235,22 @@ def _grad_logits(
 
 @triton.jit
 def store_hidden_grads(
-    weight2, logits, dots, products, b, cblk, split, C, n_cblk, n_split, H,
-    GATE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
+    weight2, logits, dots, products, b, cblk, split, c, in_c, C, n_cblk, n_split, H,
+    GATE: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The second layer's transposed products with what this program has stored in `dots`; its gate's derivative does
     not depend on other programs."""
     tl.debug_barrier()
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-    dot = tl.load(dots + (b * n_split + split) * C + c, mask=c < C, other=0.0)
-    dot *= activate_grad(tl.load(logits + c, mask=c < C, other=0.0), GATE)
+    dot = tl.load(dots + (b * n_split + split) * C + c, mask=in_c, other=0.0)
+    dot *= activate_grad(tl.load(logits + c, mask=in_c, other=0.0), GATE)
     out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
-    _store_products(weight2, dot, out, c, c < C, H, 1, H, BLOCK_H, ACC)
+    _store_products(weight2, dot, out, c, in_c, H, 1, H, BLOCK_H, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _dot(
     grad, x, y, weight2, affine_weight, affine_bias, residual, state, grad_residual, dots, products,
-    c_q, s_q, n_cblk, n_split, blocks, H, width, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, H, width, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -264,27 +262,26 @@ def _dot(
     backward_pass(
         grad, x, y, residual, None, grad_residual, affine_weight, affine_bias,
         logits, None, None, None, None, dots, None, None, None, None, None, None,
-        b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        GATE, IDENTITY, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        GATE, IDENTITY, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
     if weight2 is not None:
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
         store_hidden_grads(
-            weight2, logits, dots, products, b, cblk, split, C, n_cblk, n_split, H, GATE, BLOCK_K, BLOCK_H, ACC
+            weight2, logits, dots, products, b, cblk, split, c, in_c, C, n_cblk, n_split, H, GATE, BLOCK_H, ACC
         )
 
 
 @triton.jit
 def excite_backward(
     weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
-    b, cblk, C, S, n_cblk, n_split, H, n_part, taps, width,
+    b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store what the program's channels give to their pools, `mean` and `value`, from the partial dots; and what the
+    """Store what the program's channels c give to their pools, `mean` and `value`, from the partial dots; and what the
     parameters' gradients are summed from: gradients of the logits and hidden logits, sums for each tap."""
     row = state + b * width
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_c = c < C
     dz = _grad_logits(dots, state, b, c, in_c, C, n_split, width, GATE, BLOCK_ROWS, ACC)
     if grad_logits is not None:
         tl.store(grad_logits + b * C + c, dz, mask=in_c)
@@ -343,7 +340,7 @@ def excite_backward(
 def _spread(
     grad, x, weight1, weight2, affine_weight, affine_bias, state, index,
     dots, products, mean, value, grad_logits, grad_hidden, tap_sums, grad_x, weight_sums, bias_sums,
-    c_q, s_q, n_cblk, n_split, blocks, H, n_part, taps, width, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width, stride_b, stride_c, stride_s,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -353,9 +350,10 @@ def _spread(
     grad_x, and leaves partial sums for the prologue."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
     excite_backward(
         weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
-        b, cblk, C, S, n_cblk, n_split, H, n_part, taps, width,
+        b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
         LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
     )  # fmt: skip
     tl.debug_barrier()
@@ -365,8 +363,8 @@ def _spread(
         grad, x, None, None, grad_x, None, affine_weight, affine_bias,
         row + C, mean + b * C, None if POOL == AVG else value + b * C, index + b * C,
         peak if POOL != AVG and TIES == EVEN else None, None, weight_sums, bias_sums, None, None, None, None,
-        b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        GATE, IDENTITY, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        GATE, IDENTITY, PRE, IDENTITY, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -442,7 +440,8 @@ def sizes_of(plan: maps.Plan, weight1: Tensor | None, weight2: Tensor | None, la
         "H": hidden,
         "taps": 0 if weight1 is None or layer == LAYERS["dense"] else weight1.numel(),
         "BLOCK_H": min(max(maps.next_power_of_2(hidden), 16), 32),
-        "BLOCK_ROWS": min(maps.next_power_of_2(max(plan.n_split, plan.parts if hidden else 1)), 32),
+        "BLOCK_K": plan.block_k,
+        "BLOCK_ROWS": maps.ROWS_AT_ONCE,
     }
 
 
@@ -466,22 +465,23 @@ def squeezed(
     if weight2 is not None:
         shape = (plan.batch, n_part, sizes["H"] * (2 if pool == POOLS["both"] else 1))
         products = x.new_empty(shape, dtype=maps.accumulator(x.dtype))
-    shared = {"POOL": pool, "TIES": ties, "H": sizes["H"], "BLOCK_H": sizes["BLOCK_H"], **tables}
+    shared = {"POOL": pool, "TIES": ties, **{k: sizes[k] for k in ("H", "BLOCK_H", "BLOCK_K")}, **tables}
     maps.launch(
         _pool,
         x,
         plan.programs,
         x=x,
         weight1=None if products is None else weight1,
-        products=None if split_maximum else products,
+        products=products,
         PRE=pre_activation,
         **affine,
         **shared,
         **arguments,
         **maps.exact(ties, pool),
     )
-    if split_maximum and products is not None:
-        maps.launch(
+    if pool != POOLS["avg"] and products is not None:
+        maps.launch_where(
+            split_maximum,
             _first_layer,
             x,
             plan.batch * plan.n_cblk,
@@ -489,7 +489,7 @@ def squeezed(
             products=products,
             BLOCK_ROWS=sizes["BLOCK_ROWS"],
             **shared,
-            **{k: arguments[k] for k in ("c_q", "s_q", "n_cblk", "n_split", "CV", "SV", "BLOCK_K", "ACC")},
+            **{k: arguments[k] for k in ("c_q", "s_q", "n_cblk", "n_split", "tiles", "CV", "SV", "BLOCK_C", "ACC")},
         )
     return {"products": products, "n_part": n_part, **tables}
 
@@ -677,6 +677,7 @@ def channel_gate_backward(
         H=sizes["H"],
         POST=post_activation,
         BLOCK_H=sizes["BLOCK_H"],
+        BLOCK_K=sizes["BLOCK_K"],
         **shared,
         **strides,
     )

@@ -61,7 +61,7 @@ def channel_pool(
         MEAN_FIRST=mean_first,
         TIES=ties,
         BLOCK_S=BLOCK,
-        BLOCK_ROWS=min(maps.next_power_of_2(plan.n_cblk), 8),
+        BLOCK_ROWS=maps.rows_of_channels(plan),
         ACC=maps.triton_accumulator(x.dtype),
         num_warps=2,
         **tables,

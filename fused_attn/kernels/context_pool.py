@@ -172,7 +172,7 @@ def _plan(x: Tensor) -> tuple[Tensor, maps.Plan]:
 
 def _arguments(x: Tensor, plan: maps.Plan) -> dict:
     arguments = plan.arguments(x.dtype)
-    del arguments["BLOCK_K"], arguments["n_cblk"]
+    del arguments["tiles"], arguments["n_cblk"]
     warps = min(max(plan.block_c * plan.block_s // (32 * _lane(x, plan)), 1), WARPS)
     return arguments | {"LONG": plan.channels * plan.space >= 2**31, "num_warps": warps}
 
@@ -199,7 +199,7 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
         n_split=plan.n_split,
         s_blocks=s_blocks,
         BLOCK=BLOCK,
-        BLOCK_ROWS=16,
+        BLOCK_ROWS=maps.ROWS_AT_ONCE,
         ACC=maps.triton_accumulator(x.dtype),
         num_warps=2,
         **tables,

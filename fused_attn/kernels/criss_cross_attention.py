@@ -173,17 +173,17 @@ def _cross(
 
 @triton.jit(do_not_specialize=SIZES)
 def _cross_dots(
-    grad, out, dots, c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    grad, out, dots, c_q, s_q, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads the gradient and the result once, writes a number a position."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     channel_dot_pass(
         grad, out, None, None, None, None, None, None, None, dots,
-        b, cblk, split, C, S, n_cblk, blocks, stride_b, stride_c, stride_s,
-        IDENTITY, IDENTITY, IDENTITY, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_cblk, blocks, tiles, stride_b, stride_c, stride_s,
+        IDENTITY, IDENTITY, IDENTITY, IDENTITY, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -389,7 +389,7 @@ def _dots(grad: Tensor, out: Tensor) -> Tensor:
     out, plan = maps.dense(out)
     plan = maps.plan_over_channels(out, plan)
     tiles = triton.cdiv(plan.channels, plan.block_c)
-    plan = plan._replace(block_k=tiles * plan.block_c, n_cblk=1)
+    plan = plan._replace(tiles=tiles, n_cblk=1)
     dots, (grad, strides) = maps.channel_table(out, plan), maps.gradient(grad, out)
     maps.launch(_cross_dots, out, plan.programs, grad=grad, out=out, dots=dots, **strides, **plan.arguments(out.dtype))
     return dots

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codes import POOLS, TIES
+from . import replay
 
 NCHW, CHANNELS_LAST = (tl.constexpr(i) for i in range(2))
 
@@ -29,6 +30,7 @@ SIZES = (
         "n_cblk",
         "n_split",
         "blocks",
+        "tiles",
         "s_blocks",
         "n_part",
         "n_rows",
@@ -78,19 +80,32 @@ def strided_tile_at(b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C: tl.constex
     return first, c * stride_c + s * stride_s, tl.full((), BLOCK_S, tl.int64) * stride_s
 
 
+@triton.jit
+def channels_of(cblk, tiles, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK_K channels from a program's first one on, which of them are its own)."""
+    k = tl.arange(0, BLOCK_K)
+    c = cblk * tiles * BLOCK_C + k
+    return c, (k < tiles * BLOCK_C) & (c < C)
+
+
 class Plan(NamedTuple):
-    """Programs over (sample, block of channels, split of space), each looping over its channels and `blocks` tiles."""
+    """Programs over (sample, block of channels, split of space), each looping over `tiles` tiles of its channels and
+    `blocks` of its space.
+
+    The batch decides how many tiles a program has, not what is compiled: a batch never seen before runs at once.
+    """
 
     batch: int
     channels: int
     space: int
     layout: int
-    block_k: int  # channels a program
+    block_k: int  # channels a program, at most
     block_c: int  # channels a tile
     block_s: int  # positions a tile
     n_cblk: int
     n_split: int
     blocks: int
+    tiles: int
     lane: int  # elements a thread
 
     @property
@@ -112,10 +127,10 @@ class Plan(NamedTuple):
             "n_cblk": self.n_cblk,
             "n_split": self.n_split,
             "blocks": self.blocks,
+            "tiles": self.tiles,
             "CV": cv,
             "SV": sv,
             "LAYOUT": self.layout,
-            "BLOCK_K": self.block_k,
             "BLOCK_C": self.block_c,
             "BLOCK_S": self.block_s,
             "ACC": triton_accumulator(dtype),
@@ -127,7 +142,6 @@ class Plan(NamedTuple):
 # takes two registers).
 LANE_BYTES, LANE_ALONE = 32, 4
 THREADS = 128
-SMALLEST_TILE = 512
 LONG_ROW = 2**26  # offsets within a tile have 32 bits
 # Programs a multiprocessor that a launch aims at, and at most for one sample: each of a sample's programs sums what
 # all of them left (parts x hidden numbers), which must stay small beside the map.
@@ -135,6 +149,8 @@ PROGRAMS_PER_SM = 8
 PARTS_PER_SM = 2
 CHANNELS_A_PROGRAM = 64
 CHANNELS_A_POOL = 256  # where channels are what is reduced
+USUAL_BATCH = 8  # tiles that are reduced over channels are as long in space as this many samples allow
+ROWS_AT_ONCE = 16  # of partial results
 
 
 def next_power_of_2(n: int) -> int:
@@ -170,12 +186,13 @@ def plan(
     itemsize: int,
     sms: int,
     lane_bytes: int = LANE_BYTES,
+    most_channels: int = CHANNELS_A_PROGRAM,
 ) -> Plan:
     """Tiles and programs for a map.
 
     Rows of a tile are 128 to 512 bytes along the contiguous axis where the map has them; small maps take many channels
-    a tile and several tiles a program. Few samples: smaller tiles, fewer channels a program, space split.
-    `lane_bytes`: of a tile, for each thread.
+    a tile and several tiles a program. Few samples: fewer channels a program, space split.
+    `lane_bytes`: of a tile, for each thread; `most_channels`: of a program, where a tile has no more.
     """
     size, wanted = max(space, 1), 2 * sms
     contiguous = channels if layout == CHANNELS_LAST.value else size
@@ -189,25 +206,17 @@ def plan(
     else:
         block_s = _width(size, min(512, tile), 64)
         block_c = 1 if size >= LONG_ROW else min(next_power_of_2(channels), tile // block_s)
-    least_c = min(block_c, 32 // itemsize) if layout == CHANNELS_LAST.value else 1
-    while block_c * block_s > SMALLEST_TILE and batch * _tiles(channels, size, block_c, block_s) < wanted:
-        if layout == CHANNELS_LAST.value and block_s > 1:
-            block_s //= 2
-        elif block_c > least_c:
-            block_c //= 2
-        else:
-            break
     s_blocks = triton.cdiv(size, block_s)
-    block_k = block_c
-    while (
-        block_k < min(CHANNELS_A_PROGRAM, channels) and batch * _tiles(channels, size, 2 * block_k, block_s) >= wanted
-    ):
+    block_k, tiles = block_c, 1
+    while block_k < min(most_channels, channels):
         block_k *= 2
-    n_cblk = triton.cdiv(channels, block_k)
+    while tiles * block_c < block_k and batch * triton.cdiv(channels, 2 * tiles * block_c) * s_blocks >= wanted:
+        tiles *= 2
+    n_cblk = triton.cdiv(channels, tiles * block_c)
     programs = min(PROGRAMS_PER_SM * sms // max(batch, 1), PARTS_PER_SM * sms)
     blocks = triton.cdiv(s_blocks, min(max(programs // max(n_cblk, 1), 1), s_blocks))
     n_split = triton.cdiv(s_blocks, blocks)
-    return Plan(batch, channels, space, layout, block_k, block_c, block_s, n_cblk, n_split, blocks, lane)
+    return Plan(batch, channels, space, layout, block_k, block_c, block_s, n_cblk, n_split, blocks, tiles, lane)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,22 +224,28 @@ def _plan_over_channels(plan: Plan, sms: int) -> Plan:
     size, wanted = max(plan.space, 1), 2 * sms
     block_c, block_s = plan.block_c, plan.block_s
     block_k = max(min(next_power_of_2(plan.channels), CHANNELS_A_POOL), block_c)
-
-    def programs() -> int:
-        return plan.batch * triton.cdiv(plan.channels, block_k) * triton.cdiv(size, block_s)
-
+    fewest = min(block_k, max(block_c, CHANNELS_A_PROGRAM))
     least_s = 64 if plan.layout == NCHW.value else 4
-    while programs() < wanted and block_s > least_s:
+    while block_s > least_s and USUAL_BATCH * triton.cdiv(plan.channels, block_k) * triton.cdiv(size, block_s) < wanted:
         block_s //= 2
-    while programs() < wanted and block_k > max(block_c, CHANNELS_A_PROGRAM):
-        block_k //= 2
     if size < LONG_ROW:
         block_c = max(min(block_k, plan.lane * THREADS // block_s), 1)  # tiles stay as large as they were
-    s_blocks, n_cblk = triton.cdiv(size, block_s), triton.cdiv(plan.channels, block_k)
+    s_blocks, tiles = triton.cdiv(size, block_s), block_k // block_c
+    while (
+        tiles * block_c > max(fewest, block_c)
+        and plan.batch * triton.cdiv(plan.channels, tiles * block_c) * s_blocks < wanted
+    ):
+        tiles //= 2
+    n_cblk = triton.cdiv(plan.channels, tiles * block_c)
     blocks = triton.cdiv(s_blocks, min(max(PROGRAMS_PER_SM * sms // max(plan.batch * n_cblk, 1), 1), s_blocks))
-    n_split = triton.cdiv(s_blocks, blocks)
     return plan._replace(
-        block_k=block_k, block_c=block_c, block_s=block_s, n_cblk=n_cblk, n_split=n_split, blocks=blocks
+        block_k=block_k,
+        block_c=block_c,
+        block_s=block_s,
+        n_cblk=n_cblk,
+        n_split=triton.cdiv(s_blocks, blocks),
+        blocks=blocks,
+        tiles=tiles,
     )
 
 
@@ -239,8 +254,10 @@ def plan_over_channels(x: Tensor, plan: Plan) -> Plan:
     return _plan_over_channels(plan, multiprocessors(x.device))
 
 
-def _tiles(channels: int, size: int, block_c: int, block_s: int) -> int:
-    return triton.cdiv(channels, block_c) * triton.cdiv(size, block_s)
+def rows_of_channels(plan: Plan) -> int:
+    """How many blocks of channels' partial results are read at once, of however many a batch makes."""
+    fewest = min(plan.block_k, max(plan.block_c, CHANNELS_A_PROGRAM))
+    return min(next_power_of_2(triton.cdiv(plan.channels, fewest)), 8)
 
 
 def dense(x: Tensor) -> tuple[Tensor, Plan]:
@@ -256,9 +273,14 @@ def dense(x: Tensor) -> tuple[Tensor, Plan]:
     return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms)
 
 
+def _lies_as(t: Tensor, x: Tensor) -> bool:
+    """Whether two maps of one shape have the same strides wherever these count: one sample may have any."""
+    return all(size == 1 or a == b for size, a, b in zip(x.shape, t.stride(), x.stride(), strict=True))
+
+
 def as_map(t: Tensor | None, x: Tensor) -> Tensor | None:
     """t in the memory order of the dense map x; copied where it has another."""
-    if t is None or t.stride() == x.stride():
+    if t is None or _lies_as(t, x):
         return t
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
@@ -279,7 +301,7 @@ def _collapsed(t: Tensor) -> tuple[int, int, int] | None:
 
 def gradient(grad: Tensor | None, x: Tensor) -> tuple[Tensor | None, dict[str, int | None]]:
     """(grad, its strides as kernel arguments, None: as x lies); copied where its spatial axes do not collapse."""
-    found = None if grad is None or grad.stride() == x.stride() else _collapsed(grad)
+    found = None if grad is None or _lies_as(grad, x) else _collapsed(grad)
     if found is None:
         grad, found = as_map(grad, x), (None, None, None)
     return grad, dict(zip(("stride_b", "stride_c", "stride_s"), found, strict=True))
@@ -350,4 +372,14 @@ def launch(kernel, on: Tensor, programs: int, /, **arguments: Any) -> None:
     if programs == 0:
         return
     with torch.cuda.device_of(on) if on.is_cuda else contextlib.nullcontext():
-        kernel[(programs,)](**arguments)
+        compiled = kernel[(programs,)](**arguments)
+    replay.launched(kernel, compiled, programs, arguments)
+
+
+def launch_where(there: bool, kernel, on: Tensor, programs: int, /, **arguments: Any) -> None:
+    """`launch` where there is something to do for this batch; elsewhere compile what another batch will launch."""
+    if there:
+        launch(kernel, on, programs, **arguments)
+    elif isinstance(kernel, triton.JITFunction):
+        with torch.cuda.device_of(on) if on.is_cuda else contextlib.nullcontext():
+            kernel.warmup(grid=(1,), **arguments)

@@ -19,7 +19,7 @@ from . import maps
 from .language import IDENTITY, RELU, activate, activate_grad, before_activation
 from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at, tile_at
 from .passes import before_epilogue, inside
-from .simam import BLOCK_ROWS, _first_of, _joined, _moments
+from .simam import _first_of, _joined, _moments
 
 _IDENTITY = ACTIVATIONS["identity"]
 
@@ -202,16 +202,16 @@ def _unpacked(packed, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.c
 @triton.jit(do_not_specialize=SIZES)
 def _norm_scale(
     x, residual, y, bits, norm, gate,
-    c_q, s_q, n_cblk, n_split, blocks,
+    c_q, s_q, n_cblk, n_split, blocks, tiles,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x and the residual once, writes y and the bits. y may be either of them."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight = tl.load(norm + c, mask=in_c, other=0.0)
@@ -245,17 +245,17 @@ def _norm_scale(
 @triton.jit(do_not_specialize=SIZES)
 def _norm_dots(
     grad, x, bits, residual, norm, gate, grad_residual, sums,
-    c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad, x and bits or residual once, writes grad_residual; leaves (B, n_split, 6, C) partial sums, of which
     the gate is the last: with the first split."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight = tl.load(norm + c, mask=in_c, other=0.0)
@@ -331,16 +331,16 @@ def _norm_dots(
 @triton.jit(do_not_specialize=SIZES)
 def _norm_gradients(
     grad, x, norm, factors, constants, grad_x,
-    c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad and x once, in reverse, writes grad_x."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight = tl.load(norm + c, mask=in_c, other=0.0)
@@ -377,7 +377,7 @@ def moments(x: Tensor) -> Tensor:
     maps.launch(_moments, x, plan.programs, x=x, **tables, **arguments)
     block = min(128, maps.next_power_of_2(plan.channels))
     n_cblk = triton.cdiv(plan.channels, block)
-    unused = ("BLOCK_C", "num_warps")
+    unused = ("tiles", "BLOCK_C", "num_warps")
     arguments = {k: v for k, v in arguments.items() if k not in unused} | {"BLOCK_K": block, "n_cblk": n_cblk}
     maps.launch(
         _finish_moments,
@@ -385,7 +385,7 @@ def moments(x: Tensor) -> Tensor:
         plan.batch * n_cblk,
         x=x,
         out=out,
-        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_ROWS=maps.ROWS_AT_ONCE,
         num_warps=1,
         **tables,
         **arguments,
@@ -457,8 +457,8 @@ def _whole_bytes(plan: maps.Plan) -> maps.Plan:
     """Tiles of whole bytes of bits: at least eight channels of a float64 channels_last map."""
     if plan.layout != CHANNELS_LAST.value or plan.block_c >= min(8, plan.channels):
         return plan
-    block_k = max(plan.block_k, 8)
-    return plan._replace(block_c=8, block_k=block_k, n_cblk=triton.cdiv(plan.channels, block_k))
+    tiles = max(plan.tiles * plan.block_c // 8, 1)
+    return plan._replace(block_c=8, tiles=tiles, n_cblk=triton.cdiv(plan.channels, tiles * 8))
 
 
 def _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, keep_bits) -> Tensor:

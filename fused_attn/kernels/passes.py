@@ -37,15 +37,15 @@ def inside(first, S, BLOCK_S: tl.constexpr):
 @triton.jit
 def pool_pass(
     x, affine_weight, affine_bias, sums, best, place,
-    b, cblk, split, C, S, n_split, blocks,
+    b, cblk, split, C, S, n_split, blocks, tiles,
     PRE: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr,
-    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x once; leaves partial sums, and partial maxima with first position or multiplicity, (B, n_split, C)."""
     row = (b * n_split + split) * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
@@ -120,14 +120,14 @@ def space_gates(gate, first, S, GATE: tl.constexpr, BLOCK_S: tl.constexpr, ACC: 
 @triton.jit
 def scale_pass(
     x, residual, y, gate, space_gate, affine_weight, affine_bias,
-    b, cblk, split, C, S, blocks,
+    b, cblk, split, C, S, blocks, tiles,
     GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
-    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x and the residual once, writes y; `gate` and `space_gate` point at the sample's rows."""
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
@@ -161,9 +161,9 @@ def before_epilogue(dy, result, y, residual, at, mask, POST: tl.constexpr):
 def backward_pass(
     grad, x, y, residual, grad_x, grad_residual, affine_weight, affine_bias,
     gate, mean, value, place, peak, dots, weight_sums, bias_sums, space_gate, space_grads, channel, space_peak,
-    b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
+    b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
-    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Backward of scale_pass and both pools, each tensor that is not None read or written once.
 
@@ -177,8 +177,8 @@ def backward_pass(
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     AFFINE: tl.constexpr = affine_weight is not None
     READS_X: tl.constexpr = dots is not None or AFFINE or PRE != IDENTITY or peak is not None or space_peak is not None
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)

@@ -21,32 +21,32 @@ NO_GATE = ACTIVATIONS["identity"]  # the gate is given, not its logits
 @triton.jit(do_not_specialize=SIZES)
 def _scale(
     x, gate, affine_weight, affine_bias, residual, y,
-    c_q, s_q, n_cblk, n_split, blocks,
+    c_q, s_q, n_cblk, n_split, blocks, tiles,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     scale_pass(
-        x, residual, y, gate + b * C, None, affine_weight, affine_bias, b, cblk, split, C, S, blocks,
-        IDENTITY, IDENTITY, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        x, residual, y, gate + b * C, None, affine_weight, affine_bias, b, cblk, split, C, S, blocks, tiles,
+        IDENTITY, IDENTITY, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _scale_backward(
     grad, x, y, gate, affine_weight, affine_bias, residual, grad_x, grad_residual, dots, weight_sums, bias_sums,
-    c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     backward_pass(
         grad, x, y, residual, grad_x, grad_residual, affine_weight, affine_bias,
         gate + b * C, None, None, None, None, dots, weight_sums, bias_sums, None, None, None, None,
-        b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        IDENTITY, IDENTITY, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        IDENTITY, IDENTITY, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 

@@ -26,11 +26,12 @@ from ..ops.select import branch_views, empty_gradients, empty_sum, readable
 from . import maps
 from .channel_gate import _store_hidden
 from .language import IDENTITY, activate, activate_grad, before_activation, sigmoid, sum_rows
-from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at
+from .maps import CHANNELS_LAST, SIZES, channels_of, locate, strided_tile_at
 from .passes import inside
-from .squeeze import BLOCK_ROWS, _finish
+from .squeeze import finish
 
 SOFTMAX = tl.constexpr(SELECTIONS["softmax"])
+FEW_ENOUGH = 4  # branches whose numbers leave a program registers for more than one tile of channels
 FEW = tl.constexpr(2)  # branches whose numbers a channel stay in registers where a thread has many channels
 NO_VARIANTS = (*SIZES, "x_pixels", "grad_pixels", "H", "CG", "HG")
 
@@ -44,6 +45,15 @@ def _tile_at(c0, s0, C, S, pixels, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, 
         return s0 * pixels + c0, c + s * pixels, (BLOCK_S * pixels).to(tl.int64)
     else:
         return c0.to(tl.int64) * S + s0, c * S + s, tl.full((), BLOCK_S, tl.int64)
+
+
+@triton.jit
+def _count(tiles):
+    """A program's tiles of channels; None: one."""
+    if tiles is None:
+        return 1
+    else:
+        return tiles
 
 
 @triton.jit
@@ -110,9 +120,9 @@ def _folded(tile, FOLD: tl.constexpr):
 
 @triton.jit
 def pool_branches_pass(
-    branches, distances, affine_weight, affine_bias, sums, b, cblk, split, C, S, pixels, n_split, blocks,
+    branches, distances, affine_weight, affine_bias, sums, b, cblk, split, C, S, pixels, n_split, blocks, tiles,
     PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads each branch once; leaves partial sums over space of the branches' sum, (B, n_split, C)."""
     M: tl.constexpr = len(branches)
@@ -120,8 +130,8 @@ def pool_branches_pass(
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
@@ -144,9 +154,9 @@ def pool_branches_pass(
 
 @triton.jit
 def sum_branches_pass(
-    branches, distances, weights, affine_weight, affine_bias, y, b, cblk, split, C, S, pixels, blocks,
+    branches, distances, weights, affine_weight, affine_bias, y, b, cblk, split, C, S, pixels, blocks, tiles,
     PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads each branch once, writes y; `weights` points at the sample's (M, C)."""
     M: tl.constexpr = len(branches)
@@ -154,8 +164,8 @@ def sum_branches_pass(
     AFFINE: tl.constexpr = affine_weight is not None
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     y += b * C * S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
@@ -194,9 +204,9 @@ def _grad_at(
 @triton.jit
 def dot_branches_pass(
     grad, branches, distances, affine_weight, affine_bias, dots,
-    b, cblk, split, C, S, pixels, n_split, blocks, stride_b, stride_c, stride_s,
+    b, cblk, split, C, S, pixels, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad and each branch once; leaves partial sums over space of their products, (B, n_split, M, C)."""
     M: tl.constexpr = len(branches)
@@ -204,8 +214,8 @@ def dot_branches_pass(
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
@@ -238,9 +248,9 @@ def dot_branches_pass(
 def spread_branches_pass(
     grad, branches, distances, weights, grad_descriptor, affine_weight, affine_bias,
     grads, grad_distances, weight_sums, bias_sums,
-    b, cblk, split, C, S, pixels, grad_pixels, n_split, blocks, stride_b, stride_c, stride_s,
+    b, cblk, split, C, S, pixels, grad_pixels, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, BV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad, and after a prologue each branch; writes each branch's gradient, grad * its weight + the
     descriptor's share of each position, through the prologue, whose partial sums (B, n_split, M, C) it leaves.
@@ -250,8 +260,8 @@ def spread_branches_pass(
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
@@ -301,14 +311,19 @@ def spread_branches_pass(
 
 
 @triton.jit
-def _rows(cblk, C, CG, M: tl.constexpr, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def _rows(
+    cblk, tiles, C, CG,
+    M: tl.constexpr, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """(place in (M, C), row of weight2, group, whether it exists) of each row."""
     r = tl.arange(0, BLOCK_M * BLOCK_K)
-    m, c = r // BLOCK_K, cblk * BLOCK_K + r % BLOCK_K
+    m, k = r // BLOCK_K, r % BLOCK_K
+    c = cblk * tiles * BLOCK_C + k
+    exists = (m < M) & (k < tiles * BLOCK_C) & (c < C)
     if GROUPED:
-        return m * C + c, c // CG * (M * CG) + m * CG + c % CG, c // CG, (m < M) & (c < C)
+        return m * C + c, c // CG * (M * CG) + m * CG + c % CG, c // CG, exists
     else:
-        return m * C + c, m * C + c, c * 0, (m < M) & (c < C)
+        return m * C + c, m * C + c, c * 0, exists
 
 
 @triton.jit
@@ -323,56 +338,60 @@ def _part_of(h, HG, GROUPED: tl.constexpr):
 @triton.jit(do_not_specialize=NO_VARIANTS)
 def _pool_branches(
     branches, distances, affine_weight, affine_bias, weight1, sums, products, mean,
-    c_q, s_q, x_pixels, n_cblk, n_split, blocks, H, CG, HG,
+    c_q, s_q, x_pixels, n_cblk, n_split, blocks, tiles, H, CG, HG,
     PRE: tl.constexpr, GROUPED: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr,
     LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads the branches; leaves partial sums and, where they are given, weight1's products with the program's part of
-    the descriptor, or the descriptor itself, `mean`."""
+    the descriptor, or, where space is not split, the descriptor itself, `mean`."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    tiles = _count(tiles)
     pool_branches_pass(
         branches, distances, affine_weight, affine_bias, sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
-        n_split, blocks, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        n_split, blocks, tiles, PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
-    if products is not None or mean is not None:
+    if mean is not None:  # noqa: SIM102 (it is known when this is compiled; what follows is not)
+        if n_split == 1:
+            tl.debug_barrier()
+            c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+            tl.store(mean + b * C + c, tl.load(sums + b * C + c, mask=in_c, other=0.0) / S, mask=in_c)
+    if products is not None:
         tl.debug_barrier()
-        c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-        s = tl.load(sums + (b * n_split + split) * C + c, mask=c < C, other=0.0) / S
-        if mean is not None:
-            tl.store(mean + b * C + c, s, mask=c < C)
-        else:
-            group, place = _part_of(c, CG, GROUPED)
-            out = products + ((b * n_cblk + cblk) * n_split + split) * H
-            for h0 in range(0, H, BLOCK_H):
-                h = h0 + tl.arange(0, BLOCK_H)
-                mask = (h < H)[:, None] & (c < C)[None, :]
-                if GROUPED:
-                    mask &= (h // HG)[:, None] == group[None, :]
-                w = tl.load(weight1 + h[:, None] * CG + place[None, :], mask=mask, other=0.0).to(ACC)
-                tl.store(out + h, tl.sum(tl.where(mask, w * s[None, :], 0.0), axis=1), mask=h < H)
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+        s = tl.load(sums + (b * n_split + split) * C + c, mask=in_c, other=0.0) / S
+        group, place = _part_of(c, CG, GROUPED)
+        out = products + ((b * n_cblk + cblk) * n_split + split) * H
+        for h0 in range(0, H, BLOCK_H):
+            h = h0 + tl.arange(0, BLOCK_H)
+            mask = (h < H)[:, None] & in_c[None, :]
+            if GROUPED:
+                mask &= (h // HG)[:, None] == group[None, :]
+            w = tl.load(weight1 + h[:, None] * CG + place[None, :], mask=mask, other=0.0).to(ACC)
+            tl.store(out + h, tl.sum(tl.where(mask, w * s[None, :], 0.0), axis=1), mask=h < H)
 
 
 @triton.jit(do_not_specialize=NO_VARIANTS)
 def _sum_branches(
-    branches, distances, weights, affine_weight, affine_bias, y, c_q, s_q, x_pixels, n_cblk, n_split, blocks,
+    branches, distances, weights, affine_weight, affine_bias, y, c_q, s_q, x_pixels, n_cblk, n_split, blocks, tiles,
     PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     M: tl.constexpr = len(branches)
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    tiles = _count(tiles)
     sum_branches_pass(
         branches, distances, weights + b * M * C, affine_weight, affine_bias, y, b, cblk, split, C, S,
-        _apart(x_pixels, C, PV), blocks, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        _apart(x_pixels, C, PV), blocks, tiles, PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NO_VARIANTS)
 def _select(
     branches, distances, bias1, weight2, bias2, affine_weight, affine_bias, sums, products, y, state,
-    c_q, s_q, x_pixels, n_cblk, n_split, blocks, H, CG, HG, n_part, width,
+    c_q, s_q, x_pixels, n_cblk, n_split, blocks, tiles, H, CG, HG, n_part, width,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -382,11 +401,12 @@ def _select(
     C, S = c_q * CV, s_q * SV
     M: tl.constexpr = len(branches)
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    tiles = _count(tiles)
     row = state + b * width
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-    mean = sum_rows(sums + b * n_split * C, n_split, C, c, c < C, BLOCK_ROWS, ACC) / S
-    tl.store(row + c, mean, mask=c < C)
-    place, place2, group, exists = _rows(cblk, C, CG, M, GROUPED, BLOCK_M, BLOCK_K)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+    mean = sum_rows(sums + b * n_split * C, n_split, C, c, in_c, BLOCK_ROWS, ACC) / S
+    tl.store(row + c, mean, mask=in_c)
+    place, place2, group, exists = _rows(cblk, tiles, C, CG, M, GROUPED, BLOCK_M, BLOCK_K, BLOCK_C)
     z = tl.zeros((BLOCK_M * BLOCK_K,), ACC)
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
@@ -410,7 +430,7 @@ def _select(
     tl.debug_barrier()
     sum_branches_pass(
         branches, distances, row + C + H, affine_weight, affine_bias, y, b, cblk, split, C, S,
-        _apart(x_pixels, C, PV), blocks, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        _apart(x_pixels, C, PV), blocks, tiles, PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -430,7 +450,7 @@ def _before_gate(dot, a, GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.
 @triton.jit(do_not_specialize=NO_VARIANTS)
 def _dot_branches(
     grad, branches, distances, affine_weight, affine_bias, weight2, state, dots, products,
-    c_q, s_q, x_pixels, n_cblk, n_split, blocks, H, CG, HG, width, stride_b, stride_c, stride_s,
+    c_q, s_q, x_pixels, n_cblk, n_split, blocks, tiles, H, CG, HG, width, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
@@ -441,13 +461,14 @@ def _dot_branches(
     C, S = c_q * CV, s_q * SV
     M: tl.constexpr = len(branches)
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
+    tiles = _count(tiles)
     dot_branches_pass(
         grad, branches, distances, affine_weight, affine_bias, dots, b, cblk, split, C, S, _apart(x_pixels, C, PV),
-        n_split, blocks, stride_b, stride_c, stride_s, PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
+        n_split, blocks, tiles, stride_b, stride_c, stride_s, PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, FOLD, ACC,
     )  # fmt: skip
     if weight2 is not None:
         tl.debug_barrier()
-        place, place2, group, exists = _rows(cblk, C, CG, M, GROUPED, BLOCK_M, BLOCK_K)
+        place, place2, group, exists = _rows(cblk, tiles, C, CG, M, GROUPED, BLOCK_M, BLOCK_K, BLOCK_C)
         dot = tl.load(dots + (b * n_split + split) * M * C + place, mask=exists, other=0.0)
         a = tl.load(state + b * width + C + H + place, mask=exists, other=0.0)
         dz = _before_gate(dot, a, GATE, BLOCK_M, BLOCK_K)
@@ -466,18 +487,19 @@ def _dot_branches(
 def _spread_branches(
     grad, branches, distances, weights, grad_descriptor, affine_weight, affine_bias,
     grads, grad_distances, weight_sums, bias_sums,
-    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     M: tl.constexpr = len(grads)
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    tiles = _count(tiles)
     spread_branches_pass(
         grad, branches, distances, weights + b * M * C, grad_descriptor + b * C, affine_weight, affine_bias,
         grads, grad_distances, weight_sums, bias_sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
-        _apart(grad_pixels, C, PV), n_split, blocks, stride_b, stride_c, stride_s,
-        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
+        _apart(grad_pixels, C, PV), n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, FOLD, ACC,
     )  # fmt: skip
 
 
@@ -485,7 +507,8 @@ def _spread_branches(
 def _select_spread(
     grad, branches, distances, weight1, affine_weight, affine_bias, state, dots, products,
     grads, grad_distances, grad_descriptor, grad_logits, grad_hidden, weight_sums, bias_sums,
-    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, H, CG, HG, n_part, width, stride_b, stride_c, stride_s,
+    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, tiles, H, CG, HG, n_part, width,
+    stride_b, stride_c, stride_s,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, PRE: tl.constexpr, GROUPED: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
@@ -496,12 +519,13 @@ def _select_spread(
     C, S = c_q * CV, s_q * SV
     M: tl.constexpr = len(grads)
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
+    tiles = _count(tiles)
     row = state + b * width
-    place, _place2, _group, exists = _rows(cblk, C, CG, M, GROUPED, BLOCK_M, BLOCK_K)
+    place, _place2, _group, exists = _rows(cblk, tiles, C, CG, M, GROUPED, BLOCK_M, BLOCK_K, BLOCK_C)
     dot = sum_rows(dots + b * n_split * M * C, n_split, M * C, place, exists, DOT_ROWS, ACC)
     a = tl.load(row + C + H + place, mask=exists, other=0.0)
     tl.store(grad_logits + b * M * C + place, _before_gate(dot, a, GATE, BLOCK_M, BLOCK_K), mask=exists)
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
     group, place_c = _part_of(c, CG, GROUPED)
     ds = tl.zeros((BLOCK_K,), ACC)
     for h0 in range(0, H, BLOCK_H):
@@ -510,18 +534,18 @@ def _select_spread(
         dz1 = sum_rows(products + b * n_part * H, n_part, H, h, h < H, BLOCK_ROWS, ACC) * activate_grad(z1, ACTIVATION)
         if cblk == 0:
             tl.store(grad_hidden + b * H + h, dz1, mask=h < H)
-        mask = (h < H)[:, None] & (c < C)[None, :]
+        mask = (h < H)[:, None] & in_c[None, :]
         if GROUPED:
             mask &= (h // HG)[:, None] == group[None, :]
         w = tl.load(weight1 + h[:, None] * CG + place_c[None, :], mask=mask, other=0.0).to(ACC)
         ds += tl.sum(tl.where(mask, w * dz1[:, None], 0.0), axis=0)
-    tl.store(grad_descriptor + b * C + c, ds, mask=c < C)
+    tl.store(grad_descriptor + b * C + c, ds, mask=in_c)
     tl.debug_barrier()
     spread_branches_pass(
         grad, branches, distances, row + C + H, grad_descriptor + b * C, affine_weight, affine_bias,
         grads, grad_distances, weight_sums, bias_sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
-        _apart(grad_pixels, C, PV), n_split, blocks, stride_b, stride_c, stride_s,
-        PRE, BV, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, FOLD, ACC,
+        _apart(grad_pixels, C, PV), n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, FOLD, ACC,
     )  # fmt: skip
 
 
@@ -586,8 +610,8 @@ def _pixels(u: Tensor) -> int:
 
 
 def _distances(views: Sequence[Tensor]) -> tuple[int, ...]:
-    """Elements between samples; 0 where there is one."""
-    return tuple(u.stride(0) if u.shape[0] > 1 else 0 for u in views)
+    """Elements between samples, and of one sample what it says: it needs no kernel of its own."""
+    return tuple(u.stride(0) for u in views)
 
 
 class Branches(NamedTuple):
@@ -625,6 +649,8 @@ class Branches(NamedTuple):
             **self.affine,
             **plan.arguments(u.dtype),
         }
+        if len(self.views) > FEW_ENOUGH:
+            given["tiles"] = None
         if grads:
             given["grads"], given["grad_distances"] = tuple(grads), tuple(n // bv for n in grad_distances)
             given["grad_pixels"] = None if step == plan.channels else step // pv
@@ -674,7 +700,16 @@ def _branches(
     layout = CHANNELS_LAST if channels_last or space == 1 else maps.NCHW  # of 1 x 1 maps the channels are contiguous
     sms = maps.multiprocessors(u.device)
     lane = _lane_bytes(paths, sums, u.element_size())
-    plan = maps.plan(u.shape[0], u.shape[1], space, layout.value, u.element_size(), sms, lane_bytes=lane)
+    plan = maps.plan(
+        u.shape[0],
+        u.shape[1],
+        space,
+        layout.value,
+        u.element_size(),
+        sms,
+        lane_bytes=lane,
+        most_channels=maps.CHANNELS_A_PROGRAM if paths <= FEW_ENOUGH else 1,
+    )
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
     return Branches(tuple(views), plan, channels_last, _pixels(u) if channels_last else u.shape[1], affine)
 
@@ -698,31 +733,18 @@ def select_squeeze(
         weight1=None,
         sums=sums,
         products=None,
-        mean=mean if plan.n_split == 1 else None,
+        mean=mean,
         H=0,
         CG=0,
         HG=0,
         PRE=pre_activation,
         GROUPED=False,
+        BLOCK_K=plan.block_k,
         BLOCK_H=16,
         **given,
     )
-    if plan.n_split > 1:
-        maps.launch(
-            _finish,
-            u,
-            plan.batch * plan.n_cblk,
-            sums=sums,
-            best=None,
-            place=None,
-            avg=mean,
-            max=None,
-            index=None,
-            POOL=POOLS["avg"],
-            TIES=TIES["first"],
-            BLOCK_ROWS=BLOCK_ROWS,
-            **{k: given[k] for k in ("c_q", "s_q", "n_cblk", "n_split", "CV", "SV", "BLOCK_K", "ACC")},
-        )
+    tables = {"sums": sums, "best": None, "place": None, "avg": mean, "max": None, "index": None}
+    finish(u, plan, POOLS["avg"], TIES["first"], tables)
     return mean
 
 
@@ -769,6 +791,7 @@ def select_dots(
         GROUPED=False,
         BLOCK_M=1,
         BLOCK_H=16,
+        BLOCK_K=x.plan.block_k,
         **strides,
         **x.fold(),
         **x.arguments(),
@@ -816,6 +839,7 @@ def _excitation(x: Branches, weight1: Tensor, groups: int) -> dict[str, Any]:
         "CG": plan.channels // groups,
         "HG": hidden // groups,
         "GROUPED": groups > 1,
+        "BLOCK_K": plan.block_k,
         "BLOCK_M": block_m,
         "BLOCK_H": min(max(elements // (block_m * plan.block_k), 4), 32),
     }
@@ -863,7 +887,7 @@ def select(
         width=state.shape[1],
         ACTIVATION=activation,
         GATE=gate,
-        BLOCK_ROWS=min(maps.next_power_of_2(plan.parts), 32),
+        BLOCK_ROWS=maps.ROWS_AT_ONCE,
         **shared,
     )
     return y, state
@@ -919,8 +943,8 @@ def select_backward(
         grad_descriptor=x.table(plan.channels),
         n_part=plan.parts,
         ACTIVATION=activation,
-        BLOCK_ROWS=min(maps.next_power_of_2(plan.parts), 32),
-        DOT_ROWS=min(maps.next_power_of_2(plan.n_split), max(4096 // rows, 1)),
+        BLOCK_ROWS=maps.ROWS_AT_ONCE,
+        DOT_ROWS=min(maps.ROWS_AT_ONCE, max(4096 // rows, 1)),
         **tables,
         **shared,
         **x.arguments(branch_views(grads, paths)),

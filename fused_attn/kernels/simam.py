@@ -17,8 +17,6 @@ from .language import sigmoid, sum_rows
 from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at, tile_at
 from .passes import inside
 
-BLOCK_ROWS = 16
-
 
 @triton.jit
 def _first_of(x, b, c, mask, C, S, LAYOUT: tl.constexpr, ACC: tl.constexpr):
@@ -29,9 +27,9 @@ def _first_of(x, b, c, mask, C, S, LAYOUT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _moments(
-    x, means, squares, c_q, s_q, n_cblk, n_split, blocks,
+    x, means, squares, c_q, s_q, n_cblk, n_split, blocks, tiles,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x once; leaves of each split the mean of x - pivot and the sum of squared distances from it,
     (B, n_split, C)."""
@@ -42,8 +40,8 @@ def _moments(
     # How many of the split's positions each lane has seen at the end.
     positions = tl.maximum(tl.minimum(S - s0, blocks.to(tl.int64) * BLOCK_S), 0)
     counts = ((positions - tl.arange(0, BLOCK_S) + (BLOCK_S - 1)) // BLOCK_S).to(ACC)[None, :]
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         pivot = _first_of(x, b, c, in_c, C, S, LAYOUT, ACC)[:, None]
@@ -94,16 +92,16 @@ def _joined(
 
 @triton.jit(do_not_specialize=SIZES)
 def _simam(
-    x, means, squares, y, state, c_q, s_q, n_cblk, n_split, blocks,
+    x, means, squares, y, state, c_q, s_q, n_cblk, n_split, blocks, tiles,
     E_LAMBDA: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x once, in reverse, writes y. Programs that share channels store the same numbers in `state`."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         pivot = _first_of(x, b, c, in_c, C, S, LAYOUT, ACC)
@@ -138,16 +136,16 @@ def _grad_tile(grad, stride_b, at, offsets, grad_at, grad_offsets, mask, ACC: tl
 @triton.jit
 def _backward_pass(
     grad, x, state, dots, squares, grad_x, to_squares, to_dot,
-    b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
+    b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad and x once. With s the sigmoid, c = x - mean and h = grad x s (1 - s): without grad_x leaves the sums
     of h c and h c^2 of each split, (B, n_split, C); with it reads these and writes grad_x."""
     row = (b * n_split + split) * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(BLOCK_K // BLOCK_C):
-        c0 = cblk * BLOCK_K + j * BLOCK_C
+    for j in range(tiles):
+        c0 = (cblk * tiles + j) * BLOCK_C
         c = c0 + tl.arange(0, BLOCK_C)
         in_c = c < C
         pivot = tl.load(state + 3 * b * C + c, mask=in_c, other=0.0)
@@ -192,31 +190,31 @@ def _backward_pass(
 
 @triton.jit(do_not_specialize=SIZES)
 def _simam_dots(
-    grad, x, state, dots, squares, stride_b, stride_c, stride_s, c_q, s_q, n_cblk, n_split, blocks,
+    grad, x, state, dots, squares, stride_b, stride_c, stride_s, c_q, s_q, n_cblk, n_split, blocks, tiles,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     _backward_pass(
-        grad, x, state, dots, squares, None, None, None, b, cblk, split, C, S, n_split, blocks,
-        stride_b, stride_c, stride_s, LAYOUT, BLOCK_ROWS, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        grad, x, state, dots, squares, None, None, None, b, cblk, split, C, S, n_split, blocks, tiles,
+        stride_b, stride_c, stride_s, LAYOUT, BLOCK_ROWS, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _simam_spread(
-    grad, x, state, dots, squares, grad_x, stride_b, stride_c, stride_s, c_q, s_q, n_cblk, n_split, blocks,
+    grad, x, state, dots, squares, grad_x, stride_b, stride_c, stride_s, c_q, s_q, n_cblk, n_split, blocks, tiles,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     one = tl.full((), 1.0, ACC)
     _backward_pass(
         grad, x, state, dots, squares, grad_x, one / tl.maximum(S - 1, 1), one / S,
-        b, cblk, split, C, S, n_split, blocks,
-        stride_b, stride_c, stride_s, LAYOUT, BLOCK_ROWS, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles,
+        stride_b, stride_c, stride_s, LAYOUT, BLOCK_ROWS, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -235,7 +233,7 @@ def simam(x: Tensor, e_lambda: float) -> tuple[Tensor, Tensor]:
         y=y,
         state=state,
         E_LAMBDA=e_lambda,
-        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_ROWS=maps.ROWS_AT_ONCE,
         **tables,
         **arguments,
     )
@@ -252,7 +250,7 @@ def simam_backward(grad: Tensor, x: Tensor, state: Tensor) -> Tensor:
         "state": state.contiguous(),
         "dots": maps.table(x, plan),
         "squares": maps.table(x, plan),
-        "BLOCK_ROWS": BLOCK_ROWS,
+        "BLOCK_ROWS": maps.ROWS_AT_ONCE,
         **strides,
         **plan.arguments(x.dtype),
     }

@@ -30,9 +30,9 @@ from .passes import before_epilogue, channel_gates, inside, space_gates
 @triton.jit
 def channel_pool_pass(
     x, affine_weight, affine_bias, gate, sums, best, place,
-    b, cblk, split, C, S, n_cblk, blocks,
+    b, cblk, split, C, S, n_cblk, blocks, tiles,
     GATE: tl.constexpr, PRE: tl.constexpr, TIES: tl.constexpr,
-    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x once; leaves sums and maxima over the program's channels of the gated map, which is never written."""
     first = (split * blocks).to(tl.int64) * BLOCK_S
@@ -42,8 +42,8 @@ def channel_pool_pass(
         total = tl.zeros((BLOCK_C, BLOCK_S), ACC)
         peak = tl.full((BLOCK_C, BLOCK_S), float("-inf"), ACC)
         found = tl.full((BLOCK_C, BLOCK_S), 0 if TIES == EVEN else NOWHERE, tl.int32)
-        for j in range(BLOCK_K // BLOCK_C):
-            c0 = cblk * BLOCK_K + j * BLOCK_C
+        for j in range(tiles):
+            c0 = (cblk * tiles + j) * BLOCK_C
             c = c0 + tl.arange(0, BLOCK_C)
             in_c = c < C
             weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
@@ -71,9 +71,9 @@ def channel_pool_pass(
 @triton.jit
 def channel_dot_pass(
     grad, x, y, residual, grad_residual, affine_weight, affine_bias, gate, space_gate, dots,
-    b, cblk, split, C, S, n_cblk, blocks, stride_b, stride_c, stride_s,
+    b, cblk, split, C, S, n_cblk, blocks, tiles, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
-    LAYOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads grad and x (after an epilogue y or the residual too, and writes grad_residual); leaves sums of grad times
     the gated map over the program's channels."""
@@ -83,8 +83,8 @@ def channel_dot_pass(
         in_s = inside(first, S, BLOCK_S)
         by_space = space_gates(space_gate, first, S, SPACE_GATE, BLOCK_S, ACC)
         dot = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        for j in range(BLOCK_K // BLOCK_C):
-            c0 = cblk * BLOCK_K + j * BLOCK_C
+        for j in range(tiles):
+            c0 = (cblk * tiles + j) * BLOCK_C
             c = c0 + tl.arange(0, BLOCK_C)
             in_c = c < C
             weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)

@@ -23,54 +23,54 @@ TAPS_BLOCK = 16
 
 @triton.jit(do_not_specialize=SIZES)
 def _channel_pool(
-    x, affine_weight, affine_bias, sums, best, place, c_q, s_q, n_cblk, n_split, blocks,
+    x, affine_weight, affine_bias, sums, best, place, c_q, s_q, n_cblk, n_split, blocks, tiles,
     PRE: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     channel_pool_pass(
-        x, affine_weight, affine_bias, None, sums, best, place, b, cblk, split, C, S, n_cblk, blocks,
-        IDENTITY, PRE, TIES, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        x, affine_weight, affine_bias, None, sums, best, place, b, cblk, split, C, S, n_cblk, blocks, tiles,
+        IDENTITY, PRE, TIES, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _scale_space(
-    x, affine_weight, affine_bias, residual, y, logits, logits_row, c_q, s_q, n_cblk, n_split, blocks,
+    x, affine_weight, affine_bias, residual, y, logits, logits_row, c_q, s_q, n_cblk, n_split, blocks, tiles,
     GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     scale_pass(
-        x, residual, y, None, logits + b * logits_row, affine_weight, affine_bias, b, cblk, split, C, S, blocks,
-        IDENTITY, GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        x, residual, y, None, logits + b * logits_row, affine_weight, affine_bias, b, cblk, split, C, S, blocks, tiles,
+        IDENTITY, GATE, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _dot_channels(
     grad, x, y, residual, grad_residual, affine_weight, affine_bias, logits, dots, logits_row,
-    c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     channel_dot_pass(
         grad, x, y, residual, grad_residual, affine_weight, affine_bias, None, logits + b * logits_row, dots,
-        b, cblk, split, C, S, n_cblk, blocks, stride_b, stride_c, stride_s,
-        IDENTITY, GATE, PRE, POST, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_cblk, blocks, tiles, stride_b, stride_c, stride_s,
+        IDENTITY, GATE, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _spread_space(
     grad, x, grad_x, affine_weight, affine_bias, logits, index, peaks, space_grads, weight_sums, bias_sums, logits_row,
-    c_q, s_q, n_cblk, n_split, blocks, stride_b, stride_c, stride_s,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
     GATE: tl.constexpr, PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
@@ -83,8 +83,8 @@ def _spread_space(
         grad, x, None, None, grad_x, None, affine_weight, affine_bias,
         None, None, None, None, None, None, weight_sums, bias_sums,
         None if logits is None else logits + b * logits_row, grads, at, peak,
-        b, cblk, split, C, S, n_split, blocks, stride_b, stride_c, stride_s,
-        IDENTITY, GATE, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles, stride_b, stride_c, stride_s,
+        IDENTITY, GATE, PRE, IDENTITY, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def convolve(
         MEAN_FIRST=order,
         TIES=ties,
         ROWS=state.shape[1],
-        BLOCK_ROWS=min(maps.next_power_of_2(plan.n_cblk), 8),
+        BLOCK_ROWS=maps.rows_of_channels(plan),
         num_warps=2,
         **tables,
         **sizes,

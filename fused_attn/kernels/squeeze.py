@@ -13,10 +13,10 @@ from torch import Tensor
 from ..codes import POOLS
 from . import maps
 from .language import AVG, EVEN, IDENTITY, MAX
-from .maps import SIZES, locate
+from .maps import SIZES, channels_of, locate
 from .passes import backward_pass, descriptor, pool_pass, store_pool_gradients
 
-BLOCK_ROWS = 16
+FINISHED = 128  # channels a program, at most
 
 
 @triton.jit
@@ -35,21 +35,21 @@ def _store_descriptor(
 @triton.jit(do_not_specialize=SIZES)
 def _squeeze(
     x, affine_weight, affine_bias, sums, best, place, avg, max, index,
-    c_q, s_q, n_cblk, n_split, blocks,
-    PRE: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, WHOLE: tl.constexpr,
+    c_q, s_q, n_cblk, n_split, blocks, tiles,
+    PRE: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     pool_pass(
-        x, affine_weight, affine_bias, sums, best, place, b, cblk, split, C, S, n_split, blocks,
-        PRE, POOL, TIES, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        x, affine_weight, affine_bias, sums, best, place, b, cblk, split, C, S, n_split, blocks, tiles,
+        PRE, POOL, TIES, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
-    if WHOLE:
+    if n_split == 1:
         tl.debug_barrier()
-        c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-        _store_descriptor(avg, max, index, sums, best, place, b, c, c < C, C, S, n_split, POOL, TIES, 1, ACC)
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+        _store_descriptor(avg, max, index, sums, best, place, b, c, in_c, C, S, n_split, POOL, TIES, 1, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -67,14 +67,13 @@ def _finish(
 @triton.jit(do_not_specialize=SIZES)
 def _squeeze_backward(
     x, grad_avg, grad_max, max, index, affine_weight, affine_bias, mean, value, grad_x, weight_sums, bias_sums,
-    c_q, s_q, n_cblk, n_split, blocks,
+    c_q, s_q, n_cblk, n_split, blocks, tiles,
     PRE: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
-    c = cblk * BLOCK_K + tl.arange(0, BLOCK_K)
-    in_c = c < C
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
     row = b * C
     to_mean = tl.zeros((BLOCK_K,), ACC)
     to_peak = tl.zeros((BLOCK_K,), ACC)
@@ -93,9 +92,30 @@ def _squeeze_backward(
         None, mean + row, None if grad_max is None else value + row, index + row,
         max + row if grad_max is not None and TIES == EVEN else None, None, weight_sums, bias_sums,
         None, None, None, None,
-        b, cblk, split, C, S, n_split, blocks, None, None, None,
-        IDENTITY, IDENTITY, PRE, IDENTITY, LAYOUT, BLOCK_K, BLOCK_C, BLOCK_S, ACC,
+        b, cblk, split, C, S, n_split, blocks, tiles, None, None, None,
+        IDENTITY, IDENTITY, PRE, IDENTITY, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
+
+
+def finish(x: Tensor, plan: maps.Plan, pool: int, ties: int, tables: dict[str, Tensor | None]) -> None:
+    """The launch that sums what programs left that had a part of space each."""
+    block = min(FINISHED, maps.next_power_of_2(plan.channels))
+    n_cblk = triton.cdiv(plan.channels, block)
+    arguments = plan.arguments(x.dtype)
+    maps.launch_where(
+        plan.n_split > 1,
+        _finish,
+        x,
+        plan.batch * n_cblk,
+        n_cblk=n_cblk,
+        POOL=pool,
+        TIES=ties,
+        BLOCK_K=block,
+        BLOCK_ROWS=maps.ROWS_AT_ONCE,
+        num_warps=1,
+        **tables,
+        **{k: arguments[k] for k in ("c_q", "s_q", "n_split", "CV", "SV", "ACC")},
+    )
 
 
 def squeeze(
@@ -109,7 +129,6 @@ def squeeze(
         "index": x.new_empty(none if pool == POOLS["avg"] else shape, dtype=torch.int32),
     }
     tables = maps.pool_tables(x, plan, pool)
-    arguments = plan.arguments(x.dtype)
     maps.launch(
         _squeeze,
         x,
@@ -120,30 +139,13 @@ def squeeze(
         PRE=pre_activation,
         POOL=pool,
         TIES=ties,
-        WHOLE=plan.n_split == 1,
+        BLOCK_K=plan.block_k,
         **tables,
         **out,
-        **arguments,
+        **plan.arguments(x.dtype),
         **maps.exact(ties, pool),
     )
-    if plan.n_split > 1:
-        block = min(128, maps.next_power_of_2(plan.channels))
-        n_cblk = triton.cdiv(plan.channels, block)
-        shared = {k: arguments[k] for k in ("c_q", "s_q", "n_split", "CV", "SV", "ACC")}
-        maps.launch(
-            _finish,
-            x,
-            plan.batch * n_cblk,
-            n_cblk=n_cblk,
-            POOL=pool,
-            TIES=ties,
-            BLOCK_K=block,
-            BLOCK_ROWS=BLOCK_ROWS,
-            num_warps=1,
-            **tables,
-            **out,
-            **shared,
-        )
+    finish(x, plan, pool, ties, tables | out)
     return out["avg"], out["max"], out["index"]
 
 
@@ -179,6 +181,7 @@ def squeeze_backward(
         grad_x=grad_x,
         PRE=pre_activation,
         TIES=ties,
+        BLOCK_K=plan.block_k,
         **sums,
         **plan.arguments(x.dtype),
         **maps.exact(ties, pool),

@@ -32,6 +32,9 @@ BACKENDS = ("cpu", "triton", "cuda")
 #: What `fused_attn.backends.OPS` calls an op -> the operators that it is made of.
 OPERATORS: dict[str, list[str]] = {}
 
+#: By operator, the functions of `fused_attn.kernels` that were called already.
+KERNELS: dict[str, Callable[..., Any]] = {}
+
 #: One overload a backend.
 Overloads = dict[str, torch._ops.OpOverload]
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -51,7 +54,10 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None) ->
     OPERATORS.setdefault(module, []).append(name)
 
     def triton_kernel(*args):
-        return getattr(importlib.import_module(f"fused_attn.kernels.{module}"), name)(*args)
+        kernel = KERNELS.get(name)
+        if kernel is None:
+            kernel = KERNELS[name] = kernel_of(module, name)
+        return kernel(*args)
 
     for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -61,6 +67,14 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None) ->
         LIBRARY.impl(f"{name}.triton", triton_kernel, "CPU")
     packet = getattr(torch.ops.fused_attn, name)
     return {backend: getattr(packet, backend) for backend in BACKENDS}
+
+
+def kernel_of(module: str, name: str) -> Callable[..., Any]:
+    """An operator's function in `fused_attn.kernels`; calls of a kind that was made before are replayed."""
+    function = getattr(importlib.import_module(f"fused_attn.kernels.{module}"), name)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return function
+    return importlib.import_module("fused_attn.kernels.replay").replayed(function)
 
 
 def below(op: torch._ops.OpOverload, *arguments: Any) -> Any:

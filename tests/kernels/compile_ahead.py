@@ -84,6 +84,7 @@ def described(case: Any) -> str:
 
 
 HEADLINE = ((32, 256, 56, 56), (32, 1024, 14, 14), (32, 2048, 7, 7), (1, 256, 56, 56))
+SPATIAL = [shape[1:] for shape in HEADLINE[:2]]
 CASES = [
     *(Case(s, d, cl) for s in HEADLINE for d in (torch.bfloat16, torch.float32) for cl in (False, True)),
     *(Case(s, channels_last=cl, residual=True, post="relu") for s in HEADLINE[:3] for cl in (False, True)),
@@ -223,7 +224,7 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
             average, peak, place = squeeze.squeeze(x, *affine, pre, *pools)
             to_avg = None if case.pool == "max" else average
             squeeze.squeeze_backward(to_avg, None if case.pool == "avg" else peak, x, peak, place, *affine, pre, *pools)
-        plain = case.layers == 2 and case.layer == "dense" and case.shape in HEADLINE[:2] and not case.residual
+        plain = case.layers == 2 and case.layer == "dense" and case.shape[1:] in SPATIAL and not case.residual
         if not (case.affine or plain and case.dtype == torch.bfloat16):  # the spatial gates: as many kernels again
             return found
         for combine, names in MIXED:
@@ -304,11 +305,13 @@ def launches_of_cross(case: Cross) -> list[tuple[Any, dict[str, Any]]]:
 def recorded() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     """Launches made within, instead of them."""
     found: list[tuple[Any, dict[str, Any]]] = []
-    original, maps.launch = maps.launch, lambda kernel, on, programs, /, **given: found.append((kernel, given))
+    launch, launch_where = maps.launch, maps.launch_where
+    maps.launch = lambda kernel, on, programs, /, **given: found.append((kernel, given))
+    maps.launch_where = lambda there, kernel, on, programs, /, **given: found.append((kernel, given))
     try:
         yield found
     finally:
-        maps.launch = original
+        maps.launch, maps.launch_where = launch, launch_where
 
 
 class Fact(NamedTuple):

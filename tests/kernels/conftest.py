@@ -1,4 +1,4 @@
-"""The interpreter, in less time."""
+"""The interpreter, in less time, on tiles so small that a small map has several."""
 
 from __future__ import annotations
 
@@ -33,3 +33,21 @@ def language_is_patched_once_a_launch_and_module():
         context.setattr(interpreter, "_patch_lang", patch_once)
         context.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
         yield
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    if importlib.util.find_spec("triton") is None or not request.module.__name__.rpartition(".")[2].startswith(
+        "test_interpreter"
+    ):
+        yield
+        return
+    from fused_attn.kernels import maps, mixed_scale
+
+    plans = maps.plan, maps._plan_over_channels, mixed_scale._plan
+    monkeypatch.setattr(maps, "THREADS", 64)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()

@@ -70,7 +70,7 @@ def test_modules():
 def test_several_tiles_of_every_axis(ties, layout, monkeypatch):
     from fused_attn.kernels import axis_pool, maps
 
-    for name, size in {"TILE": 16, "CHANNELS": 4, "CHANNELS_A_TILE": 4, "SIDE": 2}.items():
+    for name, size in {"TILE": 32, "CHANNELS": 4, "CHANNELS_A_TILE": 4, "SIDE": 2}.items():
         monkeypatch.setattr(axis_pool, name, size)
     x = in_layout(random(1, 6, 3, 9).mul(2).round(), layout)
     tile = axis_pool._tile_size(x, 1, 1, TIES[ties])

@@ -25,7 +25,7 @@ from tests.ops.test_squeeze_scale import affine, check_channel_pool, check_squee
 pytestmark = pytest.mark.slow  # 16 s in all
 
 SPLIT = (1, 3, 40, 41)  # space among programs
-MANY = (1, 150, 3, 2)  # channels among programs
+MANY = (1, 300, 3, 2)  # channels among programs
 
 
 @pytest.fixture(autouse=True)

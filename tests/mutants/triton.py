@@ -43,6 +43,77 @@ MUTANTS = [
         new="        vector = 8 // dtype.itemsize",
         tests="tests/kernels/test_compile.py -k 90-0",
     ),
+    Mutant(
+        name="channels-of-the-next-program-too",
+        file="fused_attn/kernels/maps.py",
+        old="return c, (k < tiles * BLOCK_C) & (c < C)",
+        new="return c, c < C",
+        tests="tests/kernels/test_interpreter.py -k test_shapes_and_layouts",
+    ),
+    Mutant(
+        name="channels-a-program-by-the-batch",
+        file="fused_attn/kernels/maps.py",
+        old="while block_k < min(most_channels, channels):",
+        new="while block_k < min(most_channels, channels, 16 * batch):",
+        tests="tests/kernels/test_host.py -k test_what_is_compiled_does_not_depend_on_the_batch",
+    ),
+    Mutant(
+        name="a-kernel-of-its-own-for-one-tile",
+        file="fused_attn/kernels/maps.py",
+        old='        "tiles",\n        "s_blocks",',
+        new='        "s_blocks",',
+        tests="tests/kernels/test_host.py -k test_a_batch_never_seen_before_compiles_nothing",
+    ),
+    Mutant(
+        name="one-sample-of-other-strides-copied",
+        file="fused_attn/kernels/maps.py",
+        old="return all(size == 1 or a == b for",
+        new="return all(a == b for",
+        tests="tests/kernels/test_host.py -k test_strides_of_one_sample",
+    ),
+    # ---- calls that are replayed ----
+    Mutant(
+        name="replayed-for-another-alignment",
+        file="fused_attn/kernels/replay.py",
+        old="key += (t.dtype, t.shape, t.stride(), pointer & 15)",
+        new="key += (t.dtype, t.shape, t.stride())",
+        tests="tests/kernels/test_replay.py -k test_what_makes_a_call_another_kind",
+    ),
+    Mutant(
+        name="recorded-as-the-tensors-that-they-are",
+        file="fused_attn/kernels/replay.py",
+        old="inputs.append(a.detach())",
+        new="inputs.append(a)",
+        tests="tests/kernels/test_replay.py -k test_a_residual_that_was_the_map_and_is_another",
+    ),
+    Mutant(
+        name="operators-in-place-not-replayed",
+        file="fused_attn/kernels/replay.py",
+        old="        if made or func._schema.is_mutable:\n",
+        new="        if made:\n",
+        tests="tests/kernels/test_replay.py -k 'test_every_op and batch_norm'",
+    ),
+    Mutant(
+        name="temporaries-one-upon-the-other",
+        file="fused_attn/kernels/replay.py",
+        old="found = kind.setdefault((place, offset + self.offsets.get(i, 0)), len(kind))",
+        new="found = kind.setdefault((place, offset), len(kind))",
+        tests="tests/kernels/test_replay.py -k 'test_every_op and channel_gate'",
+    ),
+    Mutant(
+        name="listeners-of-a-kernel-passed-over",
+        file="fused_attn/kernels/replay.py",
+        old="if plan.setting != setting or any(plan.hooks):",
+        new="if plan.setting != setting:",
+        tests="tests/kernels/test_replay.py -k test_listeners_and_other_settings_are_not_passed_over",
+    ),
+    Mutant(
+        name="listeners-of-all-launches-passed-over",
+        file="fused_attn/kernels/replay.py",
+        old='if (enter is not None and getattr(enter, "calls", True)) or (leave',
+        new="if (leave",
+        tests="tests/kernels/test_host.py -k test_launches_of_a_call",
+    ),
     # ---- passes over a map, pools over space ----
     Mutant(
         name="nan-never-better",
@@ -86,8 +157,8 @@ MUTANTS = [
     Mutant(
         name="one-launch-more-for-a-split-mean",
         file="fused_attn/kernels/channel_gate.py",
-        old='split_maximum = pool != POOLS["avg"] and plan.n_split > 1',
-        new="split_maximum = plan.n_split > 1",
+        old='if pool != POOLS["avg"] and products is not None:\n        maps.launch_where(\n            split_maximum,',
+        new="if products is not None:\n        maps.launch_where(\n            plan.n_split > 1,",
         tests="tests/kernels/test_traffic.py -k test_channel_gate",
     ),
     Mutant(
@@ -168,8 +239,8 @@ MUTANTS = [
     Mutant(
         name="rows-of-the-second-layer-as-of-one-group",
         file="fused_attn/kernels/select.py",
-        old="return m * C + c, c // CG * (M * CG) + m * CG + c % CG, c // CG, (m < M) & (c < C)",
-        new="return m * C + c, m * C + c, c // CG, (m < M) & (c < C)",
+        old="return m * C + c, c // CG * (M * CG) + m * CG + c % CG, c // CG, exists",
+        new="return m * C + c, m * C + c, c // CG, exists",
         tests="tests/kernels/test_interpreter_select.py",
     ),
     # ---- criss_cross_attention ----
