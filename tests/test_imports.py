@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "fused_attn"
 #: From the ground up; a module is on the floor of its longest prefix here. What a floor's modules import of the package
 #: is on their own floor or below.
 FLOORS = (
-    ("codes", "hosts"),  # what functions and models are called
+    ("codes", "hosts", "equivalence", "verdicts"),  # what functions and models are called, how results are judged
     ("reference",),
     ("ops",),
     ("kernels",),  # above the ops, whose schemas they serve: an op finds its kernels by name when it first runs

@@ -226,7 +226,7 @@ MUTANTS = [
     Mutant(
         name="spatial-logits-ignores-the-backend",
         file="fused_attn/functional.py",
-        old='    if _choose("spatial_gate", pooled, weight, bias) != "cpu":',
+        old='    if _choose("spatial_gate", (), pooled, weight, bias) != "cpu":',
         new='    if pooled.device.type != "cpu":',
         tests=(
             "tests/compose/test_compose.py tests/test_backends.py"
