@@ -104,22 +104,30 @@ def name_of(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
+def asked_as_json(question: Question, shape: Shape) -> dict[str, Any]:
+    dtypes = {"dtype": name_of(question.dtype), "others": [name_of(d) for d in question.others]}
+    return question._asdict() | dtypes | shape._asdict()
+
+
+def asked_from_json(record: dict[str, Any]) -> tuple[Question, Shape]:
+    """Raises KeyError, TypeError or ValueError for what is none."""
+    dtype = dtype_named(record["dtype"])
+    if dtype is None:
+        raise ValueError("no dtype")
+    others = tuple(dtype_named(name) for name in record["others"])
+    question = Question(str(record["op"]), tuple(record["options"]), dtype, others, bool(record["training"]))
+    return question, Shape(*(record[field] for field in Shape._fields))
+
+
 def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
-    question = verdict.question._asdict()
-    question |= {"dtype": name_of(verdict.question.dtype), "others": [name_of(d) for d in verdict.question.others]}
     rest = {"backend": verdict.backend, "why": verdict.why, "seconds": verdict.seconds}
-    return {**question, **verdict.shape._asdict(), **rest}
+    return asked_as_json(verdict.question, verdict.shape) | rest
 
 
 def verdict_from_json(record: dict[str, Any]) -> Verdict:
     """Raises KeyError, TypeError or ValueError for what is none."""
-    dtype = dtype_named(record["dtype"])
-    others = tuple(dtype_named(name) for name in record["others"])
-    if dtype is None or not isinstance(record["backend"], str) or not isinstance(record["why"], str):
-        raise ValueError("not a verdict")
-    question = Question(str(record["op"]), tuple(record["options"]), dtype, others, bool(record["training"]))
-    shape = Shape(*(record[field] for field in Shape._fields))
-    return Verdict(question, shape, record["backend"], record["why"], dict(record.get("seconds", {})))
+    backend, why = str(record["backend"]), str(record["why"])
+    return Verdict(*asked_from_json(record), backend, why, dict(record.get("seconds", {})))
 
 
 def read_table(path: Path) -> Table:
@@ -195,6 +203,17 @@ def hash_of_kernels() -> str:
     return found.hexdigest()[:16]
 
 
+def write_shipped(folder: Path, environment: Environment, verdicts: Iterable[Verdict]) -> Path:
+    """A table of what was measured, for `fused_attn/tables`. Any driver is served by it. Raises OSError."""
+    path = folder / f"{_slug(environment)}.json"
+    write_table(path, {key: value for key, value in environment.items() if key != "driver"}, verdicts)
+    return path
+
+
+def _slug(environment: Environment) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", str(environment["device"])).strip("-")[:60]
+
+
 def _shipped_tables() -> Iterator[Table]:
     return map(read_table, sorted((FOLDER / "tables").glob("*.json")))
 
@@ -227,9 +246,8 @@ def cache_folder() -> Path:
 
 
 def cache_file(environment: Environment) -> Path:
-    words = re.sub(r"[^A-Za-z0-9]+", "-", str(environment["device"])).strip("-")
     mark = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_folder() / f"{words[:60]}-{mark}.json"
+    return cache_folder() / f"{_slug(environment)}-{mark}.json"
 
 
 _said: set[str] = set()

@@ -1,0 +1,125 @@
+"""A card qualifies itself: which backend is right and faster on it is measured there, before anything runs.
+
+`settle` finds the verdicts on the calls of a model, from the tables that ship, from the user's cache, or in a process
+of its own (`parent`, `child`, `trial`), and `backends` reads them from then on. It is for `fuse` and `qualify`: never
+in a forward, and not where torch traces, captures or differentiates.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Iterable
+
+import torch
+
+from .. import backends
+from ..verdicts import Environment, Verdict, cached, environment_of, keep, one_at_a_time, say_once, shipped
+from . import ranks
+from .parent import Job, measure
+from .ranks import Found, Key
+
+#: A host and the environment of one of its devices: of its ranks that have such a device one measures.
+Place = tuple[str, str]
+
+#: Types of devices on which `fuse` qualifies by itself. A processor's backend is there without it.
+BY_FUSE = frozenset({"cuda"})
+
+
+def busy() -> str | None:
+    """Why nothing may be measured now, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces this"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces this"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func sees through this"
+    if torch._C._len_torch_dispatch_stack():
+        return "a dispatch mode sees this, as where tensors are fake"
+    if torch._C._current_graph_task_id() != -1:
+        return "this is run by a backward, as where a checkpoint is recomputed"
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is captured"
+    return None
+
+
+def settle(jobs: Iterable[Job], device: torch.device, *, quiet: bool = False) -> list[Verdict]:
+    """Verdicts on these calls, which hold in this process from now on. Where torch.distributed is up, all ranks call it
+    together.
+
+    device: of this process, where it has several, for the ranks' transport.
+    """
+    here: dict[Place, tuple[torch.device, dict[Key, Job]]] = {}
+    devices: dict[torch.device, Place] = {}
+    for job in filter(_has_candidates, jobs):
+        at = job.call.device
+        if at not in devices:
+            devices[at] = ranks.host(), repr(environment_of(at))
+        _, of_place = here.setdefault(devices[at], (at, {}))
+        of_place.setdefault((job.call.question._replace(training=job.training), job.call.shape), job)
+    everyone = ranks.gathered({place: wanted for place, (_, wanted) in here.items()}, device)
+    found: list[Found] = []
+    for place, (at, _) in here.items():
+        asking = [of_rank[place] for of_rank in everyone if place in of_rank]
+        if next(i for i, of_rank in enumerate(everyone) if place in of_rank) == ranks.rank():
+            found.append(_found_here({key: job for wanted in asking for key, job in wanted.items()}, at, quiet))
+    answers = ranks.combined(of for of_rank in ranks.gathered(found, device) for of in of_rank)
+    verdicts = [answer for answer in answers.values() if isinstance(answer, Verdict)]
+    missing = [answer for answer in answers.values() if isinstance(answer, str)]
+    if missing:
+        say_once(f"{len(missing)} of {len(answers)} calls could not be measured; the first: {missing[0]}")
+    for at in devices:
+        backends.install(at, verdicts)
+    return verdicts
+
+
+def _has_candidates(job: Job) -> bool:
+    op, device = job.call.question.op, job.call.device.type
+    return any(backends.unavailable(name, op, device) is None for name in backends.CANDIDATES.get(device, ()))
+
+
+def _found_here(wanted: dict[Key, Job], device: torch.device, quiet: bool) -> Found:
+    """From the tables that ship, from the cache, and what is in neither is measured. It raises nothing: other ranks
+    wait for what is found."""
+    found: Found = {}
+    try:
+        environment = environment_of(device)
+        found = _among(wanted, shipped(environment))
+        if len(found) < len(wanted):
+            with one_at_a_time(environment):
+                found = _among(wanted, cached(environment)) | found
+                missing = {key: job for key, job in wanted.items() if key not in found}
+                if missing:
+                    found |= _measured(missing, device, environment, quiet)
+    except Exception as error:
+        return {key: f"{type(error).__name__}: {error}" for key in wanted} | found
+    return found
+
+
+def _among(wanted: dict[Key, Job], verdicts: Iterable[Verdict]) -> Found:
+    return {key: v for v in verdicts if (key := (v.question, v.shape)) in wanted}
+
+
+def _measured(missing: dict[Key, Job], device: torch.device, environment: Environment, quiet: bool) -> Found:
+    name = environment["device"]
+    logging.getLogger("fused_attn").info("qualifying %d calls on %s", len(missing), name)
+    show = functools.partial(_show, len(missing), str(name)) if sys.stderr.isatty() and not quiet else _show_nothing
+    try:
+        found: Found = dict(zip(missing, measure(list(missing.values()), device, show), strict=True))
+    finally:
+        show(len(missing), "")
+    keep(environment, [v for v in found.values() if isinstance(v, Verdict)])
+    return found
+
+
+def _show(total: int, device: str, done: int, what: str) -> None:
+    """A bar on stderr, gone when all is done."""
+    bar = "#" * (20 * done // total)
+    line = f"fused_attn qualifies itself on {device}, once  [{bar:<20}] {done}/{total}  {what}"
+    sys.stderr.write(f"\r\x1b[K{line[:160]}" if done < total else "\r\x1b[K")
+    sys.stderr.flush()
+
+
+def _show_nothing(done: int, what: str) -> None:
+    pass
