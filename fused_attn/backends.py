@@ -269,8 +269,8 @@ def install(device: torch.device, verdicts: Iterable[Verdict]) -> None:
             by_class = _VERDICTS.setdefault((device, question), {})
             by_class.setdefault(verdict.shape, verdict)
             key = (device, *question)
-            same = len({v.backend for v in by_class.values()}) == 1
-            _SERVED[key] = verdict.backend if same else _ByClass(dict(by_class), question.dtype.itemsize)
+            names = {v.backend for v in by_class.values()}
+            _SERVED[key] = names.pop() if len(names) == 1 else _ByClass(dict(by_class), question.dtype.itemsize)
 
 
 def verdicts_on(device: str, op: str | None = None) -> list[Verdict]:

@@ -264,9 +264,9 @@ def cached(environment: Environment) -> tuple[Verdict, ...]:
     try:
         path = cache_file(environment)
         table = read_table(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # the last where there is no home
         return ()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         say_once(f"verdicts are measured again, because {error}")
         return ()
     if table.environment != environment:
