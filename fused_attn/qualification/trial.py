@@ -87,7 +87,9 @@ def make(call: Call, device: torch.device, *, sizes: tuple[int, ...] | None = No
             extra = {
                 k: v.to(x.dtype if x.dtype == torch.float64 else v.dtype, copy=True) for k, v in statistics.items()
             }
-            found = function(**_replaced(arguments, given | extra))
+            # By itself in every run: weights that were cast are kept until its end.
+            with torch.autocast(device.type, call.question.dtype) if call.autocast else contextlib.nullcontext():
+                found = function(**_replaced(arguments, given | extra))
             # Beside its map a gate with a BatchNorm returns statistics, which no gradient reaches.
             return found[0] if call.function in ("spatial_gate", "cbam") and isinstance(found, tuple) else found
 
