@@ -168,6 +168,8 @@ def environment_of(device: torch.device) -> Environment:
             triton = importlib.metadata.version("triton")
         except importlib.metadata.PackageNotFoundError:
             triton = "not installed"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            triton += ", interpreted"
         multiprocessors = card.multi_processor_count
         return {"device": card.name, "multiprocessors": multiprocessors, "driver": _driver(), "triton": triton} | found
     return {"device": cpu_name(), "threads": torch.get_num_threads()} | found

@@ -44,7 +44,7 @@ def busy() -> str | None:
     return None
 
 
-def settle(jobs: Iterable[Job], device: torch.device, *, quiet: bool = False) -> list[Verdict]:
+def settle(jobs: Iterable[Job], device: torch.device) -> list[Verdict]:
     """Verdicts on these calls, which hold in this process from now on. Where torch.distributed is up, all ranks call it
     together.
 
@@ -63,7 +63,7 @@ def settle(jobs: Iterable[Job], device: torch.device, *, quiet: bool = False) ->
     for place, (at, _) in here.items():
         asking = [of_rank[place] for of_rank in everyone if place in of_rank]
         if next(i for i, of_rank in enumerate(everyone) if place in of_rank) == ranks.rank():
-            found.append(_found_here({key: job for wanted in asking for key, job in wanted.items()}, at, quiet))
+            found.append(_found_here({key: job for wanted in asking for key, job in wanted.items()}, at))
     answers = ranks.combined(of for of_rank in ranks.gathered(found, device) for of in of_rank)
     verdicts = [answer for answer in answers.values() if isinstance(answer, Verdict)]
     missing = [answer for answer in answers.values() if isinstance(answer, str)]
@@ -79,7 +79,7 @@ def _has_candidates(job: Job) -> bool:
     return any(backends.unavailable(name, op, device) is None for name in backends.CANDIDATES.get(device, ()))
 
 
-def _found_here(wanted: dict[Key, Job], device: torch.device, quiet: bool) -> Found:
+def _found_here(wanted: dict[Key, Job], device: torch.device) -> Found:
     """From the tables that ship, from the cache, and what is in neither is measured. It raises nothing: other ranks
     wait for what is found."""
     found: Found = {}
@@ -91,7 +91,7 @@ def _found_here(wanted: dict[Key, Job], device: torch.device, quiet: bool) -> Fo
                 found = _among(wanted, cached(environment)) | found
                 missing = {key: job for key, job in wanted.items() if key not in found}
                 if missing:
-                    found |= _measured(missing, device, environment, quiet)
+                    found |= _measured(missing, device, environment)
     except Exception as error:
         return {key: f"{type(error).__name__}: {error}" for key in wanted} | found
     return found
@@ -101,15 +101,17 @@ def _among(wanted: dict[Key, Job], verdicts: Iterable[Verdict]) -> Found:
     return {key: v for v in verdicts if (key := (v.question, v.shape)) in wanted}
 
 
-def _measured(missing: dict[Key, Job], device: torch.device, environment: Environment, quiet: bool) -> Found:
-    name = environment["device"]
+def _measured(missing: dict[Key, Job], device: torch.device, environment: Environment) -> Found:
+    """What was found is kept, too, where the user has seen enough and interrupts it."""
+    name = str(environment["device"])
     logging.getLogger("fused_attn").info("qualifying %d calls on %s", len(missing), name)
-    show = functools.partial(_show, len(missing), str(name)) if sys.stderr.isatty() and not quiet else _show_nothing
+    show = functools.partial(_show, len(missing), name) if sys.stderr.isatty() else _show_nothing
+    found: Found = {}
     try:
-        found: Found = dict(zip(missing, measure(list(missing.values()), device, show), strict=True))
+        found.update(zip(missing, measure(list(missing.values()), device, show), strict=True))
     finally:
         show(len(missing), "")
-    keep(environment, [v for v in found.values() if isinstance(v, Verdict)])
+        keep(environment, [v for v in found.values() if isinstance(v, Verdict)])
     return found
 
 

@@ -56,7 +56,6 @@ def found(request) -> dict[str, list[Verdict | str]]:
     request.addfinalizer(patch.undo)
     patch.syspath_prepend(str(Path(__file__).with_name("planted")))
     patch.setattr(measuring, "STEP", 4.0)
-    patch.setattr(measuring, "ALL", 300.0)
     patch.setenv("FUSED_ATTN_BACKEND", "reference")  # of no concern to it
     starts = []
     process = measuring._Process
@@ -129,7 +128,6 @@ def test_a_process_that_does_not_start(monkeypatch):
     assert all("it ended with status 1" in answer for answer in answers)
 
 
-def test_time_is_limited(monkeypatch):
-    monkeypatch.setattr(measuring, "ALL", -1.0)
+def test_time_is_limited():
     jobs = calls()["simam"]
-    assert list(measure(jobs, CPU, lambda done, what: None)) == ["simam: no time left after -1 seconds"]
+    assert list(measure(jobs, CPU, lambda done, what: None, limit=-1)) == ["simam: no time left after -1 seconds"]

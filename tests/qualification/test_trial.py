@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import types
 
@@ -69,8 +70,6 @@ def test_calls_of_other_threads_are_not_seen():
 
 
 def test_a_profiler_goes_on_afterwards():
-    import sys
-
     def profile(*_):
         pass
 
@@ -188,10 +187,8 @@ def test_a_card_is_timed_by_both_clocks(monkeypatch):
     (call,), _ = calls_of("simam", torch.float32)
     gpu = types.SimpleNamespace(type="cuda")
     graphs, made = [], trial.make
-    backends_seen = []
 
     def graph_of(run, copies):
-        backends_seen.append(None)
         for i in range(copies):
             run(i)
         graphs.append(copies)
