@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from fused_attn import backends, functional
+import fused_attn
+from fused_attn import backends, functional, qualification, reference
+from fused_attn.qualification import calls as calls_of_models
 from fused_attn.qualification import parent as measuring
 from fused_attn.qualification.calls import seen
 from fused_attn.qualification.parent import Job, measure
@@ -131,3 +134,24 @@ def test_a_process_that_does_not_start(monkeypatch):
 def test_time_is_limited():
     jobs = calls()["simam"]
     assert list(measure(jobs, CPU, lambda done, what: None, limit=-1)) == ["simam: no time left after -1 seconds"]
+
+
+def test_all_of_it(monkeypatch):
+    """fuse, as on a GPU, with nothing planted: what serves afterwards was right, and is said with figures; the second
+    time no process is started."""
+    monkeypatch.setattr(qualification, "BY_FUSE", frozenset({"cpu"}))
+    monkeypatch.setattr(calls_of_models, "BATCH", 2)
+    monkeypatch.setattr(calls_of_models, "_sides", lambda channels: (9, 4))
+    block = reference.CBAM(32)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), copy.deepcopy(block)).eval()
+    fused_attn.fuse(model)
+    found = backends.verdicts_on("cpu")
+    assert {v.question.op for v in found} == {"cbam", "cbam/batch_norm"} and len(found) == 16
+    assert not any("wrong" in v.why or "cannot" in v.why for v in found)
+    assert all(set(v.seconds) == {"reference", "cpu"} for v in found)
+    (row,) = fused_attn.explain(model)
+    assert row.fused and row.reason.startswith("measured here: ") and "times as fast as plain PyTorch" in row.reason
+    x = random(3, 32, 7, 5)
+    torch.testing.assert_close(model[1](x), block.eval()(x))
+    monkeypatch.setattr(qualification, "measure", None)
+    fused_attn.fuse(torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), reference.CBAM(32)))
