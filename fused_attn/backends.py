@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import threading
 import warnings
@@ -43,6 +44,9 @@ OPS = (
 
 #: Device type -> the backends that may serve it beside plain PyTorch.
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+#: Those that hold a sample on chip, and refuse one that is too large.
+RESIDENT = frozenset({"cuda"})
 
 #: Ops that a backend has no kernel for, with what to use instead.
 MISSING: dict[tuple[str, str], str] = {
@@ -243,13 +247,19 @@ _DEFAULT = {(op, device): _shipped(op, device)[0] for op in OPS for device in CA
 
 
 class _ByClass:
-    """Where the verdicts on a question differ by the class of shape. Of other classes plain PyTorch serves, as it does
-    where torch traces."""
+    """Where the verdicts on a question differ by the class of shape. anywhere: serves other classes, and where torch
+    traces."""
 
     def __init__(self, verdicts: dict[Shape, Verdict], itemsize: int) -> None:
+        names = {v.anywhere for v in verdicts.values()}
+        self.anywhere = anywhere = names.pop() if len(names) == 1 else "reference"
+
         def find(sizes: tuple[int, ...], strides: tuple[int, ...]) -> str:
             verdict = verdicts.get(class_of(sizes, strides, itemsize))
-            return "reference" if verdict is None else verdict.backend
+            if verdict is None:
+                return anywhere
+            fits = verdict.backend not in RESIDENT or math.prod(sizes[1:]) <= verdict.sample
+            return verdict.backend if fits else anywhere
 
         #: From sizes and strides to the backend; those of a network come again and again.
         self.find = functools.lru_cache(maxsize=4096)(find)
@@ -269,7 +279,7 @@ def install(device: torch.device, verdicts: Iterable[Verdict]) -> None:
             by_class = _VERDICTS.setdefault((device, question), {})
             by_class.setdefault(verdict.shape, verdict)
             key = (device, *question)
-            names = {v.backend for v in by_class.values()}
+            names = {name for v in by_class.values() for name in (v.backend, v.anywhere)}
             _SERVED[key] = names.pop() if len(names) == 1 else _ByClass(dict(by_class), question.dtype.itemsize)
 
 
@@ -319,7 +329,7 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
                 return served
             if served is not None:
                 traced = _is_compiling() or type(x) not in _VALUED
-                return "reference" if traced else served.find(x.shape, x.stride())
+                return served.anywhere if traced else served.find(x.shape, x.stride())
         return _DEFAULT.get((op, device.type), "reference")
     device_type = x.device.type
     reason = unavailable(name, op, device_type)

@@ -57,11 +57,15 @@ class Shape(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """seconds: of a call, by backend and by clock, "device" and "wall"; empty where nothing was timed."""
+    """backend: serves calls of this class, a resident one those with samples of at most `sample` elements. anywhere:
+    the best of those that serve maps of any size, for calls whose size is not known. seconds: of a call, by backend and
+    by clock, "device" and "wall"; empty where nothing was timed."""
 
     question: Question
     shape: Shape
+    sample: int
     backend: str
+    anywhere: str
     why: str
     seconds: dict[str, dict[str, float]] = {}
 
@@ -120,14 +124,14 @@ def asked_from_json(record: dict[str, Any]) -> tuple[Question, Shape]:
 
 
 def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
-    rest = {"backend": verdict.backend, "why": verdict.why, "seconds": verdict.seconds}
+    rest = {field: getattr(verdict, field) for field in Verdict._fields[2:]}
     return asked_as_json(verdict.question, verdict.shape) | rest
 
 
 def verdict_from_json(record: dict[str, Any]) -> Verdict:
     """Raises KeyError, TypeError or ValueError for what is none."""
-    backend, why = str(record["backend"]), str(record["why"])
-    return Verdict(*asked_from_json(record), backend, why, dict(record.get("seconds", {})))
+    names = str(record["backend"]), str(record["anywhere"]), str(record["why"])
+    return Verdict(*asked_from_json(record), int(record["sample"]), *names, dict(record["seconds"]))
 
 
 def read_table(path: Path) -> Table:

@@ -90,9 +90,8 @@ def _call(op: str, options: tuple[Any, ...], tensors: tuple[Tensor | None, ...],
     arguments = {name: _plain(frame.f_locals[name]) for name in names}
     question = Question(op, options, x.dtype, tuple(None if t is None else t.dtype for t in tensors[1:]), False)
     shape, function = class_of(x.shape, x.stride(), x.itemsize), _FUNCTIONS[code]
-    return Call(
-        question, x.device, shape, tuple(x.shape), function, arguments | LEFT_OUT.get(function, {}), autocasts(x)
-    )
+    arguments |= LEFT_OUT.get(function, {})
+    return Call(question, x.device, shape, tuple(x.shape), function, arguments, autocasts(x))
 
 
 #: Arguments that are not repeated: a process by itself has no group, and what is written over is no leaf.
@@ -142,9 +141,7 @@ def calls_on(block: nn.Module, x: Tensor, training: bool) -> list[Call]:
             map_ = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             with seen() as found:
                 type(block).forward(block, map_)
-    except (
-        Exception
-    ):  # one value a channel, a rank that it does not take, a size that is read: it has other maps, or none
+    except Exception:  # one value a channel, a rank that it does not take, a number that is read
         return []
     finally:
         for module, mode in modes:

@@ -20,7 +20,7 @@ from ..verdicts import Verdict, verdict_from_json
 from .calls import Call, call_as_json
 
 #: Seconds for a process to start, for one step of a trial (a few kernels are compiled in it), and for all of them.
-START, STEP, ALL = 120.0, 60.0, 180.0
+START, STEP, ALL = 120.0, 120.0, 300.0
 
 
 class Job(NamedTuple):

@@ -50,8 +50,12 @@ def combined(everyone: Iterable[Found]) -> Found:
 
 def _agreed(key: Key, answers: list[Verdict | str]) -> Verdict | str:
     verdicts = [a for a in answers if isinstance(a, Verdict)]
-    names = {v.backend for v in verdicts}
-    if len(verdicts) == len(answers) and len(names) == 1 or not verdicts:
+    if not verdicts:
         return answers[0]
-    shown = "; ".join(dict.fromkeys(f"{a.backend} ({a.why})" if isinstance(a, Verdict) else a for a in answers))
-    return Verdict(*key, "reference", f"the hosts differ: {shown}", verdicts[0].seconds)
+    first = min(verdicts, key=lambda v: v.sample)
+    names, anywhere = {v.backend for v in verdicts}, {v.anywhere for v in verdicts}
+    if len(verdicts) < len(answers) or len(names) > 1:
+        names, anywhere = {"reference"}, {"reference"}
+        shown = dict.fromkeys(f"{a.backend} ({a.why})" if isinstance(a, Verdict) else a for a in answers)
+        first = first._replace(why=f"the hosts differ: {'; '.join(shown)}")
+    return first._replace(backend=names.pop(), anywhere=anywhere.pop() if len(anywhere) == 1 else "reference")

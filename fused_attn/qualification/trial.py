@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, reference
-from ..backends import CANDIDATES, backend, unavailable
+from ..backends import CANDIDATES, RESIDENT, backend, unavailable
 from ..equivalence import LAYOUTS, assert_as_good_as_eager, assert_equivalent, in_layout
 from ..timing import graph_of, interleaved, last_cache, synchronize
 from ..verdicts import Verdict, dtype_named
@@ -44,7 +44,7 @@ class Unmeasured(Exception):
 
 
 class Made(NamedTuple):
-    """apply(module): the call as a function of `tensors`, by their names. x: the name of the map."""
+    """apply(module): the call as a function of `tensors`, by their names."""
 
     tensors: dict[str, Tensor]
     apply: Callable[[Any], Callable[..., Tensor | tuple[Tensor, ...]]]
@@ -70,11 +70,11 @@ def make(call: Call, device: torch.device, *, sizes: tuple[int, ...] | None = No
         tensor = _values(name, shape, generator, device).to(dtype_named(value["dtype"]))
         if root in _STATISTICS:
             statistics[name] = tensor
-            return name
+            return _Name(name)
         dense = tensor.permute(value["order"]).contiguous().permute(_inverse(value["order"]))
         as_map = root in _MAPS and len(shape) == len(call.sizes)
         tensors[name] = in_layout(tensor, layout) if layout is not None and as_map else dense
-        return name
+        return _Name(name)
 
     arguments = {name: build(value, name) for name, value in call.arguments.items()}
 
@@ -82,14 +82,12 @@ def make(call: Call, device: torch.device, *, sizes: tuple[int, ...] | None = No
         function = getattr(module, call.function)
 
         def run(**given: Tensor) -> Tensor | tuple[Tensor, ...]:
-            x = next(iter(given.values()))
-            # They are written into, and in float64 the truth is found with float64.
-            extra = {
-                k: v.to(x.dtype if x.dtype == torch.float64 else v.dtype, copy=True) for k, v in statistics.items()
-            }
+            double = next(iter(given.values())).dtype == torch.float64
+            # They are written into; the truth is found in float64.
+            extra = {k: v.to(torch.float64 if double else v.dtype, copy=True) for k, v in statistics.items()}
             # By itself in every run: weights that were cast are kept until its end.
             with torch.autocast(device.type, call.question.dtype) if call.autocast else contextlib.nullcontext():
-                found = function(**_replaced(arguments, given | extra))
+                found = function(**{k: _with_tensors(v, given | extra) for k, v in arguments.items()})
             # Beside its map a gate with a BatchNorm returns statistics, which no gradient reaches.
             return found[0] if call.function in ("spatial_gate", "cbam") and isinstance(found, tuple) else found
 
@@ -98,13 +96,14 @@ def make(call: Call, device: torch.device, *, sizes: tuple[int, ...] | None = No
     return Made(tensors, apply)
 
 
-def _replaced(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The arguments with tensors in the place of their names."""
-    if isinstance(value, dict):
-        return {k: tensors.get(v, v) if isinstance(v, str) else _replaced(v, tensors) for k, v in value.items()}
+class _Name(str):
+    """Of a tensor, in its place."""
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return tuple(tensors.get(v, v) if isinstance(v, str) else _replaced(v, tensors) for v in value)
-    return value
+        return tuple(_with_tensors(v, tensors) for v in value)
+    return tensors[value] if isinstance(value, _Name) else value
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -310,7 +309,11 @@ def times(call: Call, training: bool, names: Sequence[str], device: torch.device
     wall = interleaved(by_wall, device, budget=BUDGET, least=5)
     seconds = {name: {"wall": _digits(timing.median)} for name, timing in wall.items()}
     if device.type == "cuda":
-        graphs = {name: graph_of(functools.partial(_nth, name, of), copies) for name, of in calls.items()}
+        try:
+            graphs = {"reference": graph_of(functools.partial(_nth, "reference", calls["reference"]), copies)}
+        except RuntimeError:  # it cannot be captured, and there is nothing to compare with
+            return seconds
+        graphs |= {n: graph_of(functools.partial(_nth, n, of), copies) for n, of in calls.items() if n not in graphs}
         for name, timing in interleaved(graphs, device, budget=BUDGET, least=5).items():
             seconds[name]["device"] = _digits(timing.median / copies)
     return seconds
@@ -359,6 +362,12 @@ def is_faster(mine: dict[str, float], plain: dict[str, float]) -> bool:
     return min(shares) <= FASTER and max(shares) <= NOT_SLOWER
 
 
+def fastest(seconds: dict[str, dict[str, float]]) -> str:
+    """The backend that is fastest by both clocks together, of those that are faster than plain PyTorch."""
+    faster = [n for n, mine in seconds.items() if n == "reference" or is_faster(mine, seconds["reference"])]
+    return min(faster, key=lambda name: math.prod(seconds[name].values()), default="reference")
+
+
 # ---- both ----
 
 
@@ -384,20 +393,19 @@ class Judge:
         if right:
             self.told(right)
             seconds = self._when_there_is_memory(times, call, training, ["reference", *right], self.device)
-        best = "reference"
-        for name in right:
-            mine, plain = seconds[name], seconds["reference"]
-            reasons[name] = ratios(mine, plain)
-            if is_faster(mine, plain) and math.prod(mine.values()) < math.prod(seconds[best].values()):
-                best = name
+        reasons |= {name: ratios(seconds[name], seconds["reference"]) for name in right}
+        best = fastest(seconds)
+        anywhere = fastest({name: of for name, of in seconds.items() if name not in RESIDENT})
         against = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         why = against if best == "reference" else reasons[best]
-        return Verdict(call.question._replace(training=training), call.shape, best, why, seconds)
+        question, sample = call.question._replace(training=training), math.prod(call.sizes[1:])
+        return Verdict(question, call.shape, sample, best, anywhere, why, seconds)
 
     def against(self, call: Call, training: bool, name: str) -> str | None:
         """Why a backend does not serve a call; None where it is right."""
         self.told([name])
-        key = call.question, call.sizes[1], training, name
+        others = {k: v for k, v in call.arguments.items() if k not in _MAPS}
+        key = call.question, call.sizes[1], repr(others), training, name
         if key not in self.odd:
             self.odd[key] = self._found(check_odd, call, training, name)
         return self.odd[key] or self._found(check_itself, call, training, name)

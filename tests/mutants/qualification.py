@@ -26,6 +26,13 @@ MUTANTS = [
         tests=f"{CHOOSE} -k 'test_compiled_once_for_all_sizes or test_tensors_without_values'",
     ),
     Mutant(
+        name="a-resident-backend-serves-larger-samples",
+        file="fused_attn/backends.py",
+        old="            return verdict.backend if fits else anywhere\n",
+        new="            return verdict.backend\n",
+        tests=f"{CHOOSE} -k test_a_resident_backend_serves_what_fits",
+    ),
+    Mutant(
         name="other-tensors-are-no-part-of-a-question",
         file="fused_attn/backends.py",
         old="            dtypes = tuple([None if t is None else t.dtype for t in others])\n",
@@ -119,8 +126,8 @@ MUTANTS = [
     Mutant(
         name="the-first-host-decides",
         file="fused_attn/qualification/ranks.py",
-        old="    if len(verdicts) == len(answers) and len(names) == 1 or not verdicts:\n",
-        new="    if answers:\n",
+        old="    if len(verdicts) < len(answers) or len(names) > 1:\n",
+        new="    if not answers:\n",
         tests=f"{QUALIFY} -k 'test_hosts_that_differ or test_ranks_choose_alike'",
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -32,9 +33,13 @@ def served(sizes=SMALL, dtype=torch.float32, **options) -> str:
     return choose(call.question.op, torch.empty(sizes, dtype=dtype), call.question.options, absent)
 
 
-def verdict(backend: str, sizes=SMALL, *, training: bool = True, why: str = "", **options) -> Verdict:
-    call = call_of(sizes, **options)
-    return Verdict(call.question._replace(training=training), call.shape, backend, why)
+def verdict_on(call: Call, backend: str, anywhere: str | None = None) -> Verdict:
+    sample = math.prod(call.sizes[1:])
+    return Verdict(call.question._replace(training=True), call.shape, sample, backend, anywhere or backend, "")
+
+
+def verdict(backend: str, sizes=SMALL, anywhere: str | None = None) -> Verdict:
+    return verdict_on(call_of(sizes), backend, anywhere)
 
 
 def test_a_verdict_is_of_its_question_alone():
@@ -53,11 +58,23 @@ def test_a_verdict_is_of_its_question_alone():
 
 def test_classes_that_differ():
     """Each has its own; of those that were not measured nothing is known, and plain PyTorch serves."""
-    install(CPU, [verdict("triton"), verdict("cuda", LARGE)])
-    assert served() == "triton" and served(LARGE) == served((2, 8, 15, 16)) == "cuda"
+    install(CPU, [verdict("triton"), verdict("cpu", LARGE)])
+    assert served() == "triton" and served(LARGE) == served((2, 8, 15, 16)) == "cpu"
     assert served((2, 8, 64, 64)) == served((2, 8, 15, 15)) == "reference"  # the second is not aligned
     x, call = in_layout(torch.empty(SMALL), "channels_last"), call_of()
     assert choose("channel_gate", x, call.question.options, (None,) * 7) == "reference"
+
+
+def test_a_resident_backend_serves_what_fits():
+    """Samples as large as the one that was measured, in its class; others, and those whose size is not known, are
+    served by the best that takes any size."""
+    measured = 2, 8, 15, 16
+    install(CPU, [verdict("cuda", measured, "triton"), verdict("triton")])
+    assert served(measured) == served((2, 8, 12, 16)) == "cuda"
+    assert served(LARGE) == served() == served((2, 8, 64, 64)) == "triton"
+    with FakeTensorMode():
+        x = torch.empty(measured)
+    assert choose("channel_gate", x, call_of().question.options, (None,) * 7) == "triton"
 
 
 def test_a_verdict_stays():
@@ -124,7 +141,7 @@ def test_a_compiled_block_of_all_sizes():
         calls += found
     names = ("cpu", "reference")
     for call, name in zip(calls, names, strict=True):
-        install(CPU, [Verdict(call.question._replace(training=True), call.shape, name, "")])
+        install(CPU, [verdict_on(call, name)])
     counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(block, backend=counter, dynamic=True, fullgraph=True)
@@ -132,6 +149,19 @@ def test_a_compiled_block_of_all_sizes():
         x = random(batch, 8, side, side)
         torch.testing.assert_close(compiled(x), block(x))
     assert counter.frame_count == 1
+
+
+def test_an_exported_block_of_all_sizes():
+    block = nn.SqueezeExcite(8, hidden=4).requires_grad_(False)
+    for sizes, name in ((SMALL, "cpu"), (LARGE, "reference")):
+        with seen() as found:
+            block(random(*sizes))
+        install(CPU, [verdict_on(found[0], name)])
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(block, (random(*SMALL),), dynamic_shapes=({0: free, 2: free, 3: free},))
+    for batch, side in itertools.product((2, 5), (4, 16, 33)):
+        x = random(batch, 8, side, side)
+        torch.testing.assert_close(program.module()(x), block(x))
 
 
 def test_what_is_said_of_an_op():
@@ -144,7 +174,7 @@ def test_what_is_said_of_an_op():
 
     def of(channels: int, backend: str, why: str) -> Verdict:
         shape = call_of().shape._replace(channels=channels)
-        return Verdict(Question("simam", (), torch.float32, (), True), shape, backend, why)
+        return Verdict(Question("simam", (), torch.float32, (), True), shape, 800, backend, backend, why)
 
     install(gpu, [of(1, "triton", "1.50 times as fast")])
     assert default("simam", "cuda") == ("triton", "measured here: 1.50 times as fast")

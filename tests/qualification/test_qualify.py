@@ -33,7 +33,8 @@ def judged(jobs, names=("reference",)):
     """A verdict on each of these jobs, the backends in turn."""
     for i, job in enumerate(jobs):
         name = names[i % len(names)]
-        yield Verdict(job.call.question._replace(training=job.training), job.call.shape, name, f"{name} as planned")
+        question = job.call.question._replace(training=job.training)
+        yield Verdict(question, job.call.shape, 800, name, name, f"{name} as planned")
 
 
 @pytest.fixture
@@ -284,10 +285,11 @@ def test_explain_says_why_with_figures():
     block = fused_attn.fuse(torch.nn.Sequential(fused_attn.reference.SqueezeExcite(32)))
     call = Question("channel_gate", (), torch.float32, (), True)
     shape = verdicts.Shape("nchw", 5, 5, 12, True)
-    backends.install(CPU, [Verdict(call, shape, "reference", "cpu: 0.97 times as fast as plain PyTorch")])
+    why = "cpu: 0.97 times as fast as plain PyTorch"
+    backends.install(CPU, [Verdict(call, shape, 800, "reference", "reference", why)])
     (row,) = fused_attn.explain(block)
     assert row.fused and row.served_by == "reference"
-    assert row.reason == "measured here: cpu: 0.97 times as fast as plain PyTorch"
+    assert row.reason == f"measured here: {why}"
 
 
 def test_the_command(measured, tmp_path, monkeypatch):
@@ -331,7 +333,7 @@ def key_of(i: int):
 
 
 def answer(i: int, backend: str, why: str = "why") -> Verdict:
-    return Verdict(*key_of(i), backend, why)
+    return Verdict(*key_of(i), 800, backend, backend, why)
 
 
 def test_hosts_that_differ():
@@ -345,6 +347,13 @@ def test_hosts_that_differ():
     assert found[key_of(1)] == answer(1, "reference", "the hosts differ: triton (why); cuda (why)")
     assert found[key_of(3)] == answer(3, "reference", "the hosts differ: triton (why); no memory")
     assert found[key_of(4)] == "no memory" and found[key_of(5)] == answer(5, "cuda")
+    resident = answer(0, "cuda")._replace(anywhere="triton")
+    assert ranks.combined([{key_of(0): resident}, {key_of(0): resident._replace(sample=700)}]) == {
+        key_of(0): resident._replace(sample=700)
+    }
+    assert ranks.combined([{key_of(0): resident}, {key_of(0): answer(0, "cuda")}]) == {
+        key_of(0): resident._replace(anywhere="reference")
+    }
 
 
 RANK = """
@@ -367,7 +376,8 @@ def measure(jobs, device, show):
     for i, job in enumerate(jobs):
         name = "cpu" if i % 2 == 0 or rank == 0 else "reference"
         measured.append(job)
-        yield Verdict(job.call.question._replace(training=job.training), job.call.shape, name, f"rank {rank}")
+        question = job.call.question._replace(training=job.training)
+        yield Verdict(question, job.call.shape, 800, name, name, f"rank {rank}")
 
 qualification.measure = measure
 os.environ["FUSED_ATTN_CACHE"] = os.path.join(os.environ["PLACE"], hosts[rank])
