@@ -485,7 +485,7 @@ MUTANTS = [
     ),
     Mutant(
         name="median-is-a-mean",
-        file="fused_attn/bench/measure.py",
+        file="fused_attn/timing.py",
         old="        return median(self.seconds)",
         new="        return sum(self.seconds) / len(self.seconds)",
         tests=(

@@ -54,6 +54,13 @@ MUTANTS = [
         tests=PARENT,
     ),
     Mutant(
+        name="no-nan-is-tried",
+        file="fused_attn/qualification/trial.py",
+        old="    tensor[tuple(n // 2 for n in tensor.shape)] = torch.nan\n",
+        new="",
+        tests=PARENT,
+    ),
+    Mutant(
         name="no-gradients-are-tried-on-ties",
         file="fused_attn/qualification/trial.py",
         old="            _compare(made._replace(tensors=tied), training,",

@@ -6,8 +6,8 @@ One fault an op, in what `functional` calls on any backend but the reference.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import random
 import time
 
 import torch
@@ -47,13 +47,20 @@ def unwritten(right, backend, x, *arguments):
     return torch.where(last, fresh, y)
 
 
+def swallows_nan(right, backend, x, *arguments):
+    return right(backend, x.nan_to_num(), *arguments)
+
+
 def slow(right, *arguments):
     time.sleep(0.005)
     return right(*arguments)
 
 
+runs = itertools.count()
+
+
 def differs(right, *arguments):
-    return right(*arguments) * (1 + random.choice((0, 2**-23)))
+    return right(*arguments) * (1 + 2**-22 * (next(runs) % 2))
 
 
 def hangs(right, *arguments):
@@ -82,6 +89,7 @@ FAULTS = {
     "squeeze": wrong_on_ties,
     "channel_pool": wrong_in_one_class,
     "position_attention": unwritten,
+    "cbam": swallows_nan,
     "mixed_scale": slow,
     "channel_gate": differs,
     "scale": hangs,
