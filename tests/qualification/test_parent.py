@@ -54,20 +54,17 @@ def calls() -> dict[str, list[Job]]:
 
 
 @pytest.fixture(scope="module")
-def found(request) -> dict[str, list[Verdict | str]]:
+def found() -> dict[str, list[Verdict | str]]:
     """By name of the op, one process's verdicts; it is started again after a hang and after a crash."""
-    patch = pytest.MonkeyPatch()
-    request.addfinalizer(patch.undo)
-    patch.syspath_prepend(str(Path(__file__).with_name("planted")))
-    patch.setattr(measuring, "STEP", 4.0)
-    patch.setenv("FUSED_ATTN_BACKEND", "reference")  # of no concern to it
-    starts = []
-    process = measuring._Process
-    patch.setattr(measuring, "_Process", lambda device: starts.append(device) or process(device))
-    jobs = calls()
-    shown = []
+    jobs, starts, shown = calls(), [], []
     everything = [job for of_op in jobs.values() for job in of_op]
-    answers = list(measure(everything, CPU, lambda done, what: shown.append((done, what))))
+    process = measuring._Process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).with_name("planted")))
+        patch.setattr(measuring, "STEP", 4.0)
+        patch.setenv("FUSED_ATTN_BACKEND", "reference")  # of no concern to it
+        patch.setattr(measuring, "_Process", lambda device: starts.append(device) or process(device))
+        answers = list(measure(everything, CPU, lambda done, what: shown.append((done, what))))
     assert len(starts) == 3
     assert [done for done, _ in shown] == list(range(len(everything))) and "simam float32 2x8x8x8" in shown[0][1]
     answers.reverse()
