@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .fusion.api import running
 from .qualification import busy, settle
-from .qualification.calls import buffers_kept, calls_on, seen, typical_calls
+from .qualification.calls import buffers_kept, calls_on, seen, typical_calls, without_data
 from .qualification.parent import Job
 from .verdicts import Verdict, name_of
 
@@ -72,12 +72,13 @@ def _jobs_of_run(model: nn.Module, blocks: list[nn.Module], inputs: tuple[Any, .
 
     def remember(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         x = arguments[0] if arguments else next(iter(keywords.values()))
-        maps.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, x.detach()))
+        maps.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, without_data(x)))
 
     hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
     modes = [(module, module.training) for module in model.modules()]
+    cards = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(), buffers_kept(model), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(cards), buffers_kept(model), torch.compiler.set_stance("force_eager"):
             model.eval()
             with torch.no_grad(), seen() as found:
                 model(*inputs)

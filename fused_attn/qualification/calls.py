@@ -115,6 +115,8 @@ def _plain(value: Any) -> Any:
 # ---- of a block by itself ----
 
 BATCH = 32
+#: What people cast to where parameters are in float32.
+AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
 
 
 @contextlib.contextmanager
@@ -127,6 +129,12 @@ def buffers_kept(block: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
+
+
+def without_data(x: Tensor) -> Tensor:
+    """A tensor of the same sizes, strides, dtype and device that takes no memory."""
+    with FakeTensorMode():
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 def calls_on(block: nn.Module, x: Tensor, training: bool) -> list[Call]:
@@ -152,7 +160,7 @@ def calls_on(block: nn.Module, x: Tensor, training: bool) -> list[Call]:
 def typical_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[Call, bool]]:
     """(call, training) of each of these blocks of the model, on maps of the sizes at which convolutional networks have
     its channel count: a batch of one, and a batch of `BATCH` in training too. Of parameters in float32 also under
-    autocast to bfloat16."""
+    autocast."""
     channels = _channels_before(model)
     last = any(_is_channels_last(p) for p in model.parameters())
     found: dict[tuple[Question, Shape], tuple[Call, bool]] = {}
@@ -164,9 +172,9 @@ def typical_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[C
         if guess is None:
             continue
         c, rank = guess
-        dtypes = [tensor.dtype, *([torch.bfloat16] if tensor.dtype == torch.float32 else [])]
-        for dtype in dtypes:
-            with torch.autocast(tensor.device.type, torch.bfloat16, enabled=dtype != tensor.dtype):
+        device = tensor.device.type
+        for dtype in (tensor.dtype, *(AUTOCAST.get(device, ()) if tensor.dtype == torch.float32 else ())):
+            with torch.autocast(device, None if dtype == tensor.dtype else dtype, enabled=dtype != tensor.dtype):
                 for batch, mode in ((1, False), (BATCH, False), (BATCH, True)):
                     for side in _sides(c):
                         x = _map((batch, c, *_space(side, rank)), dtype, tensor.device, last)

@@ -357,7 +357,7 @@ def test_hosts_that_differ():
 
 
 RANK = """
-import os, sys, time
+import os, sys
 import torch, torch.distributed as dist
 import fused_attn
 from fused_attn import backends, qualification
@@ -366,10 +366,8 @@ from fused_attn.verdicts import Verdict
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{os.environ['PLACE']}/meet", rank=rank, world_size=2)
-hosts = os.environ["HOSTS"].split()
-ranks.host = lambda: hosts[rank]
 qualification.BY_FUSE = frozenset({"cpu"})
-measured = []
+gather = dist.all_gather_object
 
 def measure(jobs, device, show):
     # Another clock on each host.
@@ -379,47 +377,42 @@ def measure(jobs, device, show):
         question = job.call.question._replace(training=job.training)
         yield Verdict(question, job.call.shape, 800, name, name, f"rank {rank}")
 
-qualification.measure = measure
-os.environ["FUSED_ATTN_CACHE"] = os.path.join(os.environ["PLACE"], hosts[rank])
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), fused_attn.reference.SqueezeExcite(32))
-fused_attn.fuse(model)
-found = [(v.question.op, v.backend, v.why) for v in backends.verdicts_on("cpu")]
-
 def fails(*_):
     raise AssertionError("a collective in a forward")
 
-dist.all_gather_object = fails
-model(torch.randn(2, 3, 8, 8)).sum().backward()
-print(len(measured), found)
+qualification.measure = measure
+for hosts in (["a", "a"], ["a", "b"]):
+    measured = []
+    backends._VERDICTS.clear()
+    backends._SERVED.clear()
+    ranks.host = lambda: hosts[rank]
+    os.environ["FUSED_ATTN_CACHE"] = os.path.join(os.environ["PLACE"], "".join(hosts), hosts[rank])
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), fused_attn.reference.SqueezeExcite(32))
+    dist.all_gather_object = gather
+    fused_attn.fuse(model)
+    dist.all_gather_object = fails
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    print(len(measured), [(v.question.op, v.backend, v.why) for v in backends.verdicts_on("cpu")])
 """
 
 
-@pytest.mark.parametrize("hosts", ["a a", "a b"])
-def test_ranks_choose_alike(hosts, tmp_path):
+def test_ranks_choose_alike(tmp_path):
     """One of a host measures; what the hosts find is combined; no forward waits for another rank."""
-    environment = {**os.environ, "HOSTS": hosts, "PLACE": str(tmp_path)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    environment = {**os.environ, "PLACE": str(tmp_path)}
+    command, pipes = [sys.executable, "-c", RANK], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen(command, env={**environment, "RANK": str(r)}, text=True, **pipes) for r in range(2)]
     printed = []
     for process in started:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        printed.append(out.strip().partition(" "))
-    counts, found = [int(p[0]) for p in printed], [p[2] for p in printed]
-    assert found[0] == found[1]
-    if hosts == "a a":
-        assert counts[0] > 0 and counts[1] == 0 and "reference" not in found[0] and "rank 0" in found[0]
-    else:
-        assert counts[0] == counts[1] > 0
-        assert found[0].count("'reference', 'the hosts differ: cpu (rank 0); reference (rank 1)'") == counts[0] // 2
+        printed.append([line.partition(" ") for line in out.splitlines()])
+    (first, second), (others_first, others_second) = printed
+    assert first[2] == others_first[2] and second[2] == others_second[2]
+    counts = [[int(line[0]) for line in lines] for lines in printed]
+    assert counts[0][0] > 0 == counts[1][0] and "reference" not in first[2] and "rank 0" in first[2]
+    assert counts[0][1] == counts[1][1] == counts[0][0]
+    differ = "'reference', 'the hosts differ: cpu (rank 0); reference (rank 1)'"
+    assert second[2].count(differ) == counts[0][1] // 2
 
 
 def test_two_threads_measure_one_after_the_other(monkeypatch):

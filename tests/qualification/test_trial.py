@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_attn import backends, functional, nn, reference, timing
-from fused_attn.qualification import trial
+from fused_attn.qualification import calls, trial
 from fused_attn.qualification.calls import call_as_json, call_from_json, calls_on, seen, typical_calls
 from fused_attn.qualification.trial import Judge, check_itself, check_odd, is_faster, make, nan_in_fresh_memory
 from tests.checks import LAYOUTS, cast, in_layout, random
@@ -143,6 +143,16 @@ def test_a_block_without_an_example(name):
         assert torch.equal(value, state[key]), key
     assert [p._version for p in block.parameters()] == versions and [m.training for m in block.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_what_people_cast_to(monkeypatch):
+    """Every dtype of autocast on the device, of parameters in float32 alone."""
+    monkeypatch.setitem(calls.AUTOCAST, "cpu", (torch.float16, torch.bfloat16))
+    block = nn.SqueezeExcite(64)
+    halves = {torch.float16, torch.bfloat16}
+    assert {call.question.dtype for call, _ in typical_calls(block, [block])} == halves | {torch.float32}
+    block.bfloat16()
+    assert {call.question.dtype for call, _ in typical_calls(block, [block])} == {torch.bfloat16}
 
 
 def test_a_block_that_takes_any_channels():
