@@ -8,7 +8,6 @@ in a forward, and not where torch traces, captures or differentiates.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from collections.abc import Iterable
 
@@ -103,9 +102,7 @@ def _among(wanted: dict[Key, Job], verdicts: Iterable[Verdict]) -> Found:
 
 def _measured(missing: dict[Key, Job], device: torch.device, environment: Environment) -> Found:
     """What was found is kept, too, where the user has seen enough and interrupts it."""
-    name = str(environment["device"])
-    logging.getLogger("fused_attn").info("qualifying %d calls on %s", len(missing), name)
-    show = functools.partial(_show, len(missing), name) if sys.stderr.isatty() else _show_nothing
+    show = functools.partial(_show, len(missing), str(environment["device"]))
     found: Found = {}
     try:
         found.update(zip(missing, measure(list(missing.values()), device, show), strict=True))
@@ -116,12 +113,13 @@ def _measured(missing: dict[Key, Job], device: torch.device, environment: Enviro
 
 
 def _show(total: int, device: str, done: int, what: str) -> None:
-    """A bar on stderr, gone when all is done."""
-    bar = "#" * (20 * done // total)
-    line = f"fused_attn qualifies itself on {device}, once  [{bar:<20}] {done}/{total}  {what}"
-    sys.stderr.write(f"\r\x1b[K{line[:160]}" if done < total else "\r\x1b[K")
+    """On a terminal a bar, gone when all is done; in a log one line."""
+    line = f"fused_attn qualifies itself on {device}, once"
+    if not sys.stderr.isatty():
+        line = "" if done else f"{line}: {total} calls\n"
+    elif done < total:
+        line = f"\r\x1b[K{line}  [{'#' * (20 * done // total):<20}] {done}/{total}  {what}"[:160]
+    else:
+        line = "\r\x1b[K"
+    sys.stderr.write(line)
     sys.stderr.flush()
-
-
-def _show_nothing(done: int, what: str) -> None:
-    pass
