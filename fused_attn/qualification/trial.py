@@ -172,7 +172,7 @@ def check_odd(call: Call, training: bool, device: torch.device) -> None:
         made = make(call, device, sizes=sizes, layout=layout)
         with saying(f"on a {layout} map of {sizes}, not aligned"):
             unaligned = {k: _unaligned(t) for k, t in made.tensors.items()}
-            _compare(made._replace(tensors=unaligned), training, functools.partial(_gradient, other))
+            _compare(made._replace(tensors=unaligned), training, functools.partial(_gradient_in, other))
         tied = {k: _with_ties(t) if k.partition(".")[0] in _LOOKED_AT else t for k, t in made.tensors.items()}
         with saying(f"on a {layout} map of {sizes} with ties"):
             _compare(made._replace(tensors=tied), training, lambda y: y.new_ones(()).expand_as(y))
@@ -200,8 +200,13 @@ def saying(where: str) -> Iterator[None]:
         raise AssertionError(f"wrong {where}: {error_}") from error_
 
 
-def _gradient(layout: str, y: Tensor) -> Tensor:
-    return in_layout(torch.randn_like(y), layout)
+def _gradient(y: Tensor) -> Tensor:
+    """Random; small in float16, whose sums over a large map would overflow in plain PyTorch."""
+    return torch.randn_like(y) * (2**-6 if y.dtype == torch.float16 else 1)
+
+
+def _gradient_in(layout: str, y: Tensor) -> Tensor:
+    return in_layout(_gradient(y), layout)
 
 
 def _is_map(name: str, tensor: Tensor) -> bool:
@@ -225,7 +230,7 @@ def _with_nan(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _compare(made: Made, training: bool, grad_for: Callable[[Tensor], Tensor] = torch.randn_like) -> None:
+def _compare(made: Made, training: bool, grad_for: Callable[[Tensor], Tensor] = _gradient) -> None:
     """By the rule of the tests: outputs, and in training all gradients; in half precision a few gradients of maxima may
     go to another of equal ones."""
     if training:
@@ -281,7 +286,7 @@ def nan_in_fresh_memory() -> Iterator[None]:
 def _gradients_for(made: Made) -> list[Tensor]:
     """Random ones, for the call's outputs."""
     with torch.no_grad():
-        return [torch.randn_like(y) for y in _listed(made.apply(reference)(**made.tensors))]
+        return [_gradient(y) for y in _listed(made.apply(reference)(**made.tensors))]
 
 
 def _once(made: Made, module: Any, grads: Sequence[Tensor] | None) -> Callable[[], list[Tensor]]:
@@ -317,7 +322,7 @@ def times(call: Call, training: bool, names: Sequence[str], device: torch.device
     copies = min(max(copies, 2), COPIES)
     sets = [made, *(_copied(made) for _ in range(copies - 1))]
     some = _gradients_for(made) if training else []
-    grads = [[torch.randn_like(g) for g in some] if training else None for _ in sets]
+    grads = [[_gradient(g) for g in some] if training else None for _ in sets]
     modules = {name: reference if name == "reference" else functional for name in names}
     calls = {name: [_once(each, m, g) for each, g in zip(sets, grads, strict=True)] for name, m in modules.items()}
     by_wall = {name: _in_turn(name, of, at * copies // len(names)) for at, (name, of) in enumerate(calls.items())}

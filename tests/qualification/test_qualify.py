@@ -387,7 +387,7 @@ for hosts in (["a", "a"], ["a", "b"]):
     backends._VERDICTS.clear()
     backends._SERVED.clear()
     ranks.host = lambda: hosts[rank]
-    os.environ["FUSED_ATTN_CACHE"] = os.path.join(os.environ["PLACE"], "".join(hosts), hosts[rank])
+    os.environ["FUSED_ATTN_CACHE"] = "/proc/none"  # or a rank might find what another one measured
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), fused_attn.reference.SqueezeExcite(32))
     dist.all_gather_object = gather
     fused_attn.fuse(model)
