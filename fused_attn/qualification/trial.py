@@ -130,9 +130,9 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator, devic
     if root in _LOOKED_AT and len(shape) > 2:
         values.clamp_(-2, 2)
         where = torch.rand(shape, generator=generator, device=device)
-        values += 8 * (where == where.amax(1, keepdim=True))
+        values.add_(where == where.amax(1, keepdim=True), alpha=8)
         flat = where.flatten(2)
-        values += 16 * (flat == flat.amax(2, keepdim=True)).view(shape)
+        values.add_((flat == flat.amax(2, keepdim=True)).view(shape), alpha=16)
     elif root not in _MAPS and len(shape) > 1:
         values *= math.prod(shape[1:]) ** -0.5  # a weight: by its fan-in
     elif root == "running_var" or name.endswith(".0") or name == "weight":
@@ -428,7 +428,10 @@ class Judge:
         key = call.question, call.sizes[1], repr(others), training, name
         if key not in self.odd:
             self.odd[key] = self._found(check_odd, call, training, name)
-        return self.odd[key] or self._found(check_itself, call, training, name)
+        if self.odd[key] is not None:
+            return self.odd[key]
+        self.told([name])  # another step: kernels are compiled for each
+        return self._found(check_itself, call, training, name)
 
     def _found(self, check: Callable[..., None], call: Call, training: bool, name: str) -> str | None:
         try:

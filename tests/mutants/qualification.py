@@ -84,8 +84,8 @@ MUTANTS = [
     Mutant(
         name="only-odd-sizes-are-judged",
         file="fused_attn/qualification/trial.py",
-        old="        return self.odd[key] or self._found(check_itself, call, training, name)\n",
-        new="        return self.odd[key]\n",
+        old="        return self._found(check_itself, call, training, name)\n",
+        new="        return None\n",
         tests=PARENT,
     ),
     Mutant(
