@@ -319,7 +319,7 @@ def times(call: Call, training: bool, names: Sequence[str], device: torch.device
     made = make(call, device)
     bytes_ = sum(t.nbytes for k, t in made.tensors.items() if k.partition(".")[0] in _MAPS)
     copies = -(-2 * last_cache(device) // (bytes_ * (4 if training else 2)))  # outputs, and gradients of both
-    copies = min(max(copies, 2), COPIES)
+    copies = min(max(copies, len(names)), COPIES)
     sets = [made, *(_copied(made) for _ in range(copies - 1))]
     some = _gradients_for(made) if training else []
     grads = [[_gradient(g) for g in some] if training else None for _ in sets]
