@@ -69,8 +69,17 @@ def settle(jobs: Iterable[Job], device: torch.device) -> list[Verdict]:
     if missing:
         say_once(f"{len(missing)} of {len(answers)} calls could not be measured; the first: {missing[0]}")
     for at in devices:
-        backends.install(at, verdicts)
+        for device in _alike(at):
+            backends.install(device, verdicts)
     return verdicts
+
+
+def _alike(device: torch.device) -> list[torch.device]:
+    """The devices of this process that are like it: a model has copies on others, or is moved there."""
+    if device.type != "cuda":
+        return [device]
+    every = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [other for other in every if environment_of(other) == environment_of(device)]
 
 
 def _has_candidates(job: Job) -> bool:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -277,6 +278,24 @@ def test_it_shows_how_far_it_is(monkeypatch, capsys, as_on_a_gpu):
     fused_attn.qualify(SqueezeExcite(32), random(2, 32, 50, 50))
     shown = capsys.readouterr().err
     assert "once  [##########          ] 1/2  channel_gate" in shown and shown.endswith("\r\x1b[K")
+
+
+def test_cards_of_one_kind_share_their_verdicts(monkeypatch):
+    """Those of this process; on stand-ins."""
+    names = ["H", "H", "A"]
+    cards = [types.SimpleNamespace(name=name, multi_processor_count=8) for name in names]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[device.index])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setitem(backends.UNAVAILABLE, ("triton", "channel_gate", "cuda"), None)
+    monkeypatch.setattr(qualification, "measure", lambda jobs, device, show: judged(jobs, ("triton",)))
+    monkeypatch.setattr(ranks, "gathered", lambda value, device: [value])
+    with seen() as found:
+        SqueezeExcite(32)(random(2, 32, 5, 5))
+    (call,) = (call._replace(device=torch.device("cuda", 0)) for call in found)
+    qualification.settle([Job(call, True)], call.device)
+    key = call.question._replace(training=True)
+    served = {device: name for (device, *asked), name in backends._SERVED.items() if asked == [*key]}
+    assert served == {torch.device("cuda", i): "triton" for i in (0, 1)}
 
 
 # ---- what is said ----
