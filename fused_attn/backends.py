@@ -271,6 +271,12 @@ _SERVED: dict[tuple[Any, ...], str | _ByClass] = {}
 _installing = threading.Lock()
 
 
+class _Known:
+    """Whether there is a verdict: a plain attribute, so that torch.compile guards on it, and not on how many."""
+
+    anything: bool = False
+
+
 def install(device: torch.device, verdicts: Iterable[Verdict]) -> None:
     """From now on these hold on that device, where nothing holds yet."""
     with _installing:
@@ -280,6 +286,7 @@ def install(device: torch.device, verdicts: Iterable[Verdict]) -> None:
             by_class.setdefault(verdict.shape, verdict)
             key = (device, *question)
             names = {name for v in by_class.values() for name in (v.backend, v.anywhere)}
+            _Known.anything = True
             _SERVED[key] = names.pop() if len(names) == 1 else _ByClass(dict(by_class), question.dtype.itemsize)
 
 
@@ -322,7 +329,7 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
     name = _Forced.name
     if name is None or _thread.unforced:
         device = x.device
-        if _SERVED:
+        if _Known.anything:
             dtypes = tuple([None if t is None else t.dtype for t in others])
             served = _SERVED.get((device, op, options, x.dtype, dtypes, torch.is_grad_enabled()))
             if isinstance(served, str):

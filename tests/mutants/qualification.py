@@ -26,6 +26,13 @@ MUTANTS = [
         tests=f"{CHOOSE} -k 'test_compiled_once_for_all_sizes or test_tensors_without_values'",
     ),
     Mutant(
+        name="compiled-code-guards-on-how-much-is-known",
+        file="fused_attn/backends.py",
+        old="        if _Known.anything:\n",
+        new="        if _SERVED:\n",
+        tests=f"{CHOOSE} -k test_what_is_found_later_compiles_nothing_again",
+    ),
+    Mutant(
         name="a-resident-backend-serves-larger-samples",
         file="fused_attn/backends.py",
         old="            return verdict.backend if fits else anywhere\n",

@@ -12,4 +12,5 @@ def nothing_known(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSED_ATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(backends, "_VERDICTS", {})
     monkeypatch.setattr(backends, "_SERVED", {})
+    monkeypatch.setattr(backends._Known, "anything", False)
     monkeypatch.setattr(verdicts, "_said", set())

@@ -189,3 +189,23 @@ def test_what_is_said_where_no_backend_can_serve(monkeypatch):
     for name in ("triton", "cuda"):
         monkeypatch.setitem(backends.UNAVAILABLE, (name, "simam", "cuda"), f"no {name} here")
     assert default("simam", "cuda") == ("reference", "triton: no triton here; cuda: no cuda here")
+
+
+def test_what_is_found_later_compiles_nothing_again():
+    """Of other ops, and of other sizes where it is the same; where it is not, compiled code follows."""
+    install(CPU, [verdict("cpu")])
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    options = call_of().question.options
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def name_of(x):
+        return x + backends.NAMES.index(choose("channel_gate", x, options, (None,) * 7))
+
+    x = torch.zeros(SMALL)
+    assert name_of(x).eq(backends.NAMES.index("cpu")).all()
+    other = verdict("reference")
+    install(CPU, [other._replace(question=other.question._replace(op="simam")), verdict("cpu", LARGE)])
+    assert name_of(x).eq(backends.NAMES.index("cpu")).all() and counter.frame_count == 1
+    install(CPU, [verdict("reference", (2, 8, 64, 64))])
+    assert name_of(x).eq(backends.NAMES.index("reference")).all() and counter.frame_count == 2
