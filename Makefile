@@ -26,6 +26,7 @@ WORD := $(shell printf '%s' '$(TORCH) $(TRITON) $(TORCHVISION)' | cksum | cut -d
 
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export FUSED_ATTN_CACHE := $(CURDIR)/.cache/verdicts
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1
 export PYTEST_ADDOPTS := -o cache_dir=.cache/pytest

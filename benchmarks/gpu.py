@@ -30,6 +30,7 @@ from fused_attn.bench.measure import Figure, Timing, copy_bandwidth, environment
 from fused_attn.bench.memory import measure_memory
 from fused_attn.cli import show_memory, show_taxes
 from fused_attn.hosts import UnknownModel
+from fused_attn.timing import graph_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY_SHAPES = ((2, 32, 14, 14), (1, 16, 28, 28))
@@ -74,21 +75,6 @@ def agrees(eager: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], grad: 
         if not error <= 2 * (eager_i.double() - exact_i).abs().max().item() + floor:
             return False
     return True
-
-
-def graph_of(call: Callable[[int], object], copies: int) -> Callable[[], None]:
-    """A CUDA graph that runs the call once on each of the rotated buffers."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(copies):
-            call(i)
-    return graph.replay
 
 
 def measure(

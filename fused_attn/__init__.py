@@ -3,8 +3,20 @@
 from . import functional, nn, reference
 from .backends import backend
 from .fusion import explain, fuse, unfuse
+from .qualify import qualify
 from .warmup import warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "backend", "explain", "functional", "fuse", "nn", "reference", "unfuse", "warmup"]
+__all__ = [
+    "__version__",
+    "backend",
+    "explain",
+    "functional",
+    "fuse",
+    "nn",
+    "qualify",
+    "reference",
+    "unfuse",
+    "warmup",
+]

@@ -1,20 +1,23 @@
-"""What this machine can run, and which backend serves a call: one table.
+"""What this machine can run, and which backend serves a call.
 
 Backends: "reference" (plain PyTorch under autograd), "cpu" (C++), "triton" (streaming kernels, any GPU that
-Triton serves), "cuda" (resident C++ kernels). A backend is the default on a device only where it has been
-measured against the others (`MEASURED`); elsewhere it runs when asked for by `backend(...)` or by the
-environment variable FUSED_ATTN_BACKEND.
+Triton serves), "cuda" (resident C++ kernels). Which one serves a call is read from verdicts: those that
+`fused_attn.qualification` found on this card or processor, else those that ship for all devices of a type
+(`fused_attn/tables`), else plain PyTorch serves. Nothing is measured here. Any backend runs when it is asked for by
+`backend(...)` or by the environment variable FUSED_ATTN_BACKEND.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
+import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch.autograd import forward_ad
 
 from . import ops as ops  # defines the operators, before the library registers kernels for them
 from .ops.common import OPERATORS
+from .verdicts import Question, Shape, Verdict, class_of, shipped_of_type
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
@@ -38,8 +42,11 @@ OPS = (
     *("select", "select/with", "select/many", "norm_gate"),
 )
 
-#: Device type -> the backend that stored results (benchmarks/results) show to be the fastest there.
-MEASURED: dict[str, str] = {"cpu": "cpu"}
+#: Device type -> the backends that may serve it beside plain PyTorch.
+CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+#: Those that hold a sample on chip, and refuse one that is too large.
+RESIDENT = frozenset({"cuda"})
 
 #: Ops that a backend has no kernel for, with what to use instead.
 MISSING: dict[tuple[str, str], str] = {
@@ -215,33 +222,126 @@ def backend(name: str) -> Iterator[None]:
         _Forced.name = before
 
 
+#: By device type and op, what the tables that ship say, and why.
+SHIPPED: dict[tuple[str, str], tuple[str, str]] = {
+    (op, device): found for device in CANDIDATES for op, found in shipped_of_type(device).items()
+}
+
+
+def _shipped(op: str, device: str) -> tuple[str, str]:
+    """The backend that serves an op on a device type where nothing was measured here, and why it is that one."""
+    name, why = SHIPPED.get((op, device), ("reference", ""))
+    if reason := unavailable(name, op, device):
+        return "reference", reason
+    if why:
+        return name, why
+    if device not in CANDIDATES:
+        return name, f"there are no kernels for {device}"
+    reasons = {other: unavailable(other, op, device) for other in CANDIDATES[device]}
+    if all(reasons.values()):
+        return name, "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
+    return name, "not measured here yet: fuse(model) and fused_attn.qualify(model, ...) do that"
+
+
+_DEFAULT = {(op, device): _shipped(op, device)[0] for op in OPS for device in CANDIDATES}
+
+
+class _ByClass:
+    """Where the verdicts on a question differ by the class of shape. anywhere: serves other classes, and where torch
+    traces."""
+
+    def __init__(self, verdicts: dict[Shape, Verdict], itemsize: int) -> None:
+        names = {v.anywhere for v in verdicts.values()}
+        self.anywhere = anywhere = names.pop() if len(names) == 1 else "reference"
+
+        def find(sizes: tuple[int, ...], strides: tuple[int, ...]) -> str:
+            verdict = verdicts.get(class_of(sizes, strides, itemsize))
+            if verdict is None:
+                return anywhere
+            fits = verdict.backend not in RESIDENT or math.prod(sizes[1:]) <= verdict.sample
+            return verdict.backend if fits else anywhere
+
+        #: From sizes and strides to the backend; those of a network come again and again.
+        self.find = functools.lru_cache(maxsize=4096)(find)
+
+
+#: What was found here, and what `choose` reads of it. A verdict stays what it is once it is in here; both only grow.
+_VERDICTS: dict[tuple[torch.device, Question], dict[Shape, Verdict]] = {}
+_SERVED: dict[tuple[Any, ...], str | _ByClass] = {}
+_installing = threading.Lock()
+
+
+class _Known:
+    """Whether there is a verdict: a plain attribute, so that torch.compile guards on it, and not on how many."""
+
+    anything: bool = False
+
+
+def install(device: torch.device, verdicts: Iterable[Verdict]) -> None:
+    """From now on these hold on that device, where nothing holds yet."""
+    with _installing:
+        for verdict in verdicts:
+            question = verdict.question
+            by_class = _VERDICTS.setdefault((device, question), {})
+            by_class.setdefault(verdict.shape, verdict)
+            key = (device, *question)
+            names = {name for v in by_class.values() for name in (v.backend, v.anywhere)}
+            _Known.anything = True
+            _SERVED[key] = names.pop() if len(names) == 1 else _ByClass(dict(by_class), question.dtype.itemsize)
+
+
+def verdicts_on(device: str, op: str | None = None) -> list[Verdict]:
+    """Those that hold in this process on devices of a type, of one op or of all."""
+    found = [(question, of) for (where, question), of in list(_VERDICTS.items()) if where.type == device]
+    return [v for question, of in found if op is None or question.op == op for v in of.values()]
+
+
 def default(op: str, device: str) -> tuple[str, str]:
-    """The backend that serves an op on a device type when none is asked for, and why it is that one."""
-    name = MEASURED.get(device)
-    if name is None:
-        if device == "cuda":
-            return "reference", "no backend has been measured on GPUs yet; ask for one with fused_attn.backend(...)"
-        return "reference", f"there are no kernels for {device}"
-    reason = unavailable(name, op, device)
-    return (name, "measured fastest") if reason is None else ("reference", reason)
+    """The backend that serves an op on a device type when none is asked for, and why it is that one. Where that differs
+    by options and shapes, the one that serves most of what was measured."""
+    verdicts = verdicts_on(device, op)
+    if not verdicts:
+        return _shipped(op, device)
+    names = [v.backend for v in verdicts]
+    name = max(dict.fromkeys(names), key=names.count)
+    whys = list(dict.fromkeys(v.why for v in verdicts if v.backend == name))
+    shown = f"measured here: {whys[0]}" + (f", and {len(whys) - 1} more like it" if len(whys) > 1 else "")
+    others = [v for v in verdicts if v.backend != name]
+    if others:
+        shown += f"; in {len(others)} of {len(verdicts)} cases {others[0].backend}: {others[0].why}"
+    return name, shown
 
 
-_DEFAULT = {(op, device): default(op, device)[0] for op in OPS for device in ("cpu", "cuda")}
+_is_compiling = torch.compiler.is_compiling
+_VALUED = frozenset({Tensor, nn.Parameter})
 
 
-def choose(op: str, x: Tensor) -> str:
-    """The backend that serves this call.
+def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tensor | None, ...] = ()) -> str:
+    """The backend that serves this call. Nothing but look-ups: where torch traces, of what no size changes.
+
+    Args:
+        options: the codes of what is chosen by name.
+        others: the call's other tensors.
 
     Raises:
         RuntimeError: the backend that was asked for cannot serve it; the message says why.
     """
-    device = x.device.type
     name = _Forced.name
     if name is None or _thread.unforced:
-        return _DEFAULT.get((op, device), "reference")
-    reason = unavailable(name, op, device)
+        device = x.device
+        if _Known.anything:
+            dtypes = tuple([None if t is None else t.dtype for t in others])
+            served = _SERVED.get((device, op, options, x.dtype, dtypes, torch.is_grad_enabled()))
+            if isinstance(served, str):
+                return served
+            if served is not None:
+                traced = _is_compiling() or type(x) not in _VALUED
+                return served.anywhere if traced else served.find(x.shape, x.stride())
+        return _DEFAULT.get((op, device.type), "reference")
+    device_type = x.device.type
+    reason = unavailable(name, op, device_type)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot serve {op} on {device}: {reason}")
+        raise RuntimeError(f"backend {name!r} cannot serve {op} on {device_type}: {reason}")
     return name
 
 

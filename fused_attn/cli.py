@@ -27,6 +27,8 @@ from .bench.measure import Figure, copy_bandwidth, environment, geometric_means,
 from .fusion import explain, fuse
 from .fusion.difference import differences
 from .hosts import UnknownModel, build_model, import_host
+from .qualify import Qualified, qualify
+from .verdicts import Verdict, environment_of, write_shipped
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("nchw", "channels_last")
@@ -494,6 +496,62 @@ def fuse_command(name: str, diff: bool) -> None:
         sys.exit(1)
 
 
+@main.command("qualify")
+@options(
+    click.option(
+        "--model", "names", multiple=True, help="timm:NAME, torchvision:NAME, module:factory, file.py:factory"
+    ),
+    click.option("--shape", "shapes", multiple=True, help="Input of the models. Default: usual sizes of their blocks."),
+    click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Half precision: by autocast."),
+    click.option("--layout", type=click.Choice(LAYOUTS), default="nchw"),
+    click.option("--tails", is_flag=True, help="Of fuse(model, tails=True)."),
+    click.option(
+        "--table",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=None,
+        help="Write a table to ship there, too.",
+    ),
+    device_option,
+)
+def qualify_command(
+    names: tuple[str, ...],
+    shapes: tuple[str, ...],
+    dtype: str,
+    layout: str,
+    tails: bool,
+    table: Path | None,
+    device: str | None,
+) -> None:
+    """Measure which backend is right and fastest on your device for what a model calls, and keep it for fuse."""
+    if not names:
+        raise UserError("--model: expected one, such as timm:seresnet50; got none")
+    place = pick_device(device)
+    sizes = [parse_shape(shape) for shape in shapes]
+    format_ = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    half = DTYPES[dtype].itemsize == 2
+    found: list[Verdict] = []
+    for name in names:
+        try:
+            model = fuse(build_model(name), tails=tails, qualify=False)
+            model = model.to(place, memory_format=format_)
+            model = model if half else model.to(DTYPES[dtype])
+            with torch.autocast(place.type, DTYPES[dtype], enabled=half):
+                for size in sizes:
+                    x = torch.randn(size, dtype=torch.float32 if half else DTYPES[dtype], device=place)
+                    found += qualify(model, x.contiguous(memory_format=format_))
+                if not sizes:
+                    found += qualify(model)
+        except (UnknownModel, ValueError) as error:
+            raise UserError(str(error)) from None
+        except RuntimeError as error:
+            raise UserError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    found = list({(v.question, v.shape): v for v in found}.values())
+    click.echo(str(Qualified(found)))
+    if table is not None:
+        table.mkdir(parents=True, exist_ok=True)
+        console.print(f"table: {write_shipped(table, environment_of(place), found)}")
+
+
 @main.command("attention")
 @options(
     click.option("--model", "name", default=None, help="timm:NAME, torchvision:NAME, module:factory, file.py:factory"),
@@ -577,6 +635,7 @@ def info_command(as_json: bool) -> None:
         "devices": info.devices(),
         "built": info.built(),
         "serving": info.serving(),
+        "measured": info.measured(),
     }
     if as_json:
         click.echo(json.dumps(record, indent=1))
@@ -590,3 +649,8 @@ def info_command(as_json: bool) -> None:
         ["op", "device", "backend", "others"],
         [list(row) for row in record["serving"]],
     )
+    if record["measured"]:
+        columns = ["device", "op", "backend", "calls", "why, the first"]
+        table("what is known of the devices here", columns, [list(map(str, row)) for row in record["measured"]])
+    else:
+        console.print("nothing is known of the devices here: fused-attn qualify --model ... measures")

@@ -71,7 +71,7 @@ def squeeze(
     autocast = _check_map(x)
     _check_pool(x, pool)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = _choose("squeeze", x, weight, bias)
+    backend = _choose("squeeze", codes, x, weight, bias)
     if backend == "reference":
         return reference.squeeze(x, pool, ties=ties, affine=affine, pre_activation=pre_activation)
     avg, peak = ops.squeeze(backend, x, weight, bias, *codes)
@@ -113,7 +113,7 @@ def scale(
         )
     weight, bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("scale/space" if of_space else "scale", x, gate, weight, bias, residual)
+    backend = _choose("scale/space" if of_space else "scale", codes, x, gate, weight, bias, residual)
     if backend == "reference":
         return reference.scale(
             x,
@@ -144,7 +144,7 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
     if not 0 <= e_lambda < math.inf:
         raise ValueError(f"e_lambda: expected a finite number of at least 0; got {e_lambda!r}")
     _check_map(x)
-    backend = _choose("simam", x)
+    backend = _choose("simam", (), x)
     if backend == "reference":
         return reference.simam(x, e_lambda=e_lambda)
     return ops.simam(backend, x, float(e_lambda))
@@ -197,7 +197,7 @@ def mixed_scale(
         raise ValueError(f"combine: expected channel and spatial for {combine!r}; got {', '.join(given) or 'no gate'}")
     if not given:
         raise ValueError("channel: expected at least one gate; got None for all")
-    backend = _choose("mixed_scale", x, channel, spatial, rows, columns)
+    backend = _choose("mixed_scale", (number,), x, channel, spatial, rows, columns)
     if backend == "reference":
         return reference.mixed_scale(x, channel=channel, spatial=spatial, rows=rows, columns=columns, combine=combine)
     return ops.mixed_scale(backend, x, channel, spatial, rows, columns, number)
@@ -260,7 +260,7 @@ def channel_gate(
     affine_weight, affine_bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
     tensors = weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual
-    backend = _choose("channel_gate/both" if pool == "both" else "channel_gate", x, *tensors)
+    backend = _choose("channel_gate/both" if pool == "both" else "channel_gate", codes, x, *tensors)
     if backend == "reference":
         return reference.channel_gate(
             x,
@@ -357,7 +357,7 @@ def norm_gate(
         return gate.flatten(1)
 
     excite = None if excitation is None else checked_excitation
-    backend = _choose("norm_gate", x, *parameters.values(), residual)
+    backend = _choose("norm_gate", (*codes, training, excitation is not None), x, *parameters.values(), residual)
     if backend == "reference" or x.numel() == 0:
         return reference.norm_gate(
             x,
@@ -421,7 +421,7 @@ def channel_pool(
     autocast = _check_map(x)
     _check_channel_pool(x)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = _choose("channel_pool", x, weight, bias)
+    backend = _choose("channel_pool", codes, x, weight, bias)
     if backend == "reference":
         return reference.channel_pool(x, order=order, ties=ties, affine=affine, pre_activation=pre_activation)
     return ops.channel_pool(backend, x, weight, bias, *codes)
@@ -445,7 +445,7 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     Source: GCNet, arXiv:1904.11492.
     """
-    backend = _check_context(x, weight, bias)
+    backend = _check_context("context_pool", x, weight, bias)
     if backend == "reference":
         return reference.context_pool(x, weight, bias)
     return ops.context_pool(backend, x, weight, bias)
@@ -454,7 +454,7 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def context_pool_with_map(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(x, its context as from `context_pool`): a block that goes on from this x, as one that scales the map by a gate
     made of its context, has the gradients of both added up in one pass."""
-    backend = _check_context(x, weight, bias)
+    backend = _check_context("context_pool_with_map", x, weight, bias)
     if backend == "reference":
         return reference.context_pool_with_map(x, weight, bias)
     return ops.context_pool_with_map(backend, x, weight, bias)
@@ -471,7 +471,7 @@ def context_gate(x: Tensor, weight: Tensor, bias: Tensor | None, excitation: Exc
     Returns:
         A map of x's shape, dtype and layout.
     """
-    backend = _check_context(x, weight, bias)
+    backend = _check_context("context_gate", x, weight, bias)
 
     def checked_excitation(context: Tensor) -> Tensor:
         gate = excitation(context)
@@ -542,7 +542,7 @@ def spatial_gate(
     _check_residual(x, residual)
     norm_weight, norm_bias, eps = _check_batch_norm(x, batch_norm, autocast)
     tensors = weight, bias, norm_weight, norm_bias, affine_weight, affine_bias, residual
-    backend = _choose("spatial_gate" if batch_norm is None else "spatial_gate/batch_norm", x, *tensors)
+    backend = _choose("spatial_gate" if batch_norm is None else "spatial_gate/batch_norm", codes, x, *tensors)
     if backend == "reference":
         return reference.spatial_gate(
             x,
@@ -629,7 +629,7 @@ def cbam(
     excitation = weight1, bias1, weight2, bias2
     norm_weight, norm_bias, eps = _check_batch_norm(x, batch_norm, autocast)
     tensors = *excitation, spatial_weight, spatial_bias, norm_weight, norm_bias, affine_weight, affine_bias, residual
-    backend = _choose("cbam" if batch_norm is None else "cbam/batch_norm", x, *tensors)
+    backend = _choose("cbam" if batch_norm is None else "cbam/batch_norm", codes, x, *tensors)
     if backend == "reference":
         return reference.cbam(
             x,
@@ -675,7 +675,7 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: floa
     the value has another width than query and key, torch's own writes that matrix on a CPU.)
     """
     _check_attention(query, key, value, scale)
-    backend = _choose("position_attention", query, key, value)
+    backend = _choose("position_attention", (), query, key, value)
     if backend == "reference" or not query.dtype == key.dtype == value.dtype:
         return reference.position_attention(query, key, value, scale=scale)
     return ops.position_attention(backend, query, key, value, float(scale))
@@ -696,7 +696,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Source: CCNet, arXiv:1811.11721; without the block's convolutions and its residual.
     """
     _check_criss_cross(query, key, value)
-    backend = _choose("criss_cross_attention", query, key, value)
+    backend = _choose("criss_cross_attention", (), query, key, value)
     if backend == "reference" or not query.dtype == key.dtype == value.dtype:
         return reference.criss_cross_attention(query, key, value)
     return ops.criss_cross_attention(backend, query, key, value)
@@ -718,7 +718,7 @@ def spatial_logits(pooled: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """
     autocast = _check_map(pooled)
     _check_spatial_convolution("weight", weight, "bias", bias, pooled, autocast)
-    if _choose("spatial_gate", pooled, weight, bias) != "cpu":
+    if _choose("spatial_gate", (), pooled, weight, bias) != "cpu":
         return reference.spatial_logits(pooled, weight, bias)
     return ops.spatial_logits("cpu", pooled, weight, bias)
 
@@ -760,7 +760,7 @@ def axis_pool_with_map(
     ties_code = code(TIES, "ties", ties)
     _check_map(x)
     _check_axis_pool(x, maxima, channels)
-    backend = _choose("axis_pool", x)
+    backend = _choose("axis_pool", (maxima, channels, ties_code), x)
     if backend == "reference":
         return reference.axis_pool_with_map(x, maxima=maxima, channels=channels, ties=ties)
     return ops.axis_pool(backend, x, int(maxima), int(channels), ties_code)
@@ -813,7 +813,7 @@ def select(
     affine_weight, affine_bias = _check_branch_affine(maps, affine, autocast)
     count = len(maps)
     parameters = weight1, bias1, weight2, bias2, affine_weight, affine_bias
-    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select", *maps, *parameters)
+    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select", codes, *maps, *parameters)
     if backend == "reference":
         return reference.select(
             branches,
@@ -864,7 +864,8 @@ def select_with(
         _check_tensor("excitation's result", weights, x)
         return weights.reshape(shape)
 
-    backend = _choose("select/many" if count > ops.MOST_BRANCHES else "select/with", *maps, affine_weight, affine_bias)
+    op = "select/many" if count > ops.MOST_BRANCHES else "select/with"
+    backend = _choose(op, (pre_activation_code,), *maps, affine_weight, affine_bias)
     if backend == "reference":
         return reference.select_with(branches, checked, paths=paths, affine=affine, pre_activation=pre_activation)
     inputs = _read_as_one(branches, maps)
@@ -878,9 +879,9 @@ def _mean_first(order: Order) -> int:
     raise ValueError(f"order: expected ('max', 'mean') or ('mean', 'max'); got {order!r}")
 
 
-def _choose(op: str, x: Tensor, *others: Tensor | None) -> str:
+def _choose(op: str, options: tuple[Any, ...], x: Tensor, *others: Tensor | None) -> str:
     """The backend; plain PyTorch where the operators may not serve x or one of the others, whatever was asked for."""
-    return choose(op, x) if is_ordinary(x) and are_plain(*others) else "reference"
+    return choose(op, x, options, others) if is_ordinary(x) and are_plain(*others) else "reference"
 
 
 def _check_tensor(argument: str, tensor: Tensor, x: Tensor) -> None:
@@ -1021,13 +1022,13 @@ def _check_parameter(argument: str, tensor: Tensor, shape: tuple[int, ...], x: T
         raise TypeError(f"{argument}: expected x's dtype, {x.dtype} (or autocast); got {tensor.dtype}")
 
 
-def _check_context(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """The backend of a context pool."""
+def _check_context(function: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """The backend of a context pool, or of what goes on from it."""
     autocast = _check_map(x)
     _check_parameter("weight", weight, (1, x.shape[1]), x, autocast)
     if bias is not None:
         _check_parameter("bias", bias, (1,), x, autocast)
-    return _choose("context_pool", x, weight, bias)
+    return _choose("context_pool", (function,), x, weight, bias)
 
 
 def _check_affine(x: Tensor, affine: Affine | None, autocast: bool) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import __version__, backends
-from .bench.measure import cpu_name
+from .verdicts import cached, cpu_name, environment_of, shipped
 
 
 def versions() -> dict[str, str]:
@@ -60,4 +60,17 @@ def serving() -> list[tuple[str, str, str, str]]:
                 if other not in (name, "reference")
             ]
             rows.append((op, device, name, "; ".join(others)))
+    return rows
+
+
+def measured() -> list[tuple[str, str, str, int, str]]:
+    """(device, op, backend, of how many calls, why) of what ships or was kept of the devices here: what `fuse` and
+    `qualify` find without measuring."""
+    rows = []
+    for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
+        environment = environment_of(device)
+        found: dict[tuple[str, str], list[str]] = {}
+        for verdict in {(v.question, v.shape): v for v in (*cached(environment), *shipped(environment))}.values():
+            found.setdefault((verdict.question.op, verdict.backend), []).append(verdict.why)
+        rows += [(str(device), op, name, len(whys), whys[0]) for (op, name), whys in found.items()]
     return rows

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import nn as fused_nn
 from . import reference
+from .equivalence import is_chance
 from .fusion import explain, fuse
 
 #: Roundings allowed beside twice the eager error; float64 has no exacter truth than eager, so its share is larger.
@@ -113,20 +114,13 @@ def compare(
         allowed = 2 * error_eager + FLOOR[dtype] * torch.finfo(dtype).eps
         if not error_fused <= allowed:  # NaN does not pass
             fused_error, eager_error = errors
-            result.passed &= dtype.itemsize == 2 and _is_chance(fused_error, eager_error, allowed * scale)
+            result.passed &= is_chance(fused_error, eager_error, dtype, allowed * scale)
         share = error_fused / allowed
         share = math.inf if math.isnan(share) else share  # nothing is worse
         if share > margin:
             margin = share
             result.fused, result.eager, result.worst = error_fused, error_eager, name
     return result
-
-
-def _is_chance(fused: Tensor, eager: Tensor, allowed: float) -> bool:
-    """Whether errors in half precision may come from another choice among equal maxima."""
-    few = (~(fused.abs() <= allowed)).double().mean() <= 0.01
-    small = fused.square().mean() <= 4 * eager.square().mean()
-    return bool(fused.isfinite().all() & (few | small))
 
 
 def verify_blocks(device: torch.device, dtypes: list[torch.dtype], layouts: list[str]) -> Iterator[Result]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .fusion.api import running
+from .qualification.calls import buffers_kept
 
 
 def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
@@ -48,21 +47,9 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
             for module, training in modes:
                 module.training = training
         for block, x in seen.values():  # in the block's own mode: training has kernels of its own
-            with _buffers_kept(block), torch.set_grad_enabled(backward):
+            with buffers_kept(block), torch.set_grad_enabled(backward):
                 parameters = [p for p in block.parameters() if p.requires_grad]
                 y = type(block).forward(block, x.requires_grad_(backward))
                 if backward:
                     torch.autograd.grad(y, [x, *parameters], torch.ones_like(y), allow_unused=True)
     return len(seen)
-
-
-@contextmanager
-def _buffers_kept(block: nn.Module) -> Iterator[None]:
-    """The block's buffers, such as running statistics, are afterwards what they were."""
-    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)

@@ -1,91 +1,46 @@
-"""How a result is judged: against float64, beside the error of eager PyTorch in the same dtype."""
+"""How a result is judged (`fused_attn.equivalence`, all of which can be had from here), and what the tests judge."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-#: The rounding floor, in units of the dtype's epsilon at the largest value. float64 has no exacter reference
-#: than eager itself, so there the floor carries the whole difference between two orders of summation.
-FLOOR_EPS = {torch.float64: 256.0, torch.float32: 8.0, torch.float16: 2.0, torch.bfloat16: 2.0}
+from fused_attn.equivalence import (
+    LAYOUTS,
+    Inputs,
+    assert_as_good_as_eager,
+    assert_equivalent,
+    cast,
+    error,
+    in_layout,
+    largest,
+    run,
+)
 
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference; NaN and infinity (what overflows the dtype, too) must stand in the same places."""
-    largest = torch.finfo(actual.dtype).max
-    actual, expected = actual.detach().double(), expected.detach().double()
-    expected = torch.where(expected.abs() > largest, expected * torch.inf, expected)
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    special = ~torch.isfinite(expected)
-    same = torch.equal(actual[special].nan_to_num(1.5), expected[special].nan_to_num(1.5))
-    assert same, "NaN or infinity is not where the reference has it"
-    assert torch.isfinite(actual[~special]).all(), "NaN or infinity where the reference is finite"
-    difference = (actual - expected)[~special].abs()
-    return difference.max().item() if difference.numel() else 0.0
-
-
-def largest(tensor: Tensor | None) -> float:
-    """The largest finite magnitude."""
-    if tensor is None:
-        return 0.0
-    finite = tensor.detach().double()[torch.isfinite(tensor)].abs()
-    return finite.max().item() if finite.numel() else 0.0
-
-
-def assert_as_good_as_eager(
-    actual: Tensor, eager: Tensor, exact: Tensor, name: str = "result", scale: float = 0.0
-) -> None:
-    """Error against float64 at most twice that of eager in the same dtype, plus the rounding floor.
-
-    scale: magnitude of the terms of a sum, where they may cancel to less than that.
-    """
-    scale = max(scale, largest(exact), 1e-30)
-    bound = 2 * error(eager, exact) + FLOOR_EPS[actual.dtype] * torch.finfo(actual.dtype).eps * scale
-    found = error(actual, exact)
-    assert found <= bound, f"{name}: error {found:.3g} is above {bound:.3g} ({actual.dtype})"
-
-
-Inputs = dict[str, Tensor | None]
-
-
-def run(function: Callable[..., Tensor | Sequence[Tensor]], inputs: Inputs, grads: Sequence[Tensor]):
-    """Outputs and the gradient of every floating-point input, for the given output gradients."""
-    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if v is not None}
-    outputs = function(**{k: leaves.get(k) for k in inputs})
-    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
-    return outputs, dict(zip(leaves, found, strict=True))
-
-
-def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    return {k: None if v is None else v.to(dtype) for k, v in inputs.items()}
-
-
-def assert_equivalent(function: Callable, reference: Callable, inputs: Inputs, grads: Sequence[Tensor]) -> None:
-    """function against reference: outputs and all gradients, by the rule above; layouts of outputs too."""
-    actual, actual_grads = run(function, inputs, grads)
-    eager, eager_grads = run(reference, inputs, grads)
-    exact, exact_grads = run(reference, cast(inputs, torch.float64), [g.double() for g in grads])
-    for i, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
-        assert a.dtype == e.dtype
-        assert_as_good_as_eager(a, e, x, f"output {i}")
-    # A parameter's gradient is a sum over the batch that may cancel; its terms are as large as its fellows' sums.
-    terms = max((largest(g) for name, g in exact_grads.items() if name != "x"), default=0.0)
-    full = all(v is None or v.dtype in (torch.float32, torch.float64) for v in inputs.values())
-    for name, grad in actual_grads.items():
-        if exact_grads[name] is None:
-            assert grad is None or not grad.any(), f"gradient of {name}: expected none"
-            continue
-        assert grad is not None, f"gradient of {name}: none"
-        assert grad.dtype == inputs[name].dtype
-        assert_as_good_as_eager(
-            grad, eager_grads[name], exact_grads[name], f"gradient of {name}", terms if full else 0.0
-        )
+__all__ = [
+    "LAYOUTS",
+    "Inputs",
+    "assert_as_good_as_eager",
+    "assert_as_good_as_reference",
+    "assert_equivalent",
+    "assert_same_block",
+    "cast",
+    "checkpoint",
+    "checkpoint_shapes",
+    "error",
+    "gradcheck",
+    "in_layout",
+    "largest",
+    "random",
+    "randomised",
+    "run",
+    "with_state_of",
+]
 
 
 def gradcheck(function: Callable[..., Tensor], inputs: Inputs, *, twice: bool = False, fast: bool = False) -> None:
@@ -96,14 +51,6 @@ def gradcheck(function: Callable[..., Tensor], inputs: Inputs, *, twice: bool = 
 
     check = torch.autograd.gradgradcheck if twice else torch.autograd.gradcheck
     assert check(positional, [t.clone().requires_grad_() for t in inputs.values() if t is not None], fast_mode=fast)
-
-
-LAYOUTS = ("nchw", "channels_last")
-
-
-def in_layout(x: Tensor, layout: str) -> Tensor:
-    """x with channels last in memory, for any spatial rank, or NCHW."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x.contiguous()
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

@@ -55,7 +55,7 @@ def test_what_a_backend_has_no_kernel_for(monkeypatch):
         assert backends.MISSING["cuda", name] == backends.unavailable("cuda", name, "cuda")
         with fused_attn.backend("cuda"), pytest.raises(RuntimeError, match=f"cannot serve {name} on cpu"):
             call()
-        monkeypatch.setitem(backends.MEASURED, "cuda", "cuda")
+        monkeypatch.setitem(backends.SHIPPED, (name, "cuda"), ("cuda", "measured"))
         assert backends.default(name, "cuda") == ("reference", backends.MISSING["cuda", name])
 
 
@@ -182,7 +182,7 @@ def test_the_native_library_serves_every_op():
     missing = {op for op in backends.OPS if ("cpu", op) in backends.MISSING}
     assert missing == {"select/many"}
     for op in (op for op in backends.OPS if op not in missing):
-        assert backends.default(op, "cpu") == ("cpu", "measured fastest")
+        assert backends.default(op, "cpu") == backends.SHIPPED[op, "cpu"] and backends.SHIPPED[op, "cpu"][0] == "cpu"
     assert {op.partition("/")[0] for op in backends.OPS} | {"spatial_logits"} == set(OPERATORS)
     for operator in itertools.chain(*OPERATORS.values()):
         name = f"fused_attn::{operator}.cpu"

@@ -16,19 +16,20 @@ ROOT = Path(__file__).parents[1] / "fused_attn"
 #: From the ground up; a module is on the floor of its longest prefix here. What a floor's modules import of the package
 #: is on their own floor or below.
 FLOORS = (
-    ("codes", "hosts"),  # what functions and models are called
+    ("codes", "hosts", "equivalence", "timing", "verdicts"),  # names, and how results, times and backends are judged
     ("reference",),
     ("ops",),
     ("kernels",),  # above the ops, whose schemas they serve: an op finds its kernels by name when it first runs
     ("backends",),
     ("functional",),
+    ("qualification",),  # measures the functions, for those above to call
     ("nn",),
     ("fusion.recipes",),
     ("fusion.reading",),
     ("fusion.hosts",),
     ("fusion.changing",),
     ("fusion",),  # api, report and difference
-    ("viz", "warmup"),
+    ("qualify", "viz", "warmup"),
     ("",),  # what people import
     ("bench", "demo", "info", "verify"),
     ("cli",),

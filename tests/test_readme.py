@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -49,9 +50,9 @@ def test_python_runs(tmp_path: Path):
         paths.append(tmp_path / f"line{line}.py")
         paths[-1].write_text(code)
     assert paths
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *paths], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    environment = {**os.environ, "FUSED_ATTN_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", RUN, *paths]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

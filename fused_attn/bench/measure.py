@@ -1,81 +1,20 @@
-"""Times that can be compared: every candidate in turn, again and again, and the ratio of medians."""
+"""Figures: what was timed, in what case, with what memory, on what machine."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from statistics import geometric_mean, median, quantiles
+from statistics import geometric_mean
 
 import torch
 
 from .. import __version__
-
-
-@dataclass
-class Timing:
-    """Seconds of every repetition of one candidate."""
-
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Interquartile range over the median."""
-        if len(self.seconds) < 4:
-            return (max(self.seconds) - min(self.seconds)) / self.median
-        low, _, high = quantiles(self.seconds, n=4)
-        return (high - low) / self.median
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleaved(
-    candidates: dict[str, Callable[[], object]],
-    device: torch.device,
-    *,
-    budget: float = 2.0,
-    least: int = 7,
-    most: int = 200,
-) -> dict[str, Timing]:
-    """Run the candidates in turn until each has `least` repetitions and `budget` seconds are spent.
-
-    The order is turned round at every repetition, so that none always follows the same one. Wall time, the device
-    synchronised before and after.
-    """
-    for call in candidates.values():
-        for _ in range(3):
-            call()
-    timings = {name: Timing() for name in candidates}
-    order = list(candidates.items())
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        for repetition in range(most):
-            for name, call in order if repetition % 2 else reversed(order):
-                synchronize(device)
-                begin = time.perf_counter()
-                call()
-                synchronize(device)
-                timings[name].seconds.append(time.perf_counter() - begin)
-            if repetition + 1 >= least and time.perf_counter() - start > budget:
-                break
-    finally:
-        if enabled:
-            gc.enable()
-    return timings
+from ..timing import Timing, interleaved, synchronize
+from ..verdicts import cpu_name
 
 
 def keep_freed_memory() -> bool:
@@ -128,17 +67,6 @@ def environment(device: torch.device) -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name and its widest vectors that torch uses."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from .. import backends, qualification
+from ..qualification.calls import typical_calls
+from ..qualification.parent import Job
 from ..reference import CBAM, BilinearAttention
 from .changing.decide import decide
 from .changing.graphs import fuse_exported
@@ -94,7 +98,7 @@ def running(model: nn.Module) -> Iterator[nn.Module]:
             served += _within(name, _own_parts(module))
 
 
-def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
+def fuse(model: Model, *, tails: bool = False, strict: bool = False, qualify: bool = True) -> Model:
     """Make every attention block that is recognised run fused, in place.
 
     Parameters, buffers, hooks, `state_dict` keys, training mode, dtype and device stay as they are; a fused block
@@ -110,6 +114,10 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
             of the same residual blocks with their activations. Networks: timm's ResNets, EfficientNets, MobileNetV3s
             and RegNets, torchvision's, and MONAI's SE-ResNets.
         strict: raise where a block of a known class was left alone; of a program, where what looks like a block was.
+        qualify: of a model on a GPU, measure what its blocks call on maps of usual sizes, and have each call served by
+            what is right and fastest on that card (see `fused_attn.qualify`). It takes seconds, once a card and
+            version. Where `torch.distributed` is initialised all ranks take part, so all of them call `fuse`; False
+            leaves it out.
 
     Returns:
         The model.
@@ -135,7 +143,17 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False) -> Model:
     _swap(decisions, strict)
     if again:  # a block around one that was planned anew knows another
         _swap(candidates(model, tails), strict)
+    if qualify:
+        _qualify(model)
     return model
+
+
+def _qualify(model: nn.Module) -> None:
+    """Nothing where a backend was asked for, and where torch traces, captures or differentiates this call."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type in qualification.BY_FUSE and backends.forced() is None and qualification.busy() is None:
+        calls = typical_calls(model, list(running(model)))
+        qualification.settle([Job(*call) for call in calls], device)
 
 
 def _swap(decisions: Iterable[Candidate], strict: bool) -> None:

@@ -31,7 +31,7 @@ def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrenc
     biases = [torch.zeros_like(c.weight[:, 0, 0, 0]) if c.bias is None else c.bias for c in (query, key)]
     of_value = None if value.bias is None else gamma * value.bias
     inputs = x, weight, torch.cat(biases), gamma * matrix(value), of_value
-    backend = choose("criss_cross_attention", x)
+    backend = choose("criss_cross_attention", x, (), (x, x))
     if torch.compiler.is_compiling() or backend == "reference":
         return attend_to_map(recurrence, *inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

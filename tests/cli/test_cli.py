@@ -38,7 +38,7 @@ def console_writes_where_click_looks(monkeypatch):
     monkeypatch.setattr(cli.console, "_file", None)
 
 
-@pytest.mark.parametrize("command", ["demo", "verify", "bench", "attention", "info"])
+@pytest.mark.parametrize("command", ["demo", "verify", "bench", "qualify", "attention", "info"])
 def test_help(command):
     assert "--help" in run(command, "--help")
 
@@ -47,7 +47,7 @@ def test_info():
     text = run("info")
     assert torch.__version__ in text and "channel_gate" in text
     record = json.loads(run("info", "--json"))
-    assert set(record) == {"versions", "devices", "built", "serving"}
+    assert set(record) == {"versions", "devices", "built", "serving", "measured"}
     assert len(record["serving"]) == 2 * len(backends.OPS)  # on each of two devices
 
 

@@ -6,5 +6,5 @@ import importlib
 
 from tests.mutants.mutant import Mutant
 
-LAYERS = ("cpu", "cuda", "triton", "ops", "fusion", "build")
+LAYERS = ("cpu", "cuda", "triton", "ops", "qualification", "fusion", "build")
 ALL: dict[str, list[Mutant]] = {name: importlib.import_module(f"tests.mutants.{name}").MUTANTS for name in LAYERS}

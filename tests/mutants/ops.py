@@ -226,7 +226,7 @@ MUTANTS = [
     Mutant(
         name="spatial-logits-ignores-the-backend",
         file="fused_attn/functional.py",
-        old='    if _choose("spatial_gate", pooled, weight, bias) != "cpu":',
+        old='    if _choose("spatial_gate", (), pooled, weight, bias) != "cpu":',
         new='    if pooled.device.type != "cpu":',
         tests=(
             "tests/compose/test_compose.py tests/test_backends.py"
@@ -485,7 +485,7 @@ MUTANTS = [
     ),
     Mutant(
         name="median-is-a-mean",
-        file="fused_attn/bench/measure.py",
+        file="fused_attn/timing.py",
         old="        return median(self.seconds)",
         new="        return sum(self.seconds) / len(self.seconds)",
         tests=(

@@ -166,7 +166,12 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path):
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fused_attn"}
     expected = {str(p.relative_to(ROOT)) for p in ROOT.glob("fused_attn/**/*.py")}
-    expected |= {"fused_attn/py.typed", "fused_attn/_native.so", "fused_attn/_build_info.json"}
+    expected |= {
+        "fused_attn/py.typed",
+        "fused_attn/_native.so",
+        "fused_attn/_build_info.json",
+        "fused_attn/tables/cpu.json",
+    }
     assert {name for name in names if name.startswith("fused_attn/")} == expected
 
 
