@@ -35,8 +35,8 @@ MUTANTS = [
     Mutant(
         name="a-resident-backend-serves-larger-samples",
         file="fused_attn/backends.py",
-        old="            return verdict.backend if fits else anywhere\n",
-        new="            return verdict.backend\n",
+        old="        return found.backend if fits else self.anywhere\n",
+        new="        return found.backend\n",
         tests=f"{CHOOSE} -k test_a_resident_backend_serves_what_fits",
     ),
     Mutant(
