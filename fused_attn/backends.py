@@ -263,12 +263,9 @@ class _ByClass:
         #: one, whose room is then looked at.
         self.find = functools.lru_cache(maxsize=4096)(find)
 
-    def serving(self, x: Tensor, others: tuple[Tensor | None, ...]) -> str:
-        found = self.find(x.shape, x.stride())
-        if isinstance(found, str):
-            return found
-        fits = all(need <= room for need, room in zip(room_for(x, others), found.room, strict=True))
-        return found.backend if fits else self.anywhere
+    def if_there_is_room(self, verdict: Verdict, x: Tensor, others: tuple[Tensor | None, ...]) -> str:
+        fits = all(need <= room for need, room in zip(room_for(x, others), verdict.room, strict=True))
+        return verdict.backend if fits else self.anywhere
 
 
 #: What was found here, and what `choose` reads of it. A verdict stays what it is once it is in here; both only grow.
@@ -341,8 +338,10 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
             if isinstance(served, str):
                 return served
             if served is not None:
-                traced = _is_compiling() or type(x) not in _VALUED
-                return served.anywhere if traced else served.serving(x, others)
+                if _is_compiling() or type(x) not in _VALUED:
+                    return served.anywhere
+                found = served.find(x.shape, x.stride())
+                return found if isinstance(found, str) else served.if_there_is_room(found, x, others)
         return _DEFAULT.get((op, device.type), "reference")
     device_type = x.device.type
     reason = unavailable(name, op, device_type)
