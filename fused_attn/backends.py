@@ -13,7 +13,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import math
 import os
 import threading
 import warnings
@@ -29,7 +28,7 @@ from torch.autograd import forward_ad
 
 from . import ops as ops  # defines the operators, before the library registers kernels for them
 from .ops.common import OPERATORS
-from .verdicts import Question, Shape, Verdict, class_of, shipped_of_type
+from .verdicts import Question, Shape, Verdict, class_of, room_for, shipped_of_type
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
@@ -254,15 +253,19 @@ class _ByClass:
         names = {v.anywhere for v in verdicts.values()}
         self.anywhere = anywhere = names.pop() if len(names) == 1 else "reference"
 
-        def find(sizes: tuple[int, ...], strides: tuple[int, ...]) -> str:
+        def find(sizes: tuple[int, ...], strides: tuple[int, ...]) -> str | Verdict:
             verdict = verdicts.get(class_of(sizes, strides, itemsize))
             if verdict is None:
                 return anywhere
-            fits = verdict.backend not in RESIDENT or math.prod(sizes[1:]) <= verdict.sample
-            return verdict.backend if fits else anywhere
+            return verdict if verdict.backend in RESIDENT else verdict.backend
 
-        #: From sizes and strides to the backend; those of a network come again and again.
+        #: From sizes and strides to the backend; those of a network come again and again. To the verdict on a resident
+        #: one, whose room is then looked at.
         self.find = functools.lru_cache(maxsize=4096)(find)
+
+    def if_there_is_room(self, verdict: Verdict, x: Tensor, others: tuple[Tensor | None, ...]) -> str:
+        fits = all(need <= room for need, room in zip(room_for(x, others), verdict.room, strict=True))
+        return verdict.backend if fits else self.anywhere
 
 
 #: What was found here, and what `choose` reads of it. A verdict stays what it is once it is in here; both only grow.
@@ -335,8 +338,10 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
             if isinstance(served, str):
                 return served
             if served is not None:
-                traced = _is_compiling() or type(x) not in _VALUED
-                return served.anywhere if traced else served.find(x.shape, x.stride())
+                if _is_compiling() or type(x) not in _VALUED:
+                    return served.anywhere
+                found = served.find(x.shape, x.stride())
+                return found if isinstance(found, str) else served.if_there_is_room(found, x, others)
         return _DEFAULT.get((op, device.type), "reference")
     device_type = x.device.type
     reason = unavailable(name, op, device_type)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 FOLDER = Path(__file__).parent
 #: How long a process waits for another one that measures the same, in seconds.
@@ -57,13 +58,13 @@ class Shape(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """backend: serves calls of this class, a resident one those with samples of at most `sample` elements. anywhere:
-    the best of those that serve maps of any size, for calls whose size is not known. seconds: of a call, by backend and
-    by clock, "device" and "wall"; empty where nothing was timed."""
+    """backend: serves calls of this class, a resident one those that need no more than this `room` (`room_for`).
+    anywhere: the best of those that serve maps of any size, for calls whose size is not known. seconds: of a call, by
+    backend and by clock, "device" and "wall"; empty where nothing was timed."""
 
     question: Question
     shape: Shape
-    sample: int
+    room: tuple[int, int]
     backend: str
     anywhere: str
     why: str
@@ -92,6 +93,13 @@ def class_of(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) ->
     bytes_ = batch * channels * positions * itemsize
     layout = "channels_last" if last else "nchw"
     return Shape(layout, _power(channels), _power(positions), _power(bytes_), row % 16 == 0)
+
+
+def room_for(x: Tensor, others: Iterable[Tensor | None]) -> tuple[int, int]:
+    """What a call needs on chip, in elements: a sample of the map, and its other tensors that are no such maps."""
+    whole = x.numel()
+    sizes = [0 if t is None else t.numel() for t in others]
+    return math.prod(x.shape[1:]), sum([n for n in sizes if n != whole])
 
 
 # ---- as JSON ----
@@ -131,7 +139,8 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
 def verdict_from_json(record: dict[str, Any]) -> Verdict:
     """Raises KeyError, TypeError or ValueError for what is none."""
     names = str(record["backend"]), str(record["anywhere"]), str(record["why"])
-    return Verdict(*asked_from_json(record), int(record["sample"]), *names, dict(record["seconds"]))
+    sample, weights = record["room"]
+    return Verdict(*asked_from_json(record), (int(sample), int(weights)), *names, dict(record["seconds"]))
 
 
 def read_table(path: Path) -> Table:

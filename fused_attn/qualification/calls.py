@@ -19,17 +19,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import functional
 from ..backends import PLAIN, autocasts, is_ordinary
-from ..verdicts import Question, Shape, asked_as_json, asked_from_json, class_of, name_of
+from ..verdicts import Question, Shape, asked_as_json, asked_from_json, class_of, name_of, room_for
 
 
 class Call(NamedTuple):
-    """question: without regard to training. sizes: of the map that chooses the backend. arguments: of the function of
-    `functional`; a tensor is its shape, its dtype and the order of its axes in memory, a function is that it is one."""
+    """question: without regard to training. sizes: of the map that chooses the backend. room: as in `Verdict`.
+    arguments: of the function of `functional`; a tensor is its shape, its dtype and the order of its axes in memory, a
+    function is that it is one."""
 
     question: Question
     device: torch.device
     shape: Shape
     sizes: tuple[int, ...]
+    room: tuple[int, int]
     function: str
     arguments: dict[str, Any]
     autocast: bool
@@ -43,7 +45,7 @@ def call_as_json(call: Call) -> dict[str, Any]:
 def call_from_json(record: dict[str, Any]) -> Call:
     question, shape = asked_from_json(record["question"])
     made = {"question": question, "shape": shape, "device": torch.device(record["device"])}
-    return Call(**{**record, **made, "sizes": tuple(record["sizes"])})
+    return Call(**{**record, **made, "sizes": tuple(record["sizes"]), "room": tuple(record["room"])})
 
 
 # ---- seeing them ----
@@ -91,7 +93,8 @@ def _call(op: str, options: tuple[Any, ...], tensors: tuple[Tensor | None, ...],
     question = Question(op, options, x.dtype, tuple(None if t is None else t.dtype for t in tensors[1:]), False)
     shape, function = class_of(x.shape, x.stride(), x.itemsize), _FUNCTIONS[code]
     arguments |= LEFT_OUT.get(function, {})
-    return Call(question, x.device, shape, tuple(x.shape), function, arguments, autocasts(x))
+    room = room_for(x, tensors[1:])
+    return Call(question, x.device, shape, tuple(x.shape), room, function, arguments, autocasts(x))
 
 
 #: Arguments that are not repeated: a process by itself has no group, and what is written over is no leaf.

@@ -52,7 +52,8 @@ def _agreed(key: Key, answers: list[Verdict | str]) -> Verdict | str:
     verdicts = [a for a in answers if isinstance(a, Verdict)]
     if not verdicts:
         return answers[0]
-    first = min(verdicts, key=lambda v: v.sample)
+    sample, weights = (min(sizes) for sizes in zip(*(v.room for v in verdicts), strict=True))
+    first = verdicts[0]._replace(room=(sample, weights))
     names, anywhere = {v.backend for v in verdicts}, {v.anywhere for v in verdicts}
     if len(verdicts) < len(answers) or len(names) > 1:
         names, anywhere = {"reference"}, {"reference"}

@@ -418,8 +418,8 @@ class Judge:
         anywhere = fastest({name: of for name, of in seconds.items() if name not in RESIDENT})
         against = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         why = against if best == "reference" else reasons[best]
-        question, sample = call.question._replace(training=training), math.prod(call.sizes[1:])
-        return Verdict(question, call.shape, sample, best, anywhere, why, seconds)
+        question = call.question._replace(training=training)
+        return Verdict(question, call.shape, call.room, best, anywhere, why, seconds)
 
     def against(self, call: Call, training: bool, name: str) -> str | None:
         """Why a backend does not serve a call; None where it is right."""

@@ -21,8 +21,8 @@ MUTANTS = [
     Mutant(
         name="compiled-code-looks-at-sizes",
         file="fused_attn/backends.py",
-        old="                traced = _is_compiling() or type(x) not in _VALUED\n",
-        new="                traced = False\n",
+        old="                if _is_compiling() or type(x) not in _VALUED:\n",
+        new="                if False:\n",
         tests=f"{CHOOSE} -k 'test_compiled_once_for_all_sizes or test_tensors_without_values'",
     ),
     Mutant(
@@ -35,8 +35,8 @@ MUTANTS = [
     Mutant(
         name="a-resident-backend-serves-larger-samples",
         file="fused_attn/backends.py",
-        old="            return verdict.backend if fits else anywhere\n",
-        new="            return verdict.backend\n",
+        old="        return verdict.backend if fits else self.anywhere\n",
+        new="        return verdict.backend\n",
         tests=f"{CHOOSE} -k test_a_resident_backend_serves_what_fits",
     ),
     Mutant(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -34,8 +33,7 @@ def served(sizes=SMALL, dtype=torch.float32, **options) -> str:
 
 
 def verdict_on(call: Call, backend: str, anywhere: str | None = None) -> Verdict:
-    sample = math.prod(call.sizes[1:])
-    return Verdict(call.question._replace(training=True), call.shape, sample, backend, anywhere or backend, "")
+    return Verdict(call.question._replace(training=True), call.shape, call.room, backend, anywhere or backend, "")
 
 
 def verdict(backend: str, sizes=SMALL, anywhere: str | None = None) -> Verdict:
@@ -75,6 +73,17 @@ def test_a_resident_backend_serves_what_fits():
     with FakeTensorMode():
         x = torch.empty(measured)
     assert choose("channel_gate", x, call_of().question.options, (None,) * 7) == "triton"
+
+
+def test_a_resident_backend_has_room_for_weights_as_large_as_measured():
+    """And for fewer samples, or more, with or without a residual as large as the map."""
+    x, residual = torch.empty(SMALL), torch.empty(SMALL)
+    dtypes = (torch.float32, torch.float32)
+    question = Question("simam", (), torch.float32, dtypes, True)
+    call = call_of()._replace(question=question, room=(8 * 4 * 4, 32))
+    install(CPU, [verdict_on(call, "cuda", "triton")])
+    assert choose("simam", x, (), (torch.empty(4, 8), residual)) == "cuda"
+    assert choose("simam", x, (), (torch.empty(5, 8), residual)) == "triton"
 
 
 def test_a_verdict_stays():
@@ -174,7 +183,7 @@ def test_what_is_said_of_an_op():
 
     def of(channels: int, backend: str, why: str) -> Verdict:
         shape = call_of().shape._replace(channels=channels)
-        return Verdict(Question("simam", (), torch.float32, (), True), shape, 800, backend, backend, why)
+        return Verdict(Question("simam", (), torch.float32, (), True), shape, (800, 80), backend, backend, why)
 
     install(gpu, [of(1, "triton", "1.50 times as fast")])
     assert default("simam", "cuda") == ("triton", "measured here: 1.50 times as fast")

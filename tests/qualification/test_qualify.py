@@ -35,7 +35,7 @@ def judged(jobs, names=("reference",)):
     for i, job in enumerate(jobs):
         name = names[i % len(names)]
         question = job.call.question._replace(training=job.training)
-        yield Verdict(question, job.call.shape, 800, name, name, f"{name} as planned")
+        yield Verdict(question, job.call.shape, (800, 80), name, name, f"{name} as planned")
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_explain_says_why_with_figures():
     call = Question("channel_gate", (), torch.float32, (), True)
     shape = verdicts.Shape("nchw", 5, 5, 12, True)
     why = "cpu: 0.97 times as fast as plain PyTorch"
-    backends.install(CPU, [Verdict(call, shape, 800, "reference", "reference", why)])
+    backends.install(CPU, [Verdict(call, shape, (800, 80), "reference", "reference", why)])
     (row,) = fused_attn.explain(block)
     assert row.fused and row.served_by == "reference"
     assert row.reason == f"measured here: {why}"
@@ -353,7 +353,7 @@ def key_of(i: int):
 
 
 def answer(i: int, backend: str, why: str = "why") -> Verdict:
-    return Verdict(*key_of(i), 800, backend, backend, why)
+    return Verdict(*key_of(i), (800, 80), backend, backend, why)
 
 
 def test_hosts_that_differ():
@@ -368,8 +368,8 @@ def test_hosts_that_differ():
     assert found[key_of(3)] == answer(3, "reference", "the hosts differ: triton (why); no memory")
     assert found[key_of(4)] == "no memory" and found[key_of(5)] == answer(5, "cuda")
     resident = answer(0, "cuda")._replace(anywhere="triton")
-    assert ranks.combined([{key_of(0): resident}, {key_of(0): resident._replace(sample=700)}]) == {
-        key_of(0): resident._replace(sample=700)
+    assert ranks.combined([{key_of(0): resident}, {key_of(0): resident._replace(room=(700, 90))}]) == {
+        key_of(0): resident._replace(room=(700, 80))
     }
     assert ranks.combined([{key_of(0): resident}, {key_of(0): answer(0, "cuda")}]) == {
         key_of(0): resident._replace(anywhere="reference")
@@ -395,7 +395,7 @@ def measure(jobs, device, show):
         name = "cpu" if i % 2 == 0 or rank == 0 else "reference"
         measured.append(job)
         question = job.call.question._replace(training=job.training)
-        yield Verdict(question, job.call.shape, 800, name, name, f"rank {rank}")
+        yield Verdict(question, job.call.shape, (800, 80), name, name, f"rank {rank}")
 
 def fails(*_):
     raise AssertionError("a collective in a forward")

@@ -220,7 +220,7 @@ def test_a_card_is_timed_by_both_clocks(monkeypatch):
     monkeypatch.setattr(trial, "backend", lambda name: contextlib.nullcontext())  # whatever serves here
     told = []
     verdict = Judge(gpu, told.append).verdict(call, False, {})
-    assert (verdict.backend, verdict.anywhere, verdict.sample) == ("cuda", "triton", 8 * 5 * 6)
+    assert (verdict.backend, verdict.anywhere, verdict.room) == ("cuda", "triton", (8 * 5 * 6, 0))
     assert told == [["triton"], ["triton"], ["cuda"], ["cuda"], ["triton", "cuda"]]
     bytes_ = 2 * 4 * 8 * 2 * 5 * 6  # of a map and its result
     copies = -(-200_000 // bytes_)
