@@ -166,15 +166,15 @@ MUTANTS = [
     Mutant(
         "last-byte-of-relu-bits-shifted-by-one",
         "csrc/cpu/norm.inl",
-        "shift ? bits >> (8 - shift) : bits",
-        "shift ? bits >> (7 - shift) : bits",
+        "row[byte + k] = static_cast<uint8_t>(bits >> (8 * k - shift));",
+        "row[byte + k] = static_cast<uint8_t>(bits >> (8 * k - shift - (shift ? 1 : 0)));",
         "tests/ops/test_norm_gate.py -k test_bits",
     ),
     Mutant(
         "relu-bits-read-one-byte-past-the-row",
         "csrc/cpu/norm.inl",
-        "if (shift + n > 8) bits |= ",
-        "if (shift + n >= 8) bits |= ",
+        "for (int64_t k = 1; 8 * k < shift + n; ++k) bits |= ",
+        "for (int64_t k = 1; 8 * k <= shift + n; ++k) bits |= ",
         "tests/test_sanitizers.py",
     ),
     Mutant(
