@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 
 from . import ops as ops  # defines the operators, before the library registers kernels for them
 from .ops.common import OPERATORS
-from .verdicts import Question, Shape, Verdict, class_of, room_for, shipped_of_type
+from .verdicts import Question, Shape, Verdict, class_of, room_for, say_once, shipped_of_type
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
@@ -227,6 +227,9 @@ SHIPPED: dict[tuple[str, str], tuple[str, str]] = {
 }
 
 
+NOT_MEASURED = "not measured here yet: fuse(model) and fused_attn.qualify(model, ...) do that"
+
+
 def _shipped(op: str, device: str) -> tuple[str, str]:
     """The backend that serves an op on a device type where nothing was measured here, and why it is that one."""
     name, why = SHIPPED.get((op, device), ("reference", ""))
@@ -239,7 +242,7 @@ def _shipped(op: str, device: str) -> tuple[str, str]:
     reasons = {other: unavailable(other, op, device) for other in CANDIDATES[device]}
     if all(reasons.values()):
         return name, "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
-    return name, "not measured here yet: fuse(model) and fused_attn.qualify(model, ...) do that"
+    return name, NOT_MEASURED
 
 
 _DEFAULT = {(op, device): _shipped(op, device)[0] for op in OPS for device in CANDIDATES}
@@ -275,9 +278,26 @@ _installing = threading.Lock()
 
 
 class _Known:
-    """Whether there is a verdict: a plain attribute, so that torch.compile guards on it, and not on how many."""
+    """anything: whether there is a verdict; a plain attribute, so that torch.compile guards on it, and not on how many.
+    told: whether it was said that there is none for the card of a call, or somebody wants it so."""
 
     anything: bool = False
+    told: bool = False
+
+
+def leave_unmeasured() -> None:
+    """Nothing is said of it from now on."""
+    _Known.told = True
+
+
+def _tell(op: str, device: torch.device) -> None:
+    """A model that was fused before it was moved to its card, or never, would be no faster there in silence."""
+    _Known.told = True
+    if _shipped(op, device.type) == ("reference", NOT_MEASURED):
+        say_once(
+            f"plain PyTorch serves {device}, where nothing was measured yet: call fused_attn.fuse(model) again now that"
+            " the model is there, or fused_attn.qualify(model)"
+        )
 
 
 def install(device: torch.device, verdicts: Iterable[Verdict]) -> None:
@@ -342,6 +362,8 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
                     return served.anywhere
                 found = served.find(x.shape, x.stride())
                 return found if isinstance(found, str) else served.if_there_is_room(found, x, others)
+        elif device.type == "cuda" and not _is_compiling() and not _Known.told and type(x) in _VALUED:
+            _tell(op, device)
         return _DEFAULT.get((op, device.type), "reference")
     device_type = x.device.type
     reason = unavailable(name, op, device_type)

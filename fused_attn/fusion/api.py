@@ -145,6 +145,8 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False, qualify: bo
         _swap(candidates(model, tails), strict)
     if qualify:
         _qualify(model)
+    else:
+        backends.leave_unmeasured()
     return model
 
 

@@ -13,4 +13,5 @@ def nothing_known(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "_VERDICTS", {})
     monkeypatch.setattr(backends, "_SERVED", {})
     monkeypatch.setattr(backends._Known, "anything", False)
+    monkeypatch.setattr(backends._Known, "told", False)
     monkeypatch.setattr(verdicts, "_said", set())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fused_attn
 from fused_attn import backends, functional, nn
 from fused_attn.backends import choose, default, install
 from fused_attn.qualification.calls import Call, seen
@@ -218,3 +220,29 @@ def test_what_is_found_later_compiles_nothing_again():
     assert name_of(x).eq(backends.NAMES.index("cpu")).all() and counter.frame_count == 1
     install(CPU, [verdict("reference", (2, 8, 64, 64))])
     assert name_of(x).eq(backends.NAMES.index("reference")).all() and counter.frame_count == 2
+
+
+@pytest.fixture
+def call_on_a_card(monkeypatch):
+    """A call on a map of a card that the Triton kernels could serve, which here is a fake tensor."""
+    with FakeTensorMode():
+        x = torch.empty(SMALL, device="cuda")
+    monkeypatch.setattr(backends, "_VALUED", frozenset({type(x)}))
+    monkeypatch.setattr(backends, "UNAVAILABLE", dict.fromkeys(backends.UNAVAILABLE))
+    return lambda: choose("simam", x)
+
+
+def test_a_card_on_which_nothing_was_measured_is_named_once(call_on_a_card):
+    """A model that was fused on the CPU and moved then would be no faster in silence."""
+    with pytest.warns(UserWarning, match=r"plain PyTorch serves cuda:0, .* call fused_attn.fuse\(model\) again"):
+        assert call_on_a_card() == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call_on_a_card() == "reference"
+
+
+def test_who_leaves_the_measuring_out_hears_nothing_of_it(call_on_a_card):
+    fused_attn.fuse(torch.nn.Identity(), qualify=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call_on_a_card() == "reference"
