@@ -45,8 +45,11 @@ Keep = Callable[[Any, Sequence[Any], Any], None]
 Gradients = Callable[..., tuple[Tensor | None, ...]]
 
 
-def define(name: str, schema: str, fake: Callable, module: str | None = None) -> Overloads:
+def define(name: str, schema: str, fake: Callable, module: str | None = None, *, any_layout: bool = True) -> Overloads:
     """Define `fused_attn::name` with one overload a backend, all with this schema and fake kernel.
+
+    any_layout: no shape, and nothing kept for a backward, depends on how a map lies, so that Inductor may give maps as
+    a convolution wrote them; without it they are copied to the strides that were traced, and the results back.
 
     The Triton kernel is the function of that name in `fused_attn.kernels.<module>`, by default the operator's own.
     """
@@ -59,8 +62,9 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None) ->
             kernel = KERNELS[name] = kernel_of(module, name)
         return kernel(*args)
 
+    tags = (torch.Tag.pt2_compliant_tag, *((torch.Tag.flexible_layout,) if any_layout else ()))
     for backend in BACKENDS:
-        LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.define(f"{name}.{backend}{schema}", tags=tags)
         torch.library.register_fake(f"fused_attn::{name}.{backend}", fake, lib=LIBRARY)
     LIBRARY.impl(f"{name}.triton", triton_kernel, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":

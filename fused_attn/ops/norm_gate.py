@@ -134,6 +134,7 @@ SCALE = define(
     " -> (Tensor y, Tensor bits)",
     _fake_scale,
     "norm_gate",
+    any_layout=False,
 )
 # The same into a given map: x, the residual, or another of x's layout. Whoever calls it tells autograd.
 SCALE_INTO = define(
@@ -142,6 +143,7 @@ SCALE_INTO = define(
     " bool keep_bits) -> Tensor bits",
     _fake_scale_into,
     "norm_gate",
+    any_layout=False,
 )
 # bits: those of a ReLU; residual: what another post_activation's derivative is computed from again. sums: of the
 # accumulator's dtype, with the gate as the last row. grad_residual is h, of size (0,) without a post_activation.
@@ -151,6 +153,7 @@ DOTS = define(
     " int post_activation) -> (Tensor sums, Tensor grad_residual)",
     _fake_dots,
     "norm_gate",
+    any_layout=False,
 )
 # From these sums and the gradient of s, of x's sizes and dtype, of which nothing is read: the gradients of weight and
 # bias, in the accumulator's dtype, and what norm_gradients takes. of_batch: the statistics are the batch's.

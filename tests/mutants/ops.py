@@ -7,6 +7,13 @@ from .mutant import Mutant
 MUTANTS = [
     # Operators: schemas, fake kernels, backward.
     Mutant(
+        name="maps-are-copied-to-traced-strides",
+        file="fused_attn/ops/common.py",
+        old="any_layout: bool = True",
+        new="any_layout: bool = False",
+        tests="tests/ops/test_autograd.py -k test_maps_of_any_layout",
+    ),
+    Mutant(
         name="mixed-scale-fake-is-nchw",
         file="fused_attn/ops/mixed_scale.py",
         old="    return empty_map(x)",

@@ -195,6 +195,36 @@ def with_gradients(arguments: tuple) -> tuple:
     return tuple(leaf(value) for value in arguments)
 
 
+def in_the_other_layout(value):
+    """A map whose channels are last where they were not, or the other way round; what is no map as it is."""
+    if isinstance(value, (list, tuple)):
+        return [in_the_other_layout(v) for v in value]
+    if not (isinstance(value, Tensor) and value.dim() == 4):
+        return value
+    return value.contiguous(memory_format=torch.channels_last if value.is_contiguous() else torch.contiguous_format)
+
+
+@needs_operators
+@pytest.mark.parametrize("operator", [name for names in OPERATORS.values() for name in names])
+def test_maps_of_any_layout(calls, operator):
+    """What Inductor may do with an operator of this tag: give each call its maps in another layout than was traced, the
+    backward too, after a forward that had them in the first one."""
+    if operator in ("norm_scale", "norm_scale_into", "norm_dots"):  # bits lie as the map does
+        assert torch.Tag.flexible_layout not in getattr(torch.ops.fused_attn, operator).cpu.tags
+        return
+    function, arguments = calls[operator]
+    assert torch.Tag.flexible_layout in function.tags
+    with torch.no_grad():
+        expected = tree_leaves(function(*arguments))
+        for i, argument in enumerate(function._schema.arguments):
+            if argument.name == "state":  # no map of the graph's: it is as the forward wrote it
+                continue
+            given = [in_the_other_layout(a) if i == j else a for j, a in enumerate(arguments)]
+            for found, of_first in zip(tree_leaves(function(*given)), expected, strict=True):
+                assert found.shape == of_first.shape
+                torch.testing.assert_close(found, of_first, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 @needs_operators
 @pytest.mark.parametrize("operator", [n for names in OPERATORS.values() for n in names if n not in BACKWARD])
 def test_opcheck_with_gradients(calls, operator):
