@@ -19,7 +19,7 @@ from torch._inductor import config as inductor
 
 from fused_attn.timing import synchronize
 
-from .rows import Setting, first_line
+from .rows import Row, Setting, first_line
 
 
 def warm(part: Any, setting: Setting, nth: int, of: int) -> None:
@@ -30,6 +30,13 @@ def warm(part: Any, setting: Setting, nth: int, of: int) -> None:
             part.warm(setting, row)
         except Exception as error:  # it is said where it is measured
             print(f"{row.key}: {first_line(error)}", file=sys.stderr)
+
+
+def found_by(part: Any, setting: Setting, row: Row) -> dict[str, Any]:
+    try:
+        return part.measure(setting, row)
+    except Exception as error:
+        return {"status": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def main() -> None:
@@ -57,10 +64,7 @@ def main() -> None:
             continue
         say(trying=row.key, group=row.group)
         began = time.monotonic()
-        try:
-            found = part.measure(setting, row)
-        except Exception as error:
-            found = {"status": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
+        found = found_by(part, setting, row)
         took = round(time.monotonic() - began, 2)
         try:
             synchronize(setting.device)

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.backends.nvidia import driver as nvidia
 
 from .rows import Setting, first_line
 
@@ -97,9 +98,12 @@ def compiled(nth: int) -> str:
     kernel, signature, constants, options, attributes = everything[nth]
     try:
         source = kernel.ASTSource(kernel, signature, constants, attributes)
-        kernel.compile(source, target=target, options=options.__dict__)
+        binary = kernel.compile(source, target=target, options=options.__dict__)
     except Exception as error:
         return f"{kernel.__name__}: {first_line(error)}"
+    if hasattr(nvidia, "make_launcher"):  # this Triton builds a launcher a kernel, which is kept on disk, too
+        with contextlib.suppress(Exception):  # as without a driver: it is built when it is launched
+            nvidia.CudaLauncher(source, binary.metadata)
     return ""
 
 

@@ -84,7 +84,7 @@ def key_of(backend: str, case: Case) -> str:
 
 def measure(setting: Setting, row: Row) -> dict[str, Any]:
     if row.key == "compile":
-        from .kernels import compile_ahead
+        from .kernels import compile_ahead  # which needs Triton
 
         return compile_ahead(setting)
     backend, *case = row.what

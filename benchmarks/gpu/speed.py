@@ -77,7 +77,13 @@ def measure(setting: Setting, row: Row) -> dict[str, Any]:
     if worst or "ok" not in states:
         found["why"] = "; ".join(f"{b}: {answer['why']}" for b, answer in answers.items() if "why" in answer)
     torch._dynamo.reset()
-    candidates["compile"] = torch.compile(made.eager), "reference"
+    compiled = torch.compile(made.eager)
+    try:
+        for what in ("forward", "forward + backward"):
+            made.calls(compiled, "reference", what)[0]()
+        candidates["compile"] = compiled, "reference"
+    except Exception as error:  # of torch's compiler
+        answers["compile"] = {"status": "refused", "why": first_line(error)}
     found["passes"] = {what: timed(setting, made, candidates, what) for what in ("forward", "forward + backward")}
     return {**found, "state": state_of_card()}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 from typing import Any
 
 import torch
 
-from fused_attn import backends, info
+from fused_attn import backends, functional, info
 from fused_attn.ops import resident
 
 from .rows import Row, Setting, state_of_card
@@ -18,11 +19,27 @@ STREAM = "aoti_torch_get_current_cuda_stream"
 
 
 def rows(setting: Setting) -> list[Row]:
-    return [Row(name, name) for name in PROBES]
+    launches = [Row(f"launch {backend}", "launch", (backend,)) for backend in setting.backends]
+    return [Row(name, name) for name in PROBES] + launches
 
 
 def measure(setting: Setting, row: Row) -> dict[str, Any]:
-    return PROBES[row.key](setting)
+    return launch(setting, *row.what) if row.what else PROBES[row.key](setting)
+
+
+def launch(setting: Setting, backend: str) -> dict[str, Any]:
+    """A first kernel, on the current stream and on another one."""
+    why = backends.unavailable(backend, "channel_gate", setting.device.type)
+    if why is not None:
+        return {"status": "absent", "why": why}
+    other = torch.cuda.stream(torch.cuda.Stream()) if setting.device.type == "cuda" else contextlib.nullcontext()
+    for stream_ in (contextlib.nullcontext(), other):
+        with stream_, backends.backend(backend):
+            x = torch.ones(2, 16, 8, 8, device=setting.device)
+            error = (functional.channel_gate(x) - x.sigmoid()).abs().max().item()
+        if not error < 1e-6:
+            return {"status": "wrong", "why": f"error {error:.3g}"}
+    return {"status": "ok"}
 
 
 def versions(setting: Setting) -> dict[str, Any]:

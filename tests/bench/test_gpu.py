@@ -8,16 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import right, run, speed
+from benchmarks.gpu import memory, models, networks, right, run, sanitizer, speed, symbols, table
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.rows import Setting
+from benchmarks.gpu.child import found_by
+from benchmarks.gpu.rows import Row, Setting
 from benchmarks.gpu.run import PARTS
 from fused_attn import backends
+from fused_attn.timing import Timing
 from fused_attn.verdicts import read_table
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +34,9 @@ def suite(out: Path, *arguments: str, **environment: str) -> subprocess.Complete
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(out), *arguments]
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+DRY = Setting(True, Path(), 10.0)
 
 
 def parts_in(out: Path) -> dict[str, Any]:
@@ -66,6 +72,7 @@ def test_every_part_runs_dry_and_is_taken_up(tmp_path):
     for name, part in found.items():
         assert part["rows"] and not part["left out"] and not part["problem"], name
         assert {row["status"] for row in part["rows"]} <= {"ok", "absent"}, part["rows"]
+    assert statuses(found["symbols"])["launch"] == "ok"
     assert found["right"]["rows"][0]["kernels"] > 3  # compiled for an H100
     for passes in (row["passes"] for part in ("speed", "models") for row in found[part]["rows"] if "passes" in row):
         assert all(cell["wall"] > 0 and cell["peak bytes"] >= 0 for of in passes.values() for cell in of.values())
@@ -83,23 +90,14 @@ def test_every_part_runs_dry_and_is_taken_up(tmp_path):
     again = parts_in(tmp_path)["symbols"]["rows"]
     assert again[:-1] == kept and again[-1]["row"] == "triton" and again[-1]["took"] >= 0
     assert parts_in(tmp_path)["models"] == found["models"]
-    # Those of another environment are measured again.
-    path.write_text(json.dumps(record | {"rows": kept, "environment": {**record["environment"], "kernels": "others"}}))
-    assert main(resumed) == 0
-    assert all(row["took"] >= 0 for row in parts_in(tmp_path)["symbols"]["rows"])
 
 
 @needs_kernels
 @pytest.mark.slow  # about 30 s: one row hangs, and one takes its process with it
 def test_what_is_planted_costs_its_own_rows(tmp_path):
-    tool = tmp_path / "bin" / "compute-sanitizer"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho '========= Invalid __global__ read of size 4 bytes'\nexit 99\n")
-    tool.chmod(0o755)
-    paths = {"PYTHONPATH": f"{PLANTED}:{ROOT}", "PATH": f"{tool.parent}:{os.environ['PATH']}"}
-    done = suite(tmp_path / "out", "--part", "right,sanitizer,speed", "--step", "15", **paths)
+    done = suite(tmp_path, "--part", "right,speed", "--step", "12", PYTHONPATH=f"{PLANTED}:{ROOT}")
     assert done.returncode == 1, done.stderr
-    found = parts_in(tmp_path / "out")
+    found = parts_in(tmp_path)
     assert statuses(found["right"]) == {
         "compile": "ok",
         "se": "ok",
@@ -107,15 +105,59 @@ def test_what_is_planted_costs_its_own_rows(tmp_path):
         "spatial-attention": "does not fit",
         "simam": "wrong",
     }
-    assert statuses(found["sanitizer"]) == {"cpu": "wrong"}
     assert statuses(found["speed"]) == {"copy": "ok", "se": "ok", "norm-gate": "crashed", "bam": "ok"}
     whys = {row["row"].split()[0]: row.get("why", "") for part in found.values() for row in part["rows"]}
-    assert "not finished after 15 seconds" in whys["eca"] and "SIGABRT" in whys["norm-gate"]
-    assert "Invalid __global__ read" in whys["cpu"] and "error" in whys["simam"]
-    for line in ("  simam cpu float32 nchw 2x16x6x6 inference: wrong: simam:", "  cpu: wrong: ====", "1 crashed"):
+    assert "not finished after 12 seconds" in whys["eca"] and "SIGABRT" in whys["norm-gate"]
+    assert "error" in whys["simam"]
+    for line in ("  simam cpu float32 nchw 2x16x6x6 inference: wrong: simam:", "1 crashed"):
         assert line in done.stdout
     for row in found["speed"]["rows"][1], found["speed"]["rows"][3]:
         assert set(row["passes"]["forward + backward"]) == {"eager", "cpu", "compile"}
+
+
+def test_a_first_kernel_that_is_wrong(monkeypatch):
+    setting, (row,) = DRY, [row for row in symbols.rows(DRY) if row.what]
+    assert found_by(symbols, setting, row)["status"] == "ok"
+    monkeypatch.setattr(symbols.functional, "channel_gate", lambda x: 1.01 * x.sigmoid())
+    assert found_by(symbols, setting, row) == {"status": "wrong", "why": "error 0.00731"}
+
+
+@pytest.mark.parametrize("part", [models, memory])
+def test_a_network_that_fails(part, monkeypatch):
+    """Its row says so, and no other is touched."""
+
+    def fails(self, x):
+        raise RuntimeError("no algorithm found\nto run it")
+
+    monkeypatch.setattr(torch.nn.AdaptiveAvgPool2d, "forward", fails)
+    rows = part.rows(DRY)
+    assert found_by(part, DRY, rows[0]) == {"status": "failed", "why": "RuntimeError: no algorithm found"}
+
+
+def test_a_wrong_kernel_serves_nothing(tmp_path, monkeypatch):
+    """The table says why."""
+    monkeypatch.setattr(type(table.judge_of(DRY)), "against", lambda *_: "wrong with ties")
+    setting = Setting(True, tmp_path, 1.0)
+    found = found_by(table, setting, table.rows(setting)[0])
+    assert found["backend"] == "reference" and "wrong with ties" in found["why"]
+    (verdict,) = networks.found_before(setting)
+    assert verdict.backend == verdict.anywhere == "reference"
+
+
+def test_what_the_sanitizer_finds(tmp_path, monkeypatch):
+    setting, row = Setting(True, tmp_path, 10.0), Row("cpu", "cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitizer.measure(setting, row) == {"status": "absent", "why": "no compute-sanitizer on PATH"}
+    tool = tmp_path / sanitizer.TOOL
+    for script, status in (
+        ("echo '========= Invalid __global__ read of size 4 bytes'; exit 99", "wrong"),
+        ("echo 'unknown option'; exit 1", "failed"),
+        ("echo '========= ERROR SUMMARY: 0 errors'", "ok"),
+    ):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        found = sanitizer.measure(setting, row)
+        assert found["status"] == status and ("Invalid" in found.get("why", "")) == (status == "wrong")
 
 
 class Scripted:
@@ -181,6 +223,18 @@ def test_a_row_that_hangs(tmp_path, monkeypatch):
         assert child.started[1] == {"skip": ["a1"], "given up": {"a": "a1 hung"}}
 
 
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
+    """Unless another environment had them, or the file is none."""
+    a_part(tmp_path, monkeypatch, [ROWS, trying("a1"), ended("a1"), {"done": True}])
+    for device, there in (("none", ["a1"]), ("another", [])):
+        part = run.Part("symbols", tmp_path / "symbols.json", {"device": device, "date": "today"})
+        part.take_up()
+        assert [row["row"] for row in part.rows] == there
+    part.path.write_text("{")
+    part.take_up()
+    assert part.rows == []
+
+
 def test_what_kills_every_process_ends(tmp_path, monkeypatch):
     scripts = [[ROWS, trying(f"{i}"), run.Lost("crashed", "it died")] for i in range(run.MOST_DEATHS + 1)]
     part, child = a_part(tmp_path, monkeypatch, *scripts)
@@ -236,3 +290,60 @@ def test_a_wrong_block_is_not_timed(monkeypatch):
     forward = type(made.ours).forward
     monkeypatch.setattr(type(made.ours), "forward", lambda self, x: forward(self, x) * 1.1)
     assert speed.agreement(made, "reference")["status"] == "wrong"
+
+
+def test_device_times_are_of_one_copy(monkeypatch):
+    """A graph holds a call on each copy; the L2 is left behind, and what cannot be captured is timed by the wall."""
+    made = speed.Made("se", (2, 32, 4, 4), torch.float32, "nchw", torch.device("cpu"), 3)
+    graphs = []
+
+    def graph_of(call, copies):
+        outputs = [call(i) for i in range(copies)]
+        if len(graphs) == 1:
+            graphs.append(None)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        graphs.append(outputs)
+        return lambda: None
+
+    def interleaved(calls, device, **options):
+        assert len(graphs) in (0, 3)
+        return {name: Timing([3e-3 if graphs else 5e-3] * 5) for name in calls}
+
+    for name, stand_in in (("graph_of", graph_of), ("interleaved", interleaved)):
+        monkeypatch.setattr(speed, name, stand_in)
+    monkeypatch.setattr(speed, "bytes_of_copy", lambda device: 1e7)
+    monkeypatch.setattr(speed, "peak_memory", lambda call, device: 7)
+    setting = SimpleNamespace(device=SimpleNamespace(type="cuda"), budget=lambda seconds: seconds)
+    candidates = {"eager": (made.eager, "reference"), "odd": (made.eager, "reference"), "cpu": (made.ours, "reference")}
+    found = speed.timed(setting, made, candidates, "forward")
+    assert found["cpu"]["device"] == 1e-3 and found["cpu"]["wall"] == 5e-3 and found["cpu"]["peak bytes"] == 7
+    rate = 3 * 2 * 32 * 16 * 4 / 1e-3  # three passes over the map
+    assert found["cpu"]["bytes a second"] == pytest.approx(rate, rel=1e-3)
+    assert found["cpu"]["of copy"] == round(rate / 1e7, 3)
+    assert "device" not in found["odd"] and "capturing" in found["odd"]["no graph"]
+    assert len({y.data_ptr() for y in graphs[0]}) == 3
+
+
+def test_copies_are_beyond_twice_the_cache(monkeypatch):
+    monkeypatch.setattr(speed, "last_cache", lambda device: 50 << 20)
+    for name, shape, copies in (("se", (32, 256, 56, 56), 2), ("se", (8, 512, 7, 7), 131), ("eca", (1, 8, 2, 2), 256)):
+        assert speed.copies_for(SETTING, name, shape, torch.bfloat16) == copies
+        enough = copies * 2 * 2 * torch.Size(shape).numel() >= 100 << 20
+        assert enough == (copies < speed.MOST_COPIES)
+
+
+def test_the_table_is_of_networks_or_else_of_blocks(monkeypatch):
+    """Under autocast and in training first, each class once."""
+    monkeypatch.setattr(table, "placed", lambda model, setting: model)
+    for pairs in (networks.DRY, (("timm:none", "timm:none"),)):
+        monkeypatch.setattr(table, "pairs", lambda setting, pairs=pairs: pairs)
+        rows = table.rows(SETTING)
+        assert len({row.key for row in rows}) == len(rows) > 2
+        call, training = rows[0].what
+        assert call.question.dtype == torch.bfloat16 and call.autocast and training
+
+
+def test_networks_that_cannot_be_built_are_absent(monkeypatch):
+    setting = Setting(True, Path(), 1.0)
+    for part, what in ((models, ("timm:none", "timm:none", "eager")), (memory, ("timm:none", "timm:none"))):
+        assert part.measure(setting, Row("timm:none", "", what))["status"] == "absent"
