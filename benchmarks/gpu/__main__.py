@@ -28,9 +28,9 @@ from fused_attn.verdicts import environment_of
 from .networks import TABLES
 from .report import lines_of
 from .rows import Setting
-from .run import PARTS, Part, Record, run_part
+from .run import PARTS, ROOT, Part, Record, run_part
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 RESERVE = 5.0  # seconds for what is left to do
 
 
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         out = given.out
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory())) if given.dry_run else RESULTS
+        out = out.resolve()  # children run elsewhere
         device = torch.device("cpu" if given.dry_run else "cuda")
         facts: dict[str, Any] = {**environment(device), **environment_of(device)}
         card = re.sub(r"[^A-Za-z0-9]+", "-", str(facts["device"])).strip("-")

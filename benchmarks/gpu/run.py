@@ -19,9 +19,11 @@ from typing import Any
 
 from .rows import BAD, Setting
 
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("symbols", "right", "sanitizer", "speed", "table", "models", "memory")
 #: Deaths of its process after which a part is given up.
 MOST_DEATHS = 8
+MOST_WARMING = 16
 START = 90.0  # seconds for a process to say what it will measure
 
 Record = dict[str, Any]
@@ -40,6 +42,8 @@ class Child:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.child"],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k not in ("FUSED_ATTN_BACKEND", "CUDA_LAUNCH_BLOCKING")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -131,7 +135,7 @@ def run_part(part: Part, setting: Setting, step: float | None, heard: Callable[[
     given_up: dict[str, str] = {}
     part.left_out = ["all that is not there"]  # until its process says what
     try:
-        if hasattr(module, "WARM"):
+        if hasattr(module, "WARM") and not setting.dry:
             warm(part.name, setting, began + module.WARM * setting.seconds)
         for _ in range(MOST_DEATHS):
             if time.monotonic() > until or _measured(part, setting, until, step, given_up, heard):
@@ -194,7 +198,7 @@ def _measured(
 def warm(name: str, setting: Setting, until: float) -> None:
     """Have as many processes as there are cores compile what the rows need. What is not compiled then is when it is
     measured."""
-    processes = 1 if setting.dry else min(len(os.sched_getaffinity(0)), 16)
+    processes = min(len(os.sched_getaffinity(0)), MOST_WARMING)
     children = [Child(name, setting, warm=[nth, processes]) for nth in range(processes)]
     try:
         for child in children:

@@ -18,7 +18,9 @@ from .networks import TABLES, found_before, pairs, placed
 from .right import judge_of, seen_in
 from .rows import Row, Setting, first_line, sized
 
-SECONDS, STEP = 60, 60
+SECONDS, STEP = 80, 60
+#: Of the seconds, those in which all cores compile what the first rows need, and how many rows that are.
+WARM, FIRST = 0.45, 64
 
 #: Of blocks by themselves, where no network can be built.
 BLOCKS = ("SqueezeExcite", "ECA", "CBAM")
@@ -71,3 +73,13 @@ def measure(setting: Setting, row: Row) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_shipped(folder, environment_of(setting.device), kept.values())
     return {"status": "ok", "backend": verdict.backend, "why": verdict.why, "seconds": verdict.seconds}
+
+
+def rows_to_warm(setting: Setting) -> list[Row]:
+    return rows(setting)[:FIRST]
+
+
+def warm(setting: Setting, row: Row) -> None:
+    """Have Triton's cache hold what the row needs, and what `models` does."""
+    call, training = row.what
+    judge_of(setting).against(call, training, setting.backends[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 from benchmarks.gpu import memory, models, networks, right, run, sanitizer, speed, symbols, table
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.child import found_by
+from benchmarks.gpu.child import found_by, warm
 from benchmarks.gpu.rows import Row, Setting
 from benchmarks.gpu.run import PARTS
 from fused_attn import backends
@@ -142,6 +143,33 @@ def test_a_wrong_kernel_serves_nothing(tmp_path, monkeypatch):
     assert found["backend"] == "reference" and "wrong with ties" in found["why"]
     (verdict,) = networks.found_before(setting)
     assert verdict.backend == verdict.anywhere == "reference"
+
+
+@pytest.mark.parametrize("part", [speed, models, table])
+def test_what_rows_need_is_compiled_before(part, tmp_path, monkeypatch, capsys):
+    """All that is for the first rows, by so many processes; what fails there is said where it is measured."""
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    setting, done = Setting(True, tmp_path, 1.0), []
+    monkeypatch.setattr(part, "warm", lambda setting, row, warm=part.warm: (warm(setting, row), done.append(row.key)))
+    for nth in range(3):
+        warm(part, setting, nth, 3)
+    assert sorted(done) == sorted(row.key for row in part.rows_to_warm(setting)) and done
+    monkeypatch.setattr(part, "warm", lambda setting, row: 1 / 0)
+    warm(part, setting, 0, 1)
+    assert "division by zero" in capsys.readouterr().err
+
+
+def test_all_cores_compile_until_their_time_is_over(monkeypatch):
+    """Those that have crashed, too."""
+    child = Scripted([{"done": True}], [run.Lost("crashed", "it died")], [None])
+    monkeypatch.setattr(run, "Child", lambda *given, **more: copy.copy(child(*given, **more)))
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda process: range(3))
+    ended = []
+    monkeypatch.setattr(Scripted, "end", lambda self: ended.append(self))
+    began = time.monotonic()
+    run.warm("speed", SETTING, began + 0.1)
+    assert [started["warm"] for started in child.started] == [[0, 3], [1, 3], [2, 3]]
+    assert len(ended) == 3 and time.monotonic() - began < 5
 
 
 def test_what_the_sanitizer_finds(tmp_path, monkeypatch):
