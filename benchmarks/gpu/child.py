@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import config as inductor
 
 from fused_attn.timing import synchronize
 
@@ -24,7 +23,6 @@ from .rows import Row, Setting, first_line
 
 def warm(part: Any, setting: Setting, nth: int, of: int) -> None:
     """Compile what the rows need, as one of so many processes."""
-    inductor.compile_threads = 1
     for row in part.rows_to_warm(setting)[nth::of]:
         try:
             part.warm(setting, row)

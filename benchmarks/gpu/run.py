@@ -20,6 +20,8 @@ from typing import Any
 from .rows import BAD, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Of the environment, what would have them measure something else.
+HIDDEN = ("FUSED_ATTN_BACKEND", "CUDA_LAUNCH_BLOCKING")
 PARTS = ("symbols", "right", "sanitizer", "speed", "table", "models", "memory")
 #: Deaths of its process after which a part is given up.
 MOST_DEATHS = 8
@@ -38,12 +40,12 @@ class Lost(Exception):
 
 
 class Child:
-    def __init__(self, part: str, setting: Setting, **more: Any) -> None:
+    def __init__(self, part: str, setting: Setting, environment: dict[str, str] | None = None, **more: Any) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.child"],
             cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if k not in ("FUSED_ATTN_BACKEND", "CUDA_LAUNCH_BLOCKING")},
+            env={k: v for k, v in os.environ.items() if k not in HIDDEN} | (environment or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -199,7 +201,8 @@ def warm(name: str, setting: Setting, until: float) -> None:
     """Have as many processes as there are cores compile what the rows need. What is not compiled then is when it is
     measured."""
     processes = min(len(os.sched_getaffinity(0)), MOST_WARMING)
-    children = [Child(name, setting, warm=[nth, processes]) for nth in range(processes)]
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a core each
+    children = [Child(name, setting, alone, warm=[nth, processes]) for nth in range(processes)]
     try:
         for child in children:
             with contextlib.suppress(Lost):

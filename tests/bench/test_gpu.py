@@ -196,7 +196,7 @@ class Scripted:
     def __init__(self, *scripts: list[Any]) -> None:
         self.scripts, self.started, self.ended = list(scripts), [], 0
 
-    def __call__(self, part: str, setting: Setting, **more: Any) -> Scripted:
+    def __call__(self, part: str, setting: Setting, environment: Any = None, **more: Any) -> Scripted:
         self.started.append(json.loads(json.dumps(more)))
         self.answers = iter(self.scripts.pop(0))
         return self
