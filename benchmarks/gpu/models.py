@@ -22,7 +22,7 @@ from .speed import digits
 
 SECONDS, STEP = 130, 100
 #: Of the seconds, those in which all cores compile, and of how many pairs.
-WARM, FIRST = 0.4, 3
+WARM, FIRST = 0.45, 2
 MAKE = {"training": training_call, "inference": inference_call}
 
 #: And the backend that it asks for, if any.
