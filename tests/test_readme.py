@@ -96,8 +96,8 @@ def test_every_block_and_function_has_its_line():
 SHELL = "".join(code for _, code in blocks("sh"))
 PROSE = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^(fused-attn .+)", SHELL, re.MULTILINE) + re.findall(r"`(fused-attn [^`]+)`", PROSE)
-#: Of pip.
-OTHERS = {"--no-build-isolation"}
+#: Of pip, and of benchmarks.gpu.
+OTHERS = {"--no-build-isolation", "--part", "--resume"}
 
 
 @pytest.mark.parametrize("line", sorted({" ".join(shlex.split(line, comments=True)) for line in COMMANDS}))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -277,25 +275,3 @@ def test_a_missing_package_is_named_in_one_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == "fused-attn: click is not installed; pip install 'fused_attn[bench]'"
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_gpu_suite_says_that_there_is_no_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "benchmarks.gpu: no CUDA device here; --dry-run runs the same code on the CPU"
-
-
-@pytest.mark.slow  # about 5 s
-def test_gpu_suite_runs_dry(tmp_path):
-    """torch.compile leaves its modules as they are: what it makes of eager takes most of the time, and is not ours."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path)]
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "dry run: no GPU figures" in done.stdout and "WRONG" not in done.stdout
-    assert not list(tmp_path.iterdir())

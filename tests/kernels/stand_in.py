@@ -1,4 +1,5 @@
-"""A driver for Triton where there is no GPU: its host side runs as it would for an sm_90, and launches are only noted.
+"""A driver for Triton where there is no GPU: its host side runs as it would for an sm_90 or another card, and launches
+are only noted.
 
 For a process without TRITON_INTERPRET, under which Triton has no host side.
 """
@@ -44,10 +45,15 @@ class _Utilities:
 
 
 class StandIn(DriverBase):
-    """Device 0, on which nothing runs. launches: what was launched on it; None: not noted, which would take time."""
+    """Device 0, on which nothing runs. launches: what was launched on it; None: not noted, which would take time.
 
-    def __init__(self) -> None:
+    asked: by what tells them apart, (kernel, signature, constants, options, attributes) of what was asked for.
+    """
+
+    def __init__(self, capability: int = 90) -> None:
         super().__init__()
+        self.capability = capability
+        self.asked: dict[Any, tuple[Any, ...]] = {}
         self.launches: list[Launch] | None = []
         self.compiled: dict[str, set[str]] = {}  # by kernel, what was asked for
         self.utils = _Utilities()
@@ -63,7 +69,7 @@ class StandIn(DriverBase):
         raise NotImplementedError
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -99,15 +105,18 @@ class Uncompiled(CompiledKernel):
 
 
 @contextlib.contextmanager
-def stand_in(*, compiles: bool = False) -> Iterator[StandIn]:
+def stand_in(
+    *, compiles: bool = False, capability: int = 90, multiprocessors: int = MULTIPROCESSORS
+) -> Iterator[StandIn]:
     """Within it the backend "triton" serves tensors on the CPU, and within `OnMeta`, too, such as have no numbers.
 
-    compiles: kernels are compiled for sm_90; else only their variants are counted.
+    compiles: kernels are compiled for the card; else only their variants are counted.
     """
-    standing, compile_it = StandIn(), JITFunction._do_compile
+    standing, compile_it = StandIn(capability), JITFunction._do_compile
 
     def counted(self, key, signature, device, constexprs, options, attrs, warmup):
         standing.compiled.setdefault(self.__name__, set()).add(key)
+        standing.asked[self.__name__, key] = self, signature, constexprs, options, attrs
         if compiles:
             return compile_it(self, key, signature, device, constexprs, options, attrs, warmup)
         kernel = self.device_caches[device][0][key] = Uncompiled(standing.launcher(self.__name__))
@@ -115,9 +124,9 @@ def stand_in(*, compiles: bool = False) -> Iterator[StandIn]:
 
     driver.set_active(standing)
     forget_kernels()
-    before, multiprocessors = dict(backends.UNAVAILABLE), maps.multiprocessors
+    before, of_device = dict(backends.UNAVAILABLE), maps.multiprocessors
     registered = torch.library.Library("fused_attn", "IMPL")
-    JITFunction._do_compile, maps.multiprocessors = counted, lambda device: MULTIPROCESSORS
+    JITFunction._do_compile, maps.multiprocessors = counted, lambda device: multiprocessors
     try:
         for module, names in OPERATORS.items():
             if module in UNSERVED:
@@ -131,7 +140,7 @@ def stand_in(*, compiles: bool = False) -> Iterator[StandIn]:
         with fused_attn.backend("triton"):
             yield standing
     finally:
-        JITFunction._do_compile, maps.multiprocessors = compile_it, multiprocessors
+        JITFunction._do_compile, maps.multiprocessors = compile_it, of_device
         backends.UNAVAILABLE.clear()
         backends.UNAVAILABLE.update(before)
         registered._destroy()
