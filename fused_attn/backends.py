@@ -68,7 +68,7 @@ MISSING: dict[tuple[str, str], str] = {
         ("cuda", op): "statistics of the batch need all samples, a cluster holds one; use triton"
         for op in ("spatial_gate/batch_norm", "cbam/batch_norm", "norm_gate")
     },
-    **{(name, "position_attention"): "there is no kernel of it for GPUs; use reference" for name in ("triton", "cuda")},
+    **{(name, "position_attention"): "on GPUs torch's own attention serves it" for name in ("triton", "cuda")},
     **{(name, "select/many"): "the kernels hold at most 8 branches" for name in ("cpu", "triton", "cuda")},
 }
 

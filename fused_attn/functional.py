@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import are_plain, autocasts, choose, is_ordinary
+from .backends import are_plain, autocasts, choose, forced, is_ordinary
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
 from .reference.norm_gate import update_statistics
@@ -672,11 +672,15 @@ def position_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: floa
         others by thousands, the gradients of query and key are zero but for that rounding times key or query.
 
     Equivalent to `scaled_dot_product_attention` over `t.flatten(2).transpose(1, 2)` of each, with that scale. (Where
-    the value has another width than query and key, torch's own writes that matrix on a CPU.)
+    the value has another width than query and key, torch's own writes that matrix on a CPU. On a GPU it does not, and
+    serves this function unless the backend "reference" is asked for; its gradients call it once more.)
     """
     _check_attention(query, key, value, scale)
     backend = _choose("position_attention", (), query, key, value)
-    if backend == "reference" or not query.dtype == key.dtype == value.dtype:
+    same = query.dtype == key.dtype == value.dtype
+    if backend == "reference" and same and _serves_by_torch(query, key, value):
+        return ops.position_attention_by_torch(query, key, value, float(scale))
+    if backend == "reference" or not same:
         return reference.position_attention(query, key, value, scale=scale)
     return ops.position_attention(backend, query, key, value, float(scale))
 
@@ -882,6 +886,16 @@ def _mean_first(order: Order) -> int:
 def _choose(op: str, options: tuple[Any, ...], x: Tensor, *others: Tensor | None) -> str:
     """The backend; plain PyTorch where the operators may not serve x or one of the others, whatever was asked for."""
     return choose(op, x, options, others) if is_ordinary(x) and are_plain(*others) else "reference"
+
+
+#: Types of devices whose attention is torch's where no backend of ours serves: its memory-efficient kernel is theirs.
+_WITH_TORCHS_ATTENTION = {"cuda"}
+
+
+def _serves_by_torch(*maps: Tensor) -> bool:
+    """Whether `scaled_dot_product_attention` may stand for the formula, which whoever asks for "reference" gets."""
+    wanted = maps[0].device.type in _WITH_TORCHS_ATTENTION and forced() is None
+    return wanted and is_ordinary(maps[0]) and are_plain(*maps[1:]) and all(t.numel() for t in maps)
 
 
 def _check_tensor(argument: str, tensor: Tensor, x: Tensor) -> None:

@@ -8,6 +8,7 @@ from .context_pool import context_gate, context_pool, context_pool_with_map
 from .criss_cross_attention import criss_cross_attention
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
+from .position_attention import by_torch as position_attention_by_torch
 from .position_attention import position_attention
 from .scale import scale
 from .select import MOST_BRANCHES, select, select_with
@@ -29,6 +30,7 @@ __all__ = [
     "mixed_scale",
     "norm_gate",
     "position_attention",
+    "position_attention_by_torch",
     "scale",
     "select",
     "select_with",

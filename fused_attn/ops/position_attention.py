@@ -10,10 +10,21 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from .. import reference
-from .common import accumulator, below, define, differentiable, differentiable_backward, empty_map, wants_graph
+from ..reference.layout import lies_channels_last
+from .common import (
+    accumulator,
+    below,
+    define,
+    differentiable,
+    differentiable_backward,
+    empty_map,
+    needs_grad,
+    wants_graph,
+)
 
 
 def _fake(query, key, value, scale):
@@ -61,3 +72,40 @@ def _gradients(ctx, grad):
 #: position_attention(backend, query, key, value, scale): (B, E, *positions of the query), in the value's layout where
 #: it has as many positions.
 position_attention = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+
+
+def _by_torch(inputs, scale):
+    query, _, value = inputs
+    rows = [t.flatten(2).transpose(1, 2)[:, None].contiguous() for t in inputs]
+    attended = torch.nn.functional.scaled_dot_product_attention(rows[0], rows[1], rows[2], scale=scale)
+    out = attended[:, 0].transpose(1, 2)
+    out = out if lies_channels_last(value) else out.contiguous()
+    return out.to(value.dtype).unflatten(2, query.shape[2:])
+
+
+class _ByTorch(torch.autograd.Function):
+    """Keeps the inputs alone, and calls torch's forward once more in the backward; the gradient of a gradient, which
+    torch's kernels have not, is the formula's."""
+
+    @staticmethod
+    def forward(ctx, scale, *inputs):
+        ctx.scale = scale
+        ctx.save_for_backward(*inputs)
+        return _by_torch(inputs, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        def function(*inputs):
+            if wants_graph(grad):
+                return reference.position_attention(*inputs, scale=ctx.scale)
+            return _by_torch(inputs, ctx.scale)
+
+        return None, *differentiable_backward(function, ctx.saved_tensors, ctx.needs_input_grad[1:], grad)
+
+
+def by_torch(query, key, value, scale):
+    """The same by scaled_dot_product_attention, whose memory-efficient kernel on a GPU takes values of another width
+    than queries and keys, and writes no matrix. It reads rows of channels: channels_last maps as they lie."""
+    if not torch.compiler.is_compiling() and needs_grad(query, key, value):
+        return _ByTorch.apply(scale, query, key, value)
+    return _by_torch((query, key, value), scale)

@@ -14,6 +14,20 @@ MUTANTS = [
         tests="tests/ops/test_autograd.py -k test_maps_of_any_layout",
     ),
     Mutant(
+        name="torchs-attention-where-the-formula-was-asked-for",
+        file="fused_attn/functional.py",
+        old="in _WITH_TORCHS_ATTENTION and forced() is None",
+        new="in _WITH_TORCHS_ATTENTION",
+        tests="tests/ops/test_position_attention.py -k test_torchs_attention_under_autocast",
+    ),
+    Mutant(
+        name="second-derivative-of-torchs-attention",
+        file="fused_attn/ops/position_attention.py",
+        old="            if wants_graph(grad):\n                return reference",
+        new="            if False:\n                return reference",
+        tests="tests/ops/test_position_attention.py -k test_torchs_attention",
+    ),
+    Mutant(
         name="mixed-scale-fake-is-nchw",
         file="fused_attn/ops/mixed_scale.py",
         old="    return empty_map(x)",

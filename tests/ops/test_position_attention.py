@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fused_attn import functional, reference
-from fused_attn.backends import choose
+from fused_attn.backends import backend, choose
 from fused_attn.ops.position_attention import BACKWARD, FORWARD
 from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random
 from tests.ops.test_channel_gate import STRIDES, strided
@@ -247,3 +248,70 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(out, expected)
         grads = [torch.autograd.grad(y.square().sum(), list(inputs.values())) for y in (out, expected)]
         torch.testing.assert_close(*grads)
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """What a GPU does, on this machine's CPU: no backend of ours serves, and torch's attention does."""
+    calls = []
+
+    def counted(*inputs, **options):
+        calls.append(inputs)
+        return attention(*inputs, **options)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(functional, "_WITH_TORCHS_ATTENTION", {"cpu"})
+    monkeypatch.setattr(functional, "choose", lambda *_: "reference")
+    return calls
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torchs_attention(shape, dtype, layout, by_torch):
+    inputs = inputs_of(shape, dtype, layout)
+    check(inputs)
+    assert by_torch
+    y = functional.position_attention(**inputs, scale=0.3)
+    if inputs["value"].shape[2:] == y.shape[2:]:
+        assert y.stride() == torch.empty_like(inputs["value"]).stride()
+    assert functional.position_attention(**{k: t.requires_grad_() for k, t in inputs.items()}).grad_fn is not None
+
+
+def test_torchs_attention_is_differentiated_twice(by_torch):
+    inputs = {k: t.double() for k, t in inputs_of((2, 3, 4, (3, 4), (3, 4))).items()}
+    gradcheck(functional.position_attention, inputs, twice=True)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    y = checkpoint(functional.position_attention, *leaves, use_reentrant=False)
+    found = torch.autograd.grad(y.square().sum(), leaves)
+    expected = torch.autograd.grad(reference.position_attention(*leaves).square().sum(), leaves)
+    torch.testing.assert_close(found, expected)
+    grads = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    y, exact = functional.position_attention(*leaves), reference.position_attention(*leaves)
+    found, expected = (torch.autograd.grad(v, leaves, grads, is_grads_batched=True) for v in (y, exact))
+    torch.testing.assert_close(found, expected)
+
+
+def test_torchs_attention_under_autocast_and_of_nothing(by_torch):
+    inputs = inputs_of((2, 8, 24, (5, 7), (5, 7)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = functional.position_attention(**inputs)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, reference.position_attention(**inputs), rtol=0.05, atol=0.05)
+    by_torch.clear()
+    assert functional.position_attention(**{k: t[:0] for k, t in inputs.items()}).shape == (0, 24, 5, 7)
+    with backend("reference"):
+        functional.position_attention(**inputs)
+    assert not by_torch  # nothing to attend to, and the formula itself was asked for
+
+
+def test_torchs_attention_compiles_in_one_graph(by_torch):
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.position_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for side in (5, 8):
+        leaves = [t.requires_grad_() for t in inputs_of((2, 8, 24, (side, 7), (side, 7))).values()]
+        y, exact = compiled(*leaves), reference.position_attention(*leaves)
+        torch.testing.assert_close(y, exact)
+        found, expected = (torch.autograd.grad(v.square().sum(), leaves) for v in (y, exact))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
