@@ -95,8 +95,10 @@ class _ByTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        by_formula = wants_graph(grad)
+
         def function(*inputs):
-            if wants_graph(grad):
+            if by_formula:
                 return reference.position_attention(*inputs, scale=ctx.scale)
             return _by_torch(inputs, ctx.scale)
 

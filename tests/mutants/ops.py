@@ -23,8 +23,8 @@ MUTANTS = [
     Mutant(
         name="second-derivative-of-torchs-attention",
         file="fused_attn/ops/position_attention.py",
-        old="            if wants_graph(grad):\n                return reference",
-        new="            if False:\n                return reference",
+        old="by_formula = wants_graph(grad)",
+        new="by_formula = False",
         tests="tests/ops/test_position_attention.py -k test_torchs_attention",
     ),
     Mutant(
