@@ -155,12 +155,17 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(path: Path, environment: Environment, verdicts: Iterable[Verdict]) -> None:
-    """Whole or not at all: under another name first. Raises OSError."""
+    """Raises OSError."""
     records = sorted(map(verdict_as_json, verdicts), key=lambda record: json.dumps(record))
     lines = ",\n".join(json.dumps(record) for record in records)
+    write_whole(path, f'{{"environment": {json.dumps(environment)},\n"verdicts": [\n{lines}\n]}}\n')
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all: under another name first. Raises OSError."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            file.write(f'{{"environment": {json.dumps(environment)},\n"verdicts": [\n{lines}\n]}}\n')
+            file.write(text)
             file.close()
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 
+from fused_attn.qualification.process import answering, first_line
 from fused_attn.timing import synchronize
 
-from .rows import Row, Setting, first_line
+from .rows import Row, Setting
 
 
 def warm(part: Any, setting: Setting, nth: int, of: int) -> None:
@@ -38,12 +38,7 @@ def found_by(part: Any, setting: Setting, row: Row) -> dict[str, Any]:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
-
-    def say(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
+    say = answering()
     start = json.loads(sys.stdin.readline())
     part = importlib.import_module(f"{__package__}.{start['part']}")
     setting = Setting(start["dry"], Path(start["folder"]), start["seconds"])

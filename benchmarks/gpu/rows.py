@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fused_attn.qualification.process import first_line
+
 #: How a row may end: those that fail the run, and those that do not.
 BAD = ("wrong", "failed", "crashed", "hung")
 GOOD = ("ok", "does not fit", "refused", "absent")
@@ -47,10 +49,6 @@ class Setting:
     def budget(self, seconds: float) -> float:
         """Seconds that a comparison is timed."""
         return 0.01 if self.dry else seconds
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def sized(shape: tuple[int, ...]) -> str:

@@ -7,25 +7,19 @@ It reads one job a line, and writes lines: {"tried": [backends]} before each ste
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..verdicts import verdict_as_json
 from .calls import call_from_json
+from .process import answering, first_line
 from .trial import Judge, Unmeasured
 
 
 def main() -> None:
-    # What the kernels under test, or what they import, print is no answer.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def say(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
+    say = answering()
 
     def told(names: Sequence[str]) -> None:
         say(tried=list(names))
@@ -44,7 +38,7 @@ def main() -> None:
         except Unmeasured as error:
             say(unmeasured=str(error))
         except Exception as error:  # plain PyTorch itself fails, or the device is lost
-            say(lost=(str(error).splitlines() or [type(error).__name__])[0])
+            say(lost=first_line(error))
             return
         else:
             say(verdict=verdict_as_json(verdict))

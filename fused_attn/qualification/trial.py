@@ -21,6 +21,7 @@ from ..equivalence import LAYOUTS, assert_as_good_as_eager, assert_equivalent, i
 from ..timing import graph_of, interleaved, last_cache, synchronize
 from ..verdicts import Verdict, dtype_named
 from .calls import Call
+from .process import first_line
 
 #: A backend serves where it takes at most this share of plain PyTorch's time by one of the clocks, and by the other no
 #: more than its time and what medians differ by from run to run.
@@ -443,7 +444,7 @@ class Judge:
             raise
         except Exception as error:
             synchronize(self.device)  # raises where the device is lost
-            return f"cannot serve it: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            return f"cannot serve it: {first_line(error)}"
         return None
 
     def _when_there_is_memory(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -452,4 +453,4 @@ class Judge:
             synchronize(self.device)
             return found
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise Unmeasured(f"no memory: {str(error).splitlines()[0]}") from error
+            raise Unmeasured(f"no memory: {first_line(error)}") from error

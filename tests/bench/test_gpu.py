@@ -161,8 +161,8 @@ def test_what_rows_need_is_compiled_before(part, tmp_path, monkeypatch, capsys):
 
 def test_all_cores_compile_until_their_time_is_over(monkeypatch):
     """Those that have crashed, too."""
-    child = Scripted([{"done": True}], [run.Lost("crashed", "it died")], [None])
-    monkeypatch.setattr(run, "Child", lambda *given, **more: copy.copy(child(*given, **more)))
+    child = Scripted([{"done": True}], [run.Lost("it died")], [None])
+    monkeypatch.setattr(run, "started", lambda *given, **more: copy.copy(child(*given, **more)))
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda process: range(3))
     ended = []
     monkeypatch.setattr(Scripted, "end", lambda self: ended.append(self))
@@ -223,7 +223,7 @@ def ended(key: str) -> dict[str, Any]:
 
 def a_part(tmp_path: Path, monkeypatch, *scripts: list[Any], seconds: float = 60.0, step: float | None = None):
     child = Scripted(*scripts)
-    monkeypatch.setattr(run, "Child", child)
+    monkeypatch.setattr(run, "started", child)
     part = run.Part("symbols", tmp_path / "symbols.json", {"device": "none"})
     run.run_part(part, Setting(True, tmp_path, seconds), step, lambda row: None)
     assert child.ended == len(child.started)
@@ -264,7 +264,7 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
 
 
 def test_what_kills_every_process_ends(tmp_path, monkeypatch):
-    scripts = [[ROWS, trying(f"{i}"), run.Lost("crashed", "it died")] for i in range(run.MOST_DEATHS + 1)]
+    scripts = [[ROWS, trying(f"{i}"), run.Lost("it died")] for i in range(run.MOST_DEATHS + 1)]
     part, child = a_part(tmp_path, monkeypatch, *scripts)
     assert len(child.started) == len(part.rows) == run.MOST_DEATHS and "given up after 8 processes" in part.problem
 

@@ -58,12 +58,12 @@ def found() -> dict[str, list[Verdict | str]]:
     """By name of the op, one process's verdicts; it is started again after a hang and after a crash."""
     jobs, starts, shown = calls(), [], []
     everything = [job for of_op in jobs.values() for job in of_op]
-    process = measuring._Process
+    process = measuring._started
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).with_name("planted")))
         patch.setattr(measuring, "STEP", 4.0)
         patch.setenv("FUSED_ATTN_BACKEND", "reference")  # of no concern to it
-        patch.setattr(measuring, "_Process", lambda device: starts.append(device) or process(device))
+        patch.setattr(measuring, "_started", lambda device: starts.append(device) or process(device))
         answers = list(measure(everything, CPU, lambda done, what: shown.append((done, what))))
     assert len(starts) == 3
     assert [done for done, _ in shown] == list(range(len(everything))) and "simam float32 2x8x8x8" in shown[0][1]
@@ -121,8 +121,8 @@ def test_no_memory_is_no_verdict(found):
 def test_a_process_that_does_not_start(monkeypatch):
     """Once, however many calls there are."""
     starts = []
-    process = measuring._Process
-    monkeypatch.setattr(measuring, "_Process", lambda device: starts.append(device) or process(device))
+    process = measuring._started
+    monkeypatch.setattr(measuring, "_started", lambda device: starts.append(device) or process(device))
     monkeypatch.setattr(measuring.sys, "executable", "/bin/false")
     jobs = [job for of_op in calls().values() for job in of_op]
     answers = list(measure(jobs, CPU, lambda done, what: None))
