@@ -545,7 +545,7 @@ def qualify_command(
             raise UserError(str(error)) from None
         except RuntimeError as error:
             raise UserError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
-    found = list({(v.question, v.shape): v for v in found}.values())
+    found = list({v.asked: v for v in found}.values())
     click.echo(str(Qualified(found)))
     if table is not None:
         table.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def measured() -> list[tuple[str, str, str, int, str]]:
     for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
         environment = environment_of(device)
         found: dict[tuple[str, str], list[str]] = {}
-        for verdict in {(v.question, v.shape): v for v in (*cached(environment), *shipped(environment))}.values():
+        for verdict in {v.asked: v for v in (*cached(environment), *shipped(environment))}.values():
             found.setdefault((verdict.question.op, verdict.backend), []).append(verdict.why)
         rows += [(str(device), op, name, len(whys), whys[0]) for (op, name), whys in found.items()]
     return rows

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -71,6 +73,27 @@ def interleaved(
         if enabled:
             gc.enable()
     return timings
+
+
+def in_turn(calls: Sequence[Callable[[], object]], first: int = 0) -> Callable[[], None]:
+    """What makes the next of the calls each time it is called. As many results as there are calls are alive, so that
+    neither inputs nor outputs were just used."""
+    results: deque[object] = deque(maxlen=len(calls))
+    turns = itertools.cycle([*calls[first:], *calls[:first]])
+
+    def call() -> None:
+        results.append(next(turns)())
+
+    return call
+
+
+def nth(calls: Sequence[Callable[[], object]], i: int) -> object:
+    return calls[i]()
+
+
+def digits(seconds: float) -> float:
+    """As many as mean something."""
+    return float(f"{seconds:.4g}")
 
 
 def graph_of(call: Callable[[int], object], copies: int) -> Callable[[], None]:

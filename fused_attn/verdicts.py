@@ -70,6 +70,11 @@ class Verdict(NamedTuple):
     why: str
     seconds: dict[str, dict[str, float]] = {}
 
+    @property
+    def asked(self) -> tuple[Question, Shape]:
+        """What there is one verdict about."""
+        return self.question, self.shape
+
 
 class Table(NamedTuple):
     """ops: (backend, why) for all of an op that no verdict is about."""
@@ -133,7 +138,7 @@ def asked_from_json(record: dict[str, Any]) -> tuple[Question, Shape]:
 
 def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
     rest = {field: getattr(verdict, field) for field in Verdict._fields[2:]}
-    return asked_as_json(verdict.question, verdict.shape) | rest
+    return asked_as_json(*verdict.asked) | rest
 
 
 def verdict_from_json(record: dict[str, Any]) -> Verdict:
@@ -332,7 +337,7 @@ def keep(environment: Environment, verdicts: Iterable[Verdict]) -> None:
                 before = table.verdicts
             else:
                 path.rename(path.with_suffix(".unread"))
-        known = {(v.question, v.shape): v for v in (*verdicts, *before)}  # what was measured first stays
+        known = {v.asked: v for v in (*verdicts, *before)}  # what was measured first stays
         write_table(path, environment, known.values())
     except (OSError, RuntimeError) as error:
         say_once(f"verdicts are not kept, and every process measures again: {error}")

@@ -14,11 +14,10 @@ import fused_attn
 from fused_attn.bench.measure import peak_memory
 from fused_attn.bench.models import in_place, inference_call, networks, training_call
 from fused_attn.hosts import UnknownModel
-from fused_attn.timing import interleaved
+from fused_attn.timing import digits, interleaved
 
 from .networks import amp, chosen, images, pairs
 from .rows import Row, Setting, first_line, state_of_card
-from .speed import digits
 
 SECONDS, STEP = 130, 100
 #: Of the seconds, those in which all cores compile, and of how many pairs.
@@ -64,7 +63,7 @@ def timed(setting: Setting, models: dict[str, Model], x: torch.Tensor, what: str
     base, found = timings["backbone"].median, dict[str, Any]()
     for name, timing in timings.items():
         tax, peak = round(timing.median / base - 1, 4), peak_memory(calls[name], setting.device)
-        found[name] = {"wall": digits(timing), "spread": round(timing.spread, 3), "tax": tax, "peak bytes": peak}
+        found[name] = {"wall": digits(timing.median), "spread": round(timing.spread, 3), "tax": tax, "peak bytes": peak}
     return found
 
 

@@ -8,7 +8,7 @@ float64 in this process.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ import fused_attn
 from fused_attn.bench import blocks
 from fused_attn.bench.measure import copy_bandwidth, peak_memory
 from fused_attn.equivalence import assert_equivalent
-from fused_attn.timing import Timing, graph_of, interleaved, last_cache
+from fused_attn.qualification.trial import served
+from fused_attn.timing import Timing, digits, graph_of, in_turn, interleaved, last_cache, nth
 
 from .rows import DTYPES, Row, Setting, first_line, sized, state_of_card
 
@@ -134,11 +135,6 @@ class Made:
         return found
 
 
-def served(backend: str, call: Callable[[], object]) -> object:
-    with fused_attn.backend(backend):
-        return call()
-
-
 def copies_for(setting: Setting, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """So many that inputs and outputs of the forward are beyond twice the last cache, two at least."""
     if setting.dry:
@@ -190,7 +186,7 @@ def timed(
     calls = {name: made.calls(module, backend, what) for name, (module, backend) in candidates.items()}
     wall = interleaved({n: in_turn(of) for n, of in calls.items()}, device, budget=budget, least=5)
     found: dict[str, dict[str, Any]] = {
-        n: {"wall": digits(t), "wall spread": round(t.spread, 3)} for n, t in wall.items()
+        n: {"wall": digits(t.median), "wall spread": round(t.spread, 3)} for n, t in wall.items()
     }
     on_device = wall
     if device.type == "cuda":
@@ -204,30 +200,10 @@ def timed(
         on_device = {n: Timing([s / copies for s in t.seconds]) for n, t in replays.items()}
     passes = made.reads and made.reads[what != "forward"]
     for name, timing in on_device.items():
-        found[name] |= {"device": digits(timing), "spread": round(timing.spread, 3)}
+        found[name] |= {"device": digits(timing.median), "spread": round(timing.spread, 3)}
         if passes:
             rate = passes * made.bytes / timing.median
             found[name] |= {"bytes a second": float(f"{rate:.4g}"), "of copy": round(rate / bytes_of_copy(device), 3)}
     for name, of in calls.items():
         found[name]["peak bytes"] = peak_memory(of[0], device)
     return found
-
-
-def nth(calls: Sequence[Callable[[], object]], i: int) -> object:
-    return calls[i]()
-
-
-def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """What makes the next of the calls each time, so that no input was just used."""
-    at = -1
-
-    def call() -> None:
-        nonlocal at
-        at = (at + 1) % len(calls)
-        calls[at]()
-
-    return call
-
-
-def digits(timing: Timing) -> float:
-    return float(f"{timing.median:.4g}")

@@ -30,7 +30,7 @@ def rows(setting: Setting) -> list[Row]:
     """Those of one class and question once, those of autocast in bfloat16 first."""
     found: dict[tuple[Question, Shape], tuple[Call, bool]] = {}
     for call, training in every_call(setting):
-        found.setdefault((call.question._replace(training=training), call.shape), (call, training))
+        found.setdefault(call.asked(training), (call, training))
     ordered = sorted(found.values(), key=lambda pair: (pair[0].question.dtype != torch.bfloat16, not pair[1]))
     return [Row(name_of(call, training), call.question.op, (call, training)) for call, training in ordered]
 
@@ -68,7 +68,7 @@ def measure(setting: Setting, row: Row) -> dict[str, Any]:
         verdict = judge_of(setting).verdict(call, training, {})
     except Unmeasured as error:
         return {"status": "absent", "why": first_line(error)}
-    kept = {(v.question, v.shape): v for v in (*found_before(setting), verdict)}
+    kept = {v.asked: v for v in (*found_before(setting), verdict)}
     folder = setting.folder / TABLES
     folder.mkdir(parents=True, exist_ok=True)
     write_shipped(folder, environment_of(setting.device), kept.values())

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.common import empty_map, is_channels_last
+from ..reference.layout import laid
 from . import maps
 from .language import IDENTITY
 from .maps import CHANNELS_LAST, NCHW, SIZES, locate
@@ -352,7 +353,7 @@ def _arguments(query: Tensor, value: Tensor, columns: bool) -> tuple[dict, int]:
 
 
 def relayout(x: Tensor, channels_last: int) -> Tensor:
-    return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return laid(x, channels_last)
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from .common import (
     differentiable,
     differentiable_backward,
     empty_map,
+    first_and_last,
     like_or_none,
     unless_absent,
     wants_graph,
@@ -135,6 +136,6 @@ cbam = differentiable(
     BACKWARD,
     _keep,
     _gradients,
-    shown=lambda results: (results[0], results[-1]),
+    shown=first_and_last,
     resident_clusters=resident_clusters,
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import LAYERS, TIES
+from ..reference.layout import lies_channels_last
 from .common import (
     accumulator,
     below,
@@ -22,7 +23,6 @@ from .common import (
     differentiable,
     differentiable_backward,
     empty_map,
-    is_channels_last,
     like_or_none,
     unless_absent,
     wants_graph,
@@ -117,7 +117,7 @@ BACKWARD = define(
 
 def excitation_of(x: Tensor, weight1: Tensor | None, weight2: Tensor | None) -> tuple[bool, int, int]:
     """What decides how a sample of x lies in shared memory: (whether as channels_last, dense layers, hidden values)."""
-    last = not x.is_contiguous() and is_channels_last(x)
+    last = lies_channels_last(x)
     if weight2 is None:
         return last, 0 if weight1 is None else 1, 0
     assert weight1 is not None

@@ -192,6 +192,10 @@ def first(results: Any) -> Any:
     return results[0]
 
 
+def first_and_last(results: Any) -> Any:
+    return results[0], results[-1]
+
+
 def differentiable(
     overloads: Overloads,
     backward: Overloads,

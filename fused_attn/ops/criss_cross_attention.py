@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from .. import reference
+from ..reference.layout import laid
 from .common import (
     accumulator,
     below,
@@ -34,13 +33,9 @@ def _fake_backward(grad, query, key, value, out, state):
     return empty_map(query), empty_map(key), empty_map(value)
 
 
-def _in_layout(x, channels_last):
-    return x.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 #: A copy of a 4-D map whose channels are next to each other, as here they are read, or whose positions are.
-RELAYOUT = define("relayout", "(Tensor x, int channels_last) -> Tensor", _in_layout, module="criss_cross_attention")
-differentiable_by_reference(RELAYOUT, lambda x, channels_last: [_in_layout(x, channels_last)], 1)
+RELAYOUT = define("relayout", "(Tensor x, int channels_last) -> Tensor", laid, module="criss_cross_attention")
+differentiable_by_reference(RELAYOUT, lambda x, channels_last: [laid(x, channels_last)], 1)
 FORWARD = define(
     "criss_cross_attention", "(Tensor query, Tensor key, Tensor value) -> (Tensor out, Tensor state)", _fake
 )

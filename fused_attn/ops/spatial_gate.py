@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import ORDERS
+from ..reference.layout import lies_channels_last
 from .common import (
     accumulator,
     below,
@@ -21,7 +22,7 @@ from .common import (
     differentiable,
     differentiable_backward,
     empty_map,
-    is_channels_last,
+    first_and_last,
     like_or_none,
     unless_absent,
     wants_graph,
@@ -86,11 +87,10 @@ def resident_clusters(limits: Limits, x: Tensor, weight: Tensor, *arguments) -> 
     _, norm_weight, _, affine_weight, *_, pre_activation, post_activation = arguments
     if norm_weight is not None:  # statistics of the batch need all samples
         return Clusters(0, 0)
-    last = not x.is_contiguous() and is_channels_last(x)
     no_channel_gate = False, 0, 0, 0, 0
     ends = affine_weight is not None, pre_activation, post_activation
     sizes = x.shape[1], *three_axes(x, weight), x.itemsize
-    return ask("spatial_gate", *sizes, last, *no_channel_gate, *ends, *limits)
+    return ask("spatial_gate", *sizes, lies_channels_last(x), *no_channel_gate, *ends, *limits)
 
 
 def _keep(ctx, inputs, results):
@@ -145,6 +145,6 @@ spatial_gate = differentiable(
     BACKWARD,
     _keep,
     _gradients,
-    shown=lambda results: (results[0], results[-1]),
+    shown=first_and_last,
     resident_clusters=resident_clusters,
 )

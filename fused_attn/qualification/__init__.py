@@ -56,7 +56,7 @@ def settle(jobs: Iterable[Job], device: torch.device) -> list[Verdict]:
         if at not in devices:
             devices[at] = ranks.host(), repr(environment_of(at))
         _, of_place = here.setdefault(devices[at], (at, {}))
-        of_place.setdefault((job.call.question._replace(training=job.training), job.call.shape), job)
+        of_place.setdefault(job.call.asked(job.training), job)
     everyone = ranks.gathered({place: wanted for place, (_, wanted) in here.items()}, device)
     found: list[Found] = []
     for place, (at, _) in here.items():
@@ -106,7 +106,7 @@ def _found_here(wanted: dict[Key, Job], device: torch.device) -> Found:
 
 
 def _among(wanted: dict[Key, Job], verdicts: Iterable[Verdict]) -> Found:
-    return {key: v for v in verdicts if (key := (v.question, v.shape)) in wanted}
+    return {key: v for v in verdicts if (key := v.asked) in wanted}
 
 
 def _measured(missing: dict[Key, Job], device: torch.device, environment: Environment) -> Found:

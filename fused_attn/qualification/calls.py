@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import functional
 from ..backends import PLAIN, autocasts, is_ordinary
+from ..reference.layout import lies_channels_last
 from ..verdicts import Question, Shape, asked_as_json, asked_from_json, class_of, name_of, room_for
 
 
@@ -35,6 +36,10 @@ class Call(NamedTuple):
     function: str
     arguments: dict[str, Any]
     autocast: bool
+
+    def asked(self, training: bool) -> tuple[Question, Shape]:
+        """What there is one verdict about."""
+        return self.question._replace(training=training), self.shape
 
 
 def call_as_json(call: Call) -> dict[str, Any]:
@@ -184,8 +189,7 @@ def typical_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[C
                         for call in calls_on(block, x, mode):
                             # In evaluation mode, too, gradients may be on.
                             for training in (False,) if batch == 1 else (mode, True):
-                                key = call.question._replace(training=training), call.shape
-                                found.setdefault(key, (call, training))
+                                found.setdefault(call.asked(training), (call, training))
     return list(found.values())
 
 
@@ -196,7 +200,7 @@ def _map(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, chann
 
 
 def _is_channels_last(p: Tensor) -> bool:
-    return p.dim() == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+    return p.dim() == 4 and lies_channels_last(p)
 
 
 def _sides(channels: int) -> tuple[int, int]:

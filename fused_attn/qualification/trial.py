@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from .. import functional, reference
 from ..backends import CANDIDATES, RESIDENT, backend, unavailable
 from ..equivalence import LAYOUTS, assert_as_good_as_eager, assert_equivalent, in_layout
-from ..timing import graph_of, interleaved, last_cache, synchronize
+from ..timing import digits, graph_of, in_turn, interleaved, last_cache, nth, synchronize
 from ..verdicts import Verdict, dtype_named
 from .calls import Call
 from .process import first_line
@@ -325,23 +323,22 @@ def times(call: Call, training: bool, names: Sequence[str], device: torch.device
     some = _gradients_for(made) if training else []
     grads = [[_gradient(g) for g in some] if training else None for _ in sets]
     modules = {name: reference if name == "reference" else functional for name in names}
-    calls = {name: [_once(each, m, g) for each, g in zip(sets, grads, strict=True)] for name, m in modules.items()}
-    by_wall = {name: _in_turn(name, of, at * copies // len(names)) for at, (name, of) in enumerate(calls.items())}
+    calls = {
+        name: [functools.partial(served, name, _once(each, m, g)) for each, g in zip(sets, grads, strict=True)]
+        for name, m in modules.items()
+    }
+    by_wall = {name: in_turn(of, at * copies // len(names)) for at, (name, of) in enumerate(calls.items())}
     wall = interleaved(by_wall, device, budget=BUDGET, least=5)
-    seconds = {name: {"wall": _digits(timing.median)} for name, timing in wall.items()}
+    seconds = {name: {"wall": digits(timing.median)} for name, timing in wall.items()}
     if device.type == "cuda":
         try:
-            graphs = {"reference": graph_of(functools.partial(_nth, "reference", calls["reference"]), copies)}
+            graphs = {"reference": graph_of(functools.partial(nth, calls["reference"]), copies)}
         except RuntimeError:  # it cannot be captured, and there is nothing to compare with
             return seconds
-        graphs |= {n: graph_of(functools.partial(_nth, n, of), copies) for n, of in calls.items() if n not in graphs}
+        graphs |= {n: graph_of(functools.partial(nth, of), copies) for n, of in calls.items() if n not in graphs}
         for name, timing in interleaved(graphs, device, budget=BUDGET, least=5).items():
-            seconds[name]["device"] = _digits(timing.median / copies)
+            seconds[name]["device"] = digits(timing.median / copies)
     return seconds
-
-
-def _digits(seconds: float) -> float:
-    return float(f"{seconds:.4g}")
 
 
 def _copied(made: Made) -> Made:
@@ -350,25 +347,10 @@ def _copied(made: Made) -> Made:
     return made._replace(tensors=copied)
 
 
-def _as(name: str, call: Callable[[], object]) -> object:
+def served(name: str, call: Callable[[], object]) -> object:
     """The call, served by this backend."""
     with backend(name):
         return call()
-
-
-def _nth(name: str, calls: Sequence[Callable[[], object]], i: int) -> object:
-    return _as(name, calls[i])
-
-
-def _in_turn(name: str, calls: Sequence[Callable[[], object]], first: int) -> Callable[[], None]:
-    """What makes the next of the calls each time it is called. As many results as there are calls are alive."""
-    results: deque[object] = deque(maxlen=len(calls))
-    turns = itertools.cycle([*calls[first:], *calls[:first]])
-
-    def call() -> None:
-        results.append(_as(name, next(turns)))
-
-    return call
 
 
 def ratios(mine: dict[str, float], plain: dict[str, float]) -> str:
@@ -419,8 +401,7 @@ class Judge:
         anywhere = fastest({name: of for name, of in seconds.items() if name not in RESIDENT})
         against = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         why = against if best == "reference" else reasons[best]
-        question = call.question._replace(training=training)
-        return Verdict(question, call.shape, call.room, best, anywhere, why, seconds)
+        return Verdict(*call.asked(training), call.room, best, anywhere, why, seconds)
 
     def against(self, call: Call, training: bool, name: str) -> str | None:
         """Why a backend does not serve a call; None where it is right."""

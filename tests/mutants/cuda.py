@@ -214,7 +214,7 @@ MUTANTS = [
     Mutant(
         name="answer-for-one-layout",
         file="fused_attn/ops/channel_gate.py",
-        old="    last = not x.is_contiguous() and is_channels_last(x)",
+        old="    last = lies_channels_last(x)",
         new="    last = False",
         tests="tests/ops/test_resident.py -k test_what_a_cluster_holds",
     ),

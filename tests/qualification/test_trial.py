@@ -291,3 +291,12 @@ def test_the_last_cache(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert timing.last_cache(torch.device("cuda")) == 50 << 20
     assert timing.last_cache(CPU) >= 1 << 18
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("tried to allocate 80 GiB\nmore")])
+def test_no_memory_in_words_or_without(error):
+    def lacking():
+        raise error
+
+    with pytest.raises(trial.Unmeasured, match=r"no memory: (MemoryError|tried to allocate 80 GiB)$"):
+        Judge(torch.device("cpu"), lambda names: None)._when_there_is_memory(lacking)
