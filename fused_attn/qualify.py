@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .fusion.api import running
 from .qualification import busy, settle
-from .qualification.calls import buffers_kept, calls_on, seen, typical_calls, without_data
+from .qualification.calls import buffers_kept, calls_on, maps_in_run, seen, typical_calls, without_data
 from .qualification.parent import Job
 from .verdicts import Verdict, name_of
 
@@ -68,27 +68,11 @@ def qualify(model: nn.Module, *inputs: Any) -> Qualified:
 
 def _jobs_of_run(model: nn.Module, blocks: list[nn.Module], inputs: tuple[Any, ...]) -> list[Job]:
     """What a run of the model calls, and what its blocks call on the same maps in either mode."""
-    maps: dict[tuple[Any, ...], tuple[nn.Module, Tensor]] = {}
-
-    def remember(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = arguments[0] if arguments else next(iter(keywords.values()))
-        maps.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, without_data(x)))
-
-    hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
-    modes = [(module, module.training) for module in model.modules()]
     cards = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(cards), buffers_kept(model), torch.compiler.set_stance("force_eager"):
-            model.eval()
-            with torch.no_grad(), seen() as found:
-                model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
+    with torch.random.fork_rng(cards), buffers_kept(model), torch.compiler.set_stance("force_eager"), seen() as found:
+        maps = maps_in_run(model, blocks, inputs, without_data)
     jobs = [Job(call, training) for call in found for training in (False, True)]
-    for block, x in maps.values():
+    for block, x in maps:
         jobs += [Job(call, training) for call in calls_on(block, x, False) for training in (False, True)]
         jobs += [Job(call, True) for call in calls_on(block, x, True)]
     return jobs

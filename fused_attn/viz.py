@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -20,6 +21,7 @@ from .fusion.changing.plan import intact, plan_of
 from .fusion.hosts.own import own_recipe
 from .fusion.recipes.describe import describe
 from .fusion.recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
+from .qualification.calls import modes_kept
 from .reference import GatherExcite
 from .reference.channel_gate import channel_logits
 from .reference.channel_pool import channel_pool
@@ -72,20 +74,14 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
 
         return block.register_forward_pre_hook(hook, with_kwargs=True)
 
-    modes = [(module, module.training) for module in model.modules()]
     known = [(name, block, recipe) for name, block, found, _ in candidates(model) if (recipe := _recipe(block, found))]
-    hooks: list[Any] = []
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(modes_kept(model))
         for name, block, recipe in known:
-            hooks.append(listen(name or "(the model)", block, recipe))
+            stack.callback(listen(name or "(the model)", block, recipe).remove)
+        stack.enter_context(torch.no_grad())
         model.eval()
-        with torch.no_grad():
-            model(image)
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+        model(image)
     if not maps:
         why = "the model has none that fuse() knows" if not known else "none was called (is the model compiled?)"
         raise ValueError(f"no attention block to show: {why}")

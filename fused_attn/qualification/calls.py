@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +139,39 @@ def buffers_kept(block: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@contextlib.contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Every part of it is afterwards in the mode that it was in."""
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def maps_in_run(
+    model: nn.Module, blocks: Iterable[nn.Module], inputs: tuple[Any, ...], like: Callable[[Tensor], Tensor]
+) -> list[tuple[nn.Module, Tensor]]:
+    """(block, like(map)) of the maps that the blocks get where the model runs on these inputs, in evaluation mode and
+    without gradients: of those of a block that are alike once."""
+    maps: dict[tuple[Any, ...], tuple[nn.Module, Tensor]] = {}
+
+    def remember(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = arguments[0] if arguments else next(iter(keywords.values()))
+        maps.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, like(x)))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(modes_kept(model))
+        for block in blocks:
+            hook = block.register_forward_pre_hook(remember, with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.enter_context(torch.no_grad())
+        model.eval()
+        model(*inputs)
+    return list(maps.values())
+
+
 def without_data(x: Tensor) -> Tensor:
     """A tensor of the same sizes, strides, dtype and device that takes no memory."""
     with FakeTensorMode():
@@ -148,20 +181,17 @@ def without_data(x: Tensor) -> Tensor:
 def calls_on(block: nn.Module, x: Tensor, training: bool) -> list[Call]:
     """What a block calls, in that mode, on a map like x: run without data, so that nothing of it changes. Nothing where
     it cannot be run so."""
-    modes = [(module, module.training) for module in block.modules()]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    # Numbers of one element have values there, too: a BatchNorm's count of batches goes up.
+    kept = buffers_kept(block) if training else contextlib.nullcontext()
     try:
-        block.train(training)
-        # Numbers of one element have values there, too: a BatchNorm's count of batches goes up.
-        with buffers_kept(block) if training else contextlib.nullcontext(), fake, torch.set_grad_enabled(training):
+        with modes_kept(block), kept, fake, torch.set_grad_enabled(training):
+            block.train(training)
             map_ = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             with seen() as found:
                 type(block).forward(block, map_)
     except Exception:  # one value a channel, a rank that it does not take, a number that is read
         return []
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return found
 
 

@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant(
         name="a-block-counts-batches-it-never-saw",
         file="fused_attn/qualification/calls.py",
-        old="        with buffers_kept(block) if training else contextlib.nullcontext(), fake,",
-        new="        with contextlib.nullcontext(), fake,",
+        old="        with modes_kept(block), kept, fake,",
+        new="        with modes_kept(block), fake,",
         tests=f"{TRIAL} -k test_a_block_without_an_example",
     ),
     Mutant(
@@ -167,8 +167,8 @@ MUTANTS = [
     ),
     Mutant(
         name="qualify-leaves-a-model-in-evaluation-mode",
-        file="fused_attn/qualify.py",
-        old="            module.training = training\n",
+        file="fused_attn/qualification/calls.py",
+        old="            part.training = training\n",
         new="            pass\n",
         tests=f"{QUALIFY} -k test_qualify_collects_what_a_run_calls",
     ),
