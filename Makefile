@@ -25,7 +25,8 @@ CONSTRAINTS := $(STAMPS)/constraints.txt
 WORD := $(shell printf '%s' '$(TORCH) $(TRITON) $(TORCHVISION)' | cksum | cut -d' ' -f1)
 
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
-export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+# Inductor takes graphs from its cache though an operator's tags or fake kernel are others now.
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor/$(shell cat fused_attn/ops/*.py | cksum | cut -d' ' -f1)
 export FUSED_ATTN_CACHE := $(CURDIR)/.cache/verdicts
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1

@@ -265,7 +265,8 @@ std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& grad, const Tensor& query,
                                                                const Tensor& key, const Tensor& value,
-                                                               const Tensor& out, const Tensor& state, double scale) {
+                                                               const Tensor& out, const Tensor& state_in,
+                                                               double scale) {
     return dispatch(query, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
@@ -288,6 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> position_attention_backward(const Tensor& gra
         const int64_t pieces = std::min<int64_t>(pieces_of(batch, blocks, in.work()), kMostPieces);
         std::vector<A> sums(batch * pieces * size, A(0));
         const MapView<T> query_view(grad_query), key_view(grad_key), value_view(grad_value);
+        const Tensor state = in_order(state_in);
         const A* states = static_cast<const A*>(state.data_ptr());
         parallel(batch * pieces, in.work(), [&](int64_t unit) {
             const int64_t sample = unit / pieces, piece = unit % pieces;

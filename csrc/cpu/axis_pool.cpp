@@ -70,14 +70,17 @@ Place plane_place(const AxisShape& shape, AxisPanel panel) {
 // One pool of the whole batch: its tensor (batch, 2 or 1, numbers of a sample), in it the maxima and then the means.
 template <class T>
 struct PoolTensor {
+    Tensor pool, index;
     T* values;
     int32_t* tags;
     int64_t numbers, length;  // of a sample; along the pooled axis
     bool maxima;
 
     PoolTensor(const Tensor& pool, const Tensor& index, int64_t numbers, int64_t length, bool maxima)
-        : values(static_cast<T*>(pool.data_ptr())),
-          tags(static_cast<int32_t*>(index.data_ptr())),
+        : pool(in_order(pool)),
+          index(in_order(index)),
+          values(static_cast<T*>(this->pool.data_ptr())),
+          tags(static_cast<int32_t*>(this->index.data_ptr())),
           numbers(numbers),
           length(length),
           maxima(maxima) {}
@@ -232,7 +235,7 @@ Tensor axis_pool_backward(const OptionalTensor& grad_in, const OptionalTensor& g
         auto dense = [&](const OptionalTensor& small) {
             if (!small) return small;
             STD_TORCH_CHECK(small->scalar_type() == x.scalar_type(), "fused_attn: expected gradients of x's dtype");
-            return OptionalTensor(torch::stable::contiguous(*small));
+            return OptionalTensor(in_order(*small));
         };
         const OptionalTensor to_rows = dense(grad_rows), to_columns = dense(grad_columns);
         const OptionalTensor to_plane = channels ? dense(grad_plane) : OptionalTensor();

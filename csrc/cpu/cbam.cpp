@@ -137,8 +137,7 @@ cbam_backward(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y
             parallel(units, elements, [&](int64_t unit) { dot(unit / pieces, unit % pieces, numbers[unit / pieces]); });
             parallel(x.batch, elements, [&](int64_t b) { space.open_backward(b, numbers[b]); });
             if (norm)
-                norm.backward(static_cast<const A*>(state.data_ptr()), x.batch, x.positions,
-                              [&](int64_t b) { return numbers[b].dot.data(); });
+                norm.backward(space.state(), x.batch, x.positions, [&](int64_t b) { return numbers[b].dot.data(); });
             parallel(x.batch, elements,
                      [&](int64_t b) { space.convolve_backward(b, numbers[b], &grad_taps[b * taps], &grad_logits[b]); });
             parallel(units, elements, [&](int64_t unit) {

@@ -35,8 +35,9 @@ class ChannelGates {
                 empty_tensor(x, pool_ == kAvg ? none : descriptor, ScalarType::Int)};
     }
     void use(const Tensor& state, const Tensor& index) {
-        rows_ = static_cast<A*>(state.data_ptr());
-        tags_ = static_cast<int32_t*>(index.data_ptr());
+        state_ = in_order(state), index_ = in_order(index);
+        rows_ = static_cast<A*>(state_->data_ptr());
+        tags_ = static_cast<int32_t*>(index_->data_ptr());
     }
     const A* gates() const { return gates_.data(); }
 
@@ -144,6 +145,7 @@ class ChannelGates {
     bool even_;
     int gate_;
     int64_t width_;
+    std::optional<Tensor> state_, index_;
     A* rows_ = nullptr;
     int32_t* tags_ = nullptr;
     std::vector<A> gates_, grad_logits_, grad_hidden_, mean_, value_;

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> channel_pool(const Tensor& x_in, const OptionalTensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> channel_pool_backward(const Tensor& grad, const Tensor& x_in, const Tensor& pooled,
-                                                         const Tensor& index, const OptionalTensor& affine_weight,
+                                                         const Tensor& index_in, const OptionalTensor& affine_weight,
                                                          const OptionalTensor& affine_bias, int64_t pre_activation,
                                                          int64_t mean_first, int64_t ties) {
     return dispatch(x_in, [&](auto* type) {
@@ -49,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_pool_backward(const Tensor& grad, con
         const MapView<T> x(x_dense);
         Tensor grad_x = empty_map<T>(x_dense);
         T* out = static_cast<T*>(grad_x.data_ptr());
+        const Tensor index = in_order(index_in);
         const int32_t* tags = static_cast<const int32_t*>(index.data_ptr());
         const Values<A> grads(grad), pools(pooled);
         const AffineValues<A> affine(affine_weight, affine_bias);

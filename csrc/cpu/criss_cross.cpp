@@ -352,7 +352,7 @@ std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query, const Tens
 
 std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& grad, const Tensor& query,
                                                                   const Tensor& key, const Tensor& value,
-                                                                  const Tensor& out, const Tensor& state) {
+                                                                  const Tensor& out, const Tensor& state_in) {
     return dispatch(query, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
@@ -362,6 +362,7 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_attention_backward(const Tensor& 
             for (const Result<T>* result : {&grad_query, &grad_key, &grad_value}) zero(result->tensor, sizeof(T));
         } else {
             const Tensor grad_map = in_layout<T>(grad, true), out_map = in_layout<T>(out, true);
+            const Tensor state = in_order(state_in);
             std::vector<A> dots(in.batch() * in.height * in.width);
             for (const bool columns : {true, false})
                 attend_back(in, columns, MapView<T>(grad_map), MapView<T>(out_map),

@@ -49,6 +49,10 @@ inline Tensor dense_map(const Tensor& x) {
     return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
 }
 
+// t itself where its elements lie in the order of its axes, else one copy: for what a forward kept, which torch.compile
+// may hand over as it likes.
+inline Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Large outputs are fresh pages from the system: 2 MiB pages take one fault where 4 KiB pages take 512.
 // FUSED_ATTN_HUGEPAGES=0 leaves the allocator's choice alone.
 inline void prefer_huge_pages(const Tensor& map, int64_t itemsize) {
@@ -143,7 +147,7 @@ class Values {
 
   private:
     void read(const Tensor& tensor) {
-        kept_ = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+        kept_ = in_order(tensor);
         const int64_t n = kept_->numel();
         switch (kept_->scalar_type()) {
             case ScalarType::Double:

@@ -318,7 +318,10 @@ class BranchWeights {
           gate_(gate) {}
 
     Tensor empty(const Tensor& x) const { return empty_tensor(x, {batch_, width_}, kScalarType<A>); }
-    void use(const Tensor& state) { rows_ = static_cast<A*>(state.data_ptr()); }
+    void use(const Tensor& state) {
+        state_ = in_order(state);
+        rows_ = static_cast<A*>(state_->data_ptr());
+    }
     // (M, C) of a sample.
     const A* of(int64_t b) const { return rows_ + b * width_ + channels_ + hidden_; }
     const A* mean(int64_t b) const { return &mean_[b * channels_]; }
@@ -426,6 +429,7 @@ class BranchWeights {
     int64_t batch_, channels_, positions_, paths_, groups_, hidden_, width_, sample_bytes_;
     int activation_;
     int64_t gate_;
+    std::optional<Tensor> state_;
     A* rows_ = nullptr;
     std::vector<A> grad_logits_, grad_hidden_, mean_;
 };

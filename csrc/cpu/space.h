@@ -233,12 +233,15 @@ class SpatialGate {
           convolution_(convolution),
           even_(ties == kEven),
           gate_(static_cast<int>(gate)),
-          state_(static_cast<A*>(state.data_ptr())),
+          kept_(in_order(state)),
+          kept_index_(in_order(index)),
+          state_(static_cast<A*>(kept_.data_ptr())),
           rows_(state.size(1)),
-          index_(static_cast<int32_t*>(index.data_ptr())) {}
+          index_(static_cast<int32_t*>(kept_index_.data_ptr())) {}
 
     const int64_t pieces;
 
+    const A* state() const { return state_; }
     SpaceNumbers<A> numbers(bool backward) const {
         const int64_t n = x_.positions, m = backward ? n : 0;
         return {std::vector<A>(n), std::vector<A>(m), std::vector<A>(2 * m), convolution_.room(backward)};
@@ -327,6 +330,7 @@ class SpatialGate {
     const SpatialConvolution<A>& convolution_;
     bool even_;
     int gate_;
+    Tensor kept_, kept_index_;
     A* state_;
     int64_t rows_;
     int32_t* index_;

@@ -92,8 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spati
             parallel(units, elements, [&](int64_t unit) { dot(unit / pieces, unit % pieces, numbers[unit / pieces]); });
             parallel(x.batch, elements, [&](int64_t b) { pass.open_backward(b, numbers[b]); });
             if (norm)
-                norm.backward(static_cast<const A*>(state.data_ptr()), x.batch, x.positions,
-                              [&](int64_t b) { return numbers[b].dot.data(); });
+                norm.backward(pass.state(), x.batch, x.positions, [&](int64_t b) { return numbers[b].dot.data(); });
             parallel(x.batch, elements,
                      [&](int64_t b) { pass.convolve_backward(b, numbers[b], &grad_taps[b * taps], &grad_logits[b]); });
             parallel(units, elements,

@@ -6,7 +6,6 @@
 namespace fused_attn::cpu {
 namespace {
 
-Tensor as_rows(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 Tensor with_channels(const Tensor& like, int64_t channels) {
     std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
     shape[1] = channels;
@@ -24,7 +23,7 @@ Tensor spatial_logits(const Tensor& pooled_in, const Tensor& weight, const Optio
     return dispatch(pooled_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
-        const Tensor pooled = as_rows(pooled_in);
+        const Tensor pooled = in_order(pooled_in);
         Tensor logits = with_channels(pooled, 1);
         const SpatialConvolution<A> convolution(pooled, weight, bias, false);
         const int64_t batch = pooled.size(0), n = positions_of(pooled);
@@ -48,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_logits_backward(const Tensor& grad_in
     return dispatch(pooled_in, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         using A = Accumulator<T>;
-        const Tensor pooled = as_rows(pooled_in), grad = as_rows(grad_in);
+        const Tensor pooled = in_order(pooled_in), grad = in_order(grad_in);
         Tensor grad_pooled = with_channels(pooled, 2);
         const SpatialConvolution<A> convolution(pooled, weight, bias, false);
         const int64_t batch = pooled.size(0), n = positions_of(pooled), taps = convolution.taps();

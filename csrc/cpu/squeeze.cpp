@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> squeeze(const Tensor& x_in, const OptionalTen
 }
 
 std::tuple<Tensor, Tensor, Tensor> squeeze_backward(const OptionalTensor& grad_avg, const OptionalTensor& grad_max,
-                                                    const Tensor& x_in, const Tensor& max, const Tensor& index,
+                                                    const Tensor& x_in, const Tensor& max, const Tensor& index_in,
                                                     const OptionalTensor& affine_weight,
                                                     const OptionalTensor& affine_bias, int64_t pre_activation,
                                                     int64_t pool, int64_t ties) {
@@ -54,6 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> squeeze_backward(const OptionalTensor& grad_a
         const MapView<T> out(grad_x);
         const int64_t channels = x.channels, elements = x.batch * x.sample_size();
         const Values<A> avg_values(grad_avg), max_values(grad_max), peak(max);
+        const Tensor index = in_order(index_in);
         const int32_t* tags = static_cast<const int32_t*>(index.data_ptr());
 
         std::vector<A> mean(x.batch * channels, A(0)), value(x.batch * channels, A(0));

@@ -318,6 +318,7 @@ def axis_pool_backward(
     ties: int,
 ) -> Tensor:
     x, plan = maps.dense(x)
+    row_index, column_index, plane_index = (index.contiguous() for index in (row_index, column_index, plane_index))
     given = _arguments(x, plan.layout, _tile_size(x, maxima, grad_plane is not None, ties))
     grad_x = torch.empty_like(x)
     maps.launch(

@@ -263,6 +263,9 @@ def cbam_backward(
     post_activation: int,
 ) -> tuple[Tensor, ...]:
     x, plan = maps.dense(x)
+    channel_state, channel_index, state, index = (
+        kept.contiguous() for kept in (channel_state, channel_index, state, index)
+    )
     over_channels = maps.plan_over_channels(x, plan)
     grad, strides = maps.gradient(grad, x)
     parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias)))

@@ -647,6 +647,7 @@ def channel_gate_backward(
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
+    state, index = state.contiguous(), index.contiguous()
     grad, strides = maps.gradient(grad, x)
     parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias)))
     weight1, _, weight2, _, affine_weight, affine_bias = parameters

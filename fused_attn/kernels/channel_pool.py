@@ -81,6 +81,7 @@ def channel_pool_backward(
     ties: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
+    index = index.contiguous()
     grads = grad.to(maps.accumulator(x.dtype))  # (B, 2, *spatial): small beside x
     to_max, to_mean = grads[:, mean_first], grads[:, 1 - mean_first] / plan.channels
     peak = pooled[:, mean_first] if ties == TIES["even"] else None

@@ -218,6 +218,7 @@ def context_pool_backward(
     shares: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, plan = _plan(x)
+    mean, shares = mean.contiguous(), shares.contiguous()
     grad_x, weight_sums = torch.empty_like(x), maps.table(x, plan)
     grad, strides = maps.gradient(grad, x)
     given = {"grad": grad, "x": x, "factors": maps.row(grad_context), "weight": maps.row(weight), "mean": mean}

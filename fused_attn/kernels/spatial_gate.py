@@ -442,6 +442,7 @@ def spatial_gate_backward(
     post_activation: int,
 ) -> tuple[Tensor, ...]:
     x, plan = maps.dense(x)
+    state, index = state.contiguous(), index.contiguous()
     over_channels = maps.plan_over_channels(x, plan)
     weight, bias, affine_weight, affine_bias = map(maps.row, (weight, bias, affine_weight, affine_bias))
     dots, grad_residual = dots_over_channels(

@@ -162,6 +162,7 @@ def squeeze_backward(
     ties: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
+    index = index.contiguous()
     grad_x = torch.empty_like(x)
     spread = x.new_empty((2, plan.batch, plan.channels), dtype=maps.accumulator(x.dtype))
     sums = maps.affine_tables(x, plan, affine_weight)

@@ -13,7 +13,9 @@ from fused_attn.backends import unavailable
 from fused_attn.codes import ACTIVATIONS
 from tests.checks import LAYOUTS, assert_equivalent, in_layout, random, run
 from tests.ops import test_squeeze_scale as of_squeeze_scale
+from tests.ops.test_autograd import backwards, calls_of_a_step, channels_last_or_first, check_layouts
 from tests.ops.test_channel_gate import CHECKED, DTYPES, apply, check, excitation, strided
+from tests.ops.test_every_op import ALL
 from tests.ops.test_squeeze_scale import affine, check_scale, check_squeeze
 
 SHAPES = ((2, 16, 7, 7), (3, 8, 1, 1), (1, 40, 13, 17), (2, 1, 9, 5), (4, 24, 33), (1, 12, 3, 4, 5))
@@ -218,3 +220,12 @@ def test_opcheck():
         torch.library.opcheck(FORWARD["triton"], (values, *shared))
         y, state, index = FORWARD["triton"](values, *shared)
         torch.library.opcheck(BACKWARD["triton"], (values, values, y, state, index, *shared))
+
+
+@pytest.mark.parametrize("relaid", [channels_last_or_first, backwards])
+def test_tensors_of_any_layout(relaid):
+    """Each tensor of every operator, what a forward kept for the backward too."""
+    names = [name for name in ALL if unavailable("triton", name.split("/")[0], "cpu") is None]
+    for function, arguments in calls_of_a_step(names).values():
+        if torch.Tag.flexible_layout in function.tags:
+            check_layouts(function, arguments, relaid)

@@ -6,6 +6,13 @@ from tests.mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
+        "what-a-forward-kept-is-read-as-it-was-written",
+        "csrc/cpu/map.h",
+        "{ return t.is_contiguous() ? t : torch::stable::contiguous(t); }",
+        "{ return t; }",
+        "tests/ops/test_autograd.py -k test_tensors_of_any_layout",
+    ),
+    Mutant(
         "hard-swish-slope-at-its-kinks",
         "csrc/cpu/vec.inl",
         "return x <= -three ? zero : (x < three ? x / three + splat<A>(A(0.5)) : one);",
@@ -109,7 +116,7 @@ MUTANTS = [
     Mutant(
         "gradient-of-logits-read-as-if-dense",
         "csrc/cpu/spatial_logits.cpp",
-        "grad = as_rows(grad_in);",
+        "grad = in_order(grad_in);",
         "grad = grad_in;",
         "tests/ops/test_spatial_logits.py -k 'test_shapes_and_dtypes or test_strides'",
     ),

@@ -11,7 +11,7 @@ MUTANTS = [
         file="fused_attn/ops/common.py",
         old="any_layout: bool = True",
         new="any_layout: bool = False",
-        tests="tests/ops/test_autograd.py -k test_maps_of_any_layout",
+        tests="tests/ops/test_autograd.py -k test_tensors_of_any_layout",
     ),
     Mutant(
         name="torchs-attention-where-the-formula-was-asked-for",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -170,16 +170,21 @@ def test_compiled_training_calls_the_operators_own_backward(name):
     assert backward and backward <= BACKWARD
 
 
-@pytest.fixture(scope="module")
-def calls() -> dict[str, tuple]:
-    """Every operator with the arguments of a training step, in float64."""
-    seen = {}
-    for op in ALL.values():
+def calls_of_a_step(names: Iterable[str] = tuple(ALL)) -> dict[str, tuple]:
+    """Every operator of these ops with the arguments of a training step, in float64."""
+    seen: dict[str, tuple] = {}
+    for op in map(ALL.__getitem__, names):
         with Calls() as recorded:
             y = op.call(functional, "silu", "relu")(**leaves_of(op.inputs))
             torch.autograd.backward(y, gradients_for(y))
         for function, arguments, _ in recorded.seen:
             seen.setdefault(function._opname, (function, arguments))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, tuple]:
+    seen = calls_of_a_step()
     x = random(*SHAPE, dtype=torch.float64).requires_grad_()
     seen["relayout"] = torch.ops.fused_attn.relayout.cpu, (x, 1)  # of the block's own node, which no function calls
     return seen
@@ -195,34 +200,42 @@ def with_gradients(arguments: tuple) -> tuple:
     return tuple(leaf(value) for value in arguments)
 
 
-def in_the_other_layout(value):
+def channels_last_or_first(tensor: Tensor) -> Tensor:
     """A map whose channels are last where they were not, or the other way round; what is no map as it is."""
-    if isinstance(value, (list, tuple)):
-        return [in_the_other_layout(v) for v in value]
-    if not (isinstance(value, Tensor) and value.dim() == 4):
-        return value
-    return value.contiguous(memory_format=torch.channels_last if value.is_contiguous() else torch.contiguous_format)
+    if tensor.dim() != 4:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last if tensor.is_contiguous() else torch.contiguous_format)
+
+
+def backwards(tensor: Tensor) -> Tensor:
+    """Its first axis is contiguous, with room between the elements."""
+    room = tensor.new_empty((*tensor.shape[::-1], 2))[..., 0].permute(*reversed(range(tensor.dim())))
+    return room.copy_(tensor)
+
+
+def check_layouts(function: torch._ops.OpOverload, arguments: tuple, relaid: Callable[[Tensor], Tensor]) -> None:
+    """The results do not change when one argument lies otherwise."""
+    with torch.no_grad():
+        expected = tree_leaves(function(*arguments))
+        for i in range(len(arguments)):
+            given = [tree_map_only(Tensor, relaid, a) if i == j else a for j, a in enumerate(arguments)]
+            for found, of_first in zip(tree_leaves(function(*given)), expected, strict=True):
+                assert found.shape == of_first.shape
+                torch.testing.assert_close(found, of_first, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @needs_operators
+@pytest.mark.parametrize("relaid", [channels_last_or_first, backwards])
 @pytest.mark.parametrize("operator", [name for names in OPERATORS.values() for name in names])
-def test_maps_of_any_layout(calls, operator):
-    """What Inductor may do with an operator of this tag: give each call its maps in another layout than was traced, the
-    backward too, after a forward that had them in the first one."""
+def test_tensors_of_any_layout(calls, operator, relaid):
+    """What Inductor may do with an operator of this tag: give each tensor in another layout than was traced, what a
+    forward kept for the backward too, after a forward that had its maps in the first one."""
     if operator in ("norm_scale", "norm_scale_into", "norm_dots"):  # bits lie as the map does
         assert torch.Tag.flexible_layout not in getattr(torch.ops.fused_attn, operator).cpu.tags
         return
     function, arguments = calls[operator]
     assert torch.Tag.flexible_layout in function.tags
-    with torch.no_grad():
-        expected = tree_leaves(function(*arguments))
-        for i, argument in enumerate(function._schema.arguments):
-            if argument.name == "state":  # no map of the graph's: it is as the forward wrote it
-                continue
-            given = [in_the_other_layout(a) if i == j else a for j, a in enumerate(arguments)]
-            for found, of_first in zip(tree_leaves(function(*given)), expected, strict=True):
-                assert found.shape == of_first.shape
-                torch.testing.assert_close(found, of_first, rtol=1e-12, atol=1e-12, equal_nan=True)
+    check_layouts(function, arguments, relaid)
 
 
 @needs_operators
