@@ -46,8 +46,14 @@ class ChannelGates {
         return samples_a_read(excitation_.weight_count() * sizeof(A), maps * sample_bytes_, batch_);
     }
 
-    // The gates of some samples from their pools; writes their state and index.
-    void excite(int64_t first, int64_t samples, Pooling<T>& pooling) {
+    // Whether the weights are so large beside the maps that threads share them rather than take samples.
+    bool weights_outweigh_maps() const {
+        const int64_t threads = torch::stable::get_num_threads();
+        return threads > 1 && excitation_.weight_count() * int64_t(sizeof(A)) >= 256 << 10 &&
+               batch_ * sample_bytes_ <= threads * (512 << 10);
+    }
+    // The gates of some samples from their pools; writes their state and index. on_threads: as the excitation has it.
+    void excite(int64_t first, int64_t samples, Pooling<T>& pooling, bool on_threads = false) {
         for (int64_t b = first; b < first + samples; ++b) {
             pooling.merge(b);
             A *row = rows_ + b * width_, *second = row + second_;
@@ -62,10 +68,11 @@ class ChannelGates {
             if (pool_ != kAvg && (even_ || pool_ == kBoth)) std::copy_n(pooling.peak(b), channels_, second);
         }
         A* row = rows_ + first * width_;
-        excitation_.forward(samples, row, width_, row + 2 * channels_, row + channels_, width_);
+        excitation_.forward(samples, row, width_, row + 2 * channels_, row + channels_, width_, on_threads);
         if (pool_ == kBoth) {
             std::vector<A> logits(samples * channels_);
-            excitation_.forward(samples, row + second_, width_, row + second_ + channels_, logits.data(), channels_);
+            excitation_.forward(samples, row + second_, width_, row + second_ + channels_, logits.data(), channels_,
+                                on_threads);
             for (int64_t s = 0; s < samples; ++s)
                 for (int64_t c = 0; c < channels_; ++c) row[s * width_ + channels_ + c] += logits[s * channels_ + c];
         }

@@ -27,24 +27,25 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x_in, const Option
 
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), elements);
         Pooling<T> pooling(x, pieces, prologue, pool, ties);
-        auto apply = [&](int64_t b, int64_t piece) {
-            const int64_t c = x.first_channel(piece, pieces), at = x.offset(b, piece, pieces);
-            map_kernels<T>().scale(x.data + at, from(maps.residual, at), x.panel(piece, pieces), prologue.from(c),
+        auto apply = [&](int64_t b, int64_t piece, int64_t count) {
+            const int64_t c = x.first_channel(piece, count), at = x.offset(b, piece, count);
+            map_kernels<T>().scale(x.data + at, from(maps.residual, at), x.panel(piece, count), prologue.from(c),
                                    gates.gates() + b * channels + c, static_cast<int>(post_activation), maps.out + at);
         };
-        if (pieces == 1) {
-            const int64_t group = gates.group(1);
+        if (pieces == 1 && !gates.weights_outweigh_maps()) {
+            const int64_t group = gates.group(1), parts = x.parts();
             parallel(ceil_div(x.batch, group), elements, [&](int64_t unit) {
                 const int64_t first = unit * group, last = std::min(x.batch, first + group);
                 for (int64_t b = first; b < last; ++b) pooling.run(b, 0);
                 gates.excite(first, last - first, pooling);
-                for (int64_t b = last; b-- > first;) apply(b, 0);  // the last sample pooled is still in cache
+                for (int64_t b = last; b-- > first;)  // the last sample pooled is still in cache
+                    for (int64_t part = parts; part-- > 0;) apply(b, part, parts);
             });
         } else {
             const int64_t units = x.batch * pieces;
             parallel(units, elements, [&](int64_t unit) { pooling.run(unit / pieces, unit % pieces); });
-            gates.excite(0, x.batch, pooling);
-            parallel(units, elements, [&](int64_t unit) { apply(unit / pieces, unit % pieces); });
+            gates.excite(0, x.batch, pooling, true);
+            parallel(units, elements, [&](int64_t unit) { apply(unit / pieces, unit % pieces, pieces); });
         }
         return std::make_tuple(maps.y, state, index);
     });
@@ -73,24 +74,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
                 return pass.dots.sample(b);
             });
         };
-        auto spread = [&](int64_t b, int64_t piece) {
+        auto spread = [&](int64_t b, int64_t piece, int64_t count) {
             const PoolGrad<A> pools = gates.pool_grad(b);
-            pass.spread(b, piece, pools.mean, pools.peak);
+            pass.spread(b, piece, count, pools.mean, pools.peak);
         };
         if (pieces == 1) {
-            const int64_t group = gates.group(2);
+            const int64_t group = gates.group(2), parts = x.parts();
             parallel(ceil_div(x.batch, group), elements, [&](int64_t unit) {
                 const int64_t first = unit * group, last = std::min(x.batch, first + group);
                 for (int64_t b = first; b < last; ++b) gates.open(b), pass.dot(b, 0);
                 excite(first, last - first);
-                for (int64_t b = last; b-- > first;) spread(b, 0);
+                for (int64_t b = last; b-- > first;)
+                    for (int64_t part = parts; part-- > 0;) spread(b, part, parts);
             });
         } else {
             const int64_t units = x.batch * pieces;
             for (int64_t b = 0; b < x.batch; ++b) gates.open(b);
             parallel(units, elements, [&](int64_t unit) { pass.dot(unit / pieces, unit % pieces); });
             excite(0, x.batch);
-            parallel(units, elements, [&](int64_t unit) { spread(unit / pieces, unit % pieces); });
+            parallel(units, elements, [&](int64_t unit) { spread(unit / pieces, unit % pieces, pieces); });
         }
         auto [grad_weight, grad_bias] = pass.affine_grads();
         const auto grads = gates.weight_gradients(x_in);

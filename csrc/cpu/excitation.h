@@ -56,23 +56,32 @@ class Excitation {
         return hidden_ ? 2 * hidden_ * channels_ : channels_ * channels_;
     }
 
-    // (samples, C) descriptors to logits, and hidden logits as far apart as the descriptors.
+    // (samples, C) descriptors to logits, and hidden logits as far apart as the descriptors. on_threads: rows of the
+    // weights on torch's threads.
     void forward(int64_t samples, const A* descriptor, int64_t stride, A* hidden_logits, A* logits,
-                 int64_t logits_stride) const {
+                 int64_t logits_stride, bool on_threads) const {
         const auto& dense = dense_kernels<A>();
+        auto layer = [&](const A* weight, const A* bias, int64_t rows, int64_t columns, const A* in, int64_t in_stride,
+                         A* out, int64_t out_stride) {
+            const int64_t block = on_threads ? 64 : std::max<int64_t>(1, rows);
+            auto of_block = [&](int64_t i) {
+                const int64_t first = i * block;
+                dense.forward(weight + first * columns, bias ? bias + first : nullptr, std::min(block, rows - first),
+                              columns, samples, in, in_stride, out + first, out_stride);
+            };
+            if (!on_threads) return of_block(0);
+            parallel(ceil_div(rows, block), samples * rows * columns, of_block);
+        };
         if (hidden_) {
             std::vector<A> hidden(samples * hidden_);
-            dense.forward(weight1_.data(), bias1_.data(), hidden_, channels_, samples, descriptor, stride,
-                          hidden_logits, stride);
+            layer(weight1_.data(), bias1_.data(), hidden_, channels_, descriptor, stride, hidden_logits, stride);
             for (int64_t s = 0; s < samples; ++s)
                 dense.activate(hidden_logits + s * stride, hidden_, activation_, &hidden[s * hidden_]);
-            dense.forward(weight2_.data(), bias2_.data(), channels_, hidden_, samples, hidden.data(), hidden_, logits,
-                          logits_stride);
+            layer(weight2_.data(), bias2_.data(), channels_, hidden_, hidden.data(), hidden_, logits, logits_stride);
         } else if (kernel_size_) {
             for (int64_t s = 0; s < samples; ++s) convolve(descriptor + s * stride, logits + s * logits_stride);
         } else if (weight1_.data()) {
-            dense.forward(weight1_.data(), bias1_.data(), channels_, channels_, samples, descriptor, stride, logits,
-                          logits_stride);
+            layer(weight1_.data(), bias1_.data(), channels_, channels_, descriptor, stride, logits, logits_stride);
         } else {
             for (int64_t s = 0; s < samples; ++s)
                 std::copy_n(descriptor + s * stride, channels_, logits + s * logits_stride);

@@ -34,7 +34,12 @@ struct PrologueVector {
         return v;
     }
     Vec<A> before(Vec<A> x) const { return kPlain ? x : x * weight + bias; }
-    Vec<A> operator()(Vec<A> x) const { return kPlain ? x : activate<A>(before(x), activation); }
+    Vec<A> operator()(Vec<A> x) const { return apply<-1>(x); }
+    // The same where the activation is known to be kKind; -1: it is asked for.
+    template <int kKind>
+    Vec<A> apply(Vec<A> x) const {
+        return kPlain ? x : activate<A>(before(x), kKind < 0 ? activation : kKind);
+    }
 };
 
 template <int kNumber>
@@ -291,14 +296,11 @@ void pool_in(const T* x, const Panel& panel, const Prologue<Accumulator<T>>& pro
     using A = Accumulator<T>;
     using Lane = std::remove_reference_t<decltype(Mask<A>{}[0])>;
     auto add_as = [&](auto kind, const Panel& part, const T* from, double* part_sum) {
-        const int activation = decltype(kind)::value < 0 ? prologue.activation : decltype(kind)::value;
+        constexpr int kKind = decltype(kind)::value;
         accumulate<kChannelsLast, A>(
             part,
             [&](int64_t c, int64_t n) { return PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n); },
-            [&](const auto& u, int64_t at, int64_t n) {
-                const Vec<A> v = load_n(from + at, n);
-                return kPlain ? v : activate<A>(u.before(v), activation);
-            },
+            [&](const auto& u, int64_t at, int64_t n) { return u.template apply<kKind>(load_n(from + at, n)); },
             part_sum);
     };
     auto add = [&](const Panel& part, const T* from, double* part_sum) {
@@ -347,40 +349,69 @@ struct ScaleVector {
     Vec<A> gate;
 };
 
-template <class T, bool kChannelsLast, bool kPlain>
+// Calls run(Count<pre>, Count<post>) for the activations before and after a gate, where the usual ones are compiled by
+// themselves: kNoPrologue is no affine and no activation, -1 asks for the activation at every vector.
+constexpr int kNoPrologue = -2;
+template <class A, class Run>
+inline void by_end(const Prologue<A>& prologue, int post_activation, Run run) {
+    const bool plain = prologue.identity();
+    if (plain && post_activation == kIdentity)
+        run(Count<kNoPrologue>{}, Count<kIdentity>{});
+    else if (plain && post_activation == kRelu)
+        run(Count<kNoPrologue>{}, Count<kRelu>{});
+    else
+        run(Count<-1>{}, Count<-1>{});
+}
+template <class A, class Run>
+inline void by_ends(const Prologue<A>& prologue, int post_activation, Run run) {
+    if (prologue.identity())
+        by_end(prologue, post_activation, run);
+    else if (post_activation == kIdentity)
+        by_activation(prologue.activation, [&](auto pre) { run(pre, Count<kIdentity>{}); });
+    else if (post_activation == kRelu && prologue.activation == kIdentity)
+        run(Count<kIdentity>{}, Count<kRelu>{});
+    else
+        run(Count<-1>{}, Count<-1>{});
+}
+
+template <class T, bool kChannelsLast, int kPre, int kPost>
 void scale_in(const T* x, const T* residual, const Panel& panel, const Prologue<Accumulator<T>>& prologue,
               const Accumulator<T>* gate, int activation, T* y) {
     using A = Accumulator<T>;
-    walk<kChannelsLast, A>(
-        panel,
-        [&](int64_t c, int64_t n) {
-            return ScaleVector<A, kPlain>{PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n),
-                                          channel_vector<kChannelsLast>(gate, c, n)};
-        },
-        [&](const ScaleVector<A, kPlain>& v, int64_t at, int64_t n) {
-            Vec<A> out = v.u(load_n(x + at, n)) * v.gate;
-            if constexpr (!kPlain) {
-                if (residual) out += load_n(residual + at, n);
-                out = activate<A>(out, activation);
-            }
-            store_n(out, y + at, n);
+    constexpr bool kPlain = kPre == kNoPrologue;
+    auto make = [&](int64_t c, int64_t n) {
+        return ScaleVector<A, kPlain>{PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n),
+                                      channel_vector<kChannelsLast>(gate, c, n)};
+    };
+    auto walk_with = [&](auto has_residual) {
+        walk<kChannelsLast, A>(panel, make, [&](const ScaleVector<A, kPlain>& v, int64_t at, int64_t n) {
+            Vec<A> out = v.u.template apply<kPre>(load_n(x + at, n)) * v.gate;
+            if constexpr (decltype(has_residual)::value) out += load_n(residual + at, n);
+            store_n(activate<A>(out, kPost < 0 ? activation : kPost), y + at, n);
         });
+    };
+    if (residual)
+        walk_with(Count<1>{});
+    else
+        walk_with(Count<0>{});
 }
 
 template <class T>
 void scale(const T* x, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue, const Accumulator<T>* gate,
            int activation, T* y) {
-    const bool plain = prologue.identity() && !residual && activation == kIdentity;
-    auto run = panel.channels_last ? (plain ? scale_in<T, true, true> : scale_in<T, true, false>)
-                                   : (plain ? scale_in<T, false, true> : scale_in<T, false, false>);
-    run(x, residual, panel, prologue, gate, activation, y);
+    by_ends(prologue, activation, [&](auto pre, auto post) {
+        constexpr int kPre = decltype(pre)::value, kPost = decltype(post)::value;
+        auto run = panel.channels_last ? scale_in<T, true, kPre, kPost> : scale_in<T, false, kPre, kPost>;
+        run(x, residual, panel, prologue, gate, activation, y);
+    });
 }
 
-template <class T, bool kChannelsLast, bool kPlain>
+template <class T, bool kChannelsLast, int kPre, int kPost>
 void dot_in(const T* grad, const T* x, const T* y, const T* residual, const Panel& panel,
             const Prologue<Accumulator<T>>& prologue, const Accumulator<T>* gate, int activation, T* grad_residual,
             double* dot) {
     using A = Accumulator<T>;
+    constexpr bool kPlain = kPre == kNoPrologue;
     accumulate<kChannelsLast, A>(
         panel,
         [&](int64_t c, int64_t n) {
@@ -388,15 +419,13 @@ void dot_in(const T* grad, const T* x, const T* y, const T* residual, const Pane
                                           channel_vector<kChannelsLast>(gate, c, n)};
         },
         [&](const ScaleVector<A, kPlain>& v, int64_t at, int64_t n) {
-            const Vec<A> u = v.u(load_n(x + at, n));
+            const Vec<A> u = v.u.template apply<kPre>(load_n(x + at, n));
             Vec<A> d = load_n(grad + at, n);
-            if constexpr (!kPlain) {
-                if (activation != kIdentity) {
-                    Vec<A> out = y ? load_n(y + at, n) : u * v.gate;
-                    if (!y && residual) out += load_n(residual + at, n);
-                    d *= activate_grad<A>(out, activation);
-                    store_n(d, grad_residual + at, n);
-                }
+            if constexpr (kPost != kIdentity) {
+                Vec<A> out = y ? load_n(y + at, n) : u * v.gate;
+                if (!y && residual) out += load_n(residual + at, n);
+                d *= activate_grad<A>(out, kPost < 0 ? activation : kPost);
+                store_n(d, grad_residual + at, n);
             }
             return d * u;
         },
@@ -406,10 +435,11 @@ void dot_in(const T* grad, const T* x, const T* y, const T* residual, const Pane
 template <class T>
 void dot(const T* grad, const T* x, const T* y, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue,
          const Accumulator<T>* gate, int activation, T* grad_residual, double* out) {
-    const bool plain = prologue.identity() && activation == kIdentity;
-    auto run = panel.channels_last ? (plain ? dot_in<T, true, true> : dot_in<T, true, false>)
-                                   : (plain ? dot_in<T, false, true> : dot_in<T, false, false>);
-    run(grad, x, y, residual, panel, prologue, gate, activation, grad_residual, out);
+    by_ends(prologue, activation, [&](auto pre, auto post) {
+        constexpr int kPre = decltype(pre)::value, kPost = decltype(post)::value;
+        auto run = panel.channels_last ? dot_in<T, true, kPre, kPost> : dot_in<T, false, kPre, kPost>;
+        run(grad, x, y, residual, panel, prologue, gate, activation, grad_residual, out);
+    });
 }
 
 template <class A, bool kPlain>
@@ -543,26 +573,44 @@ void activate_grad_values(const A* in, const A* at, int64_t n, int activation, A
     });
 }
 
+// Four rows by kSamples: a load of a weight serves all of them. Rows beyond `count` repeat the last one.
+template <class A, int kSamples>
+inline void dense_tile(const A* const* w, int64_t count, int64_t columns, const A* bias, const A* in, int64_t in_stride,
+                       A* out, int64_t out_stride) {
+    constexpr int64_t lanes = kLanes<A>;
+    constexpr int kRows = 4;
+    Vec<A> sums[kSamples][kRows] = {};
+    auto add = [&](int64_t i, int64_t n) {
+        Vec<A> row[kRows];
+        for (int k = 0; k < kRows; ++k) row[k] = load_n(w[k] + i, n);
+        for (int s = 0; s < kSamples; ++s) {
+            const Vec<A> v = load_n(in + s * in_stride + i, n);
+            for (int k = 0; k < kRows; ++k) sums[s][k] += row[k] * v;
+        }
+    };
+    int64_t i = 0;
+    for (; i + lanes <= columns; i += lanes) add(i, lanes);
+    if (i < columns) add(i, columns - i);
+    for (int s = 0; s < kSamples; ++s)
+        for (int64_t k = 0; k < count; ++k) out[s * out_stride + k] = sum_of<A>(sums[s][k]) + (bias ? bias[k] : A(0));
+}
+
 template <class A>
 void dense_forward(const A* weight, const A* bias, int64_t rows, int64_t columns, int64_t samples, const A* in,
                    int64_t in_stride, A* out, int64_t out_stride) {
-    constexpr int64_t lanes = kLanes<A>, kRows = 4;  // four rows at a time: four independent sums
+    constexpr int64_t kRows = 4;
     for (int64_t r = 0; r < rows; r += kRows) {
         const int64_t count = lesser(kRows, rows - r);
         const A* w[kRows];
         for (int64_t k = 0; k < kRows; ++k) w[k] = weight + (r + lesser(k, count - 1)) * columns;
-        for (int64_t s = 0; s < samples; ++s) {
-            const A* v = in + s * in_stride;
-            Vec<A> sums[kRows] = {};
-            int64_t i = 0;
-            for (; i + lanes <= columns; i += lanes)
-                for (int64_t k = 0; k < kRows; ++k) sums[k] += load(w[k] + i) * load(v + i);
-            if (i < columns)
-                for (int64_t k = 0; k < kRows; ++k)
-                    sums[k] += load_tail(w[k] + i, columns - i) * load_tail(v + i, columns - i);
-            for (int64_t k = 0; k < count; ++k)
-                out[s * out_stride + r + k] = sum_of<A>(sums[k]) + (bias ? bias[r + k] : A(0));
-        }
+        int64_t s = 0;
+        auto tile = [&](auto number) {
+            dense_tile<A, decltype(number)::value>(w, count, columns, bias ? bias + r : nullptr, in + s * in_stride,
+                                                   in_stride, out + s * out_stride + r, out_stride);
+            s += decltype(number)::value;
+        };
+        while (s + 2 <= samples) tile(Count<2>{});
+        if (s < samples) tile(Count<1>{});
     }
 }
 

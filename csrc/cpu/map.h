@@ -118,6 +118,12 @@ struct MapView {
         const int64_t first = begin(piece, count), length = begin(piece + 1, count) - first;
         return channels_last ? Panel{channels, length, true, first} : Panel{length, positions, false, 0};
     }
+    // Parts of a sample that leave room beside them in a core's own cache. A second pass takes them from the last to
+    // the first: what the first pass read last is still there.
+    int64_t parts() const {
+        constexpr int64_t kPart = (128 << 10) / sizeof(T);
+        return std::max<int64_t>(1, std::min(axis_length(), sample_size() / kPart));
+    }
     // Pieces of space have all channels.
     int64_t first_position(int64_t piece, int64_t count) const { return positions * piece / count; }
     int64_t space_offset(int64_t sample, int64_t piece, int64_t count) const {

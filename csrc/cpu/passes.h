@@ -186,11 +186,12 @@ class Backward {
                              x.panel(piece, pieces), prologue_.from(c), gates + sample * x.channels + c,
                              post_activation_, from(maps.epilogue, at), dots.piece(sample, piece, c));
     }
-    // mean and peak: what the pools receive, per channel of this sample.
-    void spread(int64_t sample, int64_t piece, const A* mean, PeakGrad<A> peak) {
-        const int64_t c = x.first_channel(piece, pieces), at = x.offset(sample, piece, pieces);
+    // Piece `piece` of `count`, which is `pieces` or, where that is 1, what it likes. mean and peak: what the pools
+    // receive, per channel of this sample.
+    void spread(int64_t sample, int64_t piece, int64_t count, const A* mean, PeakGrad<A> peak) {
+        const int64_t c = x.first_channel(piece, count), at = x.offset(sample, piece, count);
         if (peak.value) peak = {peak.value + c, peak.peak ? peak.peak + c : nullptr, peak.index + c};
-        map_kernels<T>().spread(maps.before_gate() + at, x.data + at, x.panel(piece, pieces), prologue_.from(c),
+        map_kernels<T>().spread(maps.before_gate() + at, x.data + at, x.panel(piece, count), prologue_.from(c),
                                 gates + sample * x.channels + c, mean ? mean + c : nullptr, peak, maps.out + at,
                                 affine_weight_ ? grad_weight_.piece(sample, piece, c) : nullptr,
                                 affine_weight_ ? grad_bias_.piece(sample, piece, c) : nullptr);

@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scale_backward(const Tensor& 
         pass.gates = gates.data();
         parallel(x.batch * pieces, x.batch * x.sample_size(), [&](int64_t unit) {
             pass.dot(unit / pieces, unit % pieces);
-            pass.spread(unit / pieces, unit % pieces, nullptr, {});
+            pass.spread(unit / pieces, unit % pieces, pieces, nullptr, {});
         });
         for (int64_t b = 0; b < x.batch; ++b) pass.dots.merge(b);
         std::vector<A> grad_gate(std::max<int64_t>(1, x.batch * channels));

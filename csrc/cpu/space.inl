@@ -245,50 +245,54 @@ void pool_space(const T* x, Panel panel, Prologue<Accumulator<T>> prologue, cons
     run(x, panel, prologue, gate, even, mean, peak, index);
 }
 
-template <class T, bool kChannelsLast, bool kPlain>
+template <class T, bool kChannelsLast, int kPre, int kPost>
 void scale_space_in(const T* x, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue,
                     const Accumulator<T>* gate, const Accumulator<T>* space_gate, int activation, T* y) {
     using A = Accumulator<T>;
-    walk_space<kChannelsLast, A>(
-        panel, [=](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); },
-        [=](int64_t p, int64_t n) { return numbers<kChannelsLast>(space_gate, p, n); },
-        [=](const ChannelVector<A, kPlain>& row, const Vec<A>& here, int64_t at, int64_t n) {
-            Vec<A> out = row.u(load_n(x + at, n)) * row.gate * here;
-            if constexpr (!kPlain) {
-                if (residual) out += load_n(residual + at, n);
-                out = activate<A>(out, activation);
-            }
-            store_n(out, y + at, n);
-        });
+    constexpr bool kPlain = kPre == kNoPrologue;
+    auto walk_with = [&](auto has_residual) {
+        walk_space<kChannelsLast, A>(
+            panel, [=](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); },
+            [=](int64_t p, int64_t n) { return numbers<kChannelsLast>(space_gate, p, n); },
+            [=](const ChannelVector<A, kPlain>& row, const Vec<A>& here, int64_t at, int64_t n) {
+                Vec<A> out = row.u(load_n(x + at, n)) * row.gate * here;
+                if constexpr (decltype(has_residual)::value) out += load_n(residual + at, n);
+                store_n(activate<A>(out, kPost < 0 ? activation : kPost), y + at, n);
+            });
+    };
+    if (residual)
+        walk_with(Count<1>{});
+    else
+        walk_with(Count<0>{});
 }
 
 template <class T>
 void scale_space(const T* x, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue,
                  const Accumulator<T>* gate, const Accumulator<T>* space_gate, int activation, T* y) {
-    const bool plain = prologue.identity() && !residual && activation == kIdentity;
-    auto run = panel.channels_last ? (plain ? scale_space_in<T, true, true> : scale_space_in<T, true, false>)
-                                   : (plain ? scale_space_in<T, false, true> : scale_space_in<T, false, false>);
-    run(x, residual, panel, prologue, gate, space_gate, activation, y);
+    by_end(prologue, activation, [&](auto pre, auto post) {
+        constexpr int kPre = decltype(pre)::value, kPost = decltype(post)::value;
+        auto run = panel.channels_last ? scale_space_in<T, true, kPre, kPost> : scale_space_in<T, false, kPre, kPost>;
+        run(x, residual, panel, prologue, gate, space_gate, activation, y);
+    });
 }
 
-template <class T, bool kChannelsLast, bool kPlain, int kChannelSums>
+template <class T, bool kChannelsLast, int kPre, int kPost, int kChannelSums>
 void dot_space_in(const T* grad, const T* x, const T* y, const T* residual, Panel panel,
                   Prologue<Accumulator<T>> prologue, const Accumulator<T>* gate, const Accumulator<T>* space_gate,
                   int activation, T* grad_residual, Accumulator<T>* space_dot, double* dot) {
     using A = Accumulator<T>;
+    constexpr bool kPlain = kPre == kNoPrologue;
     reduce_space<kChannelsLast, true, kChannelSums, A>(
         panel, [=](int64_t c, int64_t n) { return channel_of<kChannelsLast, kPlain>(prologue, gate, c, n); },
         [=](int64_t p, int64_t n) { return numbers<kChannelsLast>(space_gate, p, n); },
         [=](const ChannelVector<A, kPlain>& row, const Vec<A>& here, int64_t at, int64_t n) {
             const Vec<A> u = row.u(load_n(x + at, n));
             Vec<A> d = load_n(grad + at, n);
-            if constexpr (!kPlain) {
-                if (activation != kIdentity) {
-                    Vec<A> out = y ? load_n(y + at, n) : u * row.gate * here;
-                    if (!y && residual) out += load_n(residual + at, n);
-                    d *= activate_grad<A>(out, activation);
-                    store_n(d, grad_residual + at, n);
-                }
+            if (kPost > 0 || (kPost < 0 && activation != kIdentity)) {
+                Vec<A> out = y ? load_n(y + at, n) : u * row.gate * here;
+                if (!y && residual) out += load_n(residual + at, n);
+                d *= activate_grad<A>(out, kPost < 0 ? activation : kPost);
+                store_n(d, grad_residual + at, n);
             }
             Terms<A> terms;
             terms.position = d * u * row.gate;
@@ -302,14 +306,15 @@ template <class T>
 void dot_space(const T* grad, const T* x, const T* y, const T* residual, Panel panel, Prologue<Accumulator<T>> prologue,
                const Accumulator<T>* gate, const Accumulator<T>* space_gate, int activation, T* grad_residual,
                Accumulator<T>* space_dot, double* dot) {
-    const bool plain = prologue.identity() && activation == kIdentity;
-    auto pick = [&](auto one) {
-        constexpr int kOne = decltype(one)::value;
-        return panel.channels_last ? (plain ? dot_space_in<T, true, true, kOne> : dot_space_in<T, true, false, kOne>)
-                                   : (plain ? dot_space_in<T, false, true, kOne> : dot_space_in<T, false, false, kOne>);
-    };
-    auto run = dot ? pick(Count<1>{}) : pick(Count<0>{});
-    run(grad, x, y, residual, panel, prologue, gate, space_gate, activation, grad_residual, space_dot, dot);
+    by_end(prologue, activation, [&](auto pre, auto post) {
+        auto pick = [&](auto one) {
+            constexpr int kPre = decltype(pre)::value, kPost = decltype(post)::value, kOne = decltype(one)::value;
+            return panel.channels_last ? dot_space_in<T, true, kPre, kPost, kOne>
+                                       : dot_space_in<T, false, kPre, kPost, kOne>;
+        };
+        auto run = dot ? pick(Count<1>{}) : pick(Count<0>{});
+        run(grad, x, y, residual, panel, prologue, gate, space_gate, activation, grad_residual, space_dot, dot);
+    });
 }
 
 // What the pools over one axis pass to the elements of a vector: the mean's share to each, the maximum's to the one
