@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import re
@@ -206,11 +207,37 @@ def test_qualify_of_functions_and_keyword_arguments(measured):
 
     fused_attn.qualify(Model(), random(2, 16, 5, 5))
     assert {job.call.question.op for job in measured} == {"channel_gate", "simam"}
+    fused_attn.qualify(Model(), x=random(2, 16, 50, 50))
+    assert len(measured) == 2 * 4
 
 
 def test_qualify_of_a_compiled_model(measured):
     fused_attn.qualify(torch.compile(SqueezeExcite(32), backend="eager"), random(2, 32, 5, 5))
     assert {job.call.question.op for job in measured} == {"channel_gate"}
+
+
+def test_qualify_between_forward_and_backward(measured):
+    """Which reads the statistics that the forward used."""
+    block = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), torch.nn.BatchNorm2d(32), SqueezeExcite(32))
+    x = random(2, 3, 8, 8)
+    y = block(x)
+    fused_attn.qualify(block, x)
+    fused_attn.qualify(block)
+    y.sum().backward()
+
+
+def test_qualify_of_what_was_made_for_inference(measured):
+    """Its buffers cannot be written to elsewhere, and are what they were."""
+    with torch.inference_mode():
+        block = CBAM(32)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    assert fused_attn.qualify(block, random(2, 32, 8, 8)) and fused_attn.qualify(block)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_qualify_without_data():
+    """Where there is no device there is nothing to measure."""
+    assert str(fused_attn.qualify(model().to("meta"))) == "no call that a backend could serve"
 
 
 def test_qualify_without_an_example(measured):
@@ -280,6 +307,27 @@ def test_it_shows_how_far_it_is(monkeypatch, capsys, as_on_a_gpu):
     assert "once  [##########          ] 1/2  channel_gate" in shown and shown.endswith("\r\x1b[K")
 
 
+def test_a_log_that_is_no_file_stops_nothing(monkeypatch, measured):
+    """Programs put such in place of stderr."""
+    for stderr in (None, types.SimpleNamespace(write=len), io.TextIOWrapper(io.BytesIO())):
+        if isinstance(stderr, io.TextIOWrapper):
+            stderr.close()
+        monkeypatch.setattr(qualification.sys, "stderr", stderr)
+        qualification._show(3, "a card", 0, "simam")
+
+
+def test_a_verdict_that_cannot_serve_here_is_none(monkeypatch, measured):
+    """Whatever the file says that it is in: no forward is to find out."""
+    block, x = SqueezeExcite(32), random(2, 32, 5, 5)
+    there = fused_attn.qualify(block, x)
+    keep = [v._replace(backend="cuda", anywhere="triton") for v in there]
+    verdicts.write_table(verdicts.cache_file(environment_of(CPU)), environment_of(CPU), keep)
+    backends._VERDICTS.clear()
+    backends._SERVED.clear()
+    measured.clear()
+    assert {v.backend for v in fused_attn.qualify(block, x)} == {"reference"} and len(measured) == len(there)
+
+
 def test_cards_of_one_kind_share_their_verdicts(monkeypatch):
     """Those of this process; on stand-ins."""
     names = ["H", "H", "A"]
@@ -338,6 +386,7 @@ def test_the_command(measured, tmp_path, monkeypatch):
         ([], "--model: expected one, such as timm:seresnet50; got none"),
         (["--model", "nothing"], "'nothing': expected timm:NAME"),
         (["--model", "fused_attn.reference:SimAM", "--shape", "3"], "shape '3': expected numbers joined by x"),
+        (["--model", "torch.nn:Identity", "--table", "/dev/null/tables"], "--table: [Errno 20] Not a directory"),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(arguments, said):
@@ -413,6 +462,15 @@ for hosts in (["a", "a"], ["a", "b"]):
     dist.all_gather_object = fails
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     print(len(measured), [(v.question.op, v.backend, v.why) for v in backends.verdicts_on("cpu")])
+
+# A rank whose model does not run leaves no other one waiting.
+dist.all_gather_object = gather
+try:
+    fused_attn.qualify(model, torch.randn(2, 3 + rank, 80, 80))
+except RuntimeError as error:
+    assert rank == 1 and "to have 3 channels" in str(error)
+else:
+    assert rank == 0
 """
 
 
