@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_attn
 from fused_attn import backends, cli, info, qualification, verdicts
 from fused_attn.nn import CBAM, ECA, SqueezeExcite
+from fused_attn.ops import resident
 from fused_attn.qualification import busy, ranks
 from fused_attn.qualification.calls import seen
 from fused_attn.qualification.parent import Job
@@ -61,6 +64,19 @@ def as_on_a_gpu(monkeypatch):
 def model() -> torch.nn.Module:
     reference = fused_attn.reference
     return torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), reference.SqueezeExcite(32), reference.CBAM(32))
+
+
+A_CARD = FakeTensorMode()
+
+
+def moved(module: torch.nn.Module) -> torch.nn.Module:
+    """To a card that is not here: parameters are without data, and autograd, which asks for streams, is left out."""
+    with A_CARD:
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    part._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"), False)
+    return module
 
 
 # ---- fuse ----
@@ -358,6 +374,61 @@ def test_explain_says_why_with_figures():
     (row,) = fused_attn.explain(block)
     assert row.fused and row.served_by == "reference"
     assert row.reason == f"measured here: {why}"
+
+
+def test_a_model_that_was_fused_before_it_was_moved(monkeypatch):
+    """The first call says what to run; after it the card serves the model."""
+    card = types.SimpleNamespace(name="H", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setitem(backends.UNAVAILABLE, ("triton", "channel_gate", "cuda"), None)
+    measured = []
+    monkeypatch.setattr(qualification, "measure", lambda jobs, *_: measured.extend(jobs) or judged(jobs, ("triton",)))
+    network = moved(fused_attn.fuse(torch.nn.Sequential(fused_attn.reference.SqueezeExcite(32))))
+    with A_CARD:
+        x = torch.empty(2, 32, 8, 8, device="cuda")
+    monkeypatch.setattr(backends, "_VALUED", frozenset({type(x)}))  # as if it had values
+    with pytest.warns(UserWarning, match=r"plain PyTorch serves cuda:0.* run fused_attn.qualify\(model\) once") as said:
+        network(x)
+        network(x)
+    assert len(said) == 1
+    found = fused_attn.qualify(network, x)
+    assert {(v.backend, v.question.training) for v in found} == {("triton", False), ("triton", True)}
+    assert {job.call.device for job in measured} == {x.device} and len(measured) == len(found)
+    assert {(device, name) for (device, *_), name in backends._SERVED.items()} == {(x.device, "triton")}
+    (row,) = fused_attn.explain(network)
+    assert row.served_by == "triton" and "triton as planned" in row.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused_attn.qualify(network, x) == found  # from the cache
+
+
+def test_what_a_card_holds_is_said(monkeypatch):
+    """Where it decides: of a block that resident kernels serve, and of a card."""
+    block = moved(SqueezeExcite(32))
+    monkeypatch.setitem(backends.UNAVAILABLE, ("cuda", "channel_gate", "cuda"), None)
+    monkeypatch.setattr(resident, "limits_of", lambda device: resident.Limits(232448, 16))
+    held = "resident in shared memory are samples that fit 16 blocks of 227 KiB"
+    card = types.SimpleNamespace(name="H", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert info.devices()[1] == f"cuda:0: H, sm_90, 132 multiprocessors, 80 GiB; {held}"
+    with fused_attn.backend("cuda"):
+        assert [(row.served_by, row.reason) for row in fused_attn.explain(block)] == [("cuda", f"asked for; {held}")]
+    with fused_attn.backend("reference"):
+        assert "resident" not in fused_attn.explain(block)[0].reason
+    question = Question("channel_gate", (), torch.float32, (), True)
+    shape = verdicts.Shape("nchw", 5, 5, 12, True)
+    backends.install(torch.device("cuda", 0), [Verdict(question, shape, (800, 80), "cuda", "triton", "2.00 times")])
+    (row,) = fused_attn.explain(block)
+    assert (row.served_by, row.reason) == ("cuda", f"measured here: 2.00 times; {held}")
+
+    def fails(device):
+        raise RuntimeError("the CUDA kernels that were built do not run on CUDA device 0")
+
+    monkeypatch.setattr(resident, "limits_of", fails)
+    assert "; no resident kernels: the CUDA kernels that were built do not run" in info.devices()[1]
 
 
 def test_the_command(measured, tmp_path, monkeypatch):
