@@ -28,9 +28,9 @@ from torch.autograd import forward_ad
 
 from . import ops as ops  # defines the operators, before the library registers kernels for them
 from .ops.common import OPERATORS
-from .verdicts import Question, Shape, Verdict, class_of, room_for, say_once, shipped_of_type
+from .verdicts import BACKENDS, Question, Shape, Verdict, class_of, room_for, say_once, shipped_of_type
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+NAMES = BACKENDS
 #: What a backend may have a kernel for: the ops, and after a slash what not every backend's kernel has.
 OPS = (
     *("squeeze", "scale", "scale/space", "mixed_scale", "channel_gate", "channel_gate/both", "channel_pool"),
@@ -290,13 +290,17 @@ def leave_unmeasured() -> None:
     _Known.told = True
 
 
+@torch.compiler.assume_constant_result  # where it is traced, it runs then
 def _tell(op: str, device: torch.device) -> None:
     """A model that was fused before it was moved to its card, or never, would be no faster there in silence."""
+    if _Known.told:
+        return
     _Known.told = True
-    if _shipped(op, device.type) == ("reference", NOT_MEASURED):
+    measured = any(where == device for where, _ in list(_VERDICTS))
+    if not measured and _shipped(op, device.type) == ("reference", NOT_MEASURED):
         say_once(
-            f"plain PyTorch serves {device}, where nothing was measured yet: call fused_attn.fuse(model) again now that"
-            " the model is there, or fused_attn.qualify(model)"
+            f"plain PyTorch serves {device}, where nothing was measured yet: run fused_attn.qualify(model) once, now"
+            " that the model is there"
         )
 
 
@@ -362,7 +366,7 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
                     return served.anywhere
                 found = served.find(x.shape, x.stride())
                 return found if isinstance(found, str) else served.if_there_is_room(found, x, others)
-        elif device.type == "cuda" and not _is_compiling() and not _Known.told and type(x) in _VALUED:
+        if device.type == "cuda" and type(x) in _VALUED and (_is_compiling() or not _Known.told):
             _tell(op, device)
         return _DEFAULT.get((op, device.type), "reference")
     device_type = x.device.type

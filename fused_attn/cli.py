@@ -527,6 +527,11 @@ def qualify_command(
         raise UserError("--model: expected one, such as timm:seresnet50; got none")
     place = pick_device(device)
     sizes = [parse_shape(shape) for shape in shapes]
+    if table is not None:
+        try:
+            table.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--table: {error}") from None
     format_ = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     half = DTYPES[dtype].itemsize == 2
     found: list[Verdict] = []
@@ -548,7 +553,6 @@ def qualify_command(
     found = list({v.asked: v for v in found}.values())
     click.echo(str(Qualified(found)))
     if table is not None:
-        table.mkdir(parents=True, exist_ok=True)
         console.print(f"table: {write_shipped(table, environment_of(place), found)}")
 
 

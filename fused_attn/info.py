@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import __version__, backends
+from .ops.resident import held_on
 from .verdicts import cached, cpu_name, environment_of, shipped
 
 
@@ -23,12 +24,13 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-    """The processor, and every GPU with its compute capability and memory."""
+    """The processor, and every GPU with its compute capability and memory, and what the resident kernels hold there."""
     found = [f"cpu: {cpu_name()}, {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         memory = f"{p.total_memory / 2**30:.0f} GiB"
-        found.append(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, {memory}")
+        card = f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, {memory}"
+        found.append(f"{card}; {held_on(i)}")
     return found
 
 

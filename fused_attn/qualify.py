@@ -34,7 +34,7 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
     return question.op, str(name_of(question.dtype)), shape.layout, mode, *powers, verdict.backend, verdict.why
 
 
-def qualify(model: nn.Module, *inputs: Any) -> Qualified:
+def qualify(model: nn.Module, *inputs: Any, **keywords: Any) -> Qualified:
     """Find out which backend is right and fastest on the model's device for what it calls, and use it from now on.
 
     It is measured once a device and version, in a process of its own: an op serves where its results are as good as
@@ -46,8 +46,8 @@ def qualify(model: nn.Module, *inputs: Any) -> Qualified:
 
     Args:
         model: a fused model (see `fuse`), or one with modules of `fused_attn.nn`.
-        inputs: what its forward takes; dtypes, layouts and autocast count. It is run once, in evaluation mode without
-            gradients; parameters, buffers, modes and random state stay as they are. None: maps of usual sizes.
+        inputs, keywords: what its forward takes; dtypes, layouts and autocast count. It is run once, in evaluation mode
+            without gradients; parameters, buffers, modes and random state stay as they are. None: maps of usual sizes.
 
     Returns:
         The verdicts, printable.
@@ -61,16 +61,24 @@ def qualify(model: nn.Module, *inputs: Any) -> Qualified:
     if why := busy():
         raise RuntimeError(f"qualify: not while {why}")
     blocks = list(running(model))
-    jobs = _jobs_of_run(model, blocks, inputs) if inputs else [Job(*call) for call in typical_calls(model, blocks)]
     tensor = next((t for t in (*model.parameters(), *model.buffers(), *inputs) if isinstance(t, Tensor)), None)
-    return Qualified(settle(jobs, torch.device("cpu") if tensor is None else tensor.device))
+    device = torch.device("cpu") if tensor is None else tensor.device
+    try:
+        given = inputs or keywords
+        jobs = _jobs_of_run(model, blocks, inputs, keywords) if given else map(Job._make, typical_calls(model, blocks))
+    except Exception:
+        settle([], device)  # other ranks wait for this one
+        raise
+    return Qualified(settle(jobs, device))
 
 
-def _jobs_of_run(model: nn.Module, blocks: list[nn.Module], inputs: tuple[Any, ...]) -> list[Job]:
+def _jobs_of_run(
+    model: nn.Module, blocks: list[nn.Module], inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> list[Job]:
     """What a run of the model calls, and what its blocks call on the same maps in either mode."""
     cards = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(cards), buffers_kept(model), torch.compiler.set_stance("force_eager"), seen() as found:
-        maps = maps_in_run(model, blocks, inputs, without_data)
+        maps = maps_in_run(model, blocks, inputs, keywords, without_data)
     jobs = [Job(call, training) for call in found for training in (False, True)]
     for block, x in maps:
         jobs += [Job(call, training) for call in calls_on(block, x, False) for training in (False, True)]

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
+#: What may serve a call (see `backends`).
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 #: How long a process waits for another one that measures the same, in seconds.
 WAIT = 600.0
 
@@ -133,7 +135,9 @@ def asked_from_json(record: dict[str, Any]) -> tuple[Question, Shape]:
         raise ValueError("no dtype")
     others = tuple(dtype_named(name) for name in record["others"])
     question = Question(str(record["op"]), tuple(record["options"]), dtype, others, bool(record["training"]))
-    return question, Shape(*(record[field] for field in Shape._fields))
+    asked = question, Shape(*(record[field] for field in Shape._fields))
+    hash(asked)
+    return asked
 
 
 def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
@@ -143,7 +147,9 @@ def verdict_as_json(verdict: Verdict) -> dict[str, Any]:
 
 def verdict_from_json(record: dict[str, Any]) -> Verdict:
     """Raises KeyError, TypeError or ValueError for what is none."""
-    names = str(record["backend"]), str(record["anywhere"]), str(record["why"])
+    names = record["backend"], record["anywhere"], str(record["why"])
+    if not {*names[:2]} <= {*BACKENDS}:
+        raise ValueError(f"{names[:2]} are no backends")
     sample, weights = record["room"]
     return Verdict(*asked_from_json(record), (int(sample), int(weights)), *names, dict(record["seconds"]))
 
@@ -155,7 +161,7 @@ def read_table(path: Path) -> Table:
         environment, ops = dict(record["environment"]), dict(record.get("ops", {}))
         verdicts = tuple(verdict_from_json(v) for v in record["verdicts"])
         return Table(environment, verdicts, {op: (str(name), str(why)) for op, (name, why) in ops.items()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no table of verdicts: {error!r}") from error
 
 

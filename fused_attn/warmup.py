@@ -11,7 +11,7 @@ from .fusion.api import running
 from .qualification.calls import buffers_kept, maps_in_run
 
 
-def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
+def warmup(model: nn.Module, *inputs: Any, backward: bool = True, **keywords: Any) -> int:
     """Run every fused block once on maps like those it gets from these inputs, so that Triton has compiled.
 
     Parameters, their gradients, buffers, training mode and random state stay as they are. Dtypes, layouts and
@@ -19,14 +19,14 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = True) -> int:
 
     Args:
         model: a fused model (see `fuse`).
-        inputs: what its forward takes.
+        inputs, keywords: what its forward takes.
         backward: run the blocks' backward too; False for inference.
 
     Returns:
         The number of (block, map) pairs that were run.
     """
     with torch.random.fork_rng():
-        maps = maps_in_run(model, list(running(model)), inputs, torch.randn_like)
+        maps = maps_in_run(model, list(running(model)), inputs, keywords, torch.randn_like)
         for block, x in maps:  # in the block's own mode: training has kernels of its own
             with buffers_kept(block), torch.set_grad_enabled(backward):
                 parameters = [p for p in block.parameters() if p.requires_grad]

@@ -7,8 +7,10 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 
 def folder_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -49,7 +49,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=float, default=None, help="seconds after which a row hangs; default: by part")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there, of the same environment")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results; dry: nowhere")
-    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU and tiny maps: no GPU figures")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the same code on the CPU, an emulator and tiny maps: no figures"
+    )
     return parser.parse_args(arguments)
 
 
@@ -58,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available() and not given.dry_run:
         print("benchmarks.gpu: no CUDA device here; --dry-run runs the same code on the CPU", file=sys.stderr)
         return 2
+    if given.dry_run and (why := emulator()):
+        print(f"benchmarks.gpu: without the resident kernels: {why}", file=sys.stderr)
     with contextlib.ExitStack() as stack:
         out = given.out
         if out is None:
@@ -72,6 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(lines_of(part)))
     print("dry run: no GPU figures" if given.dry_run else f"figures: {folder}")
     return int(any(part.failures or part.problem for part in parts))
+
+
+def emulator() -> str | None:
+    """Build it; why that cannot be, or None."""
+    from tests.emulate.library import build
+
+    return build()
 
 
 def run(given: argparse.Namespace, folder: Path, facts: dict[str, Any], until: float) -> list[Part]:

@@ -6,10 +6,12 @@ of and {"row": what was found}; {"lost": why} where the device is of no use any 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from fused_attn.qualification.process import answering, first_line
 from fused_attn.timing import synchronize
 
-from .rows import Row, Setting
+from .rows import Row, Setting, in_place_of_a_card
 
 
 def warm(part: Any, setting: Setting, nth: int, of: int) -> None:
@@ -42,6 +44,11 @@ def main() -> None:
     start = json.loads(sys.stdin.readline())
     part = importlib.import_module(f"{__package__}.{start['part']}")
     setting = Setting(start["dry"], Path(start["folder"]), start["seconds"])
+    with in_place_of_a_card() if setting.dry else contextlib.nullcontext():
+        measured(part, setting, start, say)
+
+
+def measured(part: Any, setting: Setting, start: dict[str, Any], say: Callable[..., None]) -> None:
     if start["warm"] is not None:
         warm(part, setting, *start["warm"])
         say(done=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +31,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """dry: the same code on the CPU and tiny maps. folder: of the JSONs. seconds: of the part."""
+    """dry: the same code on the CPU and an emulator, and tiny maps. folder: of the JSONs. seconds: of the part."""
 
     dry: bool
     folder: Path
@@ -44,11 +46,20 @@ class Setting:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        return ("cpu",) if self.dry else ("triton", "cuda")
+        return ("cpu", "cuda") if self.dry else ("triton", "cuda")
 
     def budget(self, seconds: float) -> float:
         """Seconds that a comparison is timed."""
         return 0.01 if self.dry else seconds
+
+
+@contextlib.contextmanager
+def in_place_of_a_card() -> Iterator[None]:
+    """In a dry run the resident kernels serve the CPU, on an emulated machine, where that was built."""
+    from tests.emulate.library import on_the_cpu
+
+    with on_the_cpu():
+        yield
 
 
 def sized(shape: tuple[int, ...]) -> str:

@@ -55,7 +55,7 @@ def library(setting: Setting) -> dict[str, Any]:
 
 
 def operators(setting: Setting) -> dict[str, Any]:
-    found = {op: backends.unavailable("cuda", op, "cuda") or "there" for op in backends.OPS}
+    found = {op: backends.unavailable("cuda", op, setting.device.type) or "there" for op in backends.OPS}
     there = [op for op, why in found.items() if why == "there"]
     return {"status": "ok" if there else "absent", "why": "" if there else found["channel_gate"], "operators": found}
 

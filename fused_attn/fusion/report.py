@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import backends
+from ..ops.resident import held_on
 from ..reference import CBAM, SpatialAttention
 from .api import Candidate, candidates, is_own
 from .changing.plan import changes, intact, plan_of
@@ -119,6 +120,10 @@ def _backend(block: nn.Module, ops: tuple[str, ...]) -> tuple[str, str]:
     device = tensor.device.type if tensor is not None else "cpu"
     forced = backends.forced()
     if forced is None:
-        return backends.default(ops[0], device)
-    reasons = [r for op in ops if (r := backends.unavailable(forced, op, device))]
-    return (forced, reasons[0]) if reasons else (forced, "asked for")
+        served, why = backends.default(ops[0], device)
+    else:
+        served = forced
+        why = next((r for op in ops if (r := backends.unavailable(forced, op, device))), "asked for")
+    if served in backends.RESIDENT and tensor is not None and device == "cuda":
+        why += f"; {held_on(tensor.device.index or 0)}"
+    return served, why

@@ -21,6 +21,9 @@ class Limits(NamedTuple):
     shared: int
     cluster: int
 
+    def __str__(self) -> str:
+        return f"{self.cluster} block{'s' * (self.cluster > 1)} of {self.shared // 1024} KiB"
+
 
 class Clusters(NamedTuple):
     """The fewest blocks that hold a sample, forward and backward; 0: no cluster of the device does."""
@@ -56,6 +59,14 @@ def limits_of(device: int) -> Limits:
         return Limits(*question(device))
 
 
+def held_on(device: int) -> str:
+    """In words, which samples the resident kernels hold on a CUDA device, or why none."""
+    try:
+        return f"resident in shared memory are samples that fit {limits_of(device)}"
+    except RuntimeError as error:
+        return f"no resident kernels: {error}".splitlines()[0]
+
+
 def limits_at(x: Tensor) -> Limits | None:
     """Those of x's device; None where it is not a CUDA device that this process has."""
     return limits_of(x.get_device()) if x.device.type == "cuda" and torch.cuda.is_initialized() else None
@@ -85,9 +96,7 @@ def require(op: str, arguments: tuple[Any, ...]) -> None:
         return
     where = " in the backward, where its gradient lies beside it" if found.forward else ""
     narrower = " or float16 or bfloat16 maps" if x.itemsize > 2 else ""
-    most = "1 block" if limits.cluster == 1 else f"{limits.cluster} blocks"
     raise RuntimeError(
-        f"{op}: expected a sample that fits the shared memory of a cluster of at most {most} of"
-        f" {limits.shared // 1024} KiB; got one of {tuple(x.shape[1:])} elements in {x.dtype}: it does not fit{where};"
-        f" use the triton backend{narrower}"
+        f"{op}: expected a sample that fits the shared memory of a cluster of at most {limits}; got one of"
+        f" {tuple(x.shape[1:])} elements in {x.dtype}: it does not fit{where}; use the triton backend{narrower}"
     )

@@ -7,6 +7,7 @@ in a forward, and not where torch traces, captures or differentiates.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Iterable
@@ -106,7 +107,13 @@ def _found_here(wanted: dict[Key, Job], device: torch.device) -> Found:
 
 
 def _among(wanted: dict[Key, Job], verdicts: Iterable[Verdict]) -> Found:
-    return {key: v for v in verdicts if (key := v.asked) in wanted}
+    """Of what can serve here, whatever a file says."""
+    return {key: v for v in verdicts if (key := v.asked) in wanted and _can_serve(v, wanted[key].call.device)}
+
+
+def _can_serve(verdict: Verdict, device: torch.device) -> bool:
+    names = {verdict.backend, verdict.anywhere}
+    return all(backends.unavailable(name, verdict.question.op, device.type) is None for name in names)
 
 
 def _measured(missing: dict[Key, Job], device: torch.device, environment: Environment) -> Found:
@@ -124,11 +131,12 @@ def _measured(missing: dict[Key, Job], device: torch.device, environment: Enviro
 def _show(total: int, device: str, done: int, what: str) -> None:
     """On a terminal a bar, gone when all is done; in a log one line."""
     line = f"fused_attn qualifies itself on {device}, once"
-    if not sys.stderr.isatty():
-        line = "" if done else f"{line}: {total} calls\n"
-    elif done < total:
-        line = f"\r\x1b[K{line}  [{'#' * (20 * done // total):<20}] {done}/{total}  {what}"[:160]
-    else:
-        line = "\r\x1b[K"
-    sys.stderr.write(line)
-    sys.stderr.flush()
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, none, or a logger that only writes
+        if not sys.stderr.isatty():
+            line = "" if done else f"{line}: {total} calls\n"
+        elif done < total:
+            line = f"\r\x1b[K{line}  [{'#' * (20 * done // total):<20}] {done}/{total}  {what}"[:160]
+        else:
+            line = "\r\x1b[K"
+        sys.stderr.write(line)
+        sys.stderr.flush()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import functional
-from ..backends import PLAIN, autocasts, is_ordinary
+from ..backends import CANDIDATES, PLAIN, autocasts, is_ordinary
 from ..reference.layout import lies_channels_last
 from ..verdicts import Question, Shape, asked_as_json, asked_from_json, class_of, name_of, room_for
 
@@ -129,14 +129,24 @@ AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
 
 @contextlib.contextmanager
 def buffers_kept(block: nn.Module) -> Iterator[None]:
-    """The block's buffers, such as running statistics, are afterwards what they were."""
+    """The block's buffers, such as running statistics, are afterwards what they were. Those that are so are not written
+    to: a backward that is still to come may read them, and minds."""
     before = [(buffer, buffer.clone()) for buffer in block.buffers()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        for buffer, value in before:
+            with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                if _differ(buffer, value):
+                    buffer.copy_(value)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Also where nobody can tell, as without data."""
+    try:
+        return not torch.equal(one, other)
+    except (NotImplementedError, RuntimeError):
+        return True
 
 
 @contextlib.contextmanager
@@ -151,15 +161,20 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def maps_in_run(
-    model: nn.Module, blocks: Iterable[nn.Module], inputs: tuple[Any, ...], like: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    inputs: tuple[Any, ...],
+    keywords: dict[str, Any],
+    like: Callable[[Tensor], Tensor],
 ) -> list[tuple[nn.Module, Tensor]]:
     """(block, like(map)) of the maps that the blocks get where the model runs on these inputs, in evaluation mode and
     without gradients: of those of a block that are alike once."""
     maps: dict[tuple[Any, ...], tuple[nn.Module, Tensor]] = {}
 
-    def remember(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = arguments[0] if arguments else next(iter(keywords.values()))
-        maps.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, like(x)))
+    def remember(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = next(iter((*arguments, *named.values())), None)
+        if isinstance(x, Tensor):
+            maps.setdefault((block, x.shape, x.stride(), x.dtype, x.device), (block, like(x)))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(modes_kept(model))
@@ -168,7 +183,7 @@ def maps_in_run(
             stack.callback(hook.remove)
         stack.enter_context(torch.no_grad())
         model.eval()
-        model(*inputs)
+        model(*inputs, **keywords)
     return list(maps.values())
 
 
@@ -204,7 +219,7 @@ def typical_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[C
     found: dict[tuple[Question, Shape], tuple[Call, bool]] = {}
     for block in blocks:
         tensor = next(iter([*block.parameters(), *model.parameters()]), None)
-        if tensor is None or not tensor.is_floating_point():
+        if tensor is None or not tensor.is_floating_point() or tensor.device.type not in CANDIDATES:
             continue
         guess = _channels_of(block, channels.get(block, 256), tensor)
         if guess is None:

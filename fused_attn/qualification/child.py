@@ -1,7 +1,7 @@
 """The process that measures: `python -m fused_attn.qualification.child`.
 
-It reads one job a line, and writes lines: {"tried": [backends]} before each step that it may die of, then
-{"verdict": ...}, {"unmeasured": why}, or {"lost": why} where the device is of no use any more, and ends.
+It says where it is, reads one job a line, and writes lines: {"tried": [backends]} before each step that it may die of,
+then {"verdict": ...}, {"unmeasured": why}, or {"lost": why} where the device is of no use any more, and ends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..verdicts import verdict_as_json
+from ..verdicts import environment_of, verdict_as_json
 from .calls import call_from_json
 from .process import answering, first_line
 from .trial import Judge, Unmeasured
@@ -30,7 +30,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     judge = Judge(device, told)
-    say(ready=True)
+    say(environment=environment_of(device))
     for line in sys.stdin:
         job = json.loads(line)
         try:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..verdicts import Verdict, verdict_from_json
+from ..verdicts import Verdict, environment_of, verdict_from_json
 from .calls import Call, call_as_json
 from .process import Lost, Process
 
@@ -25,11 +25,14 @@ class Job(NamedTuple):
 
 def _started(device: torch.device) -> Process:
     # Modules come from where they come from here and from nowhere else, and no backend is asked for.
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path if isinstance(path, str))
     process = Process(f"{__package__}.child", {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"})
     try:
         process.send({"device": str(device), "threads": torch.get_num_threads()})
-        _answer(process, START)
+        theirs, ours = _answer(process, START)["environment"], environment_of(device)
+        if theirs != ours:
+            differs = [f"{key} is {theirs.get(key)}, not {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
+            raise Lost(f"in its process {'; '.join(differs)}")
     except BaseException:
         process.end()
         raise

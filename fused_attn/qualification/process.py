@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -17,6 +17,8 @@ from typing import IO, Any
 
 #: Of the environment, what would have it measure something else.
 HIDDEN = ("FUSED_ATTN_BACKEND", "CUDA_LAUNCH_BLOCKING")
+#: In its environment, the file descriptor that it answers on: none that anything prints to.
+ANSWERS = "FUSED_ATTN_ANSWERS"
 
 
 class Lost(Exception):
@@ -35,15 +37,25 @@ class Process:
     ) -> None:
         self.called = called
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            cwd=folder,
-            env={**{k: v for k, v in os.environ.items() if k not in HIDDEN}, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            start_new_session=True,  # ctrl-C is for this process, which then ends that one and what it started
-        )
+        self.answers, theirs = os.pipe()
+        hers = {**environment, ANSWERS: str(theirs)}
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                cwd=folder,
+                env={**{k: v for k, v in os.environ.items() if k not in HIDDEN}, **hers},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,  # until it is at `answering`
+                stderr=self.errors,
+                pass_fds=[theirs],
+                start_new_session=True,  # ctrl-C is for this process, which then ends that one and what it started
+            )
+        except BaseException:
+            os.close(self.answers)
+            self.errors.close()
+            raise
+        finally:
+            os.close(theirs)
         self.read = b""
 
     def send(self, record: dict[str, Any]) -> None:
@@ -57,15 +69,16 @@ class Process:
 
     def answer(self, until: float) -> dict[str, Any] | None:
         """The next line, or None where there is none by then. Raises Lost."""
-        assert self.process.stdout is not None
-        while b"\n" not in self.read:
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                return None
-            more = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not more:
-                raise self._last_words()
-            self.read += more
+        with selectors.DefaultSelector() as ready:  # select() knows of the first 1024 files only
+            ready.register(self.answers, selectors.EVENT_READ)
+            while b"\n" not in self.read:
+                left = until - time.monotonic()
+                if left <= 0 or not ready.select(left):
+                    return None
+                more = os.read(self.answers, 1 << 16)
+                if not more:
+                    raise self._last_words()
+                self.read += more
         line, _, self.read = self.read.partition(b"\n")
         return json.loads(line)
 
@@ -85,16 +98,20 @@ class Process:
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.errors):
+        for pipe in (self.process.stdin, self.errors):
             with contextlib.suppress(OSError):
                 if pipe is not None:
                     pipe.close()
+        with contextlib.suppress(OSError):
+            os.close(self.answers)
 
 
 def answering() -> Callable[..., None]:
-    """In that process: what says a line. What libraries and kernels print from now on is no answer."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    """In that process: what says a line. What it prints goes where its errors do."""
     os.dup2(2, 1)
+    theirs = int(os.environ.pop(ANSWERS))
+    os.set_inheritable(theirs, False)
+    answers = os.fdopen(theirs, "w", buffering=1)
 
     def say(**answer: Any) -> None:
         print(json.dumps(answer), file=answers, flush=True)

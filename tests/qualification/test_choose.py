@@ -234,8 +234,32 @@ def call_on_a_card(monkeypatch):
 
 def test_a_card_on_which_nothing_was_measured_is_named_once(call_on_a_card):
     """A model that was fused on the CPU and moved then would be no faster in silence."""
-    with pytest.warns(UserWarning, match=r"plain PyTorch serves cuda:0, .* call fused_attn.fuse\(model\) again"):
+    install(CPU, [verdict("cpu")])  # of no concern to a card
+    with pytest.warns(UserWarning, match=r"plain PyTorch serves cuda:0, .* run fused_attn.qualify\(model\) once"):
         assert call_on_a_card() == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call_on_a_card() == "reference"
+
+
+def test_a_card_is_named_where_its_calls_are_traced(call_on_a_card, monkeypatch):
+    """A model that is compiled may make no other."""
+    monkeypatch.setattr(backends, "_VALUED", frozenset({torch.Tensor}))  # as which it is traced
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: x + (choose("simam", x) == "reference"), backend=counter, fullgraph=True)
+    with FakeTensorMode():
+        x = torch.empty(SMALL, device="cuda")
+        with pytest.warns(UserWarning, match="plain PyTorch serves cuda:0"):
+            compiled(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compiled(x)
+    assert counter.frame_count == 1
+
+
+def test_a_card_on_which_something_was_measured_is_not_named(call_on_a_card):
+    """What is served by plain PyTorch there is for `explain` to say."""
+    install(torch.device("cuda", 0), [verdict("triton")])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert call_on_a_card() == "reference"

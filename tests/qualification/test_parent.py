@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import resource
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from fused_attn.qualification import calls as calls_of_models
 from fused_attn.qualification import parent as measuring
 from fused_attn.qualification.calls import seen
 from fused_attn.qualification.parent import Job, measure
-from fused_attn.verdicts import Verdict
+from fused_attn.verdicts import Verdict, cpu_name
 from tests.checks import random
 
 CPU = torch.device("cpu")
@@ -128,6 +131,32 @@ def test_a_process_that_does_not_start(monkeypatch):
     answers = list(measure(jobs, CPU, lambda done, what: None))
     assert len(answers) == len(jobs) and len(starts) == 1
     assert all("it ended with status 1" in answer for answer in answers)
+
+
+def test_what_is_printed_is_no_answer(monkeypatch, tmp_path):
+    """Also while modules are imported; and a program may have many files open, and say oddly where its modules are."""
+    (tmp_path / "sitecustomize.py").write_text("print('{}')\nprint('hello', flush=True)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(measuring.sys, "path", [tmp_path, *measuring.sys.path])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, limits[1]), limits[1]))
+    files = [open(os.devnull) for _ in range(1100)]  # noqa: SIM115
+    try:
+        (answer,) = measure(calls()["simam"], CPU, lambda done, what: None)
+    finally:
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert isinstance(answer, Verdict) and "times as fast" in answer.why
+
+
+def test_another_device_is_not_measured(monkeypatch):
+    """As where the program has changed which cards are seen since it saw them."""
+    there = types.SimpleNamespace(send=len, end=lambda: None)
+    there.answer = lambda until: {"environment": {**measuring.environment_of(CPU), "device": "another"}}
+    monkeypatch.setattr(measuring, "Process", lambda *given: there)
+    answers = list(measure(calls()["simam"] * 2, CPU, lambda done, what: None))
+    assert answers == [f"simam: in its process device is another, not {cpu_name()}"] * 2
 
 
 def test_time_is_limited():

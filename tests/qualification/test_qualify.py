@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_attn
 from fused_attn import backends, cli, info, qualification, verdicts
 from fused_attn.nn import CBAM, ECA, SqueezeExcite
+from fused_attn.ops import resident
 from fused_attn.qualification import busy, ranks
 from fused_attn.qualification.calls import seen
 from fused_attn.qualification.parent import Job
@@ -60,6 +64,19 @@ def as_on_a_gpu(monkeypatch):
 def model() -> torch.nn.Module:
     reference = fused_attn.reference
     return torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), reference.SqueezeExcite(32), reference.CBAM(32))
+
+
+A_CARD = FakeTensorMode()
+
+
+def moved(module: torch.nn.Module) -> torch.nn.Module:
+    """To a card that is not here: parameters are without data, and autograd, which asks for streams, is left out."""
+    with A_CARD:
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    part._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"), False)
+    return module
 
 
 # ---- fuse ----
@@ -206,11 +223,37 @@ def test_qualify_of_functions_and_keyword_arguments(measured):
 
     fused_attn.qualify(Model(), random(2, 16, 5, 5))
     assert {job.call.question.op for job in measured} == {"channel_gate", "simam"}
+    fused_attn.qualify(Model(), x=random(2, 16, 50, 50))
+    assert len(measured) == 2 * 4
 
 
 def test_qualify_of_a_compiled_model(measured):
     fused_attn.qualify(torch.compile(SqueezeExcite(32), backend="eager"), random(2, 32, 5, 5))
     assert {job.call.question.op for job in measured} == {"channel_gate"}
+
+
+def test_qualify_between_forward_and_backward(measured):
+    """Which reads the statistics that the forward used."""
+    block = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1), torch.nn.BatchNorm2d(32), SqueezeExcite(32))
+    x = random(2, 3, 8, 8)
+    y = block(x)
+    fused_attn.qualify(block, x)
+    fused_attn.qualify(block)
+    y.sum().backward()
+
+
+def test_qualify_of_what_was_made_for_inference(measured):
+    """Its buffers cannot be written to elsewhere, and are what they were."""
+    with torch.inference_mode():
+        block = CBAM(32)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    assert fused_attn.qualify(block, random(2, 32, 8, 8)) and fused_attn.qualify(block)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_qualify_without_data():
+    """Where there is no device there is nothing to measure."""
+    assert str(fused_attn.qualify(model().to("meta"))) == "no call that a backend could serve"
 
 
 def test_qualify_without_an_example(measured):
@@ -280,6 +323,27 @@ def test_it_shows_how_far_it_is(monkeypatch, capsys, as_on_a_gpu):
     assert "once  [##########          ] 1/2  channel_gate" in shown and shown.endswith("\r\x1b[K")
 
 
+def test_a_log_that_is_no_file_stops_nothing(monkeypatch, measured):
+    """Programs put such in place of stderr."""
+    for stderr in (None, types.SimpleNamespace(write=len), io.TextIOWrapper(io.BytesIO())):
+        if isinstance(stderr, io.TextIOWrapper):
+            stderr.close()
+        monkeypatch.setattr(qualification.sys, "stderr", stderr)
+        qualification._show(3, "a card", 0, "simam")
+
+
+def test_a_verdict_that_cannot_serve_here_is_none(monkeypatch, measured):
+    """Whatever the file says that it is in: no forward is to find out."""
+    block, x = SqueezeExcite(32), random(2, 32, 5, 5)
+    there = fused_attn.qualify(block, x)
+    keep = [v._replace(backend="cuda", anywhere="triton") for v in there]
+    verdicts.write_table(verdicts.cache_file(environment_of(CPU)), environment_of(CPU), keep)
+    backends._VERDICTS.clear()
+    backends._SERVED.clear()
+    measured.clear()
+    assert {v.backend for v in fused_attn.qualify(block, x)} == {"reference"} and len(measured) == len(there)
+
+
 def test_cards_of_one_kind_share_their_verdicts(monkeypatch):
     """Those of this process; on stand-ins."""
     names = ["H", "H", "A"]
@@ -312,6 +376,61 @@ def test_explain_says_why_with_figures():
     assert row.reason == f"measured here: {why}"
 
 
+def test_a_model_that_was_fused_before_it_was_moved(monkeypatch):
+    """The first call says what to run; after it the card serves the model."""
+    card = types.SimpleNamespace(name="H", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setitem(backends.UNAVAILABLE, ("triton", "channel_gate", "cuda"), None)
+    measured = []
+    monkeypatch.setattr(qualification, "measure", lambda jobs, *_: measured.extend(jobs) or judged(jobs, ("triton",)))
+    network = moved(fused_attn.fuse(torch.nn.Sequential(fused_attn.reference.SqueezeExcite(32))))
+    with A_CARD:
+        x = torch.empty(2, 32, 8, 8, device="cuda")
+    monkeypatch.setattr(backends, "_VALUED", frozenset({type(x)}))  # as if it had values
+    with pytest.warns(UserWarning, match=r"plain PyTorch serves cuda:0.* run fused_attn.qualify\(model\) once") as said:
+        network(x)
+        network(x)
+    assert len(said) == 1
+    found = fused_attn.qualify(network, x)
+    assert {(v.backend, v.question.training) for v in found} == {("triton", False), ("triton", True)}
+    assert {job.call.device for job in measured} == {x.device} and len(measured) == len(found)
+    assert {(device, name) for (device, *_), name in backends._SERVED.items()} == {(x.device, "triton")}
+    (row,) = fused_attn.explain(network)
+    assert row.served_by == "triton" and "triton as planned" in row.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused_attn.qualify(network, x) == found  # from the cache
+
+
+def test_what_a_card_holds_is_said(monkeypatch):
+    """Where it decides: of a block that resident kernels serve, and of a card."""
+    block = moved(SqueezeExcite(32))
+    monkeypatch.setitem(backends.UNAVAILABLE, ("cuda", "channel_gate", "cuda"), None)
+    monkeypatch.setattr(resident, "limits_of", lambda device: resident.Limits(232448, 16))
+    held = "resident in shared memory are samples that fit 16 blocks of 227 KiB"
+    card = types.SimpleNamespace(name="H", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert info.devices()[1] == f"cuda:0: H, sm_90, 132 multiprocessors, 80 GiB; {held}"
+    with fused_attn.backend("cuda"):
+        assert [(row.served_by, row.reason) for row in fused_attn.explain(block)] == [("cuda", f"asked for; {held}")]
+    with fused_attn.backend("reference"):
+        assert "resident" not in fused_attn.explain(block)[0].reason
+    question = Question("channel_gate", (), torch.float32, (), True)
+    shape = verdicts.Shape("nchw", 5, 5, 12, True)
+    backends.install(torch.device("cuda", 0), [Verdict(question, shape, (800, 80), "cuda", "triton", "2.00 times")])
+    (row,) = fused_attn.explain(block)
+    assert (row.served_by, row.reason) == ("cuda", f"measured here: 2.00 times; {held}")
+
+    def fails(device):
+        raise RuntimeError("the CUDA kernels that were built do not run on CUDA device 0")
+
+    monkeypatch.setattr(resident, "limits_of", fails)
+    assert "; no resident kernels: the CUDA kernels that were built do not run" in info.devices()[1]
+
+
 def test_the_command(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(cli.console, "_width", 200)
     monkeypatch.setattr(cli.console, "_file", None)
@@ -338,6 +457,7 @@ def test_the_command(measured, tmp_path, monkeypatch):
         ([], "--model: expected one, such as timm:seresnet50; got none"),
         (["--model", "nothing"], "'nothing': expected timm:NAME"),
         (["--model", "fused_attn.reference:SimAM", "--shape", "3"], "shape '3': expected numbers joined by x"),
+        (["--model", "torch.nn:Identity", "--table", "/dev/null/tables"], "--table: [Errno 20] Not a directory"),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(arguments, said):
@@ -413,6 +533,15 @@ for hosts in (["a", "a"], ["a", "b"]):
     dist.all_gather_object = fails
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     print(len(measured), [(v.question.op, v.backend, v.why) for v in backends.verdicts_on("cpu")])
+
+# A rank whose model does not run leaves no other one waiting.
+dist.all_gather_object = gather
+try:
+    fused_attn.qualify(model, torch.randn(2, 3 + rank, 80, 80))
+except RuntimeError as error:
+    assert rank == 1 and "to have 3 channels" in str(error)
+else:
+    assert rank == 0
 """
 
 

@@ -73,6 +73,16 @@ BROKEN = {
     "a dtype that is none": json.dumps(
         {"environment": HERE, "verdicts": [verdicts.verdict_as_json(verdict()) | {"dtype": "Tensor"}]}
     ),
+    "lists in lists": "[" * 100_000,
+    "a backend of another version": json.dumps(
+        {"environment": HERE, "verdicts": [verdicts.verdict_as_json(verdict()) | {"backend": "hip"}]}
+    ),
+    "options that are no codes": json.dumps(
+        {"environment": HERE, "verdicts": [verdicts.verdict_as_json(verdict()) | {"options": [[1]]}]}
+    ),
+    "a number beyond all": json.dumps(
+        {"environment": HERE, "verdicts": [verdicts.verdict_as_json(verdict()) | {"room": [float("inf"), 1]}]}
+    ),
     "of another card": json.dumps({"environment": HERE | {"device": "another"}, "verdicts": []}),
 }
 

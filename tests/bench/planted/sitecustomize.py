@@ -21,6 +21,16 @@ def plant(op: str, fault) -> None:
     setattr(ops, op, planted)
 
 
+def plant_on_the_emulator(op: str, fault) -> None:
+    everywhere = getattr(ops, op)
+
+    def planted(backend, *arguments, **options):
+        call = functools.partial(everywhere, backend, **options)
+        return fault(call, *arguments) if backend == "cuda" else call(*arguments)
+
+    setattr(ops, op, planted)
+
+
 def wrong(right, *arguments):
     return right(*arguments) * 1.01
 
@@ -38,6 +48,11 @@ def refuses_its_own_map(right, x, *arguments):
     return right(x, *arguments)
 
 
+def wrong_on_larger_maps(right, x, *arguments):
+    """Than those that `right` has."""
+    return wrong(right, x, *arguments) if x.shape[2] >= 8 else right(x, *arguments)
+
+
 def crashes(right, *arguments):
     os.abort()
 
@@ -46,3 +61,5 @@ plant("simam", wrong)
 plant("channel_gate", hangs_on_a_convolution)
 plant("spatial_gate", refuses_its_own_map)
 plant("norm_gate", crashes)
+plant_on_the_emulator("select", wrong)
+plant_on_the_emulator("channel_gate", wrong_on_larger_maps)

@@ -168,7 +168,7 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel
     return m.done("occupancy");
 }
 template <class Argument>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument&) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument& argument) {
     stand_in::Machine& m = stand_in::machine();
     const stand_in::Lock lock(m.mutex);
     const std::pair<const void*, int> here = {reinterpret_cast<const void*>(kernel), stand_in::Machine::current};
@@ -179,5 +179,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         return m.done("launch", cudaErrorInvalidClusterSize);
     m.clusters_launched.insert(ranks);
     m.launched_on.insert(stand_in::Machine::current);
+#ifdef FUSED_ATTN_EMULATE
+    fused_attn::cuda::machine::launch(config->gridDim.x, static_cast<int>(config->gridDim.y), static_cast<int>(ranks),
+                                      static_cast<int>(config->blockDim.x), config->dynamicSmemBytes,
+                                      [&] { kernel(argument); });
+#else
+    (void)argument;
+#endif
     return m.done("launch");
 }
