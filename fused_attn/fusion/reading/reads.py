@@ -228,6 +228,40 @@ def own_names(function: types.FunctionType) -> frozenset[str]:
     return found.attributes | frozenset(found.globals) | (frozenset(("__matmul__",)) if matrix else frozenset())
 
 
+@functools.lru_cache(maxsize=4096)
+def multiplies(cls: type[nn.Module]) -> bool:
+    """Whether a forward, or a function or method of somebody's that it may call, multiplies anything."""
+    waiting: list[Any] = [inspect.getattr_static(cls, "forward", None)]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        function = getattr(function, "__func__", getattr(function, "fget", function))
+        if not isinstance(function, types.FunctionType) or id(function) in seen or is_torch(function):
+            continue
+        seen.add(id(function))
+        names = _names_of(function.__code__)
+        if any(_has_product(code) for code in _codes(function.__code__)) or names.attributes & _PRODUCTS:
+            return True
+        waiting += [vars(base).get(name) for base in cls.__mro__ for name in names.attributes]
+        waiting += [function.__globals__.get(name) for name in names.globals]
+    return False
+
+
+_PRODUCTS = frozenset(("mul", "mul_", "multiply", "multiply_"))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
+
+
+def _has_product(code: types.CodeType) -> bool:
+    operators = ("*", "*="), ("BINARY_MULTIPLY", "INPLACE_MULTIPLY")
+    return any(s.argrepr in operators[0] or s.opname in operators[1] for s in dis.get_instructions(code))
+
+
 def _identifiers(constants: Iterable[Any]) -> Iterator[str]:
     """The names in strings, also in tuples of such, and the parts of dotted ones."""
     for constant in constants:

@@ -48,7 +48,8 @@ def check_rewritten(
 ) -> Verdict:
     """Whether forward(twin, x) is twin(x) for maps of these ranks that the module takes.
 
-    Parts that draw random numbers in training are run as in evaluation.
+    Random numbers are drawn from a generator of its own; parts that draw some by an operator that takes none are run as
+    in evaluation.
 
     Raises:
         NoTwin: as in `twin`.
@@ -97,7 +98,7 @@ class _Twins:
 
     def runner(self, found: _Input, run: Callable[[nn.Module, Tensor], Any]) -> Runner:
         def call(module: nn.Module, x: Tensor) -> Tensor:
-            with torch.set_grad_enabled(found.differentiable), _NoRandom():
+            with torch.set_grad_enabled(found.differentiable), _OwnRandom():
                 for path in self.calm:
                     module.get_submodule(path).training = False
                 # Not a leaf, so that it may be written into.
@@ -156,7 +157,7 @@ def _values(module: nn.Module, x: Tensor) -> tuple[list[Tensor], bool]:
         Exception: what the module raises, and where its result is not finite.
     """
     leaves = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
-    with _NoRandom():
+    with _OwnRandom():
         y = _as_one(module.forward(x * 1))
     if not y.isfinite().all():
         raise ValueError("its results are not finite")
@@ -172,13 +173,24 @@ class _Drawn(Exception):
 
 
 @never_compiled
-class _NoRandom(TorchDispatchMode):
-    """Raises where random numbers would be drawn: the generator is everybody's."""
+class _OwnRandom(TorchDispatchMode):
+    """Draws random numbers, the same in every run, from a generator of its own: torch's is everybody's. Raises where an
+    operator takes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise _Drawn
-        return function(*args, **(kwargs or {}))
+            if not any(a.name == "generator" for a in function._schema.arguments):
+                packet = function.overloadpacket
+                if "generator" not in packet.overloads():
+                    raise _Drawn
+                function = packet.generator
+            kwargs = {**kwargs, "generator": self.generator}
+        return function(*args, **kwargs)
 
 
 def _as_one(result: Any) -> Tensor:

@@ -38,11 +38,20 @@ def trace(block: nn.Module, enters: Callable[[str], bool]) -> fx.Graph:
         Untraceable: no graph is the same function.
         NoTwin: as in `twin`.
     """
-    graph, other = (_Trace(block, enters, training).run() for training in (False, True))
-    codes = [g.python_code("self") for g in (graph, other)]
-    if codes[0].src != codes[1].src or codes[0].globals != codes[1].globals:
+    graph, other = (trace_in_mode(block, enters, training) for training in (False, True))
+    if not is_same_code(graph, other):
         raise Untraceable("computes something else in training")
     return graph
+
+
+def trace_in_mode(block: nn.Module, enters: Callable[[str], bool], training: bool) -> fx.Graph:
+    """As `trace`, of a forward that may do something else in the other mode."""
+    return _Trace(block, enters, training).run()
+
+
+def is_same_code(graph: fx.Graph, other: fx.Graph) -> bool:
+    codes = [g.python_code("self") for g in (graph, other)]
+    return codes[0].src == codes[1].src and codes[0].globals == codes[1].globals
 
 
 class _Trace:
@@ -121,12 +130,12 @@ class _Trace:
 
 class _Parameters(dict[str, Any]):
     """Of a part, without its other attributes: an option that is read would be written down as it is now, and `fuse`
-    watches those of the parts that it bypasses only."""
+    watches those of the parts that it bypasses only, and the mode of none."""
 
     def __init__(self, trace: _Trace, part: nn.Module) -> None:
         super().__init__(part.__dict__["_parameters"])
         self.trace = trace
-        self.options = [n for n in part.__dict__ if n not in STATE and n != "_call_impl"]
+        self.options = [n for n in part.__dict__ if n == "training" or (n not in STATE and n != "_call_impl")]
         for name in self.options:
             del part.__dict__[name]
 
