@@ -8,10 +8,12 @@ and options: the layers that it runs are those of the module that it is called f
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +25,16 @@ from ..hosts.registry import known_class
 from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.context import in_its_own_context
-from ..reading.reads import is_torch, multiplies, reads_of, restore
+from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of, restore
 from ..reading.recognise import has_own_forward, outcome_of
 from ..reading.rewritten import check_rewritten
 from ..reading.spans import Span, is_gate_of_channels, outcome_of_span, pooled, put_as, values_in
-from ..reading.trace import IN_PLACE, Untraceable, is_same_code, trace_in_mode, unpacked
+from ..reading.trace import IN_PLACE, Option, Untraceable, is_same_code, trace_in_mode, trace_with_option, unpacked
 from ..reading.twin import NoTwin
 from ..recipes.describe import describe
 from ..recipes.names import host_of
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, SpatialGate
-from ..recipes.run import parameter_paths, parameters_of, run
+from ..recipes.run import Unsuited, parameter_paths, parameters_of, run
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, IN_PLACE["imul"]}
@@ -66,11 +68,17 @@ def composite_of(block: nn.Module) -> OwnLayers | None:
     key = read.key, tuple(gates.items())
     if key not in known:
         try:
-            found = in_its_own_context(lambda: _rewritten(block, gates))
+            found = in_its_own_context(lambda: _without_stores(block, gates, read))
         except Exception:
             return None
         known[key] = None if restore(read.watched) else found
     return known[key]
+
+
+def _without_stores(block: nn.Module, gates: dict[str, bool], read: Reads) -> OwnLayers | None:
+    with Unstored(read.stores):
+        return _rewritten(block, gates)
+    return None
 
 
 def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
@@ -87,13 +95,66 @@ def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 
 def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
+    """With the numbers that its forward may be given beside the map."""
+    found = _rewritten_with(block, gates)
+    parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
+    if found is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return found
+    defaults = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and is_plain(p.default)}
+    variants: list[tuple[Option, Forward]] = []
+    for name in defaults if len(defaults) == len(parameters) else ():
+        for value in _OPTIONS:
+            option = Option(name, [])
+            variant = _rewritten_with(block, gates, option, value)
+            if variant is not None and (variant.bypassed, variant.covers) == (found.bypassed, found.covers):
+                variants.append((option, variant.forward))
+    return replace(found, forward=_with_options(found.forward, defaults, variants), options=tuple(defaults))
+
+
+Forward = Callable[..., Any]
+
+#: Such as the rates at which a residual branch is dropped.
+_OPTIONS = (0.25, 0.0)
+
+
+def _with_options(plain: Forward, defaults: dict[str, Any], variants: list[tuple[Option, Forward]]) -> Forward:
+    """A forward for its defaults, and others for one number that is given beside the map."""
+    if not defaults:
+        return plain
+
+    def forward(block: Any, x: Tensor, **options: Any) -> Any:
+        others = {n: v for n, v in options.items() if type(v) is not type(defaults[n]) or v != defaults[n]}
+        if not others:
+            return plain(block, x)
+        for option, variant in variants:
+            value = others.get(option.name)
+            if len(others) == 1 and type(value) is float and option.holds(value):
+                return variant(block, x, **others)
+        raise Unsuited(f"expected the defaults; got {', '.join(others)}")
+
+    return forward
+
+
+def _rewritten_with(
+    block: nn.Module, gates: dict[str, bool], option: Option | None = None, value: float = 0.0
+) -> OwnLayers | None:
+    """option: one that its forward is given, with this value; it gets what the forward asks of it."""
+    given = {} if option is None else {option.name: value}
+
+    def traced(training: bool) -> fx.Graph:
+        if option is None:
+            return trace_in_mode(block, enters, training)
+        graph, found = trace_with_option(block, enters, training, option.name, value)
+        option.guards.extend(found.guards)
+        return graph
+
     def enters(path: str) -> bool:
         part = block.get_submodule(path)
         inside = any(p.startswith(f"{path}.") for p in gates)
         return type(part) is nn.Sequential and (inside or type(next(part.children(), None)) in _POOLS)
 
     try:
-        graphs = [trace_in_mode(block, enters, training) for training in (False, True)]
+        graphs = [traced(training) for training in (False, True)]
         if is_same_code(*graphs):
             graphs.pop()
         rewriters = [_Rewriter(block, gates, graph) for graph in graphs]
@@ -116,7 +177,7 @@ def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
     rank = next(iter(ranks), None)
     forward = _of_mode([_compiled(graph, host_of(type(block)).__name__) for graph in graphs])
     tolerance = TOLERANCE_OF_SIXTHS if any(region.sixths for region in every) else TOLERANCE
-    verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance)
+    verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance, **given)
     if verdict.why_not is not None:
         return None
     name = ", ".join(region.name for region in regions) + " in its forward"
@@ -133,35 +194,35 @@ def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
     )
 
 
-def _compiled(graph: fx.Graph, name: str) -> Callable[[Any, Tensor], Any]:
+def _compiled(graph: fx.Graph, name: str) -> Forward:
     code = graph.python_code("self")
     space = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {name}>", "exec"), space)
     made = space["forward"]
 
-    def forward(block: Any, x: Tensor) -> Any:
-        return made(block, block, x)
+    def forward(block: Any, x: Tensor, **options: Any) -> Any:
+        return made(block, block, x, **options)
 
     return forward
 
 
-def _of_mode(forwards: list[Callable[[Any, Tensor], Any]]) -> Callable[[Any, Tensor], Any]:
+def _of_mode(forwards: list[Forward]) -> Forward:
     """Of those for evaluation and for training, if there are two."""
     if len(forwards) == 1:
         return forwards[0]
     evaluates, trains = forwards
 
-    def forward(block: Any, x: Tensor) -> Any:
-        return trains(block, x) if block.training else evaluates(block, x)
+    def forward(block: Any, x: Tensor, **options: Any) -> Any:
+        return trains(block, x, **options) if block.training else evaluates(block, x, **options)
 
     return forward
 
 
-def _without_gradients(forward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+def _without_gradients(forward: Forward) -> Forward:
     """For a module that writes over what its gradients need: then its own forward, which says so in its backward."""
 
-    def without(block: Any, x: Tensor) -> Any:
-        return host_of(type(block)).forward(block, x) if torch.is_grad_enabled() else forward(block, x)
+    def without(block: Any, x: Tensor, **options: Any) -> Any:
+        return (host_of(type(block)).forward if torch.is_grad_enabled() else forward)(block, x, **options)
 
     return without
 

@@ -30,7 +30,7 @@ from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
 from .match import reached
-from .reads import Reads, own_names, reads_of, restore
+from .reads import Reads, Unstored, own_names, reads_of, restore
 from .selections import why_no_selection
 
 MAX_PARTS = 60
@@ -73,11 +73,17 @@ def outcome_of(block: nn.Module) -> Outcome:
     known = _outcomes.setdefault(host_of(type(block)), {})
     if read.key not in known:
         try:
-            outcome = in_its_own_context(lambda: examine(block, read))
+            outcome = in_its_own_context(lambda: _without_stores(block, read))
         except Exception:
             return Outcome()
         known[read.key] = Outcome(None, "keeps state") if restore(read.watched) else outcome
     return known[read.key]
+
+
+def _without_stores(block: nn.Module, read: Reads) -> Outcome:
+    with Unstored(read.stores):
+        return examine(block, read)
+    return examine(block, read._replace(remark="keeps state"))
 
 
 def recipe_of(block: nn.Module) -> Recipe | str | None:
