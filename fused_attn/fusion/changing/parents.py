@@ -25,10 +25,11 @@ from ..hosts.registry import known_class
 from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.context import in_its_own_context
+from ..reading.find import Found
 from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of, restore
 from ..reading.recognise import has_own_forward, outcome_of
 from ..reading.rewritten import check_rewritten
-from ..reading.spans import Span, is_gate_of_channels, outcome_of_span, pooled, put_as, values_in
+from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, values_in
 from ..reading.trace import IN_PLACE, Option, Untraceable, is_same_code, trace_in_mode, trace_with_option, unpacked
 from ..reading.twin import NoTwin
 from ..recipes.describe import describe
@@ -96,7 +97,8 @@ def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
     """With the numbers that its forward may be given beside the map."""
-    found = _rewritten_with(block, gates)
+    known: dict[Hashable, Found | None] = {}
+    found = _rewritten_with(block, gates, known)
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
     if found is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return found
@@ -105,7 +107,7 @@ def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
     for name in defaults if len(defaults) == len(parameters) else ():
         for value in _OPTIONS:
             option = Option(name, [])
-            variant = _rewritten_with(block, gates, option, value)
+            variant = _rewritten_with(block, gates, known, option, value)
             if variant is not None and (variant.bypassed, variant.covers) == (found.bypassed, found.covers):
                 variants.append((option, variant.forward))
     return replace(found, forward=_with_options(found.forward, defaults, variants), options=tuple(defaults))
@@ -136,7 +138,11 @@ def _with_options(plain: Forward, defaults: dict[str, Any], variants: list[tuple
 
 
 def _rewritten_with(
-    block: nn.Module, gates: dict[str, bool], option: Option | None = None, value: float = 0.0
+    block: nn.Module,
+    gates: dict[str, bool],
+    known: dict[Hashable, Found | None],
+    option: Option | None = None,
+    value: float = 0.0,
 ) -> OwnLayers | None:
     """option: one that its forward is given, with this value; it gets what the forward asks of it."""
     given = {} if option is None else {option.name: value}
@@ -157,7 +163,7 @@ def _rewritten_with(
         graphs = [traced(training) for training in (False, True)]
         if is_same_code(*graphs):
             graphs.pop()
-        rewriters = [_Rewriter(block, gates, graph) for graph in graphs]
+        rewriters = [_Rewriter(block, gates, graph, known) for graph in graphs]
         modes = [rewriter.regions() for rewriter in rewriters]
     except (Untraceable, NoTwin):
         return None
@@ -261,25 +267,46 @@ def _function_of(recipe: _Single, as_written: Callable[[Any, Tensor], Any]) -> C
     return fused_attention
 
 
-def _descriptor_of(pool: str, ties: str, arrange: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _descriptor_of(pool: Pool) -> Callable[[Tensor], Tensor]:
     def fused_descriptor(x: Tensor) -> Tensor:
         squeeze = functional.squeeze if is_ordinary(x) else reference.squeeze
         try:
-            descriptor = squeeze(x, pool, ties=ties)
+            descriptor = squeeze(x, pool.kind, ties=pool.ties)
         except (TypeError, ValueError):
-            descriptor = reference.squeeze(x, pool, ties=ties)
+            descriptor = reference.squeeze(x, pool.kind, ties=pool.ties)
         assert isinstance(descriptor, Tensor)
-        return arrange(descriptor)
+        return pool.arrange(descriptor)
 
     return fused_descriptor
 
 
-def fused_product(x: Tensor, gate: Tensor) -> Tensor:
-    """x * gate, one number a sample and channel; also in the dtype that this has."""
+def _pools_of_channels(ties: str) -> Callable[[Tensor], Tensor]:
+    def fused_pools(x: Tensor) -> Tensor:
+        """Maxima and means, (B, 2, ...)."""
+        pools = functional.channel_pool if is_ordinary(x) else reference.channel_pool
+        try:
+            return pools(x, ties=ties)
+        except (TypeError, ValueError):
+            return reference.channel_pool(x, ties=ties)
+
+    return fused_pools
+
+
+def _one_pool(pool: Pool) -> Callable[[Tensor], Tensor]:
+    place = int(pool.kind == "avg")
+
+    def one_pool(pools: Tensor) -> Tensor:
+        return pool.arrange(pools[:, place])
+
+    return one_pool
+
+
+def fused_product(x: Tensor, gate: Tensor, of_channels: bool) -> Tensor:
+    """x * gate, one number a sample and channel, or a sample and position; also in the dtype that this has."""
     if not is_ordinary(x) or not is_ordinary(gate) or torch.promote_types(x.dtype, gate.dtype) != x.dtype:
         return x * gate
     try:
-        return functional.scale(x, gate.flatten(2)[:, :, 0] if gate.dim() > 2 else gate)
+        return functional.scale(x, gate.flatten(2)[:, :, 0] if of_channels else gate[:, :1])
     except (TypeError, ValueError):
         return x * gate
 
@@ -295,8 +322,12 @@ class _Product(NamedTuple):
 
 
 class _Rewriter:
-    def __init__(self, block: nn.Module, gates: dict[str, bool], graph: fx.Graph) -> None:
-        self.block, self.gates, self.graph = block, gates, graph
+    """known: what spans of this block are, by their code."""
+
+    def __init__(
+        self, block: nn.Module, gates: dict[str, bool], graph: fx.Graph, known: dict[Hashable, Found | None]
+    ) -> None:
+        self.block, self.gates, self.graph, self.known = block, gates, graph, known
         self.made: set[fx.Node] = set()
         self.owned: set[str] = set()  # paths of layers whose output would have been written into
         self.first = next(iter(graph.nodes))
@@ -329,13 +360,13 @@ class _Rewriter:
         for x, gate in (node.args,) if in_place else (node.args, node.args[::-1]):
             if isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x is not gate:
                 between = self._between(x, gate)
-                if between is not None and any(map(self._may_pool, between)):
+                if between is not None and any(map(self._may_gate, between)):
                     return _Product(x, gate, (*between, node), in_place)
         return None
 
     def _between(self, x: fx.Node, gate: fx.Node) -> list[fx.Node] | None:
-        """What a gate is computed by from the map x and parameters, in the order of the graph; None where there is
-        anything else in it."""
+        """What a gate is computed by from the map x, parameters and the sizes of maps, in the order of the graph; None
+        where there is anything else in it."""
         found: set[fx.Node] = set()
         waiting = [gate]
         while waiting:
@@ -345,14 +376,18 @@ class _Rewriter:
             if node.op == "placeholder" or len(found) > _MOST_NODES:
                 return None
             found.add(node)
-            waiting += node.all_input_nodes
+            waiting += () if is_size(node) else node.all_input_nodes
         return sorted(found) if any(x in node.all_input_nodes for node in found) else None
 
-    def _may_pool(self, node: fx.Node) -> bool:
+    def _may_gate(self, node: fx.Node) -> bool:
+        """Whether it may be a pool, or a function of gates behind a layer."""
         if node.op == "call_module":
             layer = self._layer(node)
-            return type(layer) in (*_POOLS, nn.Sequential) or not is_torch(type(layer))
-        return "pool" in _name_of(node) or _name_of(node) in ("mean", "max", "amax", "sum")
+            return type(layer) in (*_POOLS, *_GATES, nn.Sequential) or not is_torch(type(layer))
+        name = _name_of(node)
+        if name in _GATE_NAMES:
+            return any(n.op == "call_module" or _name_of(n).startswith("conv") for n in node.all_input_nodes)
+        return "pool" in name or name in ("mean", "max", "amax", "sum")
 
     def _rows(self, first: _Product) -> Iterator[list[_Product]]:
         """The product and one of its own."""
@@ -372,7 +407,11 @@ class _Rewriter:
         if len(paths) > len(set(paths)):
             return None
         span = Span(self.block, row[0].x, nodes, written={product.nodes[-1] for product in row if product.in_place})
-        found = outcome_of_span(span).found
+        code = span.graph.python_code("self")
+        key = code.src, tuple(code.globals.items())
+        if key not in self.known:
+            self.known[key] = outcome_of_span(span).found
+        found = self.known[key]
         recipe = None if found is None or found.mask else found.recipe(span)
         if isinstance(recipe, OwnLayers):
             if next(span.parameters(), None) is not None:  # it has the layers of this block in it
@@ -448,41 +487,44 @@ class _Rewriter:
     # Regions of which only the pool and the product are fused
 
     def _split(self, product: _Product, gate: fx.Node) -> _Region | None:
-        """Pools of the map by `squeeze` and the product by `scale`; what is between them stays as it is."""
+        """Pools of the map by `squeeze` or `channel_pool` and the product by `scale`; what is between them stays."""
         *between, last = product.nodes
         if product.in_place and not (set(product.x.users) <= {*between, last} and self._is_fresh(product.x)):
             return None
         span = Span(self.block, product.x, between, marked=True)
         for rank, values in values_in(span):
-            found = self._pools(product, gate, between, values, rank)
-            if found:
-                return self._put_around(product, gate, between, found, rank)
+            kind = kind_of_gate(values[gate], rank) if gate in values else None
+            if kind is not None:
+                pools, direct = self._pools(product.x, gate, values, rank)
+                over = {pool.over for pool in pools.values()}
+                if kind == "channels" and not direct and over == {"positions"}:
+                    return self._put_around(product, gate, pools, rank)
+                if kind == "positions" and over <= {"channels"} and is_bounded(values[gate]):
+                    return self._put_around(product, gate, pools, rank)
         return None
 
     def _pools(
-        self, product: _Product, gate: fx.Node, between: list[fx.Node], values: dict[fx.Node, Value], rank: int
-    ) -> dict[fx.Node, tuple[str, str, Any]] | None:
-        """The nodes that are pools of the map, by way of which alone the gate is computed, and what each is."""
-        if gate not in values or not is_gate_of_channels(values[gate], rank):
-            return None
-        found: dict[fx.Node, tuple[str, str, Any]] = {}
+        self, x: fx.Node, gate: fx.Node, values: dict[fx.Node, Value], rank: int
+    ) -> tuple[dict[fx.Node, Pool], bool]:
+        """The nodes that are pools of the map, and whether the gate is computed from the map in other ways too."""
+        found: dict[fx.Node, Pool] = {}
         waiting, seen = [gate], set()
         while waiting:
             node = waiting.pop()
             if node in seen or _is_of_sizes(node):
                 continue
             seen.add(node)
-            if node is product.x:
-                return None
-            before = (n for n in node.all_input_nodes if n in values)
-            pool = pooled(values[node], rank) if node in values else None
-            if pool is not None and not any(pooled(values[n], rank) for n in before):
-                if not all(map(self._only_pools, self._between(product.x, node) or ())):
-                    return None
-                found[node] = (*pool, put_as(values[node]))
+            if node is x:
                 continue
-            waiting += node.all_input_nodes
-        return found if all(arrange is not None for *_, arrange in found.values()) else None
+            before = (n for n in node.all_input_nodes if n in values)
+            pool = pool_of(values[node], rank) if node in values else None
+            is_first = pool is not None and not any(pool_of(values[n], rank) for n in before)
+            if is_first and all(map(self._only_pools, self._between(x, node) or ())):
+                found[node] = pool  # type: ignore[assignment]
+                continue
+            as_others = _name_of(node) in ("expand_as", "view_as", "reshape_as")
+            waiting += node.all_input_nodes[:1] if as_others else node.all_input_nodes
+        return dict(sorted(found.items())), x in seen
 
     def _only_pools(self, node: fx.Node) -> bool:
         """Whether it is a view or a pool of torch's, in the dtype of the map."""
@@ -491,26 +533,36 @@ class _Rewriter:
         known = _name_of(node) in _VIEWS or "_pool" in _name_of(node)
         return _is_of_sizes(node) or (known and self._only_reads(node) and "dtype" not in node.kwargs)
 
-    def _put_around(
-        self, product: _Product, gate: fx.Node, between: list[fx.Node], pools: dict[fx.Node, Any], rank: int
-    ) -> _Region:
-        gone = set()
-        for node, (pool, ties, arrange) in pools.items():
-            upstream = self._between(product.x, node) or []
+    def _put_around(self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int) -> _Region:
+        x, last = product.x, product.nodes[-1]
+        gone: set[str] = set()
+        of_channels: dict[str, fx.Node] = {}  # by how ties share a gradient: both pools at once
+        for node, pool in pools.items():
+            upstream = self._between(x, node) or []
             gone |= {str(n.target) for n in upstream if n.op == "call_module"}
             with self.graph.inserting_before(node):
-                new = self.graph.call_function(_descriptor_of(pool, ties, arrange), (product.x,))
+                if pool.over == "positions":
+                    new = self.graph.call_function(_descriptor_of(pool), (x,))
+                else:
+                    maxima = [p.ties for p in pools.values() if p.kind == "max"]
+                    ties = pool.ties if pool.kind == "max" or not maxima else maxima[0]
+                    if ties not in of_channels:
+                        of_channels[ties] = self.graph.call_function(_pools_of_channels(ties), (x,))
+                    new = self.graph.call_function(_one_pool(pool), (of_channels[ties],))
             self._put(new, node, upstream)
             gate = new if gate is node else gate
-        last = product.nodes[-1]
+        self.made.update(of_channels.values())
+        positions = all(pool.over == "channels" for pool in pools.values())
         with self.graph.inserting_before(last):
-            new = self.graph.call_function(fused_product, (product.x, gate))
-        if product.in_place and product.x.op == "call_module":
-            self.owned.add(str(product.x.target))
+            new = self.graph.call_function(fused_product, (x, gate, not positions))
+        if product.in_place and x.op == "call_module":
+            self.owned.add(str(x.target))
         self._put(new, last, [last])
-        kinds = sorted({pool for pool, *_ in pools.values()})
-        which = "" if kinds == ["avg"] else f" ({' and '.join(kinds)} pool)"
-        return _Region(f"squeeze, its own layers, scale{which}", ("squeeze", "scale"), tuple(gone), rank + 2, False)
+        first = ("channel_pool",) if of_channels else () if positions else ("squeeze",)
+        kinds = sorted({pool.kind for pool in pools.values()})
+        which = "" if positions or kinds == ["avg"] else f" ({' and '.join(kinds)} pool)"
+        name = ", ".join((*first, "its own layers", f"scale{which}"))
+        return _Region(name, (*first, "scale"), tuple(gone), rank + 2, False)
 
 
 #: Nodes from a map to its gate, up to which it is looked at.
@@ -521,12 +573,14 @@ _POOLS: set[Any] = {
 }
 
 
+_GATES: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax}
+_GATE_NAMES = {"sigmoid", "hardsigmoid", "tanh", "softmax"}
+
+
 def _is_of_sizes(node: fx.Node) -> bool:
     """Whether it is a size of a tensor, or computed from such."""
-    if (node.op, node.target) in (("call_method", "size"), ("call_method", "dim"), ("call_method", "numel")):
+    if is_size(node):
         return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
     of_operators = getattr(node.target, "__module__", None) == "_operator" or node.target is unpacked
     inputs = node.all_input_nodes
     return node.op == "call_function" and of_operators and bool(inputs) and all(map(_is_of_sizes, inputs))
@@ -542,7 +596,7 @@ def _name_of(node: fx.Node) -> str:
 #: Views and reductions of maps, in the dtype of the map, that write into nothing whatever their options are.
 _VIEWS = {
     *("mean", "sum", "amax", "max", "view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose"),
-    *("movedim", "contiguous", "getitem", "truediv", "div"),
+    *("movedim", "contiguous", "getitem", "truediv", "div", "unpacked"),
 }
 
 #: Methods of tensors that change them, or what is done with them, without a name that says so.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from ..recipes.run import layer_at
 from .canonical import Spread, Value
 from .capture import Captured
+from .match import reached
 from .reads import Reads, Watched
 from .recognise import Outcome, captures, examine
 from .selections import Elsewhere, laid_out
@@ -21,7 +22,7 @@ class Span(nn.Module):
 
     graph: copies of them, of "block", which has the layers, and of the map. marked: each result goes through a layer of
     its own that does nothing, "marks.0" and so on: a capture then says what each node is. written: products that are
-    written into the map, and are not here.
+    written into the map, and are not here. Where sizes of another map are asked for, those of x have to do.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Span(nn.Module):
         self.graph.placeholder("block")
         self.copies = {x: self.graph.placeholder("x")}
         for node in nodes:
-            self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+            sized = is_size(node)
+            self.copies[node] = self.graph.node_copy(node, lambda n, s=sized: self.copies[x if s else n])  # type: ignore[misc]
             if node in written:
                 self.copies[node].op, self.copies[node].target = "call_function", torch.mul
             self._hold(parent, node)
@@ -80,6 +82,13 @@ class Span(nn.Module):
         return found(*args, **kwargs) if node.op == "call_module" else found
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a tensor is asked for its sizes."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
 def outcome_of_span(span: Span) -> Outcome:
     """What a span is. Its parent's code was read."""
     return examine(span, Reads(Watched(), None, None, frozenset()))
@@ -93,25 +102,45 @@ def values_in(span: Span) -> Iterator[tuple[int, dict[fx.Node, Value]]]:
             yield rank, {n: calls[f"marks.{i}"] for i, n in enumerate(span.copies) if f"marks.{i}" in calls}
 
 
-def pooled(value: Value, rank: int) -> tuple[str, str] | None:
-    """Whether a value is a global pool of the map: the pool, and how ties share its gradient."""
+class Pool(NamedTuple):
+    """A pool of the map, over all positions or over the channels. arrange: from what is left, in the order of the map's
+    axes, to the pool as the code has it."""
+
+    over: str  # "positions" or "channels"
+    kind: str  # "avg" or "max"
+    ties: str
+    arrange: Callable[[Tensor], Tensor]
+
+
+def pool_of(value: Value, rank: int) -> Pool | None:
+    """The pool that a value is; None: it is none."""
     node = value.node
-    if node.op not in ("mean", "max") or node.inputs[0].op != "input" or node.inputs[0].name != "x":
+    if node.op not in ("mean", "max") or node.inputs[0].op != "input":
         return None
-    if node.attrs[0] != tuple(range(2, rank + 2)) or any(isinstance(e, Spread) for e in value.layout):
+    over = {tuple(range(2, rank + 2)): "positions", (1,): "channels"}.get(node.attrs[0])
+    if over is None:
         return None
-    return ("avg", "first") if node.op == "mean" else ("max", node.attrs[1])
-
-
-def put_as(value: Value) -> Any:
-    """From the descriptor, (B, C), to a tensor in the layout of a value of it; None where that is none of it alone."""
     try:
-        return laid_out(value)
+        arrange = laid_out(value)
     except Elsewhere:
         return None
+    return Pool(over, "avg", "first", arrange) if node.op == "mean" else Pool(over, "max", node.attrs[1], arrange)
 
 
-def is_gate_of_channels(value: Value, rank: int) -> bool:
-    """Whether a value is one number a sample and channel, for products with a map."""
-    samples, channels, *space = [e if not isinstance(e, Spread) else None for e in value.layout] or [None, None]
-    return len(space) == rank and samples == (0,) and channels == (1,) and not any(space)
+def kind_of_gate(value: Value, rank: int) -> str | None:
+    """Of what, for products with a map, a value is one number each: of its "channels", or of its "positions"; None: of
+    neither."""
+    entries = [() if isinstance(e, Spread) else e for e in value.layout]
+    if len(entries) != rank + 2 or entries[0] != (0,):
+        return None
+    if entries[1:] == [(1,), *((),) * rank]:
+        return "channels"
+    return "positions" if entries[1:] == [(), *((i + 1,) for i in range(rank))] else None
+
+
+def is_bounded(value: Value) -> bool:
+    """Whether there is a function of gates in what a value is computed by."""
+    return any(n.op == "softmax" or (n.op == "act" and n.attrs[0] in _BOUNDED) for n in reached(value.node))
+
+
+_BOUNDED = ("sigmoid", "hard_sigmoid", "tanh", "relu6", "clamp 0 1", "clamp 0.0 1.0")
