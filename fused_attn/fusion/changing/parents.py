@@ -147,10 +147,14 @@ def _rewritten_with(
     """option: one that its forward is given, with this value; it gets what the forward asks of it."""
     given = {} if option is None else {option.name: value}
 
-    def traced(training: bool) -> fx.Graph:
-        if option is None:
-            return trace_in_mode(block, enters, training)
-        graph, found = trace_with_option(block, enters, training, option.name, value)
+    def traced(training: bool) -> fx.Graph | None:
+        """None where no graph says what the forward does in this mode: then it runs as it is written."""
+        try:
+            if option is None:
+                return trace_in_mode(block, enters, training)
+            graph, found = trace_with_option(block, enters, training, option.name, value)
+        except Untraceable:
+            return None
         option.guards.extend(found.guards)
         return graph
 
@@ -161,13 +165,14 @@ def _rewritten_with(
 
     try:
         graphs = [traced(training) for training in (False, True)]
-        if is_same_code(*graphs):
-            graphs.pop()
-        rewriters = [_Rewriter(block, gates, graph, known) for graph in graphs]
-        modes = [rewriter.regions() for rewriter in rewriters]
-    except (Untraceable, NoTwin):
+    except NoTwin:
         return None
-    regions = max(modes, key=len)
+    evaluates, trains = graphs
+    if evaluates is not None and trains is not None and is_same_code(evaluates, trains):
+        graphs.pop()
+    rewriters = [_Rewriter(block, gates, graph, known) for graph in graphs if graph is not None]
+    modes = [rewriter.regions() for rewriter in rewriters]
+    regions = max(modes, key=len, default=[])
     if not regions:
         return None
     every = [region for found in modes for region in found]
@@ -181,12 +186,14 @@ def _rewritten_with(
     if len(ranks) > 1:
         return None
     rank = next(iter(ranks), None)
-    forward = _of_mode([_compiled(graph, host_of(type(block)).__name__) for graph in graphs])
+    name = host_of(type(block)).__name__
+    forward = _of_mode([_as_written if graph is None else _compiled(graph, name) for graph in graphs])
     tolerance = TOLERANCE_OF_SIXTHS if any(region.sixths for region in every) else TOLERANCE
     verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance, **given)
     if verdict.why_not is not None:
         return None
-    name = ", ".join(region.name for region in regions) + " in its forward"
+    mode = ", in training" if evaluates is None else ", in evaluation" if trains is None else ""
+    name = ", ".join(region.name for region in regions) + f" in its forward{mode}"
     if not verdict.differentiable:
         forward, name = _without_gradients(forward), f"{name}, where no gradients are asked for"
     functions = dict.fromkeys(f for region in every for f in region.functions)
@@ -198,6 +205,10 @@ def _rewritten_with(
         bypassed=tuple(n for n in names if n in skipped),
         covers=covers,
     )
+
+
+def _as_written(block: Any, x: Tensor, **options: Any) -> Any:
+    return host_of(type(block)).forward(block, x, **options)
 
 
 def _compiled(graph: fx.Graph, name: str) -> Forward:
@@ -228,7 +239,7 @@ def _without_gradients(forward: Forward) -> Forward:
     """For a module that writes over what its gradients need: then its own forward, which says so in its backward."""
 
     def without(block: Any, x: Tensor, **options: Any) -> Any:
-        return (host_of(type(block)).forward if torch.is_grad_enabled() else forward)(block, x, **options)
+        return (_as_written if torch.is_grad_enabled() else forward)(block, x, **options)
 
     return without
 
