@@ -584,11 +584,6 @@ REFUSED = {
         changed("channel_attention", pool=nn.AdaptiveMaxPool2d(1)),
         "its layers are not ultralytics'",
     ),
-    "an adapter beside ultralytics' layer": (
-        "ultralytics ChannelAttention",
-        changed("", lora=nn.Conv2d(C, C, 1)),
-        "its layers are not ultralytics'",
-    ),
     "ultralytics' gate replaced": (
         "ultralytics SpatialAttention",
         changed("", act=nn.Softplus()),
@@ -652,16 +647,6 @@ REFUSED = {
         changed("conv_attn", forward=lambda x: x),
         "conv_attn carries a hook or a forward of its own, which the fused block would skip",
     ),
-    "another depth of smp's cSE": (
-        "smp SCSEModule",
-        changed("", cSE=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1), nn.Sigmoid())),
-        "its layers are not segmentation_models_pytorch's",
-    ),
-    "smp's gate of a position with more channels": (
-        "smp SCSEModule",
-        changed("", sSE=nn.Sequential(nn.Conv2d(C, C, 1), nn.Sigmoid())),
-        "its layers are not segmentation_models_pytorch's",
-    ),
     "another attention over branches": (
         "timm SelectiveKernel",
         changed("", attn=type("Other", (timm_layers.selective_kernel.SelectiveKernelAttn,), {})(C, 2, 8)),
@@ -672,11 +657,6 @@ REFUSED = {
         "timm SelectiveKernel",
         changed("paths.0.bn", forward=lambda x: x),
         "paths.0.bn carries a hook or a forward of its own, which the fused block would skip",
-    ),
-    "a layer in groups": (
-        "timm senet SEModule",
-        changed("", fc1=nn.Conv2d(C, 8, 1, groups=4)),
-        "its layers are not timm's",
     ),
     "windows": ("timm GatherExcite", changed("", extent=2, gk=3, gs=2), "its pool is not global"),
     "a gathering convolution": (
@@ -703,6 +683,38 @@ REFUSED = {
         "returns its gate alone or has an epilogue; use fused_attn.nn",
     ),
 }
+
+
+#: Which runs its own excitation, between a pool and a product that are fused.
+EXCITED: dict[str, tuple] = {
+    "an adapter beside ultralytics' layer": (
+        "ultralytics ChannelAttention",
+        changed("", lora=nn.Conv2d(C, C, 1)),
+    ),
+    "another depth of smp's cSE": (
+        "smp SCSEModule",
+        changed("", cSE=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, C, 1), nn.Sigmoid())),
+    ),
+    "smp's gate of a position with more channels": (
+        "smp SCSEModule",
+        changed("", sSE=nn.Sequential(nn.Conv2d(C, C, 1), nn.Sigmoid())),
+    ),
+    "a layer in groups": (
+        "timm senet SEModule",
+        changed("", fc1=nn.Conv2d(C, 8, 1, groups=4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXCITED)
+def test_another_excitation_is_run(name):
+    base, change = EXCITED[name]
+    block = randomised(base).eval()
+    change(block)
+    fused = fuse(copy.deepcopy(block), strict=True)
+    assert explain(fused)[0].block.endswith("in its forward")
+    x = random(2, C, 6, 5, dtype=next(block.parameters()).dtype)
+    torch.testing.assert_close(fused(x), block(x))
 
 
 @pytest.mark.parametrize("name", REFUSED)

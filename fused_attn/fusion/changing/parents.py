@@ -1,34 +1,41 @@
-"""Blocks of which only the gates are modules: `out = x * self.ca(x); out = out * self.sa(out)` in a parent's forward.
+"""Blocks that are no modules: `out = x * self.ca(x); out = out * self.sa(out)` in a parent's forward, whether the gates
+are modules or are computed there too.
 
-The forward is traced (`reading.trace`), products of a map and its gate are replaced in its graph, and what that gives
-is compared with the forward (`reading.rewritten`). It is made once for all equal parents, from paths and options: the
-gates that it runs are those of the module that it is called for.
+The forward is traced (`reading.trace`) in both modes, products of a map and its gate are replaced in its graph, and
+what that gives is compared with the forward (`reading.rewritten`). It is made once for all equal parents, from paths
+and options: the layers that it runs are those of the module that it is called for.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from ... import functional, reference
 from ...backends import is_ordinary
 from ..hosts.registry import known_class
+from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.context import in_its_own_context
-from ..reading.reads import reads_of, restore
-from ..reading.recognise import has_own_forward, outcome_of, recipe_of
+from ..reading.find import Found
+from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of, restore
+from ..reading.recognise import has_own_forward, outcome_of
 from ..reading.rewritten import check_rewritten
-from ..reading.trace import IN_PLACE, Untraceable, trace, unpacked
+from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, values_in
+from ..reading.trace import IN_PLACE, Option, Untraceable, is_same_code, trace_in_mode, trace_with_option, unpacked
 from ..reading.twin import NoTwin
 from ..recipes.describe import describe
 from ..recipes.names import host_of
-from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, SpatialGate, SplitGate
-from ..recipes.run import layer_at, parameter_paths, parameters_of, run
+from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, SpatialGate
+from ..recipes.run import Unsuited, parameter_paths, parameters_of, run
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, IN_PLACE["imul"]}
@@ -36,46 +43,19 @@ _PRODUCT_METHODS = {"mul", "mul_", "multiply", "multiply_"}
 #: Layers whose output is in no one else's memory, and which do not write into their input.
 _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-_Gate = tuple[str, bool]  # a path, and whether what is there returns its gate, and not the gated map
-_Single = ChannelGate | SpatialGate | CbamGate | SplitGate
-
-
-class Composite(nn.Module):
-    """One or two gates in a row, at the paths that they have in their parent."""
-
-    def __init__(self, parent: nn.Module, gates: tuple[_Gate, ...]) -> None:
-        super().__init__()
-        self.in_a_row = gates
-        for path, _ in gates:
-            owner: nn.Module = self
-            *outer, last = path.split(".")
-            for name in outer:
-                if owner._modules.get(name) is None:
-                    owner._modules[name] = nn.Module()
-                owner = owner.get_submodule(name)
-            owner._modules[last] = parent.get_submodule(path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return as_written(self, self.in_a_row, x)
-
-
-def as_written(parent: nn.Module, gates: tuple[_Gate, ...], x: Tensor) -> Tensor:
-    for path, mask in gates:
-        gate = layer_at(parent, path)
-        x = x * gate(x) if mask else gate(x)
-    return x
+_Single = ChannelGate | SpatialGate | CbamGate | OwnLayers
 
 
 _known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
 
 
 def composite_of(block: nn.Module) -> OwnLayers | None:
-    """How a module runs with the gates of its children fused into the products in its forward; None: it has none, or
-    its forward cannot be written anew."""
+    """How a module runs with the gates in its forward fused into their products; None: it has none, or its forward
+    cannot be written anew."""
     if not has_own_forward(block):
         return None
     gates = dict(_gates_of(block))
-    if not any(gates.values()) and len(gates) < 2:
+    if len(gates) < 2 and not any(gates.values()) and not multiplies(host_of(type(block))):
         return None
     if any(host_of(type(part)).__call__ is not nn.Module.__call__ for part in block.modules()):
         return None
@@ -89,15 +69,22 @@ def composite_of(block: nn.Module) -> OwnLayers | None:
     key = read.key, tuple(gates.items())
     if key not in known:
         try:
-            found = in_its_own_context(lambda: _rewritten(block, gates))
+            found = in_its_own_context(lambda: _without_stores(block, gates, read))
         except Exception:
             return None
         known[key] = None if restore(read.watched) else found
     return known[key]
 
 
-def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[_Gate]:
-    """The gates among a module's children, its own or in containers."""
+def _without_stores(block: nn.Module, gates: dict[str, bool], read: Reads) -> OwnLayers | None:
+    with Unstored(read.stores):
+        return _rewritten(block, gates)
+    return None
+
+
+def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The gates among a module's children, its own or in containers: their paths, and whether they return their gate,
+    and not the gated map."""
     for name, child in block.named_children():
         path = f"{prefix}{name}"
         if type(child) in _CONTAINERS:
@@ -109,35 +96,107 @@ def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[_Gate]:
 
 
 def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
+    """With the numbers that its forward may be given beside the map."""
+    known: dict[Hashable, Found | None] = {}
+    found = _rewritten_with(block, gates, known)
+    parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
+    if found is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return found
+    defaults = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and is_plain(p.default)}
+    variants: list[tuple[Option, Forward]] = []
+    for name in defaults if len(defaults) == len(parameters) else ():
+        for value in _OPTIONS:
+            option = Option(name, [])
+            variant = _rewritten_with(block, gates, known, option, value)
+            if variant is not None and (variant.bypassed, variant.covers) == (found.bypassed, found.covers):
+                variants.append((option, variant.forward))
+    return replace(found, forward=_with_options(found.forward, defaults, variants), options=tuple(defaults))
+
+
+Forward = Callable[..., Any]
+
+#: Such as the rates at which a residual branch is dropped.
+_OPTIONS = (0.25, 0.0)
+
+
+def _with_options(plain: Forward, defaults: dict[str, Any], variants: list[tuple[Option, Forward]]) -> Forward:
+    """A forward for its defaults, and others for one number that is given beside the map."""
+    if not defaults:
+        return plain
+
+    def forward(block: Any, x: Tensor, **options: Any) -> Any:
+        others = {n: v for n, v in options.items() if type(v) is not type(defaults[n]) or v != defaults[n]}
+        if not others:
+            return plain(block, x)
+        for option, variant in variants:
+            value = others.get(option.name)
+            if len(others) == 1 and type(value) is float and option.holds(value):
+                return variant(block, x, **others)
+        raise Unsuited(f"expected the defaults; got {', '.join(others)}")
+
+    return forward
+
+
+def _rewritten_with(
+    block: nn.Module,
+    gates: dict[str, bool],
+    known: dict[Hashable, Found | None],
+    option: Option | None = None,
+    value: float = 0.0,
+) -> OwnLayers | None:
+    """option: one that its forward is given, with this value; it gets what the forward asks of it."""
+    given = {} if option is None else {option.name: value}
+
+    def traced(training: bool) -> fx.Graph | None:
+        """None where no graph says what the forward does in this mode: then it runs as it is written."""
+        try:
+            if option is None:
+                return trace_in_mode(block, enters, training)
+            graph, found = trace_with_option(block, enters, training, option.name, value)
+        except Untraceable:
+            return None
+        option.guards.extend(found.guards)
+        return graph
+
     def enters(path: str) -> bool:
-        return type(block.get_submodule(path)) is nn.Sequential and any(p.startswith(f"{path}.") for p in gates)
+        part = block.get_submodule(path)
+        inside = any(p.startswith(f"{path}.") for p in gates)
+        return type(part) is nn.Sequential and (inside or type(next(part.children(), None)) in _POOLS)
 
     try:
-        rewriter = _Rewriter(block, gates, trace(block, enters))
-    except (Untraceable, NoTwin):
+        graphs = [traced(training) for training in (False, True)]
+    except NoTwin:
         return None
-    regions = rewriter.regions()
+    evaluates, trains = graphs
+    if evaluates is not None and trains is not None and is_same_code(evaluates, trains):
+        graphs.pop()
+    rewriters = [_Rewriter(block, gates, graph, known) for graph in graphs if graph is not None]
+    modes = [rewriter.regions() for rewriter in rewriters]
+    regions = max(modes, key=len, default=[])
     if not regions:
         return None
-    covers = tuple(dict.fromkeys(path for region in regions for path, _ in region.gates))
+    every = [region for found in modes for region in found]
+    covers = tuple(dict.fromkeys(path for region in every for path in region.covers))
     names = [name for name, _ in block.named_modules() if name]
-    skipped = {n for n in names if n in rewriter.owned or enters(n) or any(f"{n}.".startswith(f"{p}.") for p in covers)}
+    owned = {path for rewriter in rewriters for path in rewriter.owned}
+    skipped = {n for n in names if n in owned or enters(n) or any(f"{n}.".startswith(f"{p}.") for p in covers)}
     if reads_of(block, map(block.get_submodule, skipped)).remark is not None:
         return None
-    ranks = {region.recipe.rank for region in regions} - {None}
+    ranks = {region.rank for region in every} - {None}
     if len(ranks) > 1:
         return None
     rank = next(iter(ranks), None)
-    forward = _compiled(rewriter.graph, host_of(type(block)).__name__)
-    sixths = any("hard_s" in repr(region.recipe) for region in regions)
-    tolerance = TOLERANCE_OF_SIXTHS if sixths else TOLERANCE
-    verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance)
+    name = host_of(type(block)).__name__
+    forward = _of_mode([_as_written if graph is None else _compiled(graph, name) for graph in graphs])
+    tolerance = TOLERANCE_OF_SIXTHS if any(region.sixths for region in every) else TOLERANCE
+    verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance, **given)
     if verdict.why_not is not None:
         return None
-    name = ", ".join(region.name for region in regions) + " in its forward"
+    mode = ", in training" if evaluates is None else ", in evaluation" if trains is None else ""
+    name = ", ".join(region.name for region in regions) + f" in its forward{mode}"
     if not verdict.differentiable:
         forward, name = _without_gradients(forward), f"{name}, where no gradients are asked for"
-    functions = dict.fromkeys(f for region in regions for f in region.functions)
+    functions = dict.fromkeys(f for region in every for f in region.functions)
     return OwnLayers(
         forward,
         name,
@@ -148,23 +207,39 @@ def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
     )
 
 
-def _compiled(graph: fx.Graph, name: str) -> Callable[[Any, Tensor], Any]:
+def _as_written(block: Any, x: Tensor, **options: Any) -> Any:
+    return host_of(type(block)).forward(block, x, **options)
+
+
+def _compiled(graph: fx.Graph, name: str) -> Forward:
     code = graph.python_code("self")
     space = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {name}>", "exec"), space)
     made = space["forward"]
 
-    def forward(block: Any, x: Tensor) -> Any:
-        return made(block, block, x)
+    def forward(block: Any, x: Tensor, **options: Any) -> Any:
+        return made(block, block, x, **options)
 
     return forward
 
 
-def _without_gradients(forward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+def _of_mode(forwards: list[Forward]) -> Forward:
+    """Of those for evaluation and for training, if there are two."""
+    if len(forwards) == 1:
+        return forwards[0]
+    evaluates, trains = forwards
+
+    def forward(block: Any, x: Tensor, **options: Any) -> Any:
+        return trains(block, x, **options) if block.training else evaluates(block, x, **options)
+
+    return forward
+
+
+def _without_gradients(forward: Forward) -> Forward:
     """For a module that writes over what its gradients need: then its own forward, which says so in its backward."""
 
-    def without(block: Any, x: Tensor) -> Any:
-        return host_of(type(block)).forward(block, x) if torch.is_grad_enabled() else forward(block, x)
+    def without(block: Any, x: Tensor, **options: Any) -> Any:
+        return (_as_written if torch.is_grad_enabled() else forward)(block, x, **options)
 
     return without
 
@@ -173,72 +248,120 @@ def _without_gradients(forward: Callable[[Any, Tensor], Any]) -> Callable[[Any, 
 
 
 class _Region(NamedTuple):
-    """Gates in a row that are one block, in the place of these nodes."""
+    """Nodes that are one block, or of which what reads and what writes the map is fused. covers: paths of the layers
+    that do not run any more. sixths: whether its gradients have torch's sixths."""
 
-    recipe: _Single
     name: str
-    gates: tuple[_Gate, ...]
-
-    @property
-    def functions(self) -> tuple[str, ...]:
-        if isinstance(self.recipe, SplitGate):
-            return "squeeze", "scale"
-        kinds = {ChannelGate: "channel_gate", SpatialGate: "spatial_gate", CbamGate: "cbam"}
-        return (kinds[type(self.recipe)],)
+    functions: tuple[str, ...]
+    covers: tuple[str, ...]
+    rank: int | None
+    sixths: bool
 
 
-def _function_of(region: _Region) -> Callable[[nn.Module, Tensor], Tensor]:
-    recipe, gates = region.recipe, region.gates
+_FUNCTIONS = {ChannelGate: ("channel_gate",), SpatialGate: ("spatial_gate",), CbamGate: ("cbam",)}
+
+
+def _function_of(recipe: _Single, as_written: Callable[[Any, Tensor], Any]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The fused function of a recipe. as_written: what it stands for."""
     paths = parameter_paths(recipe)
 
     def fused_attention(block: nn.Module, x: Tensor) -> Tensor:
         if recipe.rank not in (None, x.dim()) or not is_ordinary(x):
-            return as_written(block, gates, x)
+            return as_written(block, x)
         if torch.compiler.is_compiling():
             return run(block, recipe, parameters_of(block, paths), x)
         try:
             return run(block, recipe, parameters_of(block, paths), x)
         except (TypeError, ValueError):  # a map that the gates may take and the fused function does not
-            return as_written(block, gates, x)
+            return as_written(block, x)
 
     return fused_attention
 
 
+def _descriptor_of(pool: Pool) -> Callable[[Tensor], Tensor]:
+    def fused_descriptor(x: Tensor) -> Tensor:
+        squeeze = functional.squeeze if is_ordinary(x) else reference.squeeze
+        try:
+            descriptor = squeeze(x, pool.kind, ties=pool.ties)
+        except (TypeError, ValueError):
+            descriptor = reference.squeeze(x, pool.kind, ties=pool.ties)
+        assert isinstance(descriptor, Tensor)
+        return pool.arrange(descriptor)
+
+    return fused_descriptor
+
+
+def _pools_of_channels(ties: str) -> Callable[[Tensor], Tensor]:
+    def fused_pools(x: Tensor) -> Tensor:
+        """Maxima and means, (B, 2, ...)."""
+        pools = functional.channel_pool if is_ordinary(x) else reference.channel_pool
+        try:
+            return pools(x, ties=ties)
+        except (TypeError, ValueError):
+            return reference.channel_pool(x, ties=ties)
+
+    return fused_pools
+
+
+def _one_pool(pool: Pool) -> Callable[[Tensor], Tensor]:
+    place = int(pool.kind == "avg")
+
+    def one_pool(pools: Tensor) -> Tensor:
+        return pool.arrange(pools[:, place])
+
+    return one_pool
+
+
+def fused_product(x: Tensor, gate: Tensor, of_channels: bool) -> Tensor:
+    """x * gate, one number a sample and channel, or a sample and position; also in the dtype that this has."""
+    if not is_ordinary(x) or not is_ordinary(gate) or torch.promote_types(x.dtype, gate.dtype) != x.dtype:
+        return x * gate
+    try:
+        return functional.scale(x, gate.flatten(2)[:, :, 0] if of_channels else gate[:, :1])
+    except (TypeError, ValueError):
+        return x * gate
+
+
 class _Product(NamedTuple):
-    """A map that is gated: by this gate, in these nodes, the last of which is the gated map; written into it or not."""
+    """A map that is gated. gate: None where a module returns the gated map. nodes: what is computed from the map for
+    that, in the order of the graph, the last of which is the gated map. in_place: it is written into the map."""
 
     x: fx.Node
-    gate: _Gate
+    gate: fx.Node | None
     nodes: tuple[fx.Node, ...]
     in_place: bool
 
 
 class _Rewriter:
-    def __init__(self, block: nn.Module, gates: dict[str, bool], graph: fx.Graph) -> None:
-        self.block, self.gates, self.graph = block, gates, graph
+    """known: what spans of this block are, by their code."""
+
+    def __init__(
+        self, block: nn.Module, gates: dict[str, bool], graph: fx.Graph, known: dict[Hashable, Found | None]
+    ) -> None:
+        self.block, self.gates, self.graph, self.known = block, gates, graph, known
         self.made: set[fx.Node] = set()
         self.owned: set[str] = set()  # paths of layers whose output would have been written into
         self.first = next(iter(graph.nodes))
 
     def regions(self) -> list[_Region]:
         found: list[_Region] = []
-        gone: set[fx.Node] = set()
         for node in list(self.graph.nodes):
-            first = None if node in gone else self._product(node)
+            first = None if node._erased else self._product(node)
             if first is None:
                 continue
+            region = None
             for row in (*self._rows(first), [first]):
-                region = self._region(row)
-                if region is not None:
-                    found.append(region)
-                    gone.update(self._replace(row, region))
-                    break
+                region = region or self._whole(row)
+            if region is None and first.gate is not None:
+                region = self._split(first, first.gate)
+            if region is not None:
+                found.append(region)
         return found
 
     def _product(self, node: fx.Node) -> _Product | None:
         if node.op == "call_module" and self.gates.get(str(node.target)) is False:
             x = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-            return _Product(x, (str(node.target), False), (node,), False) if isinstance(x, fx.Node) else None
+            return _Product(x, None, (node,), False) if isinstance(x, fx.Node) else None
         function = node.op == "call_function" and node.target in _PRODUCTS
         if not function and not (node.op == "call_method" and node.target in _PRODUCT_METHODS):
             return None
@@ -246,47 +369,85 @@ class _Rewriter:
             return None
         in_place = node.target is IN_PLACE["imul"] or str(node.target).endswith("_")
         for x, gate in (node.args,) if in_place else (node.args, node.args[::-1]):
-            nodes = [node]
-            if isinstance(gate, fx.Node) and (gate.op, gate.target) == ("call_method", "expand_as"):
-                if gate.args[1:] != (x,) or gate.kwargs:
-                    continue
-                nodes.insert(0, gate)
-                gate = gate.args[0]
-            if not isinstance(gate, fx.Node) or gate.op != "call_module" or not self.gates.get(str(gate.target)):
-                continue
-            if gate.args != (x,) or gate.kwargs or not isinstance(x, fx.Node):
-                continue
-            return _Product(x, (str(gate.target), True), (gate, *nodes), in_place)
+            if isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x is not gate:
+                between = self._between(x, gate)
+                if between is not None and any(map(self._may_gate, between)):
+                    return _Product(x, gate, (*between, node), in_place)
         return None
+
+    def _between(self, x: fx.Node, gate: fx.Node) -> list[fx.Node] | None:
+        """What a gate is computed by from the map x, parameters and the sizes of maps, in the order of the graph; None
+        where there is anything else in it."""
+        found: set[fx.Node] = set()
+        waiting = [gate]
+        while waiting:
+            node = waiting.pop()
+            if node is x or node in found:
+                continue
+            if node.op == "placeholder" or len(found) > _MOST_NODES:
+                return None
+            found.add(node)
+            waiting += () if is_size(node) else node.all_input_nodes
+        return sorted(found) if any(x in node.all_input_nodes for node in found) else None
+
+    def _may_gate(self, node: fx.Node) -> bool:
+        """Whether it may be a pool, or a function of gates behind a layer."""
+        if node.op == "call_module":
+            layer = self._layer(node)
+            return type(layer) in (*_POOLS, *_GATES, nn.Sequential) or not is_torch(type(layer))
+        name = _name_of(node)
+        if name in _GATE_NAMES:
+            return any(n.op == "call_module" or _name_of(n).startswith("conv") for n in node.all_input_nodes)
+        return "pool" in name or name in ("mean", "max", "amax", "sum")
 
     def _rows(self, first: _Product) -> Iterator[list[_Product]]:
         """The product and one of its own."""
         for user in first.nodes[-1].users:
             second = self._product(user)
-            if second is not None and second.x is first.nodes[-1] and second.gate[0] != first.gate[0]:
+            if second is not None and second.x is first.nodes[-1]:
                 yield [first, second]
 
-    def _region(self, row: list[_Product]) -> _Region | None:
-        gates = tuple(product.gate for product in row)
-        if (len(row) == 1 and not gates[0][1]) or not self._may_be_one(row):
+    # Regions that are one block
+
+    def _whole(self, row: list[_Product]) -> _Region | None:
+        """One block in place of a row of products."""
+        if (len(row) == 1 and row[0].gate is None) or not self._may_be_one(row):
             return None
-        composite = Composite(self.block, gates)
-        recipe = recipe_of(composite)
-        if not isinstance(recipe, _Single):
+        nodes = sorted({node for product in row for node in product.nodes})
+        paths = tuple(str(n.target) for n in nodes if n.op == "call_module")
+        if len(paths) > len(set(paths)):
             return None
-        return _Region(recipe, describe(composite, recipe), gates)
+        span = Span(self.block, row[0].x, nodes, written={product.nodes[-1] for product in row if product.in_place})
+        code = span.graph.python_code("self")
+        key = code.src, tuple(code.globals.items())
+        if key not in self.known:
+            self.known[key] = outcome_of_span(span).found
+        found = self.known[key]
+        recipe = None if found is None or found.mask else found.recipe(span)
+        if isinstance(recipe, OwnLayers):
+            if next(span.parameters(), None) is not None:  # it has the layers of this block in it
+                return None
+            functions = recipe.functions
+        elif isinstance(recipe, (ChannelGate, SpatialGate, CbamGate)):
+            functions = _FUNCTIONS[type(recipe)]
+        else:
+            return None
+        name, sixths = describe(span, recipe), "hard_s" in repr(recipe)
+        self._replace(row, nodes, _function_of(recipe, _compiled(span.graph, "a block in it")))
+        return _Region(name, functions, paths, recipe.rank, sixths)
 
     def _may_be_one(self, row: list[_Product]) -> bool:
         """Whether nobody else sees what is between map and result, or could tell when it is computed."""
         nodes = {node for product in row for node in product.nodes}
         last = row[-1].nodes[-1]
-        if any(user not in nodes for node in nodes - {last} for user in node.users):
+        inner = (node for node in nodes - {last} if not _is_of_sizes(node))
+        if any(user not in nodes for node in inner for user in node.users):
             return False
         x = row[0].x
         writes = any(product.in_place for product in row)
         if row[0].in_place and not (set(x.users) <= nodes and self._is_fresh(x)):
             return False
-        if writes and not row[0].in_place and row[0].gate[1] is False:  # into what a module of somebody's returned
+        if writes and not row[0].in_place and row[0].gate is None:  # into what a module of somebody's returned
             return False
         order = list(self.graph.nodes)
         between = order[order.index(row[0].nodes[0]) : order.index(last)]
@@ -305,7 +466,9 @@ class _Rewriter:
             return True
         if node.op == "call_module":
             return str(node.target) in self.gates or type(self._layer(node)) in _FRESH
-        if "out" in node.kwargs or _has_true((node.args, node.kwargs)):  # inplace=True, by position too
+        if "out" in node.kwargs:
+            return False
+        if _name_of(node) not in _VIEWS and _has_true((node.args, node.kwargs)):  # inplace=True, by position too
             return False
         if node.op == "call_method":
             return not str(node.target).endswith("_") and hasattr(Tensor, str(node.target)) and node.target not in _SETS
@@ -316,19 +479,136 @@ class _Rewriter:
         named = str(getattr(target, "__name__", "_"))
         return module.partition(".")[0] in ("_operator", "torch") and not named.endswith("_") and target not in _WRITE
 
-    def _replace(self, row: list[_Product], region: _Region) -> list[fx.Node]:
-        nodes = [node for product in row for node in product.nodes]
-        x = row[0].x
+    def _replace(self, row: list[_Product], nodes: list[fx.Node], function: Callable[..., Tensor]) -> None:
+        x, last = row[0].x, row[-1].nodes[-1]
         if row[0].in_place and x.op == "call_module":
             self.owned.add(str(x.target))  # a hook on it may keep what is now not written into
-        with self.graph.inserting_before(nodes[-1]):
-            new = self.graph.call_function(_function_of(region), (self.first, x))
-        nodes[-1].replace_all_uses_with(new)
-        for node in reversed(nodes):
-            self.graph.erase_node(node)
-        self.made.add(new)
-        return nodes
+        with self.graph.inserting_before(last):
+            new = self.graph.call_function(function, (self.first, x))
+        self._put(new, last, nodes)
 
+    def _put(self, new: fx.Node, old: fx.Node, nodes: list[fx.Node]) -> None:
+        """A node in the place of another; of these, those are gone that nobody uses any more."""
+        old.replace_all_uses_with(new)
+        self.made.add(new)
+        for node in reversed(nodes):
+            if not node._erased and not node.users:
+                self.graph.erase_node(node)
+
+    # Regions of which only the pool and the product are fused
+
+    def _split(self, product: _Product, gate: fx.Node) -> _Region | None:
+        """Pools of the map by `squeeze` or `channel_pool` and the product by `scale`; what is between them stays."""
+        *between, last = product.nodes
+        if product.in_place and not (set(product.x.users) <= {*between, last} and self._is_fresh(product.x)):
+            return None
+        span = Span(self.block, product.x, between, marked=True)
+        for rank, values in values_in(span):
+            kind = kind_of_gate(values[gate], rank) if gate in values else None
+            if kind is not None:
+                pools, direct = self._pools(product.x, gate, values, rank)
+                over = {pool.over for pool in pools.values()}
+                if kind == "channels" and not direct and over == {"positions"}:
+                    return self._put_around(product, gate, pools, rank)
+                if kind == "positions" and over <= {"channels"} and is_bounded(values[gate]):
+                    return self._put_around(product, gate, pools, rank)
+        return None
+
+    def _pools(
+        self, x: fx.Node, gate: fx.Node, values: dict[fx.Node, Value], rank: int
+    ) -> tuple[dict[fx.Node, Pool], bool]:
+        """The nodes that are pools of the map, and whether the gate is computed from the map in other ways too."""
+        found: dict[fx.Node, Pool] = {}
+        waiting, seen = [gate], set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen or _is_of_sizes(node):
+                continue
+            seen.add(node)
+            if node is x:
+                continue
+            before = (n for n in node.all_input_nodes if n in values)
+            pool = pool_of(values[node], rank) if node in values else None
+            is_first = pool is not None and not any(pool_of(values[n], rank) for n in before)
+            if is_first and all(map(self._only_pools, self._between(x, node) or ())):
+                found[node] = pool  # type: ignore[assignment]
+                continue
+            as_others = _name_of(node) in ("expand_as", "view_as", "reshape_as")
+            waiting += node.all_input_nodes[:1] if as_others else node.all_input_nodes
+        return dict(sorted(found.items())), x in seen
+
+    def _only_pools(self, node: fx.Node) -> bool:
+        """Whether it is a view or a pool of torch's, in the dtype of the map."""
+        if node.op == "call_module":
+            return type(self._layer(node)) in (*_POOLS, nn.Identity, nn.Flatten)
+        known = _name_of(node) in _VIEWS or "_pool" in _name_of(node)
+        return _is_of_sizes(node) or (known and self._only_reads(node) and "dtype" not in node.kwargs)
+
+    def _put_around(self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int) -> _Region:
+        x, last = product.x, product.nodes[-1]
+        gone: set[str] = set()
+        of_channels: dict[str, fx.Node] = {}  # by how ties share a gradient: both pools at once
+        for node, pool in pools.items():
+            upstream = self._between(x, node) or []
+            gone |= {str(n.target) for n in upstream if n.op == "call_module"}
+            with self.graph.inserting_before(node):
+                if pool.over == "positions":
+                    new = self.graph.call_function(_descriptor_of(pool), (x,))
+                else:
+                    maxima = [p.ties for p in pools.values() if p.kind == "max"]
+                    ties = pool.ties if pool.kind == "max" or not maxima else maxima[0]
+                    if ties not in of_channels:
+                        of_channels[ties] = self.graph.call_function(_pools_of_channels(ties), (x,))
+                    new = self.graph.call_function(_one_pool(pool), (of_channels[ties],))
+            self._put(new, node, upstream)
+            gate = new if gate is node else gate
+        self.made.update(of_channels.values())
+        positions = all(pool.over == "channels" for pool in pools.values())
+        with self.graph.inserting_before(last):
+            new = self.graph.call_function(fused_product, (x, gate, not positions))
+        if product.in_place and x.op == "call_module":
+            self.owned.add(str(x.target))
+        self._put(new, last, [last])
+        first = ("channel_pool",) if of_channels else () if positions else ("squeeze",)
+        kinds = sorted({pool.kind for pool in pools.values()})
+        which = "" if positions or kinds == ["avg"] else f" ({' and '.join(kinds)} pool)"
+        name = ", ".join((*first, "its own layers", f"scale{which}"))
+        return _Region(name, (*first, "scale"), tuple(gone), rank + 2, False)
+
+
+#: Nodes from a map to its gate, up to which it is looked at.
+_MOST_NODES = 60
+_POOLS: set[Any] = {
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+}
+
+
+_GATES: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax}
+_GATE_NAMES = {"sigmoid", "hardsigmoid", "tanh", "softmax"}
+
+
+def _is_of_sizes(node: fx.Node) -> bool:
+    """Whether it is a size of a tensor, or computed from such."""
+    if is_size(node):
+        return True
+    of_operators = getattr(node.target, "__module__", None) == "_operator" or node.target is unpacked
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and of_operators and bool(inputs) and all(map(_is_of_sizes, inputs))
+
+
+def _name_of(node: fx.Node) -> str:
+    """Of the function or method that is called."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+
+
+#: Views and reductions of maps, in the dtype of the map, that write into nothing whatever their options are.
+_VIEWS = {
+    *("mean", "sum", "amax", "max", "view", "reshape", "flatten", "squeeze", "unsqueeze", "permute", "transpose"),
+    *("movedim", "contiguous", "getitem", "truediv", "div", "unpacked"),
+}
 
 #: Methods of tensors that change them, or what is done with them, without a name that says so.
 _SETS = {"backward", "register_hook", "retain_grad", "resize", "resize_as", "set_", "share_memory_"}

@@ -52,9 +52,10 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
 
     def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan: Plan | None = self.__dict__.get(PLAN)
-        if plan is None or len(args) != 1 or kwargs:  # by keyword: hosts name it differently
+        options = None if plan is None else _options(plan.recipe, args, kwargs)
+        if plan is None or options is None:
             return as_written(self, *args, **kwargs)
-        (x,) = args
+        x = args[0]
         # What is no tensor is torch.fx's proxy, or an error that is the host's to raise.
         if not (
             isinstance(x, Tensor)
@@ -63,14 +64,14 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
             and not any(_EVERYBODYS)
             and intact(self, plan)
         ):
-            return as_written(self, x)
+            return as_written(self, *args, **kwargs)
         if isinstance(plan.recipe, OwnLayers) and is_mixed(plan, x):
-            return as_written(self, x)
+            return as_written(self, *args, **kwargs)
         try:
-            return run(self, plan.recipe, parameters_in(self, plan), x)
+            return run(self, plan.recipe, parameters_in(self, plan), x, **options)
         except (TypeError, ValueError) as error:  # a map that the host may take and the fused function does not
             if plan.again or isinstance(error, Unsuited):
-                return as_written(self, x)
+                return as_written(self, *args, **kwargs)
             raise
 
     def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -110,6 +111,17 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
     made: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), attributes)
     made.__bases__ = (host,)
     return made
+
+
+def _options(recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What a block is called with beside its map; None where it runs as it is written. The map is the first: by
+    keyword, hosts name it differently."""
+    if len(args) == 1 and not kwargs:
+        return kwargs
+    names = recipe.options if isinstance(recipe, OwnLayers) else ()
+    if not 1 <= len(args) <= len(names) + 1 or not set(kwargs) <= set(names):
+        return None
+    return {**dict(zip(names, args[1:], strict=False)), **kwargs}
 
 
 def _as_written_by(host: Any, function: Any) -> Any:

@@ -52,12 +52,14 @@ class Watched(NamedTuple):
 
 class Reads(NamedTuple):
     """remark: what the code does beside computing, or reads and cannot be watched; None: nothing. key: equal for blocks
-    that compute the same function of their input and parameters. names: all that the code names."""
+    that compute the same function of their input and parameters. names: all that the code names. stores: code that sets
+    attributes or items where it comes to that; with_stores: remark, or what is then to be said."""
 
     watched: Watched
     remark: str | None
     key: Hashable
     names: frozenset[str]
+    stores: frozenset[types.CodeType] = frozenset()
 
 
 def reads_of(block: nn.Module, replaced: Iterable[nn.Module] | None = None, most: int = MOST) -> Reads:
@@ -71,7 +73,8 @@ def reads_of(block: nn.Module, replaced: Iterable[nn.Module] | None = None, most
     watched = Watched(*(tuple(dict(entries).values()) for entries in reader.entries))
     if sum(map(len, watched)) > most:
         reader.remarks.append(TOO_MANY)
-    return Reads(watched, reader.remarks[0] if reader.remarks else None, tuple(reader.key), frozenset(reader.names))
+    remark = reader.remarks[0] if reader.remarks else None
+    return Reads(watched, remark, tuple(reader.key), frozenset(reader.names), frozenset(reader.stores))
 
 
 def restore(watched: Watched) -> bool:
@@ -93,6 +96,42 @@ def restore(watched: Watched) -> bool:
     return changed
 
 
+class _Stored(BaseException):
+    pass
+
+
+class Unstored:
+    """While it is entered, on this thread, nothing is run on that sets attributes or items: where this code comes to
+    that, everything ends up to here, and `stored` says so."""
+
+    def __init__(self, code: frozenset[types.CodeType]) -> None:
+        self.places = {c: {s.offset for s in dis.get_instructions(c) if s.opname in _STORES} for c in code}
+        self.stored = False
+
+    def __enter__(self) -> Unstored:
+        self.before = sys.gettrace()
+        if self.places:
+            sys.settrace(self._called)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        if self.places:
+            sys.settrace(self.before)
+        return kind is _Stored
+
+    def _called(self, frame: types.FrameType, event: str, _: Any) -> Any:
+        if frame.f_code not in self.places:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._stepped
+
+    def _stepped(self, frame: types.FrameType, event: str, _: Any) -> Any:
+        if event == "opcode" and frame.f_lasti in self.places[frame.f_code]:
+            self.stored = True
+            raise _Stored
+        return self._stepped
+
+
 def _items(container: Any) -> Iterator[Any]:
     if isinstance(container, dict):
         return itertools.chain(container.keys(), container.values())
@@ -105,7 +144,8 @@ def _items(container: Any) -> Iterator[Any]:
 class _Names(NamedTuple):
     """Of a function: the attributes that it names, in strings too; its globals; what it does beside reading; methods
     that change their owner, where that is a global; whether it makes names at run time; attributes that it asks for
-    where there may be none; globals with what it names of them, and of that."""
+    where there may be none; globals with what it names of them, and of that; code, its own or that of functions in it,
+    that sets attributes or items."""
 
     attributes: frozenset[str]
     globals: tuple[str, ...]
@@ -114,9 +154,11 @@ class _Names(NamedTuple):
     dynamic: bool
     asked: frozenset[str]
     chains: frozenset[tuple[str, ...]]
+    stores: frozenset[types.CodeType] = frozenset()
 
 
-_STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}
+_STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR"}
+_GLOBAL_STORES = {"STORE_GLOBAL", "DELETE_GLOBAL"}
 _MUTATORS = {"append", "extend", "insert", "setdefault", "pop", "popitem", "clear", "remove", "appendleft", "popleft"}
 _CHANGING = _MUTATORS | {"add", "discard", "update"}
 _MADE = {"BUILD_LIST", "BUILD_MAP", "BUILD_SET", "LIST_EXTEND", "BUILD_CONST_KEY_MAP", "DICT_UPDATE", "SET_UPDATE"}
@@ -183,7 +225,7 @@ def _names_of(code: types.CodeType) -> _Names:
     dynamic = False
     for i, step in enumerate(steps):
         name = step.argval
-        if step.opname in _STORES or (step.opname == "STORE_DEREF" and name in code.co_freevars):
+        if step.opname in _GLOBAL_STORES or (step.opname == "STORE_DEREF" and name in code.co_freevars):
             remark = remark or "keeps state"
         elif step.opname == "IMPORT_NAME" and _root(name) not in _TRUSTED and _root(name) not in _PURE:
             remark = remark or f"imports {name}"
@@ -204,8 +246,16 @@ def _names_of(code: types.CodeType) -> _Names:
         elif _catches(steps, i):
             remark = remark or "catches exceptions"
     asked = strings if dynamic or {"getattr", "hasattr"} & set(used) else frozenset()
+    stores = frozenset((code,)) if any(step.opname in _STORES for step in steps) else frozenset()
     found = _Names(
-        frozenset(attributes), tuple(dict.fromkeys(used)), remark, tuple(changed), dynamic, asked, _chains(steps)
+        frozenset(attributes),
+        tuple(dict.fromkeys(used)),
+        remark,
+        tuple(changed),
+        dynamic,
+        asked,
+        _chains(steps),
+        stores,
     )
     for inner in (c for c in code.co_consts if isinstance(c, types.CodeType)):
         other = _names_of(inner)
@@ -217,6 +267,7 @@ def _names_of(code: types.CodeType) -> _Names:
             found.dynamic or other.dynamic,
             found.asked | other.asked,
             found.chains | other.chains,
+            found.stores | other.stores,
         )
     return found
 
@@ -226,6 +277,40 @@ def own_names(function: types.FunctionType) -> frozenset[str]:
     found = _names_of(function.__code__)
     matrix = any(step.argrepr in ("@", "@=") for step in dis.get_instructions(function.__code__))
     return found.attributes | frozenset(found.globals) | (frozenset(("__matmul__",)) if matrix else frozenset())
+
+
+@functools.lru_cache(maxsize=4096)
+def multiplies(cls: type[nn.Module]) -> bool:
+    """Whether a forward, or a function or method of somebody's that it may call, multiplies anything."""
+    waiting: list[Any] = [inspect.getattr_static(cls, "forward", None)]
+    seen: set[int] = set()
+    while waiting:
+        function = waiting.pop()
+        function = getattr(function, "__func__", getattr(function, "fget", function))
+        if not isinstance(function, types.FunctionType) or id(function) in seen or is_torch(function):
+            continue
+        seen.add(id(function))
+        names = _names_of(function.__code__)
+        if any(_has_product(code) for code in _codes(function.__code__)) or names.attributes & _PRODUCTS:
+            return True
+        waiting += [vars(base).get(name) for base in cls.__mro__ for name in names.attributes]
+        waiting += [function.__globals__.get(name) for name in names.globals]
+    return False
+
+
+_PRODUCTS = frozenset(("mul", "mul_", "multiply", "multiply_"))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _codes(inner)
+
+
+def _has_product(code: types.CodeType) -> bool:
+    operators = ("*", "*="), ("BINARY_MULTIPLY", "INPLACE_MULTIPLY")
+    return any(s.argrepr in operators[0] or s.opname in operators[1] for s in dis.get_instructions(code))
 
 
 def _identifiers(constants: Iterable[Any]) -> Iterator[str]:
@@ -420,6 +505,7 @@ class _Reader:
         self.modules = list(block.modules())
         self.replaced = {id(part) for part in (self.modules if replaced is None else (block, *replaced))}
         self.remarks: list[str] = []
+        self.stores: set[types.CodeType] = set()
         self.key: list[Hashable] = []
         #: As in `Watched`: a key that names the entry once, and the entry.
         self.entries: tuple[list[tuple[Any, Any]], ...] = ([], [], [], [], [], [])
@@ -730,6 +816,8 @@ class _Reader:
                 self.remarks.append(names.remark)
             elif changes:
                 self.remarks.append("keeps state")
+            if not keeps:
+                self.stores |= names.stores
         for name in names.globals:
             value = getattr(space, name, MISSING)
             if isinstance(value, types.ModuleType):  # such as torch: what is read of it is watched, if anything

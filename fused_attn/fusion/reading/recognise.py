@@ -30,7 +30,7 @@ from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
 from .match import reached
-from .reads import Reads, own_names, reads_of, restore
+from .reads import Reads, Unstored, own_names, reads_of, restore
 from .selections import why_no_selection
 
 MAX_PARTS = 60
@@ -73,11 +73,17 @@ def outcome_of(block: nn.Module) -> Outcome:
     known = _outcomes.setdefault(host_of(type(block)), {})
     if read.key not in known:
         try:
-            outcome = in_its_own_context(lambda: _examine(block, read))
+            outcome = in_its_own_context(lambda: _without_stores(block, read))
         except Exception:
             return Outcome()
         known[read.key] = Outcome(None, "keeps state") if restore(read.watched) else outcome
     return known[read.key]
+
+
+def _without_stores(block: nn.Module, read: Reads) -> Outcome:
+    with Unstored(read.stores):
+        return examine(block, read)
+    return examine(block, read._replace(remark="keeps state"))
 
 
 def recipe_of(block: nn.Module) -> Recipe | str | None:
@@ -114,7 +120,7 @@ def _ranks(block: nn.Module) -> list[int]:
     return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1]
 
 
-def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
+def captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
     """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
     spaces = (SPACE, EVEN_SPACE) if _may_attend(block) else (SPACE,)
     for rank in _ranks(block):
@@ -129,12 +135,13 @@ def _captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]
                 continue
 
 
-def _examine(block: nn.Module, read: Reads) -> Outcome:
+def examine(block: nn.Module, read: Reads) -> Outcome:
+    """What a module is; read: of its code."""
     if read.remark is not None:  # then it is not run, so that what it is can only be guessed
         return Outcome(None, read.remark if _may_be_gate(block, read) or _may_attend(block) else None)
     first_reason: Outcome | None = None
     rectangles = False
-    for rank, channels, captured in _captures(block):
+    for rank, channels, captured in captures(block):
         rectangles = True
         if isinstance(captured, Refused):
             if _concerns(captured) or _may_attend(block):
@@ -170,7 +177,7 @@ def _of_any_rank(block: nn.Module, found: Found, rank: int) -> Found:
     if not isinstance(recipe, ChannelGate) or not set(others) <= set(_ranks(block)):
         return found
     general = replace(recipe, rank=None)
-    for other, channels, captured in _captures(block):
+    for other, channels, captured in captures(block):
         if other in others and isinstance(captured, Captured):
             for match in find(captured, other):
                 same = match.recipe(block)

@@ -42,13 +42,15 @@ class _Input(NamedTuple):
 
 def check_rewritten(
     block: nn.Module,
-    forward: Callable[[Any, Tensor], Any],
+    forward: Callable[..., Any],
     ranks: Sequence[int],
     tolerance: float = TOLERANCE,
+    **options: float,
 ) -> Verdict:
-    """Whether forward(twin, x) is twin(x) for maps of these ranks that the module takes.
+    """Whether forward(twin, x, **options) is twin(x, **options) for maps of these ranks that the module takes.
 
-    Parts that draw random numbers in training are run as in evaluation.
+    Random numbers are drawn from a generator of its own; parts that draw some by an operator that takes none are run as
+    in evaluation.
 
     Raises:
         NoTwin: as in `twin`.
@@ -56,15 +58,15 @@ def check_rewritten(
     size = sum(p.numel() for p in block.parameters())
     if size > MOST:
         return Verdict("it is too large to be checked")
-    twins = _Twins(block)
+    twins = _Twins(block, options)
     inputs = [found for rank in ranks if (found := twins.input_of(rank)) is not None]
     if not inputs:
         return Verdict("it cannot be checked: no map was found that it can be run on, the same at every run")
     for found in inputs:
         more = [(b, found.shape[1], *s[: len(found.shape) - 2]) for b, s in _FURTHER] if size <= FEW else []
         why = differences(
-            (twins.next(), twins.runner(found, lambda module, x: module.forward(x))),
-            (twins.next(), twins.runner(found, forward)),
+            (twins.next(), twins.runner(found, lambda module, x: module.forward(x, **options))),
+            (twins.next(), twins.runner(found, lambda module, x: forward(module, x, **options))),
             iter([(found.shape, size <= FEW), *((shape, False) for shape in more)]),
             "the forward",
             tolerance,
@@ -77,8 +79,8 @@ def check_rewritten(
 class _Twins:
     """Equal twins of a module with random values of a size that layers in a row keep. They share parameters."""
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, options: dict[str, float]) -> None:
+        self.block, self.options = block, options
         generator = torch.Generator().manual_seed(0)
         self.parameters: dict[int, Tensor | None] = {}
         large = sum(p.numel() for p in block.parameters()) > FEW
@@ -97,7 +99,7 @@ class _Twins:
 
     def runner(self, found: _Input, run: Callable[[nn.Module, Tensor], Any]) -> Runner:
         def call(module: nn.Module, x: Tensor) -> Tensor:
-            with torch.set_grad_enabled(found.differentiable), _NoRandom():
+            with torch.set_grad_enabled(found.differentiable), _OwnRandom():
                 for path in self.calm:
                     module.get_submodule(path).training = False
                 # Not a leaf, so that it may be written into.
@@ -138,7 +140,7 @@ class _Twins:
             for path, part in module.named_modules():
                 paths[part] = path
                 part.training = training and path not in self.calm
-            runs.append(_values(module, x * scale))
+            runs.append(_values(module, x * scale, self.options))
         (values, differentiable), (others, _) = runs
         if not all(is_same(*pair, _RESPONSE) for pair in zip(values, others, strict=True)):
             raise ValueError("it makes much of rounding")  # as a BatchNorm of two values does
@@ -149,15 +151,15 @@ class _Twins:
 _NUDGE, _RESPONSE = 1e-13, 1e-10
 
 
-def _values(module: nn.Module, x: Tensor) -> tuple[list[Tensor], bool]:
+def _values(module: nn.Module, x: Tensor, options: dict[str, float]) -> tuple[list[Tensor], bool]:
     """The result and the gradients, and whether there may be any: not where what they need is written over.
 
     Raises:
         Exception: what the module raises, and where its result is not finite.
     """
     leaves = [x.requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
-    with _NoRandom():
-        y = _as_one(module.forward(x * 1))
+    with _OwnRandom():
+        y = _as_one(module.forward(x * 1, **options))
     if not y.isfinite().all():
         raise ValueError("its results are not finite")
     try:
@@ -172,13 +174,24 @@ class _Drawn(Exception):
 
 
 @never_compiled
-class _NoRandom(TorchDispatchMode):
-    """Raises where random numbers would be drawn: the generator is everybody's."""
+class _OwnRandom(TorchDispatchMode):
+    """Draws random numbers, the same in every run, from a generator of its own: torch's is everybody's. Raises where an
+    operator takes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise _Drawn
-        return function(*args, **(kwargs or {}))
+            if not any(a.name == "generator" for a in function._schema.arguments):
+                packet = function.overloadpacket
+                if "generator" not in packet.overloads():
+                    raise _Drawn
+                function = packet.generator
+            kwargs = {**kwargs, "generator": self.generator}
+        return function(*args, **kwargs)
 
 
 def _as_one(result: Any) -> Tensor:

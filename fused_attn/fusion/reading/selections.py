@@ -158,7 +158,7 @@ class _Writer:
         if call is not None:  # the outermost with this result
             place = self.place_of(call.input.node)
             self.paths.append(call.path)
-            return Step(_called(call.path, _laid_out(call.input), _as_axes(call.output)), place)
+            return Step(_called(call.path, laid_out(call.input), _as_axes(call.output)), place)
         if node.op == "act" and node.attrs[0] in FUNCTIONS:
             function = FUNCTIONS[node.attrs[0]]
             return Step(lambda block, t: function(t), self.place_of(node.inputs[0]))
@@ -172,7 +172,7 @@ def _called(path: str, before: Callable[[Tensor], Tensor], after: Callable[[Tens
     return lambda block, t: after(layer_at(block, path)(before(t)))
 
 
-def _laid_out(value: Value) -> Callable[[Tensor], Tensor]:
+def laid_out(value: Value) -> Callable[[Tensor], Tensor]:
     """From a tensor whose dimensions are the axes of the value's node to one in the value's layout."""
     order, ones = _order(value.layout)
 

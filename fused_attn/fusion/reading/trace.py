@@ -12,8 +12,8 @@ import operator
 import sys
 import types
 import weakref
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,17 +38,50 @@ def trace(block: nn.Module, enters: Callable[[str], bool]) -> fx.Graph:
         Untraceable: no graph is the same function.
         NoTwin: as in `twin`.
     """
-    graph, other = (_Trace(block, enters, training).run() for training in (False, True))
-    codes = [g.python_code("self") for g in (graph, other)]
-    if codes[0].src != codes[1].src or codes[0].globals != codes[1].globals:
+    graph, other = (trace_in_mode(block, enters, training) for training in (False, True))
+    if not is_same_code(graph, other):
         raise Untraceable("computes something else in training")
     return graph
+
+
+def trace_in_mode(block: nn.Module, enters: Callable[[str], bool], training: bool) -> fx.Graph:
+    """As `trace`, of a forward that may do something else in the other mode."""
+    return _Trace(block, enters, training).run()
+
+
+class Option(NamedTuple):
+    """A number that a forward is given beside its map, and what the forward has asked of it: a function, what else it
+    was given, and its answer."""
+
+    name: str
+    guards: list[tuple[Callable[..., bool], tuple[Any, ...], bool]]
+
+    def holds(self, value: float) -> bool:
+        """Whether the forward takes the same way for another number."""
+        return all(function(value, *others) is answer for function, others, answer in self.guards)
+
+
+def trace_with_option(
+    block: nn.Module, enters: Callable[[str], bool], training: bool, name: str, value: float
+) -> tuple[fx.Graph, Option]:
+    """As `trace_in_mode`, of block(x, name=value); its inputs are "block", x and the option."""
+    made = _Trace(block, enters, training)
+    made.option = Option(name, [])
+    option = _Number(made, made.graph.placeholder(name), value)
+    return made.run(**{name: option}), made.option
+
+
+def is_same_code(graph: fx.Graph, other: fx.Graph) -> bool:
+    codes = [g.python_code("self") for g in (graph, other)]
+    return codes[0].src == codes[1].src and codes[0].globals == codes[1].globals
 
 
 class _Trace:
     def __init__(self, block: nn.Module, enters: Callable[[str], bool], training: bool) -> None:
         self.enters = enters
         self.refused: str | None = None  # kept: the forward may catch what is raised
+        self.option = Option("", [])
+        self.indices: list[_Value] = []  # of what an index was asked, by torch if it is in its next call
         self.graph = fx.Graph()
         self.graph.placeholder("block")
         self.x = _Value(self, self.graph.placeholder("x"))
@@ -64,17 +97,18 @@ class _Trace:
             if path:
                 part.__dict__["_parameters"] = _Parameters(self, part)
 
-    def run(self) -> fx.Graph:
+    def run(self, **options: Any) -> fx.Graph:
         before = contents(self.root)
         try:
             with _Functions(self):
-                result = self.root.forward(self.x)
+                result = self.root.forward(self.x, **options)
         except Untraceable:
             raise
         except Exception as error:  # of somebody's code, given what is no tensor
             raise Untraceable(f"raises {type(error).__name__}") from error
         if contents(self.root) != before:
             self.refuse("keeps state")
+        self.expect_indices(())
         if self.refused is not None:
             raise Untraceable(self.refused)
         self.graph.output(self.argument(result))
@@ -82,6 +116,13 @@ class _Trace:
             if not node.users:
                 self.graph.erase_node(node)
         return self.graph
+
+    def expect_indices(self, tree: Any) -> None:
+        """Refuses where anything else than this call has asked for an index."""
+        given = {id(v) for v in _values_in(tree)}
+        if any(id(v) not in given for v in self.indices):
+            self.refuse(_LOOKS)
+        self.indices.clear()
 
     def refuse(self, why: str) -> NoReturn:
         self.refused = self.refused or why
@@ -99,6 +140,7 @@ class _Trace:
             if frame.f_code.co_filename not in _OURS and _guards(frame.f_code):
                 self.refuse("computes in a `with` or `try`")
             frame = frame.f_back
+        self.expect_indices((args, kwargs) if op == "call_function" else ())
         given = tuple(map(self.argument, args)), {k: self.argument(v) for k, v in kwargs.items()}
         return _Value(self, self.graph.create_node(op, target, *given))
 
@@ -121,12 +163,12 @@ class _Trace:
 
 class _Parameters(dict[str, Any]):
     """Of a part, without its other attributes: an option that is read would be written down as it is now, and `fuse`
-    watches those of the parts that it bypasses only."""
+    watches those of the parts that it bypasses only, and the mode of none."""
 
     def __init__(self, trace: _Trace, part: nn.Module) -> None:
         super().__init__(part.__dict__["_parameters"])
         self.trace = trace
-        self.options = [n for n in part.__dict__ if n not in STATE and n != "_call_impl"]
+        self.options = [n for n in part.__dict__ if n == "training" or (n not in STATE and n != "_call_impl")]
         for name in self.options:
             del part.__dict__[name]
 
@@ -168,19 +210,22 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "a function")
-        if not _has_value((args, kwargs)):  # made now, for good; and random numbers would be drawn
+        if not any(True for _ in _values_in((args, kwargs))):  # made now, for good; and random numbers would be drawn
             self.trace.refuse(f"makes a tensor by {name}")
         if getattr(Tensor, name, None) is function:
             return self.trace.record("call_method", name, args, kwargs)
         return self.trace.record("call_function", function, args, kwargs)
 
 
-def _has_value(tree: Any) -> bool:
-    if isinstance(tree, (tuple, list)):
-        return any(map(_has_value, tree))
-    if isinstance(tree, dict):
-        return any(map(_has_value, tree.values()))
-    return isinstance(tree, _Value)
+def _values_in(tree: Any) -> Iterator[_Value]:
+    if isinstance(tree, _Value):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for inner in tree:
+            yield from _values_in(inner)
+    elif isinstance(tree, dict):
+        for inner in tree.values():
+            yield from _values_in(inner)
 
 
 class _Value:
@@ -200,6 +245,10 @@ class _Value:
             raise AttributeError(name)
         found = self._trace.record("call_function", getattr, (self, name), {})
         return _Attribute(self, name, found)
+
+    def __index__(self) -> int:
+        self._trace.indices.append(self)  # torch asks before it gives a call to the mode, with the value itself
+        return 1
 
     def __iter__(self) -> Any:
         frame = sys._getframe(1)
@@ -225,6 +274,26 @@ class _Attribute(_Value):
         if not self._node.users and not self._node._erased:
             self._trace.graph.erase_node(self._node)
         return made
+
+
+class _Number(_Value):
+    """An option. What it is compared with says which way a forward takes for it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, trace: _Trace, node: fx.Node, value: float) -> None:
+        super().__init__(trace, node)
+        self._value = value
+
+    def _asked(self, function: Callable[..., bool], *others: Any) -> bool:
+        if any(type(other) not in (int, float) for other in others):
+            self._trace.refuse(_BRANCHES)
+        answer = function(self._value, *others)
+        self._trace.option.guards.append((function, others, answer))
+        return answer
+
+    def __bool__(self) -> bool:
+        return self._asked(bool)
 
 
 def unpacked(value: Any, count: int) -> tuple[Any, ...]:
@@ -299,8 +368,10 @@ def _refused(self: _Value, why: str, *args: Any) -> NoReturn:
 _BRANCHES, _LOOKS = "branches on a tensor or its sizes", "looks at a tensor or its sizes"
 _REFUSED = {
     **dict.fromkeys(("__bool__", "__len__", "__contains__", "__hash__"), _BRANCHES),
-    **dict.fromkeys(("__int__", "__float__", "__complex__", "__index__", "__round__", "__trunc__"), _LOOKS),
+    **dict.fromkeys(("__int__", "__float__", "__complex__", "__round__", "__trunc__"), _LOOKS),
     **dict.fromkeys(("__floor__", "__ceil__", "__str__", "__repr__", "__format__", "__array__"), _LOOKS),
     **dict.fromkeys(("__copy__", "__deepcopy__", "__reduce_ex__", "__enter__", "__setitem__", "__delitem__"), _LOOKS),
 }
 _operators()
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(_Number, f"__{_name}__", functools.partialmethod(_Number._asked, getattr(operator, _name)))

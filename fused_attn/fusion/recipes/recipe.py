@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -88,9 +87,10 @@ class OwnLayers:
     forward(block, x): what it runs; `functions` are the fused functions in it, as `fused_attn.backends.OPS` has them,
     the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it. whole: its parts are
     no blocks by themselves. covers: paths of blocks in it that it serves, so that they are not fused by themselves.
+    options: names of what forward takes beside the map, in their order; it raises `Unsuited` for other values.
     """
 
-    forward: Callable[[Any, Tensor], Tensor]
+    forward: Callable[..., Tensor]
     name: str
     functions: tuple[str, ...]
     adds_input: bool = False
@@ -98,6 +98,7 @@ class OwnLayers:
     bypassed: tuple[str, ...] = ()
     whole: bool = False
     covers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers

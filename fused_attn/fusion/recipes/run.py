@@ -65,10 +65,10 @@ def parameters_of(block: nn.Module, paths: Paths) -> Parameters:
     return tuple([parameter_at(block, path) for path in paths])
 
 
-def run(block: nn.Module, recipe: Recipe, parameters: Parameters, x: Tensor) -> Tensor:
-    """parameters: those at the recipe's `parameter_paths`."""
+def run(block: nn.Module, recipe: Recipe, parameters: Parameters, x: Tensor, **options: Any) -> Tensor:
+    """parameters: those at the recipe's `parameter_paths`. options: those in its own."""
     if isinstance(recipe, OwnLayers):
-        return recipe.forward(block, x)
+        return recipe.forward(block, x, **options)
     residual = x if recipe.adds_input else None
     if isinstance(recipe, SplitGate):
         try:

@@ -239,7 +239,7 @@ FUSED = {
     **dict.fromkeys(("GatesInASequential", "Drops", "ShortcutWrittenInto", "MapWrittenLater"), "CBAM"),
     **dict.fromkeys(("OnlyChannel", "OnAnAlias", "Twice", "SideBySide", "WithDefaults", "Counts"), "SqueezeExcite"),
     **dict.fromkeys(("ByOptions", "Inherited"), "SpatialAttention"),
-    "Several": "SqueezeExcite",
+    **dict.fromkeys(("Several", "ByMode", "DropsByFunction", "AlwaysDrops", "ByDepth"), "SqueezeExcite"),
     "InPlaceWithGradients": "SqueezeExcite",
 }
 #: Which write over what their gradients need.
@@ -543,10 +543,10 @@ class GradientOfItsOwn(Block):
 
 
 LEFT = [
-    *("SecondUse", "InPlaceSeenElsewhere", "Another", "Prints", "Keeps", "ByMode", "WithoutGradient"),
+    *("SecondUse", "InPlaceSeenElsewhere", "Another", "Prints", "Keeps", "WithoutGradient"),
     *("InPlaceOnItsInput", "InPlaceOnAView", "WrittenBetween", "WrittenBetweenByAView", "WrittenBetweenByALayer"),
-    *("WrittenBetweenByAFunction", "GateChanged", "GateReturned", "Logs", "Notes", "DropsByFunction", "AlwaysDrops"),
-    *("ByDepth", "BySize", "ByContents", "ByRank", "Decorated", "InFullPrecision", "Tries", "OptionOfAPart"),
+    *("WrittenBetweenByAFunction", "GateChanged", "GateReturned", "Logs", "Notes"),
+    *("BySize", "ByContents", "ByRank", "Decorated", "InFullPrecision", "Tries", "OptionOfAPart"),
     *("OptionOfAPartIfAny", "CallOfAPart", "GradientOfItsOwn"),
 ]
 

@@ -367,6 +367,20 @@ class SpatialAttention(nn.Module):
         return self.sigmoid(self.conv1(x))
 
 
+@expect("SpatialGate", order=("mean", "max"), ties="first", rank=3)
+class SpatialAttention1d(nn.Module):
+    """With a BatchNorm, which raises for the one position that a map may have."""
+
+    def __init__(self, kernel_size=7):
+        super().__init__()
+        self.conv = nn.Conv1d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm1d(1)
+
+    def forward(self, x):
+        z = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], dim=1)
+        return x * torch.sigmoid(self.bn(self.conv(z)))
+
+
 @expect("SpatialGate", order=("max", "mean"), ties="first")
 class Spatial_Attention_Module(nn.Module):
     def __init__(self, k=5):
@@ -456,6 +470,7 @@ class CBAMWithResidual(cbam):
         return out + residual
 
 
+@expect("OwnLayers", 16, 16, name="WithOneHiddenChannel")
 @expect("OwnLayers", 32, name="SCSE")
 class SCSE(nn.Module):
     def __init__(self, c, r=8):

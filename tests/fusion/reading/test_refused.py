@@ -80,18 +80,6 @@ class BySize(Base):
         return x * self.gate(x) if x.shape[2] < 40 else x * self.gate(x).sigmoid()
 
 
-@because("computes something else in training")
-class ByMode(Base):
-    def forward(self, x):
-        return x * (self.gate(x).tanh() if self.training else self.gate(x))
-
-
-@because("draws random numbers")
-class WithDropout(Base):
-    def forward(self, x):
-        return x * F.dropout(self.gate(x), 0.1, self.training)
-
-
 @because("random")
 class Random(Base):
     def forward(self, x):
@@ -110,13 +98,6 @@ class NoGrad(Base):
         with torch.no_grad():
             gate = self.gate(x)
         return x * gate
-
-
-@because("second use of the gate")
-class Twice(Base):
-    def forward(self, x):
-        gate = self.gate(x)
-        return x * gate * gate
 
 
 @because("asks for gradients")
@@ -154,12 +135,6 @@ class TwoByTwo(nn.Module):
 
     def forward(self, x):
         return x * self.fc(self.pool(x)).sigmoid()
-
-
-@because("its gate is none that we know")
-class ExtraConstant(Base):
-    def forward(self, x):
-        return x * (self.gate(x) + 0.5)
 
 
 @because("writes into its input")

@@ -130,7 +130,7 @@ REFUSED = {
     "a constant": (lambda self, x: x + torch.tensor(1.0), "makes a tensor"),
     "an object": (lambda self, x: self.conv(x, object()), "passes on a object"),
     "mode": (lambda self, x: F.dropout(x, 0.1, self.training), "training"),
-    "mode of a part": (lambda self, x: x if self.bn.training else -x, "training"),
+    "mode of a part": (lambda self, x: x if self.bn.training else -x, "option"),
     "an option of a part": (lambda self, x: x * self.conv.stride[0], "option"),
     "an option of a part, if any": (lambda self, x: x * getattr(self.conv, "groups", 2), "option"),
     "whether a part has an option": (lambda self, x: x if hasattr(self.conv, "stride") else -x, "option"),
