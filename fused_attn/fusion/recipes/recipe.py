@@ -88,6 +88,7 @@ class OwnLayers:
     forward(block, x): what it runs; `functions` are the fused functions in it, as `fused_attn.backends.OPS` has them,
     the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it. whole: its parts are
     no blocks by themselves. covers: paths of blocks in it that it serves, so that they are not fused by themselves.
+    save: of a block with tails, what its layers keep for backward, one of `ops.remake.SAVES`; None: it has none.
     """
 
     forward: Callable[[Any, Tensor], Tensor]
@@ -98,6 +99,7 @@ class OwnLayers:
     bypassed: tuple[str, ...] = ()
     whole: bool = False
     covers: tuple[str, ...] = ()
+    save: str | None = None
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers
