@@ -431,17 +431,17 @@ def norm_gate(
     if needs_node(gate, residual, sums):
         eps_of_batch = eps if statistics is None else None
         options_of_gate = eps_of_batch, group, activation, post_activation, over is not None
-        again = None
+        kept = None
         if least and over is None and sums is not None and not torch.compiler.is_compiling():
             sums = _Kept.apply(sums, x, norm, gate, residual, weight, bias)
+            kept = sums.grad_fn
+        y = _Gate.apply(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
+        if kept is not None:
 
             def make(x, norm, gate, residual, *_):
                 return _scale(backend, x, gate, norm, residual, None, activation, post_activation, False)[0]
 
-            again = Remake(sums.grad_fn, make)
-        y = _Gate.apply(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
-        if again is not None:
-            y.grad_fn.remake = again
+            y.grad_fn.remake = Remake(y, kept, make)
     else:
         y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
     return y

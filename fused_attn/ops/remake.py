@@ -28,13 +28,14 @@ def _outer() -> Hooks | None:
 
 
 class Remake:
-    """make: from the tensors saved by `node`, an autograd node that its map comes from, to the map."""
+    """make: from the tensors saved by `node`, an autograd node that the map y comes from, to y."""
 
-    def __init__(self, node: Any, make: Callable[..., Tensor]) -> None:
-        self.node, self.make = node, make
+    def __init__(self, y: Tensor, node: Any, make: Callable[..., Tensor]) -> None:
+        self.version, self.node, self.make = y._version, node, make
         self.keepers = 0  # how many keep this in place of the map
         self.hooks = _outer()
-        self._left, self._made = 0, None
+        self._left = 0
+        self._made: Tensor | None = None
 
     def __call__(self) -> Tensor:
         made = self._made
@@ -52,21 +53,22 @@ class Remake:
 
 
 def _remake_of(y: Tensor) -> Remake | None:
-    """What makes this map again, unless it was written into since, or is about to be kept by other hooks: a checkpoint
-    that is run again has its inputs, but not what they came from."""
+    """What makes this map again, unless layers here keep what they keep by other hooks: a checkpoint that is run again
+    has its inputs, but not what they came from."""
     if torch.compiler.is_compiling() or y.grad_fn is None:
         return None
     found: Remake | None = getattr(y.grad_fn, "remake", None)
-    if found is None or y._version != 0:
+    if found is None:
         return None
     now = _outer()
     same = now is found.hooks or (now is not None and found.hooks is not None and now[0] is found.hooks[0])
-    return found if same and torch._C._autograd._saved_tensors_hooks_is_enabled() else None
+    allowed: bool = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    return found if same and allowed else None
 
 
 def is_kept(y: Tensor) -> bool:
     """Whether layers that were given this map by `through` kept it, if they keep their inputs at all."""
-    remake = None if y.grad_fn is None else getattr(y.grad_fn, "remake", None)
+    remake = _remake_of(y)
     return remake is None or remake.keepers == 0
 
 
@@ -113,7 +115,7 @@ def through(layer: nn.Module, y: Tensor) -> Tensor:
     place = _place(y)
 
     def pack(t: Tensor) -> Callable[[], Tensor]:
-        if _place(t) == place and t._version == 0:
+        if _place(t) == place and t._version == found.version:  # else it is another, or was written into
             found.keepers += 1
             return found
         return _Kept(t) if outer is None else _Packed(t, outer)
