@@ -119,7 +119,8 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
             what a BatchNorm of the batch and the activation or gate behind it gave, how that is made again in backward:
             from the BatchNorm's input, which is kept anyway, in one read and one write. So is every second sum of
             blocks that are sums of each other. Gradients are the same to the bit. It holds for tails that are fused
-            already, too. Inside `torch.compile` the compiler decides what it keeps, and this does nothing.
+            already, too. Inside `torch.compile` this does nothing: the compiler decides what it keeps, by its own
+            `torch._functorch.config.activation_memory_budget`, of our operators' maps too.
         strict: raise where a block of a known class was left alone; of a program, where what looks like a block was.
         qualify: of a model on a GPU, measure what its blocks call on maps of usual sizes, and have each call served by
             what is right and fastest on that card (see `fused_attn.qualify`). It takes seconds, once a card and

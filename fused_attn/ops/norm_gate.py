@@ -438,8 +438,9 @@ def norm_gate(
         y = _Gate.apply(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
         if kept is not None:
 
-            def make(x, norm, gate, residual, *_):
-                return _scale(backend, x, gate, norm, residual, None, activation, post_activation, False)[0]
+            def make(x, norm, gate, residual, *_):  # by the kernel that made it, which writes bits where a ReLU follows
+                codes = activation, post_activation, post_activation == RELU
+                return _scale(backend, x, gate, norm, residual, None, *codes)[0]
 
             y.grad_fn.remake = Remake(y, kept, make)
     else:
