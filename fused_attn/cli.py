@@ -429,7 +429,7 @@ def show_memory(figures: list[Figure]) -> None:
         ("largest batch", "the largest batch that fits", str),
     ):
         found: list[tuple[Figure, dict[str, int]]] = [(f, f.facts[fact]) for f in figures if fact in f.facts]
-        names = ("backbone", "eager", "fused", "tails")
+        names = ("backbone", "eager", "fused", "tails", "least")
         rows = [
             [
                 f"{f.case['model']} over {f.case['backbone']} {'x'.join(map(str, f.case['shape']))}",

@@ -31,6 +31,7 @@ from . import ops, reference
 from .backends import are_plain, autocasts, choose, forced, is_ordinary
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
+from .ops.remake import SAVES
 from .reference.norm_gate import update_statistics
 from .reference.squeeze import Excitation
 
@@ -297,6 +298,7 @@ def norm_gate(
     post_activation: str = "identity",
     group: Any = None,
     inplace: bool = False,
+    save: str = "all",
 ) -> Tensor:
     """BatchNorm with what follows it in a residual network: activation, channel gate, sum, activation.
 
@@ -319,6 +321,9 @@ def norm_gate(
             need x). As with torch's own operators in place, an autograd node that has kept the overwritten map raises
             in its backward, and code that autograd does not see (a checkpointed region that is run again) does not.
             `torch.compile` places results itself: there this does nothing.
+        save: "least": the result knows how it is made again, in one pass over x (and the residual, which is kept for
+            that), and layers that `fused_attn.ops.remake.through` calls with it keep this and not the result, as those
+            of `fuse(model, tails=True, save="least")`. "all": they keep the result.
 
     Returns:
         A map of x's shape, dtype and layout. With `group` its gradient cannot be differentiated again.
@@ -330,6 +335,7 @@ def norm_gate(
             residual in one storage; an x that is neither NCHW nor channels_last; a tensor of `inference_mode` outside.
     """
     codes = code(ACTIVATIONS, "activation", activation), code(ACTIVATIONS, "post_activation", post_activation)
+    least = code(SAVES, "save", save) == SAVES["least"]
     autocast = _check_map(x)
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, parameter in parameters.items():
@@ -393,6 +399,7 @@ def norm_gate(
         group=group,
         over=over,
         keep=keep if training else None,
+        least=least,
     )
 
 

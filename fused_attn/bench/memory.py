@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .measure import Figure, peak_memory, synchronize
-from .models import in_place, networks, training_call
+from .models import in_place, networks, training_call, with_least
 
 
 def kept_bytes(call: Callable[[], object], *others: Tensor) -> int:
@@ -91,7 +91,8 @@ def measure_memory(
     budget_bytes: int | None = None,
     search: bool = True,
 ) -> Figure:
-    """Bytes kept for the backward pass of a network with attention: eager, fused, fused with its tails; its backbone's.
+    """Bytes kept for the backward pass of a network with attention: eager, fused, fused with its tails, with tails that
+    save the least; its backbone's.
 
     On CUDA also the peak of a whole step above what was there before it, and the largest batch that runs (search=True),
     on the card as it is. Elsewhere the largest batch is derived from budget_bytes, if given: parameters, gradients,
@@ -104,7 +105,7 @@ def measure_memory(
     kept: dict[str, int] = {}
     peak: dict[str, int] = {}
     batches: dict[str, int] = {}
-    for name, model in networks(attention, plain, with_tails).items():
+    for name, model in with_least(networks(attention, plain, with_tails)).items():
         in_place(model, layout, device)
         kept[name] = kept_by_model(model, x)
         if device.type == "cuda":

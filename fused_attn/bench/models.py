@@ -27,7 +27,7 @@ TAX_PAIRS = (
 )
 
 #: What has a tax: each against the backbone run the same way.
-TAXES = ("eager", "fused", "tails", "compile", "fused, compile", "tails, compile")
+TAXES = ("eager", "fused", "tails", "least", "compile", "fused, compile", "tails, compile")
 
 
 def inference_call(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -68,6 +68,13 @@ def networks(attention: str, plain: str, with_tails: bool) -> dict[str, nn.Modul
     return found
 
 
+def with_least(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """And where there is one with tails, one whose layers save the least."""
+    if "tails" not in models:
+        return models
+    return models | {"least": fuse(copy.deepcopy(models["tails"]), tails=True, save="least")}
+
+
 def measure_pair(
     attention: str,
     plain: str,
@@ -87,6 +94,8 @@ def measure_pair(
         for name, model in tuple(models.items()):
             models["compile" if name == "eager" else f"{name}, compile"] = torch.compile(copy.deepcopy(model))
     for what, make in (("inference", inference_call), ("training", training_call)):
+        if what == "training":
+            models = with_least(models)
         calls = {name: make(model, x) for name, model in models.items()}
         timings = interleaved(calls, device, budget=budget, least=3)
         case = {"model": attention, "backbone": plain, "pass": what, "layout": layout, "shape": list(shape)}

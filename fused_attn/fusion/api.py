@@ -10,13 +10,15 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .. import backends, qualification
+from ..codes import code
+from ..ops.remake import SAVES
 from ..qualification.calls import typical_calls
 from ..qualification.parent import Job
 from ..reference import CBAM, BilinearAttention
 from .changing.decide import decide
 from .changing.graphs import fuse_exported
 from .changing.plan import intact, plan_of
-from .changing.swap import restore, swap
+from .changing.swap import restore, set_save, swap
 from .recipes.names import host_class
 from .recipes.own import FUSED_FORMS, blocks_in
 from .recipes.recipe import OwnLayers, Recipe, SplitGate
@@ -98,7 +100,7 @@ def running(model: nn.Module) -> Iterator[nn.Module]:
             served += _within(name, _own_parts(module))
 
 
-def fuse(model: Model, *, tails: bool = False, strict: bool = False, qualify: bool = True) -> Model:
+def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool = False, qualify: bool = True) -> Model:
     """Make every attention block that is recognised run fused, in place.
 
     Parameters, buffers, hooks, `state_dict` keys, training mode, dtype and device stay as they are; a fused block
@@ -113,6 +115,12 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False, qualify: bo
             and activation as one op (`fused_attn.functional.norm_gate`), in training too, and then the other BatchNorms
             of the same residual blocks with their activations. Networks: timm's ResNets, EfficientNets, MobileNetV3s
             and RegNets, torchvision's, and MONAI's SE-ResNets.
+        save: what the layers of blocks with tails keep for backward: "all", their inputs, or "least", where an input is
+            what a BatchNorm of the batch and the activation or gate behind it gave, how that is made again in backward:
+            from the BatchNorm's input, which is kept anyway, in one read and one write. So is every second sum of
+            blocks that are sums of each other. Gradients are the same to the bit. It holds for tails that are fused
+            already, too. Inside `torch.compile` this does nothing: the compiler decides what it keeps, by its own
+            `torch._functorch.config.activation_memory_budget`, of our operators' maps too.
         strict: raise where a block of a known class was left alone; of a program, where what looks like a block was.
         qualify: of a model on a GPU, measure what its blocks call on maps of usual sizes, and have each call served by
             what is right and fastest on that card (see `fused_attn.qualify`). It takes seconds, once a card and
@@ -124,9 +132,14 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False, qualify: bo
 
     Raises:
         TypeError: model is no `nn.Module`.
+        ValueError: save is neither, or "least" without tails, or of a program, which keeps what its user keeps.
         FusionError: with strict, naming the blocks left alone and why; nothing is changed then.
     """
+    code(SAVES, "save", save)
     program: Any = model
+    if save == "least" and (not tails or isinstance(program, ExportedProgram)):
+        what = "a program" if isinstance(program, ExportedProgram) else "tails=False"
+        raise ValueError(f"save: expected 'all', which is all there is of {what}; got 'least'")
     if isinstance(program, ExportedProgram):
         left: list[str] = []
         fused: Any = fuse_exported(program, left)
@@ -143,6 +156,9 @@ def fuse(model: Model, *, tails: bool = False, strict: bool = False, qualify: bo
     _swap(decisions, strict)
     if again:  # a block around one that was planned anew knows another
         _swap(candidates(model, tails), strict)
+    if tails:
+        for block in model.modules():
+            set_save(block, save)
     if qualify:
         _qualify(model)
     else:

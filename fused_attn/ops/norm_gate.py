@@ -16,7 +16,8 @@ grad_bias = sum(dv), grad_weight = sum(dv xhat), grad_x = a (dv - grad_bias / n 
 Autograd runs the excitation, so there are two functions: `_Normalise`, from x to s, and `_Gate`, from g to y. `_Gate`
 hands h and its sums to `_Normalise`, which then writes grad_x once: as the gradients of two carriers, tensors without
 values. Where gradients are differentiated again, each gives those of its own inputs by plain PyTorch and the carriers
-none. An exported program has neither, but the operators, whose own gradients are plain PyTorch, too.
+none. An exported program has neither, but the operators, whose own gradients are plain PyTorch, too. Where the least is
+to be kept, a third function between the two, `_Kept`, saves what y is made of again (ops/remake.py).
 
 With a process group the statistics are those of all its processes, as SyncBatchNorm's: one all_gather of (mean, squared
 distances, count) forward, one all_reduce of the two sums backward; the parameters' gradients stay each process's own.
@@ -52,6 +53,7 @@ from .common import (
     not_differentiable,
     wants_graph,
 )
+from .remake import Remake
 from .scale import ACTIVATION_NAMES, IDENTITY, RELU
 from .squeeze import AVG
 from .squeeze import FORWARD as SQUEEZE
@@ -332,6 +334,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, norm, gate, bits, residual, weight, bias = ctx.saved_tensors
+        if (remake := getattr(ctx, "remake", None)) is not None:
+            remake.drop()
         needs = ctx.needs_input_grad
         if wants_graph():
             _refuse_group(ctx.group)
@@ -344,6 +348,21 @@ class _Gate(torch.autograd.Function):
         to_gate = sums.select(1, 0).to(gate.dtype) if needs[3] else None
         carriers = h if needs[4] else None, sums if needs[5] else None
         return None, None, None, to_gate, *carriers, h if needs[6] else None, None, None, None
+
+
+class _Kept(torch.autograd.Function):
+    """What y is made of again, kept by a node of its own between `_Normalise` and `_Gate`, on the carrier of the sums:
+    a checkpoint hands what a node saved to one backward once. Parameters are saved for their versions."""
+
+    @staticmethod
+    def forward(ctx, sums, *saved):
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        return sums.view_as(sums)
+
+    @staticmethod
+    def backward(ctx, sums):
+        return sums, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 def _differentiable(ctx, inputs, norm, bits, grad):
@@ -391,11 +410,13 @@ def norm_gate(
     group: Any = None,
     over: Tensor | None = None,
     keep: Callable[[Tensor, Tensor], None] | None = None,
+    least: bool = False,
 ) -> Tensor:
     """The map y. statistics: (mean, variance) to normalise with, None: those of the batch, of which `keep` gets mean
     and unbiased variance before the gate is computed, as a BatchNorm keeps them: so a checkpoint that recomputes no
     further than it must updates them as often. `excitation` takes (B, C) descriptors, in x's dtype, to gates (B, C).
-    over: what y is written over, the residual, or x with gradients disabled."""
+    over: what y is written over, the residual, or x with gradients disabled. least: layers called by `remake.through`
+    keep how y is made again, for which the residual is kept."""
     if not (x.is_contiguous() or is_channels_last(x)):
         x = x.contiguous()  # once, and not in every pass
     options = statistics, eps, activation, excitation is not None, group
@@ -410,7 +431,18 @@ def norm_gate(
     if needs_node(gate, residual, sums):
         eps_of_batch = eps if statistics is None else None
         options_of_gate = eps_of_batch, group, activation, post_activation, over is not None
+        kept = None
+        if least and over is None and sums is not None and not torch.compiler.is_compiling():
+            sums = _Kept.apply(sums, x, norm, gate, residual, weight, bias)
+            kept = sums.grad_fn
         y = _Gate.apply(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
+        if kept is not None:
+
+            def make(x, norm, gate, residual, *_):  # by the kernel that made it, which writes bits where a ReLU follows
+                codes = activation, post_activation, post_activation == RELU
+                return _scale(backend, x, gate, norm, residual, None, *codes)[0]
+
+            y.grad_fn.remake = Remake(y, kept, make)
     else:
         y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
     return y

@@ -179,9 +179,9 @@ def test_bench_counts_memory(tmp_path):
     (figure,) = json.loads(path.read_text())["figures"]
     assert figure["case"]["pass"] == "memory"
     for fact in ("kept bytes", "largest batch"):
-        assert list(figure["facts"][fact]) == ["backbone", "eager", "fused", "tails"]
+        assert list(figure["facts"][fact]) == ["backbone", "eager", "fused", "tails", "least"]
     kept, batches = figure["facts"]["kept bytes"], figure["facts"]["largest batch"]
-    assert kept["tails"] < kept["eager"] and batches["tails"] > batches["eager"]
+    assert kept["least"] < kept["tails"] < kept["eager"] and batches["least"] > batches["tails"] > batches["eager"]
 
 
 def test_interrupted_bench_keeps_what_it_has(tmp_path, monkeypatch):

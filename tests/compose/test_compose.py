@@ -211,12 +211,15 @@ def test_inference_mode():
 
 DISTRIBUTED = """
 import sys, torch, torch.distributed as dist
+from importlib.util import find_spec
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import fused_attn
+from fused_attn.hosts import define_torchvision_operators
 from tests.compose.test_compose import net
 from tests.checks import random
+from tests.fusion.test_tails import timm_resnet
 
 def frozen_net():
     model = net()
@@ -252,6 +255,32 @@ for wrap in (ddp, fsdp2):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m: f"{wrap.__name__}: {name}: {m}")
     row = fused_attn.explain(model)[0]
     assert row.fused, row
+
+define_torchvision_operators()  # before timm is imported
+
+def tails(save):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(timm_resnet("Bottleneck", 16, attn_layer="se") for _ in range(3)))
+    return fused_attn.fuse(blocks, tails=True, save=save)
+
+def sharded_tails(model):
+    for child in model:
+        fully_shard(child)
+    return fully_shard(model)
+
+x = random(2, 16, 6, 6, seed=rank)
+for wrap in (ddp, sharded_tails) if find_spec("timm") else ():
+    found = []
+    for save in ("all", "least"):
+        model = tails(save)
+        wrapped = wrap(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            wrapped(x).square().mean().backward()
+            optimizer.step()
+        found.append([getattr(t, "full_tensor", lambda t=t: t)() for t in (*model.parameters(), *model.buffers())])
+    assert all(map(torch.equal, *found)), wrap.__name__
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -259,7 +288,8 @@ dist.destroy_process_group()
 
 @pytest.mark.slow  # two processes, about 10 s
 def test_two_processes():
-    """Under DDP and FSDP2, two gloo processes with half the batch each end where one with the whole batch does."""
+    """Under DDP and FSDP2, two gloo processes with half the batch each end where one with the whole batch does, and
+    tails that save the least where those do that save all."""
     import socket
 
     with socket.socket() as free:

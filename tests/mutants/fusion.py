@@ -120,6 +120,56 @@ MUTANTS = [
         new='    plain = path.aa is None and _is_exactly(path.bn, "norm_act.BatchNormAct2d")\n',
         tests="tests/fusion/test_adapters.py -k 'test_same_function and SelectiveKernel'",
     ),
+    # ---- what the layers of tails save ----
+    Mutant(
+        name="copies-save-all",
+        file="fused_attn/fusion/changing/swap.py",
+        old="        rest = [_without_plan(part, save_of(self)) for part in rest]\n",
+        new="        rest = [_without_plan(part) for part in rest]\n",
+        tests="tests/fusion/test_least.py -k test_copies_save_the_least_too",
+    ),
+    Mutant(
+        name="what-is-made-again-is-made-for-each-layer",
+        file="fused_attn/ops/remake.py",
+        old="        self._made = made if self._left > 0 else None\n",
+        new="        self._made = None\n",
+        tests="tests/fusion/test_least.py -k 'test_two_layers_share_what_is_made_again or test_checkpoints'",
+    ),
+    Mutant(
+        name="a-checkpoint-makes-again-what-came-from-outside",
+        file="fused_attn/ops/remake.py",
+        old="    return found if same and allowed else None\n",
+        new="    return found if allowed else None\n",
+        tests="tests/fusion/test_least.py -k test_checkpoints",
+    ),
+    Mutant(
+        name="parameters-of-a-layer-may-change-before-its-backward",
+        file="fused_attn/ops/remake.py",
+        old="        if self.tensor._version != self.version:\n",
+        new="        if False:\n",
+        tests="tests/fusion/test_least.py -k test_a_parameter_that_is_changed_before_backward",
+    ),
+    Mutant(
+        name="hooks-around-a-layer-see-nothing-of-it",
+        file="fused_attn/ops/remake.py",
+        old="        return _Kept(t) if outer is None else _Packed(t, outer)\n",
+        new="        return _Kept(t)\n",
+        tests="tests/fusion/test_least.py -k test_hooks_on_what_is_saved",
+    ),
+    Mutant(
+        name="a-map-that-was-written-into-is-made-again",
+        file="fused_attn/ops/remake.py",
+        old="        if _place(t) == place and t._version == found.version:",
+        new="        if _place(t) == place:",
+        tests="tests/fusion/test_least.py -k test_a_map_that_is_changed",
+    ),
+    Mutant(
+        name="every-sum-is-made-again",
+        file="fused_attn/fusion/changing/tails.py",
+        old=" and is_kept(residual))\n",
+        new=")\n",
+        tests="tests/fusion/test_least.py -k 'test_bytes_of_a_chain or test_what_is_made_again'",
+    ),
     # ---- tails ----
     Mutant(
         name="senet-reads-its-first-norm-twice",

@@ -7,6 +7,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..recipes.own import FUSED_FORMS
 from ..recipes.recipe import OwnLayers, Recipe
 from ..recipes.run import Unsuited, run
 from .decide import decide
-from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in
+from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in, plan_of
 
 #: Hooks for the calls of all modules, which layers that are bypassed would not get.
 _EVERYBODYS = (
@@ -84,17 +85,19 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         function, args, *rest = reduced
         places = tuple(i for i, arg in enumerate(args) if arg is type(self))
         plain = tuple(host if i in places else arg for i, arg in enumerate(args))
-        rest = [_without_plan(part) for part in rest]
         if function is type(self):
-            return host, plain, *rest
+            return host, plain, *(_without_plan(part) for part in rest)
+        rest = [_without_plan(part, save_of(self)) for part in rest]
         return (_rebuilt, (function, host, places, plain), *rest) if places else (function, args, *rest)
 
     def __setstate__(self: nn.Module, state: Any) -> None:
         host.__setstate__(self, state)
-        self.__dict__.pop(PLAN, None)
+        save = self.__dict__.pop(PLAN, None)
         recipe = decide(self, tails=True)  # it was fused: as what it is, or else for its tail
         if recipe is not None and not isinstance(recipe, str):
             self.__dict__[PLAN] = make_plan(self, recipe)
+            if isinstance(save, str):
+                set_save(self, save)
 
     attributes = {
         **functions,
@@ -176,10 +179,13 @@ def _as_of_host(cls: type[nn.Module], host: type[nn.Module]) -> type[nn.Module]:
     return derived
 
 
-def _without_plan(part: Any) -> Any:
+def _without_plan(part: Any, save: str | None = None) -> Any:
+    """The state without the plan; save: what is there in its place, for `__setstate__`."""
     if isinstance(part, tuple):
-        return tuple(map(_without_plan, part))
-    return {k: v for k, v in part.items() if k != PLAN} if type(part) is dict and PLAN in part else part
+        return tuple(_without_plan(p, save) for p in part)
+    if type(part) is not dict or PLAN not in part:
+        return part
+    return {k: save if k == PLAN else v for k, v in part.items() if k != PLAN or save == "least"}
 
 
 def _rebuilt(function: Any, host: type[nn.Module], places: tuple[int, ...], args: tuple[Any, ...]) -> Any:
@@ -195,7 +201,23 @@ def swap(block: nn.Module, recipe: Recipe) -> None:
     """
     if host_class(block) is None:  # else it has the fused class, or one derived from that
         block.__class__ = fused_class(type(block))  # without a plan it is as the host's
+    before = save_of(block)
     block.__dict__[PLAN] = make_plan(block, recipe)
+    if before is not None:
+        set_save(block, before)
+
+
+def save_of(block: nn.Module) -> str | None:
+    """What the layers of a block with tails keep; None: it has none."""
+    plan = plan_of(block)
+    return plan.recipe.save if plan is not None and isinstance(plan.recipe, OwnLayers) else None
+
+
+def set_save(block: nn.Module, save: str) -> None:
+    """Have the layers of a block, if it has tails, keep this."""
+    plan = plan_of(block)
+    if plan is not None and isinstance(plan.recipe, OwnLayers) and plan.recipe.save not in (None, save):
+        block.__dict__[PLAN] = replace(plan, recipe=replace(plan.recipe, save=save))
 
 
 def restore(block: nn.Module) -> None:

@@ -3,6 +3,10 @@
 An adapter here is for a whole residual block of a host library. The block's convolutions, its shortcut and what it
 drops run as they are; a tail's layers are bypassed, and read at every call. The block's other BatchNorms are one op
 with the activation behind them in training, where that spares passes and, with any activation but a ReLU, a map.
+
+Where the block is to save the least, its convolutions keep how their inputs are made again (ops/remake.py): those that
+an op here gives, and the sum of the block before, where that keeps its shortcut anyway: of maps that are sums of each
+other every second one.
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...codes import FUNCTIONS
 from ...nn.normalised import norm_gate
 from ...nn.pointwise import is_hooked
+from ...ops.remake import is_kept, through
 from ...reference.block_attention import affine_of, uses_batch_statistics
 from ...reference.channel_gate import excite
 from ..hosts.registry import TAILS, recognise, register
@@ -48,19 +54,29 @@ class Tail:
     parameters: Paths = ()
     drop: str | None = None
 
-    def __call__(self, block: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, block: nn.Module, x: Tensor, residual: Tensor | None = None, shortcut: Tensor | None = None
+    ) -> Tensor:
+        """shortcut: the map that the block was called with."""
         drop = None if self.drop is None else layer_at(block, self.drop)
         dropping = drop is not None and drop.training
         # Of two dtypes: autocast, and a shortcut that it left alone.
         if residual is None or (residual.dtype == x.dtype and not dropping):
-            return self._run(block, x, residual, self.post_activation)
-        y = self._run(block, x, None, "identity")
+            again = residual is None or (residual is shortcut and self.forgets and is_kept(residual))
+            return self._run(block, x, residual, self.post_activation, again)
+        y = self._run(block, x, None, "identity", False)
         if drop is not None:
             y = drop(y)
         y = y + residual
         return FUNCTIONS[self.post_activation](y.to(x.dtype) if self.in_place else y)
 
-    def _run(self, block: nn.Module, x: Tensor, residual: Tensor | None, post_activation: str) -> Tensor:
+    @property
+    def forgets(self) -> bool:
+        """Whether its backward does not need the residual."""
+        return self.post_activation in ("identity", "relu")
+
+    def _run(self, block: nn.Module, x: Tensor, residual: Tensor | None, post_activation: str, again: bool) -> Tensor:
+        """again: what layers keep of the result may be how it is made again."""
         norm = layer_at(block, self.norm)
         if residual is None and self.gate is None and self.activation == post_activation == "identity":
             return norm(x)  # there is nothing to fuse it with
@@ -75,6 +91,7 @@ class Tail:
                 common.update(affine=affine_of(norm), pre_activation=self.activation)
             return run_gate(gate, self.recipe, parameters_of(gate, self.parameters), x, **common)
         excitation = None if gate is None else self._excitation(gate)
+        common["save"] = "least" if again and saves_least(block) else "all"
         return norm_gate(norm, x, activation=self.activation, excitation=excitation, group=_group(norm), **common)
 
     def _excitation(self, gate: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -96,17 +113,31 @@ class Tail:
 class Pair:
     """A BatchNorm and the activation behind it, in a block that has a tail. With running statistics the layers run as
     they are: the BatchNorm would have to be folded at every call, which on small maps costs more than the two passes
-    that it spares. tail: None where they always do."""
+    that it spares; unless that would keep a map more. tail: None where they always do."""
 
     layers: tuple[str, ...]
     tail: Tail | None
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.tail is not None and uses_batch_statistics(layer_at(block, self.tail.norm)):
+        if self.tail is not None and (uses_batch_statistics(layer_at(block, self.tail.norm)) or spares(block)):
             return self.tail(block, x)
         for path in self.layers:
             x = layer_at(block, path)(x)
         return x
+
+
+def saves_least(block: nn.Module) -> bool:
+    plan = plan_of(block)
+    return plan is not None and isinstance(plan.recipe, OwnLayers) and plan.recipe.save == "least"
+
+
+def spares(block: nn.Module) -> bool:
+    """Whether it matters now what a block keeps, and it is to be the least."""
+    return torch.is_grad_enabled() and saves_least(block) and not torch.compiler.is_compiling()
+
+
+def _call(block: nn.Module, layer: Any, y: Tensor) -> Tensor:
+    return through(layer, y) if spares(block) else layer(y)
 
 
 def _is_in_norm_gate(recipe: Recipe | None) -> bool:
@@ -211,6 +242,7 @@ def _recipe(
         bypassed=bypassed + tuple(path for tail in present for path in tail.bypassed),
         covers=tuple(tail.gate for tail in present if tail.gate is not None),
         rank=None,
+        save="all",
     )
 
 
@@ -239,11 +271,11 @@ def resnet(block: Any) -> Recipe | str:
     pairs.append(_pair(block, f"bn{last - 1}", f"act{last - 1}", between="drop_block"))
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = pairs[0](block, block.conv1(x))
+        y = pairs[0](block, _call(block, block.conv1, x))
         if last == 3:
-            y = pairs[1](block, block.conv2(y))
-        y = layer_at(block, f"conv{last}")(block.aa(y))
-        return tail(block, y, x if block.downsample is None else block.downsample(x))
+            y = pairs[1](block, _call(block, block.conv2, y))
+        y = _call(block, layer_at(block, f"conv{last}"), _call(block, block.aa, y))
+        return tail(block, y, x if block.downsample is None else _call(block, block.downsample, x), x)
 
     return _recipe(forward, *pairs, tail)
 
@@ -259,8 +291,9 @@ def senet(block: Any) -> Recipe | str:
     first, second = _pair(block, "bn1", "relu"), _pair(block, "bn2", "relu")
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = block.conv3(second(block, block.conv2(first(block, block.conv1(x)))))
-        return tail(block, y, x if block.downsample is None else block.downsample(x))
+        y = first(block, _call(block, block.conv1, x))
+        y = _call(block, block.conv3, second(block, _call(block, block.conv2, y)))
+        return tail(block, y, x if block.downsample is None else _call(block, block.downsample, x), x)
 
     return _recipe(forward, first, second, tail)
 
@@ -273,8 +306,8 @@ def senet_basic(block: Any) -> Recipe | str:
     first = _pair(block, "bn1", "relu")
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = block.conv2(first(block, block.conv1(x)))
-        return tail(block, y, x if block.downsample is None else block.downsample(x))
+        y = _call(block, block.conv2, first(block, _call(block, block.conv1, x)))
+        return tail(block, y, x if block.downsample is None else _call(block, block.downsample, x), x)
 
     return _recipe(forward, first, tail)
 
@@ -296,11 +329,11 @@ def regnet(block: Any) -> Recipe | str:
     first = _pair(block, "conv1.bn", inside=("conv1",))
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        y = block.conv1(x) if first.tail is None else first(block, block.conv1.conv(x))
-        y = middle(block, block.conv2.conv(y))
+        y = _call(block, block.conv1, x) if first.tail is None else first(block, _call(block, block.conv1.conv, x))
+        y = middle(block, _call(block, block.conv2.conv, y))
         if end is not None:
-            return end(block, block.conv3.conv(y), block.downsample(x))
-        return block.act3(block.conv3(y))
+            return end(block, _call(block, block.conv3.conv, y), _call(block, block.downsample, x), x)
+        return block.act3(_call(block, block.conv3, y))
 
     return _recipe(forward, first, middle, end, bypassed=("conv2",) if end is None else ("conv2", "conv3"))
 
@@ -330,12 +363,12 @@ def efficientnet(block: Any) -> Recipe | str:
     def forward(block: Any, x: Tensor) -> Tensor:
         y = x
         if to_depth is not None:
-            y = to_depth(block, block.conv_s2d(y))
+            y = to_depth(block, _call(block, block.conv_s2d, y))
         if first is not None:
-            y = first(block, block.conv_pw(y))
-        y = middle(block, block.conv_dw(y))
-        y = block.conv_pwl(y) if expands else block.conv_pw(y)
-        return last(block, y) if end is None else end(block, y, x)
+            y = first(block, _call(block, block.conv_pw, y))
+        y = middle(block, _call(block, block.conv_dw, y))
+        y = _call(block, block.conv_pwl if expands else block.conv_pw, y)
+        return last(block, y) if end is None else end(block, y, x, x)
 
     return _recipe(forward, to_depth, first, middle, last if end is None else end, bypassed=("aa",))
 
@@ -394,19 +427,16 @@ def _run_chain(block: nn.Module, path: str, chain: _Chain, x: Tensor, residual: 
     layers = layer_at(block, path)._modules
     pairs, tails = chain.pairs, chain.tails
     gates = {tail.gate for tail in tails.values()}
-    last = next(reversed(layers))
+    last, y = next(reversed(layers)), x
     for name, layer in layers.items():
         if f"{path}.{name}" in gates:
             continue
+        y = _call(block, layer[0] if name in pairs or name in tails else layer, y)
         if name in pairs:
-            x = pairs[name](block, layer[0](x))
-        elif name not in tails:
-            x = layer(x)
-        elif name != last:
-            x = tails[name](block, layer[0](x))
-        else:
-            x = tails[name](block, layer[0](x), None if residual is None else residual())
-    return x
+            y = pairs[name](block, y)
+        elif name in tails:
+            y = tails[name](block, y, residual() if name == last and residual is not None else None, x)
+    return y
 
 
 @register("torchvision.models.mobilenetv3.InvertedResidual", "torchvision.models.efficientnet.MBConv", adapters=TAILS)
@@ -439,7 +469,7 @@ def torchvision_regnet(block: Any) -> Recipe | str:
     chain.tails[last] = replace(chain.tails[last], post_activation=post, in_place=False)
 
     def forward(block: Any, x: Tensor) -> Tensor:
-        return _run_chain(block, "f", chain, x, lambda: x if block.proj is None else block.proj(x))
+        return _run_chain(block, "f", chain, x, lambda: x if block.proj is None else _call(block, block.proj, x))
 
     return chain.recipe(forward, "activation")
 
@@ -477,7 +507,8 @@ def monai(block: Any) -> Recipe | str:
     def forward(block: Any, x: Tensor) -> Tensor:
         y = x
         for layers, pair in zip((block.conv1, block.conv2), pairs, strict=True):
-            y = layers(y) if pair.tail is None else pair(block, layers.conv(y))
-        return tail(block, block.conv3.conv(y), block.project(x))
+            y = _call(block, layers if pair.tail is None else layers.conv, y)
+            y = y if pair.tail is None else pair(block, y)
+        return tail(block, _call(block, block.conv3.conv, y), _call(block, block.project, x), x)
 
     return _recipe(forward, *pairs, tail, bypassed=("conv3", "conv3.adn"))
