@@ -2,7 +2,17 @@
 // they exist without this library; csrc/cuda registers its own.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/map.h"
 #include "cpu/ops.h"
+
+namespace {
+// What it was before.
+bool fresh_memory(bool by_torch) { return fused_attn::cpu::memory_by_torch.exchange(by_torch); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_attn, CompositeExplicitAutograd, m) {
+    m.impl("fresh_memory", TORCH_BOX(&fresh_memory));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("squeeze.cpu", TORCH_BOX(&fused_attn::cpu::squeeze));
@@ -25,6 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_attn, CPU, m) {
     m.impl("simam_backward.cpu", TORCH_BOX(&fused_attn::cpu::simam_backward));
     m.impl("moments.cpu", TORCH_BOX(&fused_attn::cpu::moments));
     m.impl("norm_coefficients.cpu", TORCH_BOX(&fused_attn::cpu::norm_coefficients));
+    m.impl("norm_running.cpu", TORCH_BOX(&fused_attn::cpu::norm_running));
     m.impl("norm_scale.cpu", TORCH_BOX(&fused_attn::cpu::norm_scale));
     m.impl("norm_scale_into.cpu", TORCH_BOX(&fused_attn::cpu::norm_scale_into));
     m.impl("norm_dots.cpu", TORCH_BOX(&fused_attn::cpu::norm_dots));

@@ -149,6 +149,8 @@ def unavailable(name: str, op: str, device: str) -> str | None:
 #: Types of tensors that are nothing but their numbers: torch's own fakes stand for such.
 PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 _PLAIN_OR_ABSENT = PLAIN | {type(None)}
+_is_compiling, _any_autocast = torch.compiler.is_compiling, torch._C._is_any_autocast_enabled
+_in_dynamo = torch.compiler.is_dynamo_compiling
 _in_functorch, _jit_tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
@@ -161,6 +163,8 @@ def is_ordinary(x: Tensor) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device; torch knows of none on "meta"."""
+    if not (_is_compiling() or _any_autocast()):
+        return False
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
@@ -201,6 +205,48 @@ def unforced() -> Iterator[None]:
         yield
     finally:
         _thread.unforced = before
+
+
+#: Types of tensors with numbers of their own.
+_VALUED = frozenset({Tensor, nn.Parameter})
+_WIDE = frozenset({torch.float32, torch.float64})
+
+
+class _Small:
+    """Bytes of a map up to which a block of several operators costs more in calls than its passes save."""
+
+    most: int = 1 << 14
+
+
+def is_small(x: Any, bytes_made: int = 0) -> bool:
+    """Whether x is so small a map that plain PyTorch serves blocks better that are not one operator here: in eager mode
+    on the CPU, in dtypes where that rounds no worse, unless a backend was asked for. bytes_made: of what is made on the
+    way."""
+    return (
+        not _in_dynamo()
+        and type(x) in _VALUED
+        and x.nbytes <= _Small.most >= bytes_made
+        and x.dtype in _WIDE
+        and x.is_cpu
+        and _Forced.name is None
+        and not _any_autocast()
+    )
+
+
+def is_small_for_batch_norm(x: Any) -> bool:
+    """The same for a BatchNorm: of one sample torch 2.13's has wrong gradients where these lie otherwise than x."""
+    return is_small(x) and (x.shape[0] > 1 or x.is_contiguous() or not torch.is_grad_enabled())
+
+
+@contextlib.contextmanager
+def small_as_large() -> Iterator[None]:
+    """Within the context (process-wide) small maps are served as large ones."""
+    before = _Small.most
+    _Small.most = -1
+    try:
+        yield
+    finally:
+        _Small.most = before
 
 
 @contextlib.contextmanager
@@ -337,10 +383,6 @@ def default(op: str, device: str) -> tuple[str, str]:
     if others:
         shown += f"; in {len(others)} of {len(verdicts)} cases {others[0].backend}: {others[0].why}"
     return name, shown
-
-
-_is_compiling = torch.compiler.is_compiling
-_VALUED = frozenset({Tensor, nn.Parameter})
 
 
 def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tensor | None, ...] = ()) -> str:

@@ -22,7 +22,7 @@ except ImportError as error:
 import torch
 
 from . import __version__, demo, info, verify, viz
-from .bench import blocks, memory, models
+from .bench import blocks, calls, memory, models
 from .bench.measure import Figure, copy_bandwidth, environment, geometric_means, keep_freed_memory
 from .fusion import explain, fuse
 from .fusion.difference import differences
@@ -244,6 +244,7 @@ MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default
 @options(
     click.option("--blocks/--no-blocks", "with_blocks", default=True, help="Measure blocks. Default: yes."),
     click.option("--models/--no-models", "with_models", default=True, help="Measure networks. Default: yes."),
+    click.option("--calls", "with_calls", is_flag=True, help="What a call of each block costs, on a small map."),
     click.option("--ops", default="se,eca", help=f"Blocks: of {', '.join(blocks.BLOCKS)}. Default: se,eca."),
     click.option(
         "--shapes", default=None, help=f"{', '.join(blocks.SHAPES)}, or BxCxHxW[,BxCxHxW...]. Default: by block."
@@ -266,6 +267,7 @@ MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default
 def bench_command(
     with_blocks: bool,
     with_models: bool,
+    with_calls: bool,
     ops: str,
     shapes: str | None,
     dtype: str,
@@ -309,7 +311,7 @@ def bench_command(
     try:
         facts["copy bytes a second"] = copy = copy_bandwidth(place, 1 << (22 if quick else 28))
         jobs = sum(len(of_block) + 1 for of_block in sizes.values()) * with_blocks
-        jobs += len(split) * (with_models + with_memory)
+        jobs += len(split) * (with_models + with_memory) + len(calls.NAMES) * with_calls
         with progress(jobs) as advance:
             if with_blocks:
                 for name in names:
@@ -327,6 +329,10 @@ def bench_command(
                         )
                     advance(f"{name}, call overhead")
                     figures += blocks.measure_overhead(name, place, min(budget, 0.5))
+            if with_calls:
+                for name in calls.NAMES:
+                    advance(name)
+                    figures += calls.measure_calls(name, min(budget, 1.0))
             if with_models:
                 for attention, plain in split:
                     advance(attention)
@@ -375,8 +381,25 @@ def write_json(path: Path, facts: dict[str, Any], figures: list[Figure], complet
 
 def show_figures(figures: list[Figure], facts: dict[str, Any]) -> None:
     show_blocks([f for f in figures if "block" in f.case], facts)
+    show_calls([f for f in figures if "call" in f.case])
     show_taxes([f for f in figures if "attention tax" in f.facts])
     show_memory([f for f in figures if "kept bytes" in f.facts])
+
+
+def show_calls(figures: list[Figure]) -> None:
+    if not figures:
+        return
+    rows = [
+        [
+            str(f.case["call"]),
+            str(f.case["pass"]) + ("" if f.case["training"] else ", eval"),
+            *(f"{1e6 * f.timings[n].median:.1f} ±{100 * f.timings[n].spread / 2:.0f}%" for n in ("eager", "fused")),
+            f"{1 / f.ratio('eager'):.2f}x",
+        ]
+        for f in figures
+    ]
+    shape = "x".join(map(str, calls.SHAPE))
+    table(f"a call on {shape}, one thread", ["block", "pass", "eager µs", "fused µs", "fused / eager"], rows)
 
 
 def show_blocks(figures: list[Figure], facts: dict[str, Any]) -> None:

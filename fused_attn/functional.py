@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import are_plain, autocasts, choose, forced, is_ordinary
+from .backends import are_plain, autocasts, choose, forced, is_ordinary, is_small, is_small_for_batch_norm
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
 from .ops.remake import SAVES
@@ -72,7 +72,7 @@ def squeeze(
     autocast = _check_map(x)
     _check_pool(x, pool)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = _choose("squeeze", codes, x, weight, bias)
+    backend = "reference" if is_small(x) else _choose("squeeze", codes, x, weight, bias)
     if backend == "reference":
         return reference.squeeze(x, pool, ties=ties, affine=affine, pre_activation=pre_activation)
     avg, peak = ops.squeeze(backend, x, weight, bias, *codes)
@@ -114,7 +114,11 @@ def scale(
         )
     weight, bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = _choose("scale/space" if of_space else "scale", codes, x, gate, weight, bias, residual)
+    backend = (
+        "reference"
+        if is_small(x)
+        else _choose("scale/space" if of_space else "scale", codes, x, gate, weight, bias, residual)
+    )
     if backend == "reference":
         return reference.scale(
             x,
@@ -198,7 +202,7 @@ def mixed_scale(
         raise ValueError(f"combine: expected channel and spatial for {combine!r}; got {', '.join(given) or 'no gate'}")
     if not given:
         raise ValueError("channel: expected at least one gate; got None for all")
-    backend = _choose("mixed_scale", (number,), x, channel, spatial, rows, columns)
+    backend = "reference" if is_small(x) else _choose("mixed_scale", (number,), x, channel, spatial, rows, columns)
     if backend == "reference":
         return reference.mixed_scale(x, channel=channel, spatial=spatial, rows=rows, columns=columns, combine=combine)
     return ops.mixed_scale(backend, x, channel, spatial, rows, columns, number)
@@ -282,6 +286,12 @@ def channel_gate(
     return ops.channel_gate(backend, x, *tensors, *codes)
 
 
+def _in_order(grad: Tensor) -> Tensor:
+    """For torch 2.13's BatchNorm, whose gradients of one NCHW sample are wrong where those that come to it lie
+    otherwise."""
+    return grad.contiguous()
+
+
 def norm_gate(
     x: Tensor,
     weight: Tensor | None = None,
@@ -337,10 +347,11 @@ def norm_gate(
     codes = code(ACTIVATIONS, "activation", activation), code(ACTIVATIONS, "post_activation", post_activation)
     least = code(SAVES, "save", save) == SAVES["least"]
     autocast = _check_map(x)
-    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, parameter in parameters.items():
+    parameters = weight, bias, running_mean, running_var
+    names, shape = ("weight", "bias", "running_mean", "running_var"), (x.shape[1],)
+    for name, parameter in zip(names, parameters, strict=True):
         if parameter is not None:
-            _check_parameter(name, parameter, (x.shape[1],), x, autocast or parameter.dtype == torch.float32)
+            _check_parameter(name, parameter, shape, x, autocast or parameter.dtype == torch.float32)
     _check_residual(x, residual)
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean: expected running_mean and running_var where it is not training; got None")
@@ -357,15 +368,21 @@ def norm_gate(
     def checked_excitation(descriptor: Tensor) -> Tensor:
         assert excitation is not None
         gate = excitation(descriptor)
+        if isinstance(gate, Tensor) and gate.dtype == x.dtype and gate.device == x.device and gate.shape == x.shape[:2]:
+            return gate  # as most are
         _check_tensor("excitation", gate, x)
         if gate.shape[:2] != x.shape[:2] or gate.numel() != x.shape[0] * x.shape[1]:
             raise ValueError(f"excitation: expected it to return {tuple(x.shape[:2])}; got {tuple(gate.shape)}")
         return gate.flatten(1)
 
     excite = None if excitation is None else checked_excitation
-    backend = _choose("norm_gate", (*codes, training, excitation is not None), x, *parameters.values(), residual)
+    small = x.dtype == torch.float32 and is_small_for_batch_norm(x)  # of others the parameters may be float32
+    if small:
+        backend = "reference"
+    else:
+        backend = _choose("norm_gate", (*codes, training, excitation is not None), x, *parameters, residual)
     if backend == "reference" or x.numel() == 0:
-        return reference.norm_gate(
+        y = reference.norm_gate(
             x,
             weight,
             bias,
@@ -381,6 +398,9 @@ def norm_gate(
             group=group,
             inplace=over is not None,
         )
+        if small and x.shape[0] == 1 and y.requires_grad:
+            y.register_hook(_in_order)
+        return y
     statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
 
     def keep(mean: Tensor, variance: Tensor) -> None:
@@ -428,7 +448,7 @@ def channel_pool(
     autocast = _check_map(x)
     _check_channel_pool(x)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = _choose("channel_pool", codes, x, weight, bias)
+    backend = "reference" if is_small(x) else _choose("channel_pool", codes, x, weight, bias)
     if backend == "reference":
         return reference.channel_pool(x, order=order, ties=ties, affine=affine, pre_activation=pre_activation)
     return ops.channel_pool(backend, x, weight, bias, *codes)
@@ -771,7 +791,7 @@ def axis_pool_with_map(
     ties_code = code(TIES, "ties", ties)
     _check_map(x)
     _check_axis_pool(x, maxima, channels)
-    backend = _choose("axis_pool", (maxima, channels, ties_code), x)
+    backend = "reference" if is_small(x) else _choose("axis_pool", (maxima, channels, ties_code), x)
     if backend == "reference":
         return reference.axis_pool_with_map(x, maxima=maxima, channels=channels, ties=ties)
     return ops.axis_pool(backend, x, int(maxima), int(channels), ties_code)
@@ -1068,7 +1088,8 @@ def _check_affine(x: Tensor, affine: Affine | None, autocast: bool) -> tuple[Ten
 def _check_residual(x: Tensor, residual: Tensor | None) -> None:
     if residual is None:
         return
-    _check_tensor("residual", residual, x)
+    if not isinstance(residual, Tensor) or residual.dtype != x.dtype or residual.device != x.device:
+        _check_tensor("residual", residual, x)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected x's shape, {tuple(x.shape)}; got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:

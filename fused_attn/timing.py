@@ -45,11 +45,12 @@ def interleaved(
     budget: float = 2.0,
     least: int = 7,
     most: int = 200,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Run the candidates in turn until each has `least` repetitions and `budget` seconds are spent.
 
-    The order is turned round at every repetition, so that none always follows the same one. Wall time, the device
-    synchronised before and after.
+    The order is turned round at every repetition, so that none always follows the same one. Wall time, or that of
+    another clock, the device synchronised before and after.
     """
     for call in candidates.values():
         for _ in range(3):
@@ -63,10 +64,10 @@ def interleaved(
         for repetition in range(most):
             for name, call in order if repetition % 2 else reversed(order):
                 synchronize(device)
-                begin = time.perf_counter()
+                begin = clock()
                 call()
                 synchronize(device)
-                timings[name].seconds.append(time.perf_counter() - begin)
+                timings[name].seconds.append(clock() - begin)
             if repetition + 1 >= least and time.perf_counter() - start > budget:
                 break
     finally:

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before fused_attn is imported: backend("triton") then runs on the CPU
 
+from fused_attn.backends import small_as_large
 from fused_attn.hosts import define_torchvision_operators
+from fused_attn.ops.common import fresh_memory_by_torch
 from tests.covering import mark_long
 
 too_slow = [HealthCheck.too_slow]  # a busy machine is not an error
@@ -62,9 +64,18 @@ def fresh_memory_is_nan():
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
+    by_torch = fresh_memory_by_torch(True)
     yield
+    fresh_memory_by_torch(by_torch)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_maps_run_fused():
+    """Tests are on small maps, and of what large ones run; `tests/test_calls.py` is of small ones."""
+    with small_as_large():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,7 @@ Tensor empty_result(const Inputs<T>& in) {
     shape[1] = in.value.channels;
     const auto of_value = in.value_dense.sizes();
     if (std::equal(shape.begin(), shape.end(), of_value.begin(), of_value.end())) return empty_map<T>(in.value_dense);
-    Tensor out = empty_tensor(in.query_dense, shape, in.query_dense.scalar_type());
+    Tensor out = empty_tensor(shape, in.query_dense.scalar_type());
     prefer_huge_pages(out, sizeof(T));
     return out;
 }
@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor> position_attention(const Tensor& query, const Tensor&
         const int64_t positions = in.query.positions, queries = sizes<T>().queries;
         const int64_t blocks = ceil_div(positions, queries);
         Tensor out = empty_result(in);
-        Tensor state = empty_tensor(query, {in.query.batch, 2, positions}, kScalarType<A>);
+        Tensor state = empty_tensor({in.query.batch, 2, positions}, kScalarType<A>);
         if (in.key.positions == 0) zero(out, sizeof(T));
         if (in.key.positions == 0) zero(state, sizeof(A));
         if (out.numel() == 0 || in.key.positions == 0) return std::make_tuple(out, state);

@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> axis_pool(const Tenso
         const auto [batch, depth, height, width] =
             std::make_tuple(shape.batch, shape.channels, shape.height, shape.width);
         auto make = [&](bool wanted, std::vector<int64_t> sizes, ScalarType dtype) {
-            return wanted ? empty_tensor(x, sizes, dtype) : empty_tensor(x, {0}, dtype);
+            return wanted ? empty_tensor(sizes, dtype) : empty_tensor({0}, dtype);
         };
         auto index = [&](bool wanted, std::vector<int64_t> sizes) { return make(wanted, sizes, ScalarType::Int); };
         using Sizes = std::vector<int64_t>;

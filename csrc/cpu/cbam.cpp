@@ -26,10 +26,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam(
         const Prologue<A> prologue = affine.prologue(pre_activation);
         const Excitation<A> excitation(x.channels, weight1, bias1, weight2, bias2, layer, activation);
         ChannelGates<T> gates(x, excitation, pool, channel_ties, channel_gate);
-        auto [channel_state, channel_index] = gates.empty(x_in);
+        auto [channel_state, channel_index] = gates.empty();
         gates.use(channel_state, channel_index);
         const SpatialConvolution<A> convolution(x_in, spatial_weight, spatial_bias, mean_first);
-        LogitNorm<A> norm(x_in, norm_weight, norm_bias, eps);
+        LogitNorm<A> norm(norm_weight, norm_bias, eps);
         auto [state, index] = empty_space_state<A>(x_in, bool(norm));
         const SpatialGate<T> space(x, prologue, gates.gates(), convolution, spatial_ties, spatial_gate, state, index);
 
@@ -88,7 +88,7 @@ cbam_backward(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& y
         ChannelGates<T> gates(x, excitation, pool, channel_ties, channel_gate);
         gates.use(channel_state, channel_index);
         gates.prepare_backward();
-        LogitNorm<A> norm(x_in, norm_weight, norm_bias, eps, statistics);
+        LogitNorm<A> norm(norm_weight, norm_bias, eps, statistics);
         const SpatialConvolution<A> convolution(x_in, spatial_weight, spatial_bias, mean_first);
         const SpatialGate<T> space(x, affine.prologue(pre_activation), gates.gates(), convolution, spatial_ties,
                                    spatial_gate, state, index);

@@ -29,10 +29,10 @@ class ChannelGates {
           gates_(std::max<int64_t>(1, batch_ * channels_)) {}
 
     // (state, index) for `use`.
-    std::tuple<Tensor, Tensor> empty(const Tensor& x) const {
+    std::tuple<Tensor, Tensor> empty() const {
         const std::vector<int64_t> none = {0}, descriptor = {batch_, channels_};
-        return {empty_tensor(x, {batch_, width_}, kScalarType<A>),
-                empty_tensor(x, pool_ == kAvg ? none : descriptor, ScalarType::Int)};
+        return {empty_tensor({batch_, width_}, kScalarType<A>),
+                empty_tensor(pool_ == kAvg ? none : descriptor, ScalarType::Int)};
     }
     void use(const Tensor& state, const Tensor& index) {
         state_ = in_order(state), index_ = in_order(index);

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_gate(const Tensor& x_in, const Option
         const AffineValues<A> affine(affine_weight, affine_bias);
         const Prologue<A> prologue = affine.prologue(pre_activation);
         ChannelGates<T> gates(x, excitation, pool, ties, gate);
-        auto [state, index] = gates.empty(x_in);
+        auto [state, index] = gates.empty();
         gates.use(state, index);
 
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), elements);

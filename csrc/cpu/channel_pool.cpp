@@ -15,9 +15,9 @@ std::tuple<Tensor, Tensor> channel_pool(const Tensor& x_in, const OptionalTensor
         const MapView<T> x(x_dense);
         std::vector<int64_t> shape(x_in.sizes().begin(), x_in.sizes().end());
         shape[1] = 2;
-        Tensor pooled = empty_tensor(x_in, shape, x_in.scalar_type());
+        Tensor pooled = empty_tensor(shape, x_in.scalar_type());
         shape.erase(shape.begin() + 1);
-        Tensor index = empty_tensor(x_in, shape, ScalarType::Int);
+        Tensor index = empty_tensor(shape, ScalarType::Int);
         T* out = static_cast<T*>(pooled.data_ptr());
         int32_t* tags = static_cast<int32_t*>(index.data_ptr());
         const int64_t pieces = space_pieces(x), n = x.positions;

@@ -32,9 +32,9 @@ std::tuple<Tensor, Tensor, Tensor> context_pool(const Tensor& x_in, const Tensor
         using A = Accumulator<T>;
         const Tensor x_dense = dense_map(x_in);
         const MapView<T> x(x_dense);
-        Tensor context = empty_tensor(x_in, {x.batch, x.channels}, x_in.scalar_type());
-        Tensor mean = empty_tensor(x_in, {x.batch, x.channels}, kScalarType<A>);
-        Tensor shares = empty_tensor(x_in, {x.batch, x.positions}, kScalarType<A>);
+        Tensor context = empty_tensor({x.batch, x.channels}, x_in.scalar_type());
+        Tensor mean = empty_tensor({x.batch, x.channels}, kScalarType<A>);
+        Tensor shares = empty_tensor({x.batch, x.positions}, kScalarType<A>);
         A *const means = static_cast<A*>(mean.data_ptr()), *const logits = static_cast<A*>(shares.data_ptr());
         T* const out = static_cast<T*>(context.data_ptr());
         const Values<A> weights(weight), biases(bias);

@@ -341,7 +341,7 @@ std::tuple<Tensor, Tensor> criss_cross_attention(const Tensor& query, const Tens
         using A = Accumulator<T>;
         const Inputs<T> in(query, key, value);
         const Result<T> out(in.value_map);
-        Tensor state = empty_tensor(query, {in.batch(), 2, in.height * in.width}, kScalarType<A>);
+        Tensor state = empty_tensor({in.batch(), 2, in.height * in.width}, kScalarType<A>);
         if (out.tensor.numel() == 0)
             zero(state, sizeof(A));
         else

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -70,9 +71,38 @@ inline void prefer_huge_pages(const Tensor& map, int64_t itemsize) {
 #endif
 }
 
+// Whether torch's own `empty` makes the tensors here: it fills them where uninitialised memory is asked to show.
+inline std::atomic<bool> memory_by_torch{false};
+
+// A new tensor on the CPU, past the dispatcher, whose way there by an operator's name takes longer than the allocation:
+// of a small map that was a third of an operator's time.
+inline Tensor allocate(int64_t axes, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        axes, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+}
+
+// Of these sizes, contiguous.
+inline Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+    if (memory_by_torch) return torch::stable::empty(sizes, dtype);
+    constexpr size_t kMostAxes = 8;
+    STD_TORCH_CHECK(sizes.size() <= kMostAxes, "fused_attn: expected at most 8 axes");
+    int64_t strides[kMostAxes];
+    int64_t stride = 1;
+    for (size_t axis = sizes.size(); axis-- > 0;) {
+        strides[axis] = stride;
+        stride *= std::max<int64_t>(1, sizes[axis]);
+    }
+    return allocate(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype);
+}
+
 template <class T>
 Tensor empty_map(const Tensor& dense) {
-    Tensor map = torch::stable::empty_like(dense);
+    Tensor map = memory_by_torch
+                     ? torch::stable::empty_like(dense)
+                     : allocate(dense.dim(), dense.sizes().data(), dense.strides().data(), dense.scalar_type());
     prefer_huge_pages(map, sizeof(T));
     return map;
 }
@@ -201,19 +231,14 @@ void write_values(const A* values, const Tensor& to) {
             return copy(static_cast<float*>(to.data_ptr()));
     }
 }
-inline Tensor contiguous_like(const Tensor& like) {
-    return torch::stable::empty(like.sizes(), like.scalar_type(), std::nullopt, like.device());
-}
+inline Tensor contiguous_like(const Tensor& like) { return allocate(like.sizes(), like.scalar_type()); }
 template <class A>
 constexpr ScalarType kScalarType = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
-inline Tensor empty_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, like.device());
+inline Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
+    return allocate({shape.data(), shape.size()}, dtype);
 }
-inline Tensor no_tensor(const Tensor& like) {
-    const int64_t zero = 0;
-    return torch::stable::empty({&zero, 1}, like.scalar_type(), std::nullopt, like.device());
-}
+inline Tensor no_tensor(const Tensor& like) { return empty_tensor({0}, like.scalar_type()); }
 // The gradient of an optional input, of size (0,) without it: fill(p) writes its numbers, in place where its
 // dtype is A.
 template <class A, class F>
@@ -260,8 +285,10 @@ constexpr int64_t kSerialElements = 1 << 15;
 // Calls body(begin, end) for ranges that cover 0..count, on torch's threads.
 template <class F>
 void parallel_ranges(int64_t count, int64_t elements, const F& body) {
-    const int64_t grain = elements < kSerialElements ? std::max<int64_t>(1, count) : 1;
-    torch::stable::parallel_for(0, count, grain, body);
+    if (elements >= kSerialElements)
+        torch::stable::parallel_for(0, count, 1, body);
+    else if (count > 0)
+        body(int64_t(0), count);
 }
 // Calls body(0), ..., body(count - 1) on torch's threads.
 template <class F>

@@ -2,7 +2,7 @@
 // (and the residual), writes y, and one bit an element for the backward of a ReLU. norm_dots: reads grad and x (and the
 // bits or the residual), writes grad_residual where there is a post activation. norm_gradients: reads grad and x,
 // writes grad_x. What lies between them, norm_coefficients and norm_factors, is numbers a channel of each sample: no
-// map.
+// map. norm_running: the coefficients where the statistics are the running ones.
 #include "ops.h"
 #include "passes.h"
 
@@ -58,8 +58,8 @@ Tensor scale_into(const Tensor& y, const Tensor& x_dense, const OptionalTensor& 
     const MapView<T> x(x_dense);
     const Values<A> norm(norm_in);
     const Gates<A> gate(gate_in, x.channels);
-    Tensor bits = keep_bits ? empty_tensor(x_dense, {x.batch, x.axis_length(), bytes_a_row(x)}, ScalarType::Byte)
-                            : empty_tensor(x_dense, {0}, ScalarType::Byte);
+    Tensor bits = keep_bits ? empty_tensor({x.batch, x.axis_length(), bytes_a_row(x)}, ScalarType::Byte)
+                            : empty_tensor({0}, ScalarType::Byte);
     uint8_t* row_bits = keep_bits ? static_cast<uint8_t*>(bits.data_ptr()) : nullptr;
     T* out = static_cast<T*>(y.data_ptr());
     const int64_t elements = x.batch * x.sample_size();
@@ -109,7 +109,7 @@ Tensor moments(const Tensor& x_in) {
         using A = Accumulator<T>;
         const Tensor x_dense = dense_map(x_in);
         const MapView<T> x(x_dense);
-        Tensor out = empty_tensor(x_in, {x.batch, 3, x.channels}, kScalarType<A>);
+        Tensor out = empty_tensor({x.batch, 3, x.channels}, kScalarType<A>);
         A* numbers = static_cast<A*>(out.data_ptr());
         const int64_t elements = x.batch * x.sample_size();
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), elements);
@@ -144,10 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_coefficients(const Tensor& x_in, const T
         const Sizes x(x_in);
         const int64_t channels = x.channels;
         const Values<A> moments(moments_in), weight(weight_in), bias(bias_in);
-        Tensor norm = empty_tensor(x_in, {4, channels}, kScalarType<A>);
-        Tensor unbiased = empty_tensor(x_in, {channels}, kScalarType<A>);
-        Tensor descriptor =
-            wants_descriptor ? empty_tensor(x_in, {x.batch, channels}, x_in.scalar_type()) : no_tensor(x_in);
+        Tensor norm = empty_tensor({4, channels}, kScalarType<A>);
+        Tensor unbiased = empty_tensor({channels}, kScalarType<A>);
+        Tensor descriptor = wants_descriptor ? empty_tensor({x.batch, channels}, x_in.scalar_type()) : no_tensor(x_in);
         A *rows = static_cast<A*>(norm.data_ptr()), *variances = static_cast<A*>(unbiased.data_ptr());
         T* descriptors = static_cast<T*>(descriptor.data_ptr());
         parallel_ranges(channels, 3 * x.batch * channels, [&](int64_t begin, int64_t end) {
@@ -191,6 +190,28 @@ std::tuple<Tensor, Tensor, Tensor> norm_coefficients(const Tensor& x_in, const T
     });
 }
 
+Tensor norm_running(const OptionalTensor& weight_in, const OptionalTensor& bias_in, const Tensor& mean_in,
+                    const Tensor& var_in, double eps) {
+    return dispatch(mean_in, [&](auto* type) {
+        using A = Accumulator<std::remove_pointer_t<decltype(type)>>;
+        const int64_t channels = mean_in.numel();
+        for (const OptionalTensor& other : {OptionalTensor(var_in), weight_in, bias_in})
+            STD_TORCH_CHECK(!other || other->numel() == channels, "norm_running: expected as many values in each");
+        const Values<A> weight(weight_in), bias(bias_in), means(mean_in), variances(var_in);
+        Tensor norm = empty_tensor({4, channels}, kScalarType<A>);
+        A *a = static_cast<A*>(norm.data_ptr()), *shift = a + channels, *mean = shift + channels,
+          *rstd = mean + channels;
+        for (int64_t c = 0; c < channels; ++c) {
+            const double scale = 1 / std::sqrt(double(variances.data()[c]) + eps);
+            rstd[c] = static_cast<A>(scale);
+            mean[c] = means.data()[c];
+            a[c] = static_cast<A>(weight.data() ? double(weight.data()[c]) * scale : scale);
+            shift[c] = static_cast<A>((bias.data() ? double(bias.data()[c]) : 0.0) - double(mean[c]) * double(a[c]));
+        }
+        return norm;
+    });
+}
+
 std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x_in, const OptionalTensor& bits,
                                      const OptionalTensor& residual, const Tensor& norm_in,
                                      const OptionalTensor& gate_in, int64_t activation, int64_t post_activation) {
@@ -202,7 +223,7 @@ std::tuple<Tensor, Tensor> norm_dots(const Tensor& grad, const Tensor& x_in, con
         const MapView<T> x(x_dense);
         const bool writes = post_activation != kIdentity;
         Tensor grad_residual = writes ? empty_map<T>(x_dense) : no_tensor(x_in);
-        Tensor sums = empty_tensor(x_in, {x.batch, kNormSums + 1, x.channels}, kScalarType<A>);
+        Tensor sums = empty_tensor({x.batch, kNormSums + 1, x.channels}, kScalarType<A>);
         const Values<A> norm(norm_in);
         const Gates<A> gate(gate_in, x.channels);
         const int64_t elements = x.batch * x.sample_size();
@@ -242,10 +263,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_factors(const Tensor& x_in, cons
         const Sizes x(x_in);
         const int64_t channels = x.channels;
         const Values<A> sums(sums_in), grad_s(grad_s_in), norm(norm_in);
-        Tensor grad_weight = empty_tensor(x_in, {channels}, kScalarType<A>);
-        Tensor grad_bias = empty_tensor(x_in, {channels}, kScalarType<A>);
-        Tensor factors = empty_tensor(x_in, {x.batch, 2, channels}, kScalarType<A>);
-        Tensor constants = empty_tensor(x_in, {2, channels}, kScalarType<A>);
+        Tensor grad_weight = empty_tensor({channels}, kScalarType<A>);
+        Tensor grad_bias = empty_tensor({channels}, kScalarType<A>);
+        Tensor factors = empty_tensor({x.batch, 2, channels}, kScalarType<A>);
+        Tensor constants = empty_tensor({2, channels}, kScalarType<A>);
         A *to_weight = static_cast<A*>(grad_weight.data_ptr()), *to_bias = static_cast<A*>(grad_bias.data_ptr());
         A *factor = static_cast<A*>(factors.data_ptr()), *constant = static_cast<A*>(constants.data_ptr());
         parallel_ranges(channels, (kNormSums + 3) * x.batch * channels, [&](int64_t begin, int64_t end) {

@@ -119,6 +119,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_coefficients(const Tensor& x, const Tens
                                                      const OptionalTensor& weight, const OptionalTensor& bias,
                                                      double eps, bool wants_descriptor);
 
+Tensor norm_running(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                    double eps);
+
 std::tuple<Tensor, Tensor> norm_scale(const Tensor& x, const OptionalTensor& gate, const Tensor& norm,
                                       const OptionalTensor& residual, int64_t activation, int64_t post_activation,
                                       bool keep_bits);

@@ -35,7 +35,7 @@ int64_t pixel_pitch(const Tensor& u) {
 
 template <class T>
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& shape) {
-    Tensor out = empty_tensor(like, shape, like.scalar_type());
+    Tensor out = empty_tensor(shape, like.scalar_type());
     prefer_huge_pages(out, sizeof(T));
     return out;
 }
@@ -69,7 +69,7 @@ class BranchMaps {
         if (is_dense_channels_last(u)) return empty_map<T>(u);
         std::rotate(shape.begin() + 1, shape.begin() + 2, shape.end());
         // Like the view, and none itself: autograd refuses to write into a view that a node returned.
-        return empty_map<T>(axis_moved(empty_tensor(u, shape, u.scalar_type()), u.dim() - 1, 1));
+        return empty_map<T>(axis_moved(empty_tensor(shape, u.scalar_type()), u.dim() - 1, 1));
     }
     // As many as there are inputs. A stacked one is (B, M, C, ..) in memory, or (B, M, .., C), or (B, .., M, C) where
     // the branches share their pixels.
@@ -317,7 +317,7 @@ class BranchWeights {
           activation_(static_cast<int>(activation)),
           gate_(gate) {}
 
-    Tensor empty(const Tensor& x) const { return empty_tensor(x, {batch_, width_}, kScalarType<A>); }
+    Tensor empty() const { return empty_tensor({batch_, width_}, kScalarType<A>); }
     void use(const Tensor& state) {
         state_ = in_order(state);
         rows_ = static_cast<A*>(state_->data_ptr());
@@ -461,7 +461,7 @@ Tensor select_squeeze(const std::vector<Tensor>& branches, int64_t paths, const 
         using T = std::remove_pointer_t<decltype(type)>;
         const Selection<T> selection(branches, paths, affine_weight, affine_bias, pre_activation);
         const MapView<T>& x = selection.x;
-        Tensor descriptor = empty_tensor(branches[0], {x.batch, x.channels}, branches[0].scalar_type());
+        Tensor descriptor = empty_tensor({x.batch, x.channels}, branches[0].scalar_type());
         T* out = static_cast<T*>(descriptor.data_ptr());
         PieceValues<double> sums = selection.sums(false);
         parallel(selection.units(), selection.elements,
@@ -503,7 +503,7 @@ Tensor select_dots(const Tensor& grad_in, const std::vector<Tensor>& branches, i
         parallel(selection.units(), selection.elements,
                  [&](int64_t unit) { selection.dot(unit / selection.pieces, unit % selection.pieces, from, dots); });
         const int64_t batch = selection.x.batch, numbers = paths * selection.x.channels;
-        Tensor out = empty_tensor(grad, {batch, paths, selection.x.channels}, kScalarType<A>);
+        Tensor out = empty_tensor({batch, paths, selection.x.channels}, kScalarType<A>);
         A* to = static_cast<A*>(out.data_ptr());
         for (int64_t b = 0; b < batch; ++b) {
             dots.merge(b);
@@ -546,7 +546,7 @@ std::tuple<Tensor, Tensor> select(const std::vector<Tensor>& branches, const Ten
         using T = std::remove_pointer_t<decltype(type)>;
         const Selection<T> selection(branches, paths, affine_weight, affine_bias, pre_activation);
         BranchWeights<T> weights(selection.x, paths, weight1, bias1, weight2, bias2, groups, activation, gate);
-        Tensor state = weights.empty(branches[0]), y = selection.maps.empty_sum();
+        Tensor state = weights.empty(), y = selection.maps.empty_sum();
         weights.use(state);
         T* out = static_cast<T*>(y.data_ptr());
         PieceValues<double> sums = selection.sums(false);

@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> simam(const Tensor& x_in, double e_lambda) {
         using A = Accumulator<T>;
         const ForwardMaps<T> maps(x_in, std::nullopt);
         const MapView<T>& x = maps.x;
-        Tensor state = empty_tensor(x_in, {x.batch, 3, x.channels}, kScalarType<A>);
+        Tensor state = empty_tensor({x.batch, 3, x.channels}, kScalarType<A>);
         A* numbers = static_cast<A*>(state.data_ptr());
         const int64_t pieces = pieces_of(x.batch, x.axis_length(), x.batch * x.sample_size());
         PieceValues<double> mean(x, pieces, 0.0), squares(x, pieces, 0.0);

@@ -119,24 +119,23 @@ template <class A>
 std::tuple<Tensor, Tensor> empty_space_state(const Tensor& x, bool normalised) {
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.erase(shape.begin() + 1);
-    Tensor index = empty_tensor(x, shape, ScalarType::Int);
+    Tensor index = empty_tensor(shape, ScalarType::Int);
     shape.insert(shape.begin() + 1, normalised ? 4 : 3);
-    return {empty_tensor(x, shape, kScalarType<A>), index};
+    return {empty_tensor(shape, kScalarType<A>), index};
 }
 
 // The BatchNorm between convolution and gate that takes its statistics from the batch: none without a weight.
 template <class A>
 class LogitNorm {
   public:
-    LogitNorm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps)
+    LogitNorm(const OptionalTensor& weight, const OptionalTensor& bias, double eps)
         : weight_like_(weight), bias_like_(bias), eps_(eps) {
         const Values<A> weights(weight), biases(bias);
         if (weight) weight_ = weights.data()[0], bias_ = biases.data()[0];
-        statistics = empty_tensor(x, {weight ? 2 : 0}, kScalarType<A>);
+        statistics = empty_tensor({weight ? 2 : 0}, kScalarType<A>);
     }
-    LogitNorm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-              const Tensor& found)
-        : LogitNorm(x, weight, bias, eps) {
+    LogitNorm(const OptionalTensor& weight, const OptionalTensor& bias, double eps, const Tensor& found)
+        : LogitNorm(weight, bias, eps) {
         if (weight) read(found);
     }
     explicit operator bool() const { return weight_like_.has_value(); }

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_gate(
         using A = Accumulator<T>;
         const ForwardMaps<T> maps(x_in, residual);
         const MapView<T>& x = maps.x;
-        LogitNorm<A> norm(x_in, norm_weight, norm_bias, eps);
+        LogitNorm<A> norm(norm_weight, norm_bias, eps);
         auto [state, index] = empty_space_state<A>(x_in, bool(norm));
         const AffineValues<A> affine(affine_weight, affine_bias);
         const SpatialConvolution<A> convolution(x_in, weight, bias, mean_first);
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spati
         const BackwardMaps<T> maps(grad_in, x_in, y, residual, post_activation);
         const MapView<T>& x = maps.x;
         const AffineValues<A> affine(affine_weight, affine_bias);
-        LogitNorm<A> norm(x_in, norm_weight, norm_bias, eps, statistics);
+        LogitNorm<A> norm(norm_weight, norm_bias, eps, statistics);
         const SpatialConvolution<A> convolution(x_in, weight, bias, mean_first);
         const SpatialGate<T> pass(x, affine.prologue(pre_activation), nullptr, convolution, ties, gate, state, index);
         const int64_t elements = x.batch * x.sample_size(), pieces = pass.pieces, taps = convolution.taps();

@@ -9,7 +9,7 @@ namespace {
 Tensor with_channels(const Tensor& like, int64_t channels) {
     std::vector<int64_t> shape(like.sizes().begin(), like.sizes().end());
     shape[1] = channels;
-    return empty_tensor(like, shape, like.scalar_type());
+    return empty_tensor(shape, like.scalar_type());
 }
 int64_t positions_of(const Tensor& map) {
     int64_t positions = 1;

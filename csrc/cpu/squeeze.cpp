@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> squeeze(const Tensor& x_in, const OptionalTen
         auto make = [&](bool wanted, ScalarType dtype) {
             const int64_t none = 0;
             torch::headeronly::IntHeaderOnlyArrayRef shape(wanted ? descriptor : &none, wanted ? 2 : 1);
-            return torch::stable::empty(shape, dtype, std::nullopt, x_in.device());
+            return allocate(shape, dtype);
         };
         Tensor avg = make(pool != kMax, x_in.scalar_type()), max = make(pool != kAvg, x_in.scalar_type());
         Tensor index = make(pool != kAvg, ScalarType::Int);

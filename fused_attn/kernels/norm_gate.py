@@ -2,7 +2,8 @@
 backward of a ReLU, one bit an element); `norm_dots` reads grad and x (and those bits) and writes the residual's
 gradient where an activation follows; `norm_gradients` reads grad and x and writes grad_x. Kept on chip: a tile, and in
 `norm_dots` five sums an element of it. Left in memory: two (`moments`) or six numbers a channel and split of space.
-Between them `norm_coefficients` and `norm_factors`, a launch each, read these numbers and no map.
+Between them `norm_coefficients` and `norm_factors`, a launch each, read these numbers and no map; `norm_running` is for
+running statistics.
 """
 
 from __future__ import annotations
@@ -95,6 +96,25 @@ def _norm_coefficients(
             mask = (k + b < B) & in_c[None, :]
             distance = _offsets(moments, pivot, k + b, c, C, mask) - middle[None, :]
             tl.store(descriptor + (k + b) * C + c[None, :], a[None, :] * distance + shift[None, :], mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _norm_running(
+    weight, bias, means, variances, norm, C, EPS: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_c = c < C
+    mean = tl.load(means + c, mask=in_c, other=0.0).to(ACC)
+    a = tl.rsqrt(tl.load(variances + c, mask=in_c, other=0.0).to(ACC) + EPS)
+    tl.store(norm + 3 * C + c, a, mask=in_c)
+    if weight is not None:
+        a *= tl.load(weight + c, mask=in_c, other=0.0).to(ACC)
+    shift = tl.zeros((BLOCK_K,), ACC)
+    if bias is not None:
+        shift += tl.load(bias + c, mask=in_c, other=0.0).to(ACC)
+    tl.store(norm + c, a, mask=in_c)
+    tl.store(norm + C + c, shift - mean * a, mask=in_c)
+    tl.store(norm + 2 * C + c, mean, mask=in_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -427,6 +447,27 @@ def norm_coefficients(
         **_of_channels(x),
     )
     return norm, unbiased, descriptor
+
+
+def norm_running(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    channels = mean.numel()
+    norm = mean.new_empty((4, channels), dtype=maps.accumulator(mean.dtype))
+    maps.launch(
+        _norm_running,
+        mean,
+        triton.cdiv(channels, CHANNELS),
+        weight=maps.row(weight),
+        bias=maps.row(bias),
+        means=mean.contiguous(),
+        variances=var.contiguous(),
+        norm=norm,
+        C=channels,
+        EPS=eps,
+        BLOCK_K=CHANNELS,
+        ACC=maps.triton_accumulator(mean.dtype),
+        num_warps=4,
+    )
+    return norm
 
 
 def norm_factors(

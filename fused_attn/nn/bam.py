@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .. import functional, reference
+from .small import eager_where_small
 
 
+@eager_where_small()
 class BAM(reference.BAM):
     """Bottleneck attention: x * (1 + sigmoid(c * s)), c one number a channel, s one a position.
 

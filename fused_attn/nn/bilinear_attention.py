@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from .deterministic import torch_has_no_deterministic
 from .normalised import normalised
+from .small import eager_where_small
 
 
 def pool_blocks(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -21,6 +22,7 @@ def pool_blocks(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return rows.unsqueeze(3), columns.unsqueeze(2)
 
 
+@eager_where_small()
 class BilinearTransform(reference.BilinearTransform):
     """A bilinear attentional transform: y = relu(BatchNorm(conv(P x Q))), P and Q for each group of channels.
 
@@ -54,6 +56,7 @@ class BilinearTransform(reference.BilinearTransform):
     _pool_blocks = staticmethod(pool_blocks)
 
 
+@eager_where_small()
 class BilinearAttention(reference.BilinearAttention):
     """A bottleneck around `BilinearTransform`: x + dropout(relu(BatchNorm(conv(transform(...))))).
 

@@ -13,6 +13,7 @@ those of the batch. Another norm put in its place, such as SyncBatchNorm, works 
 from __future__ import annotations
 
 from .. import functional, reference
+from .normalised import affine_of
 
 
 class ChannelAttention(reference.ChannelAttention):
@@ -84,6 +85,7 @@ class SpatialAttention(reference.SpatialAttention):
     _spatial_gate = staticmethod(functional.spatial_gate)
     _spatial_logits = staticmethod(functional.spatial_logits)
     _scale = staticmethod(functional.scale)
+    _affine_of = staticmethod(affine_of)
 
 
 class CBAM(reference.CBAM):

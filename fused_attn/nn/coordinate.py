@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .. import functional, reference
+from .small import eager_where_small
 
 
+@eager_where_small()
 class CoordinateAttention(reference.CoordinateAttention):
     """Coordinate attention: x times a gate a row and channel times a gate a column and channel.
 

@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 
 from .. import functional, reference
 from ..backends import are_plain, autocasts, choose, is_ordinary
-from ..ops.common import below, differentiable_backward, wants_graph
+from ..ops.common import apply_of, below, differentiable_backward, wants_graph
 from ..ops.criss_cross_attention import BACKWARD, FORWARD, RELAYOUT
 from ..reference.layout import lies_channels_last
 from .pointwise import are_products, map_of, matrix, rows_of
@@ -35,7 +35,7 @@ def attend(x: Tensor, query: Any, key: Any, value: Any, gamma: Tensor, recurrenc
     if torch.compiler.is_compiling() or backend == "reference":
         return attend_to_map(recurrence, *inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y: Tensor = _Attend.apply(backend, recurrence, *inputs)
+        y: Tensor = _apply_attend(backend, recurrence, *inputs)
         return y
     return _steps(None, backend, recurrence, *inputs)
 
@@ -130,6 +130,9 @@ class _Attend(torch.autograd.Function):
             rows = rows_of(of_maps[2]).add_(rows).addmm_(of_products, weight)
         del of_attended, of_sums, of_maps, of_products  # before there is one more
         return None, None, _in_layout_of(rows, x, ctx.backend), of_weight, of_bias, of_last, of_last_bias
+
+
+_apply_attend = apply_of(_Attend)
 
 
 class CrissCrossAttention(reference.CrissCrossAttention):

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import is_ordinary
 from .pointwise import are_products, matrix, product, spread
+from .small import eager_where_small
 
 
 def _pays(x: Tensor, features: int, count: int) -> bool:
@@ -44,6 +45,7 @@ def gather_and_distribute(
     return spread(descriptors, v.softmax(1 if over == "channels" else 2), bias, x)
 
 
+@eager_where_small()
 class DoubleAttention(reference.DoubleAttention):
     """Double attention: descriptors gathered from all positions, a mixture of them at each; linear in positions.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .. import functional, reference
+from .small import eager_where_small
 
 
+@eager_where_small()
 class EMA(reference.EMA):
     """Efficient multi-scale attention: groups of channels, each times a gate a position.
 

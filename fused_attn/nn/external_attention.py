@@ -10,6 +10,7 @@ from .. import reference
 from ..backends import is_ordinary
 from .normalised import normalised
 from .pointwise import are_products, matrix, product, spread
+from .small import eager_where_small
 
 
 def look_up(x: Tensor, query: Any, keys: Any, values: Any, output: Any) -> Tensor:
@@ -30,6 +31,7 @@ def look_up(x: Tensor, query: Any, keys: Any, values: Any, output: Any) -> Tenso
     return spread(weight.expand(x.shape[0], -1, -1), a, bias, x)
 
 
+@eager_where_small()
 class ExternalAttention(reference.ExternalAttention):
     """External attention: each position reads a memory of a few rows, which all samples share; linear in positions.
 

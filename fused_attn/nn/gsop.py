@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional, reference
-from ..backends import is_ordinary
-from ..ops.common import accumulator, needs_node
+from ..backends import is_ordinary, is_small
+from ..ops.common import accumulator, apply_of, needs_node
 from ..reference.block_attention import uses_batch_statistics
 from ..reference.gsop import SIDE
 from .deterministic import torch_has_no_deterministic
 from .normalised import normalised
 from .pointwise import are_products, is_hooked
 from .selection import folded
+from .small import eager_where_small
 
 
 class _Covariance(torch.autograd.Function):
@@ -50,6 +51,9 @@ class _Covariance(torch.autograd.Function):
         return of_x, None
 
 
+_apply_covariance = apply_of(_Covariance)
+
+
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     means = x.mean(2, keepdim=True)
     return x - means, means
@@ -69,7 +73,7 @@ def covariance(x: Tensor, count: int | None = None) -> Tensor:
     if not is_ordinary(x):
         return reference.gsop.covariance(x, count)
     if needs_node(x) and not torch.compiler.is_compiling():
-        return _Covariance.apply(x, count)[0]
+        return _apply_covariance(x, count)[0]
     return _covariance(*_centred(x), count)
 
 
@@ -103,6 +107,12 @@ def reduced_to_side(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def _fits(x: Any) -> bool:
+    """Not where torch 2.13's BatchNorm may have wrong gradients, see `reduced_to_side`."""
+    return is_small(x) and (x.shape[0] > 1 or not torch.is_grad_enabled())
+
+
+@eager_where_small(_fits)
 class GSoP(reference.GSoP):
     """Global second-order pooling: a gate from the covariance of the channels, of the positions, or both.
 

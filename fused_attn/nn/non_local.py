@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, reference
+from ..backends import is_small
+from ..reference.non_local import concatenation_attention as matrix_concatenation_attention
 from ..reference.non_local import dot_attention as matrix_dot_attention
 from ..reference.non_local import project as project_a_map
 from ..reference.non_local import weighted_channels
@@ -36,6 +38,8 @@ def concatenation_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor
     query * S0 + S1, where S0 and S1 are the sums of the first values and of the first keys times values: one sort, two
     running sums and a look-up. Time and memory, in backward too, are linear in positions (but for the sort).
     """
+    if is_small(value, query.numel() * key[0].numel() * 4):  # the matrix costs less than the sort
+        return matrix_concatenation_attention(query, key, value)
     dtype = torch.promote_types(value.dtype, torch.float32)
     queries = query.flatten(1).to(dtype)
     keys, order = key.flatten(1).to(dtype).sort(descending=True)  # NaN first: every query sees it
@@ -52,7 +56,7 @@ def concatenation_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor
 
 def project(x: Tensor, conv: Any, weight: Tensor) -> Tensor:
     """As the reference's, in one convolution to one channel: the map in between is not made."""
-    if not are_products(conv):
+    if is_small(x) or not are_products(conv):
         return project_a_map(x, conv, weight)
     projected = weighted_channels(x, weight @ conv.weight.flatten(1))
     return projected if conv.bias is None else projected + weight @ conv.bias

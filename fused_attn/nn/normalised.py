@@ -8,17 +8,40 @@ import torch
 from torch import Tensor
 
 from .. import backends, functional, reference
+from ..ops.common import below, needs_grad
+from ..ops.norm_gate import RUNNING
 from ..reference.block_attention import NORMS, count_batch, uses_batch_statistics
 from .pointwise import is_hooked
+
+_FOLDS = backends.unavailable("cpu", "norm_gate", "cpu") is None
 
 #: Values in a map from which on the op is faster on CPUs than what it is made of.
 LARGE = 1 << 17
 
 
+def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
+    """As the reference's; in eager mode on the CPU one operator, where no gradient goes through it. It is found anew at
+    each call: what a tensor's version counts does not see `weight.data.mul_(...)`."""
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    at_once = (
+        _FOLDS
+        and not torch.compiler.is_compiling()
+        and backends.forced() in (None, "cpu")
+        and backends.is_ordinary(norm.running_mean)
+        and backends.are_plain(*tensors)
+        and all(t is None or t.is_cpu for t in tensors)
+        and not needs_grad(*tensors)
+    )
+    if not at_once:
+        return reference.block_attention.affine_of(norm)
+    factor, shift, *_ = below(RUNNING["cpu"], *tensors, norm.eps).unbind()
+    return factor, shift
+
+
 def pays(norm: Any, x: Tensor, residual: Tensor | None) -> bool:
     """Whether the op is as fast as what it is made of, or better in another way: in half precision it rounds once, and
     of one sample torch 2.13's BatchNorm has wrong gradients where they come with channels last."""
-    exact = x.dtype in (torch.float32, torch.float64) and x.shape[0] > 1
+    exact = x.dtype in (torch.float32, torch.float64) and (x.shape[0] > 1 or not torch.is_grad_enabled())
     if torch.compiler.is_compiling() or x.device.type != "cpu" or backends.forced() is not None or not exact:
         return True
     # With the statistics of rows of channels only the sum that it spares a pass for makes up for its own.

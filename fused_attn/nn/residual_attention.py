@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import functional, reference
 from ..backends import are_plain, is_ordinary
-from ..ops.common import needs_node
+from ..ops.common import apply_of, needs_node
 
 
 class _ResidualMask(torch.autograd.Function):
@@ -28,6 +28,9 @@ class _ResidualMask(torch.autograd.Function):
         return torch.addcmul(grad, grad, mask) if of_trunk else None, grad * trunk if of_mask else None
 
 
+_apply_residual_mask = apply_of(_ResidualMask)
+
+
 def residual_mask(trunk: Tensor, mask: Tensor) -> Tensor:
     """(1 + mask) * trunk in one pass: of a mask of trunk's shape by addcmul, of one a channel or a position by
     `functional.scale`."""
@@ -43,7 +46,7 @@ def residual_mask(trunk: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype != trunk.dtype or not (is_ordinary(trunk) and are_plain(mask)):
         return reference.residual_attention.residual_mask(trunk, mask)
     if needs_node(trunk, mask) and not torch.compiler.is_compiling():
-        return _ResidualMask.apply(trunk, mask)
+        return _apply_residual_mask(trunk, mask)
     return torch.addcmul(trunk, trunk, mask)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .. import functional, reference
+from .small import eager_where_small
 
 
+@eager_where_small()
 class SCSE(reference.SCSE):
     """Concurrent squeeze-and-excitation: x * c and x * s, added or the larger of the two.
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
-from ..reference.block_attention import affine_of, uses_batch_statistics
+from ..reference.block_attention import uses_batch_statistics
 from ..reference.selection import Layers
 from ..reference.squeeze import Excitation
+from .normalised import affine_of
 from .pointwise import is_hooked
 
 

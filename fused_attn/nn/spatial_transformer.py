@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import are_plain, autocasts, is_ordinary
-from ..ops.common import accumulator, differentiable_backward, needs_node, wants_graph
+from ..backends import are_plain, autocasts, is_ordinary, is_small
+from ..ops.common import accumulator, apply_of, differentiable_backward, needs_node, wants_graph
 from ..reference.spatial_transformer import PADDINGS
 from .deterministic import torch_has_no_deterministic
 from .pointwise import map_of, rows_of
@@ -21,6 +21,8 @@ from .pointwise import map_of, rows_of
 
 def affine_grid(theta: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """`torch.nn.functional.affine_grid`, rounded once, and in programs of open sizes: torch's is for one size there."""
+    if is_small(theta, math.prod(size) * 4):
+        return reference.spatial_transformer.affine_grid(theta, size, align_corners=align_corners)
     dtype, space = accumulator(theta.dtype), size[2:]
     theta = theta.reshape(theta.shape[0], *(1 for _ in space), *theta.shape[1:])
     grid = theta[..., -1].to(dtype)
@@ -145,6 +147,9 @@ class _Sample(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
 
 
+_apply_sample = apply_of(_Sample)
+
+
 def grid_sample(x: Tensor, grid: Tensor, *, padding_mode: str = "zeros", align_corners: bool = False) -> Tensor:
     """`torch.nn.functional.grid_sample` between the nearest values, in x's layout, with gradients that can be
     differentiated again, and deterministic on CUDA where `torch.use_deterministic_algorithms` asks for that."""
@@ -152,7 +157,7 @@ def grid_sample(x: Tensor, grid: Tensor, *, padding_mode: str = "zeros", align_c
         if autocasts(x):
             x, grid = (t if t.dtype == torch.float64 else t.float() for t in (x, grid))  # as torch does
         if not torch.compiler.is_compiling():
-            return _Sample.apply(x, grid, padding_mode, align_corners)
+            return _apply_sample(x, grid, padding_mode, align_corners)
         if torch_has_no_deterministic(x):
             return gathered(x, grid, padding_mode, align_corners)
     return reference.spatial_transformer.grid_sample(x, grid, padding_mode=padding_mode, align_corners=align_corners)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .common import (
+    apply_of,
     below,
     define,
     differentiable_backward,
@@ -101,6 +102,9 @@ class _AxisPool(torch.autograd.Function):
         return *_gradients_with_map(ctx, *grads), None, None, None
 
 
+_apply_axis_pool = apply_of(_AxisPool)
+
+
 def _differentiable(ctx, x, grads):
     maxima, channels, ties = ctx.codes
 
@@ -114,7 +118,7 @@ def _differentiable(ctx, x, grads):
 def axis_pool(backend, x, maxima, channels, ties) -> tuple[Tensor, ...]:
     """The map itself, then rows, columns and, with `channels`, the plane, as `functional.axis_pool` has them."""
     if needs_node(x):
-        return _AxisPool.apply(backend, x, maxima, channels, ties)
+        return _apply_axis_pool(backend, x, maxima, channels, ties)
     return x, *below(FORWARD[backend], x, maxima, channels, ties)[: 3 if channels else 2]
 
 

@@ -41,6 +41,13 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _in_dynamo = torch.compiler.is_dynamo_compiling
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+#: From whether the native library makes its tensors by torch's `empty`, which fills them with NaN where
+#: `torch.utils.deterministic` says so, and not past it, which is faster; to whether it did before.
+FRESH_MEMORY = "fresh_memory"
+LIBRARY.define(f"{FRESH_MEMORY}(bool by_torch) -> bool")
+
 Keep = Callable[[Any, Sequence[Any], Any], None]
 Gradients = Callable[..., tuple[Tensor | None, ...]]
 
@@ -90,6 +97,30 @@ def below(op: torch._ops.OpOverload, *arguments: Any) -> Any:
         return op._op(*arguments)
     finally:
         del guard  # now, not when a traceback lets go of this frame
+
+
+def fresh_memory_by_torch(wanted: bool) -> bool:
+    """See FRESH_MEMORY. Without a native library, or with one that has no other way, it always is."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{FRESH_MEMORY}", "CompositeExplicitAutograd"):
+        return True
+    before: bool = getattr(torch.ops.fused_attn, FRESH_MEMORY)(wanted)
+    return before
+
+
+def apply_of(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`node.apply` without what that does for `torch.func`, which takes half of its time: whoever calls has seen that
+    none of its transforms is active. Tensors that one left behind go torch's way, and so does what is compiled."""
+    at_once = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+
+    def apply(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return node.apply(*arguments)
+        for argument in arguments:
+            if type(argument) is Tensor and _is_wrapped(argument):
+                return node.apply(*arguments)
+        return at_once(*arguments)
+
+    return apply
 
 
 class _Rule(NamedTuple):
@@ -240,6 +271,7 @@ def differentiable(
 
     functions = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     node: Any = type(any_overload._opname.title().replace("_", ""), (torch.autograd.Function,), functions)
+    apply = apply_of(node)
 
     def told_of(results, told):
         found = shown(results)
@@ -254,7 +286,7 @@ def differentiable(
                 if tensor is not None and tensor.requires_grad:
                     if torch.compiler.is_compiling():
                         return told_of(overloads[backend](*arguments), told)
-                    return node.apply((backend, arguments[count:], told), *inputs)
+                    return apply((backend, arguments[count:], told), *inputs)
         return told_of(below(overloads[backend], *arguments), told)
 
     return call

@@ -16,6 +16,7 @@ from .. import reference
 from ..reference.squeeze import per_channel, space
 from .common import (
     accumulator,
+    apply_of,
     below,
     define,
     differentiable,
@@ -106,6 +107,9 @@ class _WithMap(torch.autograd.Function):
         return _gradients_with_map(ctx, grad, None, grad_context)
 
 
+_apply_with_map = apply_of(_WithMap)
+
+
 class _Context(torch.autograd.Function):
     """The context, and two carriers: tensors without values, of the map's and of the gate's shape.
 
@@ -132,6 +136,9 @@ class _Context(torch.autograd.Function):
         return _gradients_with_map(ctx, grad, gate, grad_context)
 
 
+_apply_context = apply_of(_Context)
+
+
 class _Gate(torch.autograd.Function):
     """The map times a gate. The map's own gradient is `_Context`'s to write."""
 
@@ -153,6 +160,9 @@ class _Gate(torch.autograd.Function):
         return None, dots, grad, gate, None
 
 
+_apply_gate = apply_of(_Gate)
+
+
 def _scaled(backend, x, gate):
     return below(SCALE[backend], x, gate, None, None, None, IDENTITY, IDENTITY)
 
@@ -164,7 +174,7 @@ context_pool = differentiable(FORWARD, BACKWARD, _keep, _gradients)
 def context_pool_with_map(backend, x, weight, bias) -> tuple[Tensor, Tensor]:
     """The map itself, then its context."""
     if needs_node(x):
-        return _WithMap.apply(backend, x, weight, bias)
+        return _apply_with_map(backend, x, weight, bias)
     return x, context_pool(backend, x, weight, bias)
 
 
@@ -173,5 +183,5 @@ def context_gate(backend, x, weight, bias, excitation: Callable[[Tensor], Tensor
     if not needs_node(x, weight, bias):
         gate = excitation(context_pool(backend, x, weight, bias))
         return scale(backend, x, gate, None, None, None, IDENTITY, IDENTITY)
-    context, carrier_y, carrier_gate = _Context.apply(backend, x, weight, bias)
-    return _Gate.apply(backend, excitation(context).contiguous(), carrier_y, carrier_gate, x)
+    context, carrier_y, carrier_gate = _apply_context(backend, x, weight, bias)
+    return _apply_gate(backend, excitation(context).contiguous(), carrier_y, carrier_gate, x)

@@ -38,10 +38,12 @@ from torch import Tensor
 
 from .. import reference
 from ..codes import FUNCTIONS
+from ..reference.block_attention import folded_affine
 from ..reference.layout import lies_channels_last
 from ..reference.squeeze import per_channel, prologue, space
 from .common import (
     accumulator,
+    apply_of,
     below,
     define,
     differentiable_backward,
@@ -74,6 +76,10 @@ def _fake_coefficients(x, moments, weight, bias, eps, wants_descriptor):
         x.new_empty(channels, dtype=dtype),
         x.new_empty((batch, channels) if wants_descriptor else 0),
     )
+
+
+def _fake_running(weight, bias, mean, var, eps):
+    return mean.new_empty((4, mean.numel()), dtype=accumulator(mean.dtype))
 
 
 def _lies_by_position(x: Tensor) -> bool:
@@ -124,6 +130,13 @@ COEFFICIENTS = define(
     "(Tensor x, Tensor moments, Tensor? weight, Tensor? bias, float eps, bool wants_descriptor)"
     " -> (Tensor norm, Tensor unbiased, Tensor descriptor)",
     _fake_coefficients,
+    "norm_gate",
+)
+# The same norm from running statistics, in the accumulator of their dtype.
+RUNNING = define(
+    "norm_running",
+    "(Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor",
+    _fake_running,
     "norm_gate",
 )
 # norm: rows [a, b, mean], what follows them is not read; gate: (B, C), of any float dtype, None: of ones. bits: of size
@@ -204,33 +217,38 @@ def _group_statistics(moments: Tensor, positions: int, group: Any) -> tuple[Tens
 def _normalise(
     backend, x, weight, bias, statistics: Statistics | None, eps, activation, wants_descriptor, group
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(norm, unbiased variance, descriptor, values a channel of a group); statistics: the running ones; None: those of
-    the batch, which are returned."""
+    """(norm, unbiased variance, descriptor, values a channel of a group); statistics: the running ones, without the
+    second; None: those of the batch, which are returned."""
     if statistics is None and group is None:
         of_mean = wants_descriptor and activation == IDENTITY
         norm, unbiased, s = below(COEFFICIENTS[backend], x, below(MOMENTS[backend], x), weight, bias, eps, of_mean)
         if wants_descriptor and not of_mean:
-            a, b, *_ = norm.unbind()
-            s = below(SQUEEZE[backend], x, a, b, activation, AVG, 0)[0]
+            s = _squeezed(backend, x, norm, activation, True)
         return norm, unbiased, s, None
-    dtype, distances = accumulator(x.dtype), None
-    if statistics is None:
-        mean, var, distances, count = _group_statistics(below(MOMENTS[backend], x), math.prod(x.shape[2:]), group)
-        unbiased = var * (count / (count - 1))
-    else:
-        mean, var = (t.to(dtype, copy=True) for t in statistics)
-        unbiased, count = torch.empty_like(var), None
+    dtype = accumulator(x.dtype)
+    if statistics is not None:
+        mean, var = (t.to(dtype) for t in statistics)
+        norm = below(RUNNING[backend], weight, bias, mean, var, eps)
+        return norm, x.new_empty(0), _squeezed(backend, x, norm, activation, wants_descriptor), None
+    mean, var, distances, count = _group_statistics(below(MOMENTS[backend], x), math.prod(x.shape[2:]), group)
     rstd = (var + eps).rsqrt()
     a = rstd if weight is None else weight.to(dtype) * rstd
     b = -mean * a if bias is None else bias.to(dtype) - mean * a
-    if not wants_descriptor:
-        s = x.new_empty(0)
-    elif distances is not None and activation == IDENTITY:
+    norm = torch.stack([a, b, mean, rstd])
+    if wants_descriptor and activation == IDENTITY:
         s = a * distances
         s = (s if bias is None else s + bias.to(dtype)).to(x.dtype)
     else:
-        s = below(SQUEEZE[backend], x, a, b, activation, AVG, 0)[0]
-    return torch.stack([a, b, mean, rstd]), unbiased, s, count
+        s = _squeezed(backend, x, norm, activation, wants_descriptor)
+    return norm, var * (count / (count - 1)), s, count
+
+
+def _squeezed(backend, x, norm, activation, wanted) -> Tensor:
+    """The mean of u over space."""
+    if not wanted:
+        return x.new_empty(0)
+    a, b, *_ = norm.unbind()
+    return below(SQUEEZE[backend], x, a, b, activation, AVG, 0)[0]
 
 
 def _group_factors(x, sums, grad_s, norm, count, group, needs_x) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -422,7 +440,7 @@ def norm_gate(
     options = statistics, eps, activation, excitation is not None, group
     carrier = sums = None
     if needs_node(x, weight, bias):
-        s, carrier, sums, norm, unbiased = _Normalise.apply(backend, x, weight, bias, options)
+        s, carrier, sums, norm, unbiased = _apply_normalise(backend, x, weight, bias, options)
     else:
         norm, unbiased, s, _ = _normalise(backend, x, weight, bias, *options)
     if keep is not None:
@@ -435,7 +453,7 @@ def norm_gate(
         if least and over is None and sums is not None and not torch.compiler.is_compiling():
             sums = _Kept.apply(sums, x, norm, gate, residual, weight, bias)
             kept = sums.grad_fn
-        y = _Gate.apply(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
+        y = _apply_gate(backend, x, norm, gate, carrier, sums, residual, weight, bias, options_of_gate)
         if kept is not None:
 
             def make(x, norm, gate, residual, *_):  # by the kernel that made it, which writes bits where a ReLU follows
@@ -446,6 +464,9 @@ def norm_gate(
     else:
         y, _ = _scale(backend, x, gate, norm, residual, over, activation, post_activation, False)
     return y
+
+
+_apply_normalise, _apply_gate = apply_of(_Normalise), apply_of(_Gate)
 
 
 def _reference_moments(x):
@@ -472,6 +493,13 @@ def _reference_scale(x, gate, norm, residual, activation, post_activation, keep_
     return [_epilogue(u, gate, residual, ACTIVATION_NAMES[post_activation])]
 
 
+def _reference_running(weight, bias, mean, var, eps):
+    mean, var = (t.to(accumulator(mean.dtype)) for t in (mean, var))
+    a, b = folded_affine(weight, bias, mean, var, eps)
+    return [torch.stack([a, b, mean, (var + eps).rsqrt()])]
+
+
+differentiable_by_reference(RUNNING, _reference_running, 1)
 differentiable_by_reference(MOMENTS, _reference_moments, 1)
 differentiable_by_reference(COEFFICIENTS, _reference_coefficients, 3)
 differentiable_by_reference(SCALE, _reference_scale, 1)

@@ -27,6 +27,7 @@ from ..reference.select import branch_prologue
 from ..reference.squeeze import per_channel, space
 from .common import (
     accumulator,
+    apply_of,
     below,
     define,
     differentiable,
@@ -267,6 +268,9 @@ class _Squeeze(torch.autograd.Function):
         return None, None, None, *unless_absent(affine, grad_affine), *grads
 
 
+_apply_squeeze = apply_of(_Squeeze)
+
+
 def _differentiable_gradients(ctx, inputs, grad_s, grad, weights):
     def prologues(affine_weight, affine_bias, *branches):
         maps = branch_views(branches, ctx.paths)
@@ -302,6 +306,9 @@ class _Sum(torch.autograd.Function):
         return None, None, None, dots, *to_squeeze, None, None, *(None for _ in branches)
 
 
+_apply_sum = apply_of(_Sum)
+
+
 def select_with(
     backend,
     branches: Sequence[Tensor],
@@ -314,14 +321,14 @@ def select_with(
     """y; `excitation` takes descriptors (B, C) to branch weights (B, M, C)."""
     inputs = affine_weight, affine_bias, *branches
     if needs_node(*inputs):
-        s, carrier_y, carrier_weights = _Squeeze.apply(backend, paths, pre_activation, *inputs)
+        s, carrier_y, carrier_weights = _apply_squeeze(backend, paths, pre_activation, *inputs)
         weights = excitation(s).contiguous()
-        return _Sum.apply(backend, paths, pre_activation, weights, carrier_y, carrier_weights, *inputs)
+        return _apply_sum(backend, paths, pre_activation, weights, carrier_y, carrier_weights, *inputs)
     s = below(SQUEEZE[backend], branches, paths, affine_weight, affine_bias, pre_activation)
     weights = excitation(s).contiguous()
     if needs_node(weights):
         nothing = s.new_zeros(())
-        return _Sum.apply(backend, paths, pre_activation, weights, nothing, nothing, *inputs)
+        return _apply_sum(backend, paths, pre_activation, weights, nothing, nothing, *inputs)
     return below(SUM[backend], branches, weights, paths, affine_weight, affine_bias, pre_activation)
 
 

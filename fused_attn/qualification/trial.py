@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import functional, reference
 from ..backends import CANDIDATES, RESIDENT, backend, unavailable
 from ..equivalence import LAYOUTS, assert_as_good_as_eager, assert_equivalent, in_layout
+from ..ops.common import fresh_memory_by_torch
 from ..timing import digits, graph_of, in_turn, interleaved, last_cache, nth, synchronize
 from ..verdicts import Verdict, dtype_named
 from .calls import Call
@@ -273,11 +274,13 @@ def nan_in_fresh_memory() -> Iterator[None]:
     fill = deterministic.fill_uninitialized_memory
     deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)  # plain PyTorch has operators that are not
+    by_torch = fresh_memory_by_torch(True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        fresh_memory_by_torch(by_torch)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         deterministic.fill_uninitialized_memory = fill
 

@@ -57,17 +57,6 @@ def uses_batch_statistics(norm: Any) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def fold_batch_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution to one channel with the BatchNorm that follows it, in eval mode.
-
-    Float32 for half precision, where a rounded factor would cost every logit digits.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    factor, shift = folded_affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
-    factor, shift = factor.to(dtype), shift.to(dtype)
-    return weight.to(dtype) * factor, shift if bias is None else shift + bias.to(dtype) * factor
-
-
 def folded_affine(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -83,6 +72,18 @@ def folded_affine(
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     """`folded_affine` of a BatchNorm that uses its running statistics."""
     return folded_affine(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+def fold_batch_norm(
+    weight: Tensor, bias: Tensor | None, norm: Any, affine_of: Callable[[Any], tuple[Tensor, Tensor]] = affine_of
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution to one channel with the BatchNorm that follows it, in eval mode.
+
+    Float32 for half precision, where a rounded factor would cost every logit digits.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    factor, shift = (t.to(dtype) for t in affine_of(norm))
+    return weight.to(dtype) * factor, shift if bias is None else shift + bias.to(dtype) * factor
 
 
 def count_batch(norm: Any) -> float:
@@ -178,6 +179,7 @@ class SpatialAttention(OtherNames):
     _spatial_gate = staticmethod(spatial_gate)
     _spatial_logits = staticmethod(spatial_logits)
     _scale = staticmethod(scale)
+    _affine_of = staticmethod(affine_of)
 
     other_names: ClassVar[dict[str, str]] = {"spatial": "conv", "conv1": "conv", "cv1": "conv"}
 
@@ -245,7 +247,7 @@ class SpatialAttention(OtherNames):
         conv, norm = self._layers()
         if norm is None or uses_batch_statistics(norm):
             return conv.weight, conv.bias
-        return fold_batch_norm(conv.weight, conv.bias, norm)
+        return fold_batch_norm(conv.weight, conv.bias, norm, self._affine_of)
 
     def _gate(self, x: Tensor) -> Tensor:
         """The gate alone, (B, 1, *spatial)."""

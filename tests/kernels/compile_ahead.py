@@ -208,6 +208,7 @@ def launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
             context_pool.context_pool_backward(of_map, of_gate, context, x, to_logit, shift, *kept_context)
         moments, of_norm = norm_gate.moments(x), (make(channels), make(channels)) if case.affine else (None, None)
         norm, _, descriptor = norm_gate.norm_coefficients(x, moments, *of_norm, 1e-5, not case.affine)
+        norm_gate.norm_running(*of_norm, make(channels), make(channels), 1e-5)
         rows = x.new_empty((4, case.shape[0], channels), dtype=maps.accumulator(x.dtype))
         gate = None if case.strided_grad else rows[0]
         for norm_pre in {pre, IDENTITY, ACTIVATIONS["silu"]}:

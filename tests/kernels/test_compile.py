@@ -24,7 +24,7 @@ MAP_KERNELS = {
 }
 SMALL_KERNELS = {
     *("_finish", "_finish_moments", "_first_layer", "_parameters", "_select_parameters", "_finish_pool"),
-    *("_norm_coefficients", "_norm_factors", "_join"),
+    *("_norm_coefficients", "_norm_running", "_norm_factors", "_join"),
     *("convolve", "logit_gradients", "convolve_backward", "convolution_parameters"),
 }
 KERNELS = MAP_KERNELS | SMALL_KERNELS

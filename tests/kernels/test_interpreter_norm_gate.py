@@ -89,6 +89,7 @@ def test_bits(shape, dtype, layout):
 def test_numbers_between_the_passes(shape, dtype):
     of_norm_gate.check_coefficients("triton", shape, dtype)
     of_norm_gate.check_factors("triton", shape, dtype)
+    of_norm_gate.check_running("triton", shape[1], dtype)
     if dtype.itemsize > 2:
         of_norm_gate.check_coefficients("triton", shape, dtype, 4096.0)
 

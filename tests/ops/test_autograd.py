@@ -187,6 +187,8 @@ def calls() -> dict[str, tuple]:
     seen = calls_of_a_step()
     x = random(*SHAPE, dtype=torch.float64).requires_grad_()
     seen["relayout"] = torch.ops.fused_attn.relayout.cpu, (x, 1)  # of the block's own node, which no function calls
+    statistics = [random(4, seed=i, dtype=torch.float64).square().requires_grad_() for i in range(4)]
+    seen["norm_running"] = torch.ops.fused_attn.norm_running.cpu, (*statistics, 0.1)  # instead of norm_coefficients
     return seen
 
 

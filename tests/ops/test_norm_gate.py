@@ -26,7 +26,7 @@ from fused_attn import functional, reference
 from fused_attn.backends import choose
 from fused_attn.codes import ACTIVATIONS, FUNCTIONS
 from fused_attn.ops.common import accumulator
-from fused_attn.ops.norm_gate import COEFFICIENTS, DOTS, FACTORS, GRADIENTS, MOMENTS, SCALE, SCALE_INTO
+from fused_attn.ops.norm_gate import COEFFICIENTS, DOTS, FACTORS, GRADIENTS, MOMENTS, RUNNING, SCALE, SCALE_INTO
 from tests.checks import LAYOUTS, Inputs, assert_equivalent, in_layout, random, run
 from tests.ops.test_channel_gate import CHECKED, STRIDES, strided
 
@@ -471,6 +471,20 @@ def check_coefficients(
         assert torch.equal(again, norm) and none.shape == (0,) and s.dtype == none.dtype == dtype
 
 
+def check_running(backend: str, channels: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """norm_running of statistics and parameters of any dtype, against its formulas in float64."""
+    mean, var = (random(channels, seed=i, dtype=dtype).to(device) for i in range(2))
+    near = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6}
+    parameters = random(channels, seed=2, dtype=dtype).to(device), random(channels, seed=3).to(device)
+    for weight, bias in ((None, None), parameters, (parameters[0], None), (None, parameters[1])):
+        norm = RUNNING[backend](weight, bias, mean, var.abs(), 0.1)
+        rstd = (var.double().abs() + 0.1).rsqrt()
+        a = rstd if weight is None else rstd * weight.double()
+        b = -mean.double() * a if bias is None else bias.double() - mean.double() * a
+        assert norm.dtype == accumulator(dtype)
+        torch.testing.assert_close(norm.double(), torch.stack([a, b, mean.double(), rstd]), **near)
+
+
 def check_factors(backend: str, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
     """norm_factors of any sums, against its formulas in float64."""
     batch, channels = shape[:2]
@@ -501,6 +515,7 @@ def test_numbers_between_the_passes(shape, dtype):
     """The last among threads. float32 and float64 also where the mean is large beside the distances from it."""
     check_coefficients(NATIVE, shape, dtype)
     check_factors(NATIVE, shape, dtype)
+    check_running(NATIVE, shape[1], dtype)
     if dtype.itemsize > 2:
         check_coefficients(NATIVE, shape, dtype, 4096.0)
 

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...codes import FUNCTIONS
-from ...nn.normalised import norm_gate
+from ...nn.normalised import affine_of, norm_gate
 from ...nn.pointwise import is_hooked
 from ...ops.remake import is_kept, through
-from ...reference.block_attention import affine_of, uses_batch_statistics
+from ...reference.block_attention import uses_batch_statistics
 from ...reference.channel_gate import excite
 from ..hosts.registry import TAILS, recognise, register
 from ..reading.layers import activation_name

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ... import functional
 from ...codes import FUNCTIONS
+from ...nn.normalised import affine_of
 from ...reference.block_attention import fold_batch_norm, run_normalised, uses_batch_statistics
 from .recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
 
@@ -120,7 +121,7 @@ def _spatial_convolution(block: nn.Module, recipe: SpatialGate) -> tuple[Tensor,
     weight, bias, live = conv.weight, conv.bias, None
     for norm in norms:
         if not uses_batch_statistics(norm):
-            weight, bias = fold_batch_norm(weight, bias, norm)
+            weight, bias = fold_batch_norm(weight, bias, norm, affine_of)
         elif norm is norms[-1] and norm.weight is not None and norm.bias is not None:
             live = norm
         else:
