@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import resident
+from .inlined import tell_inductor
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
 BACKENDS = ("cpu", "triton", "cuda")
@@ -69,10 +70,14 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None, *,
             kernel = KERNELS[name] = kernel_of(module, name)
         return kernel(*args)
 
+    def fake_kernel(*args):
+        tell_inductor()
+        return fake(*args)
+
     tags = (torch.Tag.pt2_compliant_tag, *((torch.Tag.flexible_layout,) if any_layout else ()))
     for backend in BACKENDS:
         LIBRARY.define(f"{name}.{backend}{schema}", tags=tags)
-        torch.library.register_fake(f"fused_attn::{name}.{backend}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"fused_attn::{name}.{backend}", fake_kernel, lib=LIBRARY)
     LIBRARY.impl(f"{name}.triton", triton_kernel, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
         LIBRARY.impl(f"{name}.triton", triton_kernel, "CPU")

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..codes import ACTIVATIONS
 from .common import (
+    accumulator,
     as_it_is,
     below,
     define,
@@ -79,6 +80,27 @@ def of_residual(ctx: Any, at: int, grad: Tensor, written: Tensor) -> Tensor | No
 def before_epilogue(grad: Tensor, y: Tensor | None) -> Tensor:
     """ReLU's epilogue taken off a gradient, for double backward (its second derivative is 0)."""
     return grad if y is None else grad * (~(y <= 0)).to(grad.dtype)
+
+
+def scaled(
+    x: Tensor,
+    gate: Tensor,
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    residual: Tensor | None,
+    pre_activation: int,
+    post_activation: int,
+) -> Tensor:
+    """The operator's formula: `reference.scale` in the accumulators' dtype, rounded once."""
+    wide = accumulator(x.dtype)
+    return reference.scale(
+        x.to(wide),
+        gate,
+        affine=None if affine_weight is None or affine_bias is None else (affine_weight, affine_bias),
+        pre_activation=ACTIVATION_NAMES[pre_activation],
+        residual=None if residual is None else residual.to(wide),
+        post_activation=ACTIVATION_NAMES[post_activation],
+    ).to(x.dtype)
 
 
 def _keep(ctx, inputs, y):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..codes import ACTIVATIONS, POOLS, TIES
-from ..reference.squeeze import global_max, prologue, space
+from ..reference.squeeze import Affine, global_max, prologue, space
 from .common import (
+    accumulator,
     below,
     define,
     differentiable,
@@ -48,6 +52,17 @@ BACKWARD = define(
     " -> (Tensor grad_x, Tensor grad_affine_weight, Tensor grad_affine_bias)",
     _fake_backward,
 )
+
+
+def pooled(x: Tensor, pool: str, *, affine: Affine | None = None, pre_activation: str = "identity", **_: Any) -> Any:
+    """`reference.squeeze` in the accumulators' dtype, for a formula: two poolings have a prologue each."""
+
+    def u() -> Tensor:
+        return prologue(x.to(accumulator(x.dtype)), affine, pre_activation)
+
+    avg = None if pool == "max" else u().mean(space(x))
+    peak = None if pool == "avg" else u().amax(space(x))
+    return (avg, peak) if pool == "avgmax" else peak if avg is None else avg
 
 
 def _keep(ctx, inputs, results):
