@@ -4,6 +4,7 @@ backward of that layer, but made again."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import pickle
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fused_attn import fuse, unfuse
+from fused_attn import explain, fuse, unfuse
 from fused_attn.bench.memory import kept_by_model, kept_bytes
 from fused_attn.fusion.changing.swap import save_of
 from fused_attn.hosts import UnknownModel, build_model
@@ -448,6 +449,13 @@ def test_fusing_again():
     assert [save_of(block) for block in fuse(model)] == ["least", "least"]
     assert [save_of(block) for block in fuse(model, tails=True)] == ["all", "all"]
     assert not any("_fused_attn_plan" in m.__dict__ for m in unfuse(model).modules())
+
+
+def test_explain_says_so():
+    model = chain(1)
+    (row,) = explain(fuse(model, tails=True))
+    (other,) = explain(least(model))
+    assert other == dataclasses.replace(row, block=f"{row.block}; saves the least")
 
 
 def test_errors():
