@@ -118,11 +118,11 @@ def test_two_layers_share_what_is_made_again(remakes):
     assert remakes.count((3, 64, 5, 4)) == 1
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_block_it_was(name, layout):
-    """To the bit what is made where all is kept, and in float64 the original."""
+def test_the_block_it_was(name):
+    """To the bit what is made where all is kept, and in float64 the original; every second one in channels_last."""
     make, channels, rank, _ = BLOCKS[name]
+    layout = "channels_last" if list(BLOCKS).index(name) % 2 else "nchw"
     original = randomised(make()).double().train()
     x = in_layout(random(3, channels, *(6, 4, 5)[:rank], dtype=torch.float64), layout)
     plain, model = both(original)
