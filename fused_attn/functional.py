@@ -333,7 +333,8 @@ def norm_gate(
             `torch.compile` places results itself: there this does nothing.
         save: "least": the result knows how it is made again, in one pass over x (and the residual, which is kept for
             that), and layers that `fused_attn.ops.remake.through` calls with it keep this and not the result, as those
-            of `fuse(model, tails=True, save="least")`. "all": they keep the result.
+            of `fuse(model, tails=True, save="least")`. "all": they keep the result, and always where the reference
+            serves this.
 
     Returns:
         A map of x's shape, dtype and layout. With `group` its gradient cannot be differentiated again.

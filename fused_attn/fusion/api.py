@@ -115,12 +115,12 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
             and activation as one op (`fused_attn.functional.norm_gate`), in training too, and then the other BatchNorms
             of the same residual blocks with their activations. Networks: timm's ResNets, EfficientNets, MobileNetV3s
             and RegNets, torchvision's, and MONAI's SE-ResNets.
-        save: what the layers of blocks with tails keep for backward: "all", their inputs, or "least", where an input is
-            what a BatchNorm of the batch and the activation or gate behind it gave, how that is made again in backward:
-            from the BatchNorm's input, which is kept anyway, in one read and one write. So is every second sum of
-            blocks that are sums of each other. Gradients are the same to the bit. It holds for tails that are fused
-            already, too. Inside `torch.compile` this does nothing: the compiler decides what it keeps, by its own
-            `torch._functorch.config.activation_memory_budget`, of our operators' maps too.
+        save: what the convolutions of blocks with tails keep for backward. "all": their inputs. "least": where an input
+            is what a BatchNorm and the activation or gate behind it gave, how that is made again: in one read of the
+            BatchNorm's input, which is kept anyway, and one write. Every second sum in a row of blocks without a
+            projection is made again, too. Gradients stay the same to the bit where BatchNorms take the statistics of
+            the batch. Tails that are fused already are set to it, too. Inside `torch.compile` this does nothing: there
+            the compiler decides what is kept, by its own `torch._functorch.config.activation_memory_budget`.
         strict: raise where a block of a known class was left alone; of a program, where what looks like a block was.
         qualify: of a model on a GPU, measure what its blocks call on maps of usual sizes, and have each call served by
             what is right and fastest on that card (see `fused_attn.qualify`). It takes seconds, once a card and

@@ -13,6 +13,7 @@ from ..ops.resident import held_on
 from ..reference import CBAM, SpatialAttention
 from .api import Candidate, candidates, is_own
 from .changing.plan import changes, intact, plan_of
+from .changing.swap import save_of
 from .hosts.registry import TAILS, known_class
 from .recipes.describe import describe
 from .recipes.names import class_name, host_of
@@ -76,7 +77,8 @@ def _row(candidate: Candidate) -> Row | None:
         if "forward" in block.__dict__ or not intact(block, plan):
             return Row(name, "", cls, False, "its own forward", changes(block, plan))
         served, why = _backend(block, _ops(plan.recipe))
-        return Row(name, describe(block, plan.recipe), cls, True, served, why)
+        least = "; saves the least" if save_of(block) == "least" else ""
+        return Row(name, describe(block, plan.recipe) + least, cls, True, served, why)
     if found is None:
         return None
     call = "model, tails=True" if known_class(host_of(type(block)), TAILS) else "model"

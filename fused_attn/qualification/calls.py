@@ -102,9 +102,10 @@ def _call(op: str, options: tuple[Any, ...], tensors: tuple[Tensor | None, ...],
     return Call(question, x.device, shape, tuple(x.shape), room, function, arguments, autocasts(x))
 
 
-#: Arguments that are not repeated: a process by itself has no group, and what is written over is no leaf.
+#: Arguments that are not repeated: a process by itself has no group, what is written over is no leaf, and no layer
+#: follows that would keep the result.
 LEFT_OUT: dict[str, dict[str, Any]] = {
-    "norm_gate": {"group": None, "inplace": False},
+    "norm_gate": {"group": None, "inplace": False, "save": "all"},
     "spatial_gate": {"keep": None},
     "cbam": {"keep": None},
 }

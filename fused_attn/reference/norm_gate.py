@@ -66,8 +66,9 @@ def norm_gate(
     post_activation: str = "identity",
     group: Any = None,
     inplace: bool = False,
+    save: str = "all",
 ) -> Tensor:
-    """See `fused_attn.functional.norm_gate`."""
+    """See `fused_attn.functional.norm_gate`. save: plain PyTorch keeps what it keeps."""
     if group is not None and training:
         u = _synchronised(x, weight, bias, running_mean, running_var, momentum, eps, group)
     else:

@@ -258,10 +258,15 @@ for wrap in (ddp, fsdp2):
 
 define_torchvision_operators()  # before timm is imported
 
-def tails(save):
+def tails(save, wrap):
     torch.manual_seed(0)
     blocks = nn.Sequential(*(timm_resnet("Bottleneck", 16, attn_layer="se") for _ in range(3)))
-    return fused_attn.fuse(blocks, tails=True, save=save)
+    return fused_attn.fuse(convert(blocks) if wrap is synchronised else blocks, tails=True, save=save)
+
+convert = nn.SyncBatchNorm.convert_sync_batchnorm
+
+def synchronised(model):
+    return model  # DDP does not take a SyncBatchNorm on a CPU
 
 def sharded_tails(model):
     for child in model:
@@ -269,10 +274,10 @@ def sharded_tails(model):
     return fully_shard(model)
 
 x = random(2, 16, 6, 6, seed=rank)
-for wrap in (ddp, sharded_tails) if find_spec("timm") else ():
+for wrap in (ddp, sharded_tails, synchronised) if find_spec("timm") else ():
     found = []
     for save in ("all", "least"):
-        model = tails(save)
+        model = tails(save, wrap)
         wrapped = wrap(model)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
         for step in range(3):

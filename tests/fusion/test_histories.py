@@ -599,10 +599,10 @@ class Histories(RuleBasedStateMachine):
 
     # fuse, explain and unfuse
 
-    @rule(tails=st.booleans())
-    def fuse(self, tails: bool) -> None:
+    @rule(tails=st.booleans(), save=st.sampled_from(["all", "least"]))
+    def fuse(self, tails: bool, save: str = "all") -> None:
         state = torch.get_rng_state()
-        assert fuse(self.pair.fused, tails=tails) is self.pair.fused
+        assert fuse(self.pair.fused, tails=tails, save=save if tails else "all") is self.pair.fused
         assert torch.equal(torch.get_rng_state(), state), "the random state moved"
 
     @rule(tails=st.booleans())
@@ -904,6 +904,10 @@ def test_each_way_to_run_each_kind(how: str, train: bool) -> None:
         try:
             history.call(how=how)
             history.same()
+            if KINDS[name].tailed:
+                history.fuse(tails=True, save="least")
+                history.call(how=how)
+                history.same()
         except Exception as error:
             raise AssertionError(name) from error
 

@@ -840,6 +840,7 @@ ERRORS = {
     "running_mean: expected running_mean and running_var where it is not training; got None": lambda: (
         functional.norm_gate(random(2, 4, 3, 3))
     ),
+    "save: expected one of all, least; got 'some'": lambda: functional.norm_gate(random(2, 4, 3, 3), save="some"),
     "weight: expected shape (4,); got (3,)": lambda: functional.norm_gate(random(2, 4, 3, 3), random(3), training=True),
     "residual: expected x's shape, (2, 4, 3, 3); got (2, 4, 3, 1)": lambda: functional.norm_gate(
         random(2, 4, 3, 3), training=True, residual=random(2, 4, 3, 1)
