@@ -20,6 +20,7 @@ Environment:
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -260,11 +261,19 @@ def without_cuda(info: dict, reason: str) -> None:
     warn(f"built without the CUDA kernels: {reason}")
 
 
+def hash_of_sources() -> str:
+    """What the native library is made of, whatever compiles it."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+        found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def build_native() -> dict:
     """Build build/native/_native.so where that is possible; what was built, and why not more."""
     cpu: dict = {"built": False, "compiler": None, "reason": None}
     cuda: dict = {"built": False, "nvcc": None, "architectures": [], "reason": None}
-    info = {"torch_headers": None, "torch_target": OLDEST, "cpu": cpu, "cuda": cuda}
+    info = {"torch_headers": None, "torch_target": OLDEST, "sources": hash_of_sources(), "cpu": cpu, "cuda": cuda}
     started = time.monotonic()
     try:
         if os.environ.get("FUSED_ATTN_NATIVE") == "0":

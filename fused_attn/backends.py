@@ -336,7 +336,6 @@ def leave_unmeasured() -> None:
     _Known.told = True
 
 
-@torch.compiler.assume_constant_result  # where it is traced, it runs then
 def _tell(op: str, device: torch.device) -> None:
     """A model that was fused before it was moved to its card, or never, would be no faster there in silence."""
     if _Known.told:
@@ -348,6 +347,10 @@ def _tell(op: str, device: torch.device) -> None:
             f"plain PyTorch serves {device}, where nothing was measured yet: run fused_attn.qualify(model) once, now"
             " that the model is there"
         )
+
+
+#: Where it is traced it runs then: what `torch.compiler.assume_constant_result` sets, which would import the compiler.
+vars(_tell)["_dynamo_marked_constant"] = True
 
 
 def install(device: torch.device, verdicts: Iterable[Verdict]) -> None:

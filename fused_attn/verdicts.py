@@ -190,7 +190,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def environment_of(device: torch.device) -> Environment:
     """What a verdict depends on besides its question."""
-    found: Environment = {"torch": str(torch.__version__), "kernels": hash_of_kernels()}
+    found: Environment = {"torch": str(torch.__version__), "kernels": hash_of_kernels(), "sources": hash_of_sources()}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         try:
@@ -226,18 +226,36 @@ def cpu_name() -> str:
 
 @functools.cache
 def hash_of_kernels() -> str:
-    """Of the Triton kernels' source and of the native library."""
-    found = hashlib.sha256()
-    for path in (*sorted((FOLDER / "kernels").glob("*.py")), FOLDER / "_native.so"):
-        if path.exists():
-            found.update(path.name.encode() + b"\0" + path.read_bytes())
+    """Of the Triton kernels' source and of the native library, as it was built here."""
+    found = _hash_of_triton_kernels()
+    library = FOLDER / "_native.so"
+    found.update(library.read_bytes() if library.exists() else b"")
     return found.hexdigest()[:16]
 
 
+@functools.cache
+def hash_of_sources() -> str:
+    """Of the Triton kernels' source and of what the native library is made of, which is the same wherever it is
+    built."""
+    found = _hash_of_triton_kernels()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found.update(str(json.loads((FOLDER / "_build_info.json").read_text()).get("sources")).encode())
+    return found.hexdigest()[:16]
+
+
+def _hash_of_triton_kernels() -> Any:
+    found = hashlib.sha256()
+    for path in sorted((FOLDER / "kernels").glob("*.py")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found
+
+
 def write_shipped(folder: Path, environment: Environment, verdicts: Iterable[Verdict]) -> Path:
-    """A table of what was measured, for `fused_attn/tables`. Any driver is served by it. Raises OSError."""
+    """A table of what was measured, for `fused_attn/tables`. It serves any driver, and kernels of the same source that
+    were built elsewhere. Raises OSError."""
     path = folder / f"{_slug(environment)}.json"
-    write_table(path, {key: value for key, value in environment.items() if key != "driver"}, verdicts)
+    here = ("driver", "kernels")
+    write_table(path, {key: value for key, value in environment.items() if key not in here}, verdicts)
     return path
 
 

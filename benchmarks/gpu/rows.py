@@ -56,10 +56,12 @@ class Setting:
 @contextlib.contextmanager
 def in_place_of_a_card() -> Iterator[None]:
     """In a dry run the resident kernels serve the CPU, on an emulated machine, where that was built."""
-    from tests.emulate.library import on_the_cpu
+    from tests.emulate.library import on_the_cpu, with_limits
 
-    with on_the_cpu():
+    with on_the_cpu() as there:
+        limits = with_limits() if there else None
         yield
+        del limits
 
 
 def sized(shape: tuple[int, ...]) -> str:

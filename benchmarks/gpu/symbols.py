@@ -69,21 +69,29 @@ def stream(setting: Setting) -> dict[str, Any]:
     return {"status": "ok" if of_process else "failed", "why": "" if of_process else f"libtorch_cuda has no {STREAM}"}
 
 
+def without_limits(setting: Setting) -> str | None:
+    """Why nobody says what the resident kernels hold. In a dry run the emulator does, but for a library for cards."""
+    if not hasattr(torch.ops.fused_attn, "resident_limits"):
+        return "built without CUDA"
+    return "no CUDA device" if setting.dry and backends.build_record()["cuda"]["built"] else None
+
+
 def limits(setting: Setting) -> dict[str, Any]:
     """Which asks the runtime and the driver, on the current device."""
-    if setting.dry or not hasattr(torch.ops.fused_attn, "resident_limits"):
-        return {"status": "absent", "why": "no CUDA device" if setting.dry else "built without CUDA"}
-    of_card, card = resident.limits_of(0), torch.cuda.get_device_properties(0)
+    if why := without_limits(setting):
+        return {"status": "absent", "why": why}
+    of_card = resident.limits_of(0)
     found = {"shared": of_card.shared, "cluster": of_card.cluster}
-    if of_card.shared != card.shared_memory_per_block_optin:
-        return {"status": "wrong", "why": f"shared memory a block: {card.shared_memory_per_block_optin}", **found}
+    given = of_card.shared if setting.dry else torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    if of_card.shared != given:
+        return {"status": "wrong", "why": f"shared memory a block: {given}", **found}
     return {"status": "ok", **found}
 
 
 def clusters(setting: Setting) -> dict[str, Any]:
     """Over how many blocks samples are spread, of an SE block in bfloat16: [forward, backward]."""
-    if setting.dry or not hasattr(torch.ops.fused_attn, "resident_limits"):
-        return {"status": "absent", "why": "no CUDA device" if setting.dry else "built without CUDA"}
+    if why := without_limits(setting):
+        return {"status": "absent", "why": why}
     found = {}
     for shape in ((256, 56, 56), (64, 112, 112), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)):
         x, none = torch.empty(1, *shape, dtype=torch.bfloat16, device="meta"), (None,) * 7

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from .. import backends
+from ..ops.resident import limits_of
 from ..verdicts import Environment, Verdict, cached, environment_of, keep, one_at_a_time, say_once, shipped
 from . import ranks
 from .parent import Job, measure
@@ -112,8 +113,16 @@ def _among(wanted: dict[Key, Job], verdicts: Iterable[Verdict]) -> Found:
 
 
 def _can_serve(verdict: Verdict, device: torch.device) -> bool:
+    """Also where the kernels were built for other cards."""
     names = {verdict.backend, verdict.anywhere}
-    return all(backends.unavailable(name, verdict.question.op, device.type) is None for name in names)
+    if any(backends.unavailable(name, verdict.question.op, device.type) for name in names):
+        return False
+    if names & backends.RESIDENT:
+        try:
+            limits_of(device.index or 0)
+        except RuntimeError:
+            return False
+    return True
 
 
 def _measured(missing: dict[Key, Job], device: torch.device, environment: Environment) -> Found:

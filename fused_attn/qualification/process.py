@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -19,6 +20,7 @@ from typing import IO, Any
 HIDDEN = ("FUSED_ATTN_BACKEND", "CUDA_LAUNCH_BLOCKING")
 #: In its environment, the file descriptor that it answers on: none that anything prints to.
 ANSWERS = "FUSED_ATTN_ANSWERS"
+PR_SET_PDEATHSIG = 1  # of Linux
 
 
 class Lost(Exception):
@@ -107,7 +109,10 @@ class Process:
 
 
 def answering() -> Callable[..., None]:
-    """In that process: what says a line. What it prints goes where its errors do."""
+    """In that process: what says a line. What it prints goes where its errors do. It ends with the one that started it,
+    however that ends: a kernel that hangs would keep the device."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(2, 1)
     theirs = int(os.environ.pop(ANSWERS))
     os.set_inheritable(theirs, False)

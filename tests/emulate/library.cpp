@@ -7,6 +7,10 @@
 #define STABLE_TORCH_LIBRARY_FRAGMENT(ns, m) \
     [[maybe_unused]] static void defines(torch::stable::detail::StableLibrary& m)
 
+#ifdef LIMITS_ARE_KNOWN
+#define CompositeExplicitAutograd PrivateUse1  // which nobody asks
+#endif
+
 #include KERNELS
 
 // What the host side takes from torch. A tensor on the CPU is on device -1.

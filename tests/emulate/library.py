@@ -22,12 +22,15 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "emulate"
 SOURCES = ("channel_gate", "select", "spatial_gate")
 FLAGS = ("-std=c++17", "-Og", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-DFUSED_ATTN_EMULATE")
+LIMITS = "resident_limits"
+#: By the native library, of the cards that are there: it was built with CUDA.
+LIMITS_ARE_KNOWN = hasattr(torch.ops.fused_attn, LIMITS)
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def libraries() -> list[Path]:
     """Where they lie: named by what they are made of."""
-    made_of = hashlib.sha256(str((torch.__version__, FLAGS, TARGET)).encode())
+    made_of = hashlib.sha256(str((torch.__version__, FLAGS, TARGET, LIMITS_ARE_KNOWN)).encode())
     for folder in (ROOT / "csrc", ROOT / "csrc" / "cuda", HERE, ROOT / "tests" / "cuda" / "stand_in"):
         for path in sorted(path for path in folder.iterdir() if path.suffix in (".h", ".cu", ".cuh", ".cpp")):
             made_of.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -50,7 +53,8 @@ def build() -> str | None:
                 name = path.name.partition("-")[0]
                 for old in FOLDER.glob(f"{name}-*"):
                     old.unlink()
-                source = [f'-DKERNELS="../../csrc/cuda/{name}.cu"', str(HERE / "library.cpp")]
+                source = ["-DLIMITS_ARE_KNOWN"] if LIMITS_ARE_KNOWN else []
+                source += [f'-DKERNELS="../../csrc/cuda/{name}.cu"', str(HERE / "library.cpp")]
                 linked = ["-o", f"{path}.new", f"-L{torchs / 'lib'}", "-ltorch_cpu"]
                 command = [compiler, *FLAGS, TARGET, *own, *source, *linked]
                 started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -82,3 +86,12 @@ def on_the_cpu() -> Iterator[bool]:
         backends.CANDIDATES["cpu"] = candidates
         backends.UNAVAILABLE.clear()
         backends.UNAVAILABLE.update(before)
+
+
+def with_limits() -> torch.library.Library:
+    """As long as it is kept, what the stand-in's card holds can be asked for, within `on_the_cpu`: for a process of its
+    own, because torch goes on to list what was looked up once."""
+    defined = torch.library.Library("fused_attn", "FRAGMENT")
+    if not LIMITS_ARE_KNOWN:
+        defined.define(f"{LIMITS}(int device) -> (int shared, int cluster)")
+    return defined

@@ -220,7 +220,7 @@ def test_isolated_build_used_this_environments_torch(built: Path, wheel: Path):
     import torch
 
     info = build_info(wheel)
-    assert info["torch_headers"] == torch.__version__
+    assert info["torch_headers"] == torch.__version__ and len(info["sources"]) == 16
     assert info["cpu"]["built"] and info["cpu"]["reason"] is None
     printed = (built / "printed").read_text()
     (installed,) = re.findall(r"Successfully installed (.+)", printed)

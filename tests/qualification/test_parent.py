@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import resource
+import subprocess
+import sys
+import time
 import types
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import fused_attn
 from fused_attn import backends, functional, qualification, reference
 from fused_attn.qualification import calls as calls_of_models
 from fused_attn.qualification import parent as measuring
+from fused_attn.qualification import process as process_module
 from fused_attn.qualification.calls import seen
 from fused_attn.qualification.parent import Job, measure
 from fused_attn.verdicts import Verdict, cpu_name
@@ -148,6 +152,33 @@ def test_what_is_printed_is_no_answer(monkeypatch, tmp_path):
             file.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert isinstance(answer, Verdict) and "times as fast" in answer.why
+
+
+def test_it_ends_with_the_one_that_started_it(tmp_path):
+    """However that one ends, and whatever this one is at."""
+    loaded = f"import runpy, time\nprocess = runpy.run_path({process_module.__file__!r})\n"
+    (tmp_path / "sleeper.py").write_text(
+        f"{loaded}import os\nprocess['answering']()(pid=os.getpid())\nwhile True: time.sleep(9)"
+    )
+    starts = "p = process['Process']('sleeper', {})\nprint(p.answer(time.monotonic() + 30)['pid'], flush=True)\n"
+    command = [sys.executable, "-c", f"{loaded}{starts}time.sleep(60)"]
+    starter = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    pid = int(starter.stdout.readline())
+    assert Path(f"/proc/{pid}").exists()
+    starter.kill()
+    starter.communicate()
+    until = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Not one that nobody has waited for yet."""
+    try:
+        return " (python" in (said := Path(f"/proc/{pid}/stat").read_text()) and ") Z " not in said
+    except FileNotFoundError:
+        return False
 
 
 def test_another_device_is_not_measured(monkeypatch):

@@ -344,6 +344,17 @@ def test_a_verdict_that_cannot_serve_here_is_none(monkeypatch, measured):
     assert {v.backend for v in fused_attn.qualify(block, x)} == {"reference"} and len(measured) == len(there)
 
 
+def test_a_table_of_resident_kernels_that_do_not_run_here(monkeypatch):
+    """As where they were built for other cards."""
+    question = Question("channel_gate", (), torch.float32, (), True)
+    shape = verdicts.Shape("nchw", 5, 5, 12, True)
+    resident_one = Verdict(question, shape, (800, 80), "cuda", "reference", "")
+    monkeypatch.setitem(backends.UNAVAILABLE, ("cuda", "channel_gate", "cuda"), None)
+    for limits_of, serves in ((lambda device: resident.Limits(232448, 16), True), (resident.limits_of, False)):
+        monkeypatch.setattr(qualification, "limits_of", limits_of)
+        assert qualification._can_serve(resident_one, torch.device("cuda", 0)) == serves
+
+
 def test_cards_of_one_kind_share_their_verdicts(monkeypatch):
     """Those of this process; on stand-ins."""
     names = ["H", "H", "A"]

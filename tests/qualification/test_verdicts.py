@@ -25,6 +25,7 @@ HERE = {
     "torch": "2.13",
     "triton": "3.7",
     "kernels": "ab",
+    "sources": "cd",
 }
 SHAPE = Shape("nchw", 8, 12, 22, True)
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,13 +179,14 @@ def test_waiting_has_an_end(monkeypatch):
 
 
 def test_what_ships(tmp_path, monkeypatch):
-    """A table serves the cards that it names, with any driver, and no other torch, triton or kernels."""
+    """A table serves the cards that it names, with any driver and compiler, and no other torch, triton or kernels."""
     monkeypatch.setattr(verdicts, "FOLDER", tmp_path)
     (tmp_path / "tables").mkdir()
     path = verdicts.write_shipped(tmp_path / "tables", HERE, [verdict()])
     assert path.name == "a-card.json"
-    assert verdicts.shipped(HERE) == verdicts.shipped(HERE | {"driver": "1"}) == (verdict(),)
-    for field in set(HERE) - {"driver"}:
+    elsewhere = {"driver": "1", "kernels": "built there"}
+    assert verdicts.shipped(HERE) == verdicts.shipped(HERE | elsewhere) == (verdict(),)
+    for field in set(HERE) - set(elsewhere):
         assert verdicts.shipped(HERE | {field: "another"}) == ()
 
 
@@ -261,7 +263,7 @@ def test_environment_of_a_card(monkeypatch):
     found = verdicts.environment_of(torch.device("cuda", 3))
     assert set(found) == set(HERE) and found["device"] == "NVIDIA X" and found["multiprocessors"] == 132
     assert json.loads(json.dumps(found)) == found
-    assert set(verdicts.environment_of(torch.device("cpu"))) == {"device", "threads", "torch", "kernels"}
+    assert set(verdicts.environment_of(torch.device("cpu"))) == {"device", "threads", "torch", "kernels", "sources"}
 
 
 def test_the_hash_is_of_the_kernels(tmp_path, monkeypatch):
@@ -273,6 +275,19 @@ def test_the_hash_is_of_the_kernels(tmp_path, monkeypatch):
         (tmp_path / path).write_text(text)
         found.append(verdicts.hash_of_kernels.__wrapped__())
     assert len(set(found)) == len(found)
+
+
+def test_the_hash_of_sources_is_no_compilers(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "FOLDER", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    of = verdicts.hash_of_sources.__wrapped__
+    found = [of()]
+    (tmp_path / "_native.so").write_text("1")
+    assert [of()] == found
+    for path, text in (("kernels/a.py", "1"), ("_build_info.json", '{"sources": "1"}'), ("_build_info.json", "{")):
+        (tmp_path / path).write_text(text)
+        found.append(of())
+    assert len(set(found[:3])) == 3 and found[3] == found[1]
 
 
 def test_nothing_is_said_where_all_is_well():
