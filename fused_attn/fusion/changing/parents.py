@@ -278,36 +278,31 @@ def _function_of(recipe: _Single, as_written: Callable[[Any, Tensor], Any]) -> C
     return fused_attention
 
 
-def _descriptor_of(pool: Pool) -> Callable[[Tensor], Tensor]:
-    def fused_descriptor(x: Tensor) -> Tensor:
-        squeeze = functional.squeeze if is_ordinary(x) else reference.squeeze
+def _pools_of(over: str, kind: str, ties: str) -> Callable[[Tensor], Any]:
+    """Over positions: means (B, C), maxima, or "avgmax" for both; over channels: maxima and means, (B, 2, ...)."""
+
+    def fused_pools(x: Tensor) -> Any:
+        functions = functional if is_ordinary(x) else reference
         try:
-            descriptor = squeeze(x, pool.kind, ties=pool.ties)
+            return (
+                functions.squeeze(x, kind, ties=ties) if over == "positions" else functions.channel_pool(x, ties=ties)
+            )
         except (TypeError, ValueError):
-            descriptor = reference.squeeze(x, pool.kind, ties=pool.ties)
-        assert isinstance(descriptor, Tensor)
-        return pool.arrange(descriptor)
-
-    return fused_descriptor
-
-
-def _pools_of_channels(ties: str) -> Callable[[Tensor], Tensor]:
-    def fused_pools(x: Tensor) -> Tensor:
-        """Maxima and means, (B, 2, ...)."""
-        pools = functional.channel_pool if is_ordinary(x) else reference.channel_pool
-        try:
-            return pools(x, ties=ties)
-        except (TypeError, ValueError):
-            return reference.channel_pool(x, ties=ties)
+            return (
+                reference.squeeze(x, kind, ties=ties) if over == "positions" else reference.channel_pool(x, ties=ties)
+            )
 
     return fused_pools
 
 
-def _one_pool(pool: Pool) -> Callable[[Tensor], Tensor]:
-    place = int(pool.kind == "avg")
+def _one_of(pool: Pool, kind: str) -> Callable[[Any], Tensor]:
+    """One of such pools, where there are two."""
+    both = kind == "avgmax"
 
-    def one_pool(pools: Tensor) -> Tensor:
-        return pool.arrange(pools[:, place])
+    def one_pool(pools: Any) -> Tensor:
+        if pool.over == "channels":
+            return pool.arrange(pools[:, int(pool.kind == "avg")])
+        return pool.arrange(pools[int(pool.kind == "max")] if both else pools)
 
     return one_pool
 
@@ -547,29 +542,27 @@ class _Rewriter:
     def _put_around(self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int) -> _Region:
         x, last = product.x, product.nodes[-1]
         gone: set[str] = set()
-        of_channels: dict[str, fx.Node] = {}  # by how ties share a gradient: both pools at once
+        read: dict[Hashable, fx.Node] = {}  # what reads the map, once for both pools
         for node, pool in pools.items():
             upstream = self._between(x, node) or []
             gone |= {str(n.target) for n in upstream if n.op == "call_module"}
+            others = [p for p in pools.values() if p.kind != pool.kind]
+            ties = others[0].ties if others and pool.kind == "avg" else pool.ties
+            kind = "avgmax" if others else pool.kind
             with self.graph.inserting_before(node):
-                if pool.over == "positions":
-                    new = self.graph.call_function(_descriptor_of(pool), (x,))
-                else:
-                    maxima = [p.ties for p in pools.values() if p.kind == "max"]
-                    ties = pool.ties if pool.kind == "max" or not maxima else maxima[0]
-                    if ties not in of_channels:
-                        of_channels[ties] = self.graph.call_function(_pools_of_channels(ties), (x,))
-                    new = self.graph.call_function(_one_pool(pool), (of_channels[ties],))
+                if ties not in read:
+                    read[ties] = self.graph.call_function(_pools_of(pool.over, kind, ties), (x,))
+                new = self.graph.call_function(_one_of(pool, kind), (read[ties],))
             self._put(new, node, upstream)
             gate = new if gate is node else gate
-        self.made.update(of_channels.values())
+        self.made.update(read.values())
         positions = all(pool.over == "channels" for pool in pools.values())
         with self.graph.inserting_before(last):
             new = self.graph.call_function(fused_product, (x, gate, not positions))
         if product.in_place and x.op == "call_module":
             self.owned.add(str(x.target))
         self._put(new, last, [last])
-        first = ("channel_pool",) if of_channels else () if positions else ("squeeze",)
+        first = () if not pools else ("channel_pool",) if positions else ("squeeze",)
         kinds = sorted({pool.kind for pool in pools.values()})
         which = "" if positions or kinds == ["avg"] else f" ({' and '.join(kinds)} pool)"
         name = ", ".join((*first, "its own layers", f"scale{which}"))
@@ -582,8 +575,6 @@ _POOLS: set[Any] = {
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 }
-
-
 _GATES: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax}
 _GATE_NAMES = {"sigmoid", "hardsigmoid", "tanh", "softmax"}
 

@@ -366,6 +366,52 @@ expect("SqueezeExcite(16 -> 4, relu, sigmoid)", name="OpenMMLab's")(SELayer)
 expect(OWN, HSigmoid, name="OpenMMLab's with its hard gate")(SELayer)
 
 
+# fastai's: layers that find the map in an attribute of what they are given
+
+
+class SequentialEx(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        res = x
+        for layer in self.layers:
+            res.orig = x
+            nres = layer(res)
+            res.orig, nres.orig = None, None
+            res = nres
+        return res
+
+
+class ProdLayer(nn.Module):
+    def forward(self, x):
+        return x * x.orig
+
+
+def fastai(*inner):
+    layers = nn.Sequential(nn.Conv2d(C, 4, 1), *inner), nn.Sequential(nn.Conv2d(4, C, 1), nn.Sigmoid())
+    return SequentialEx(nn.AdaptiveAvgPool2d(1), *layers, ProdLayer())
+
+
+CASES["fastai's"] = lambda: fastai(nn.ReLU()), "SqueezeExcite(16 -> 4, relu, sigmoid)"
+CASES["fastai's with a norm"] = lambda: fastai(nn.BatchNorm2d(4), nn.ReLU()), OWN
+
+
+class LeavesTheMap(SequentialEx):
+    def forward(self, x):
+        kept = x
+        y = super().forward(x)
+        kept.orig = y
+        return y
+
+
+def test_a_tensor_left_on_the_map():
+    block = LeavesTheMap(*fastai(nn.ReLU()).layers)
+    (row,) = explain(fuse(block))
+    assert not row.fused and row.reason == "keeps state"
+
+
 class Stores(SELayer):
     """The branch is taken."""
 
