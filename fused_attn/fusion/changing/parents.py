@@ -30,7 +30,16 @@ from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, rea
 from ..reading.recognise import has_own_forward, outcome_of
 from ..reading.rewritten import check_rewritten
 from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, values_in
-from ..reading.trace import IN_PLACE, Option, Untraceable, is_same_code, trace_in_mode, trace_with_option, unpacked
+from ..reading.trace import (
+    IN_PLACE,
+    Option,
+    Rank,
+    Untraceable,
+    is_same_code,
+    trace_in_mode,
+    trace_with_option,
+    unpacked,
+)
 from ..reading.twin import NoTwin
 from ..recipes.describe import describe
 from ..recipes.names import host_of
@@ -144,18 +153,36 @@ def _rewritten_with(
     option: Option | None = None,
     value: float = 0.0,
 ) -> OwnLayers | None:
-    """option: one that its forward is given, with this value; it gets what the forward asks of it."""
+    """For maps of any rank, or, of a forward that asks for that, of the first that it is found for. option: one that
+    its forward is given, with this value; it gets what the forward asks of it."""
+    for dims in (4, 5, 3):
+        rank = Rank(dims)
+        found = _rewritten_for(block, gates, known, rank, option, value)
+        if found is not None or not rank.asked:
+            return found
+    return None
+
+
+def _rewritten_for(
+    block: nn.Module,
+    gates: dict[str, bool],
+    known: dict[Hashable, Found | None],
+    assumed: Rank,
+    option: Option | None,
+    value: float,
+) -> OwnLayers | None:
     given = {} if option is None else {option.name: value}
+    guards: list[Any] = []
 
     def traced(training: bool) -> fx.Graph | None:
         """None where no graph says what the forward does in this mode: then it runs as it is written."""
         try:
             if option is None:
-                return trace_in_mode(block, enters, training)
-            graph, found = trace_with_option(block, enters, training, option.name, value)
+                return trace_in_mode(block, enters, training, assumed)
+            graph, found = trace_with_option(block, enters, training, assumed, option.name, value)
         except Untraceable:
             return None
-        option.guards.extend(found.guards)
+        guards.extend(found.guards)
         return graph
 
     def enters(path: str) -> bool:
@@ -182,7 +209,7 @@ def _rewritten_with(
     skipped = {n for n in names if n in owned or enters(n) or any(f"{n}.".startswith(f"{p}.") for p in covers)}
     if reads_of(block, map(block.get_submodule, skipped)).remark is not None:
         return None
-    ranks = {region.rank for region in every} - {None}
+    ranks = {region.rank for region in every} - {None} | ({assumed.dims} if assumed.asked else set())
     if len(ranks) > 1:
         return None
     rank = next(iter(ranks), None)
@@ -192,6 +219,8 @@ def _rewritten_with(
     verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance, **given)
     if verdict.why_not is not None:
         return None
+    if option is not None:
+        option.guards.extend(guards)
     mode = ", in training" if evaluates is None else ", in evaluation" if trains is None else ""
     name = ", ".join(region.name for region in regions) + f" in its forward{mode}"
     if not verdict.differentiable:
