@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from ... import functional, reference
 from ...backends import is_ordinary
+from ...reference.block_attention import CONVOLUTIONS
 from ..hosts.registry import known_class
 from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
@@ -290,36 +291,42 @@ class _Region(NamedTuple):
 _FUNCTIONS = {ChannelGate: ("channel_gate",), SpatialGate: ("spatial_gate",), CbamGate: ("cbam",)}
 
 
-def _function_of(recipe: _Single, as_written: Callable[[Any, Tensor], Any]) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The fused function of a recipe. as_written: what it stands for."""
+def _function_of(recipe: _Single, as_written: Forward, last: bool = False) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The fused function of a recipe. as_written: what it stands for. last: the map has its channels last."""
     paths = parameter_paths(recipe)
+
+    def run_fused(block: nn.Module, x: Tensor) -> Tensor:
+        parameters = parameters_of(block, paths)
+        if last:
+            return run(block, recipe, parameters, x.movedim(-1, 1)).movedim(1, -1)
+        return run(block, recipe, parameters, x)
 
     def fused_attention(block: nn.Module, x: Tensor) -> Tensor:
         if recipe.rank not in (None, x.dim()) or not is_ordinary(x):
             return as_written(block, x)
         if torch.compiler.is_compiling():
-            return run(block, recipe, parameters_of(block, paths), x)
+            return run_fused(block, x)
         try:
-            return run(block, recipe, parameters_of(block, paths), x)
+            return run_fused(block, x)
         except (TypeError, ValueError):  # a map that the gates may take and the fused function does not
             return as_written(block, x)
 
     return fused_attention
 
 
-def _pools_of(over: str, kind: str, ties: str) -> Callable[[Tensor], Any]:
-    """Over positions: means (B, C), maxima, or "avgmax" for both; over channels: maxima and means, (B, 2, ...)."""
+def _pools_of(over: str, kind: str, ties: str, last: bool) -> Callable[[Tensor], Any]:
+    """Over positions: means (B, C), maxima, or "avgmax" for both; over channels: maxima and means, (B, 2, ...). last:
+    of a map that has its channels last."""
+
+    def pools_by(functions: Any, x: Tensor) -> Any:
+        return functions.squeeze(x, kind, ties=ties) if over == "positions" else functions.channel_pool(x, ties=ties)
 
     def fused_pools(x: Tensor) -> Any:
-        functions = functional if is_ordinary(x) else reference
+        x = x.movedim(-1, 1) if last else x
         try:
-            return (
-                functions.squeeze(x, kind, ties=ties) if over == "positions" else functions.channel_pool(x, ties=ties)
-            )
+            return pools_by(functional if is_ordinary(x) else reference, x)
         except (TypeError, ValueError):
-            return (
-                reference.squeeze(x, kind, ties=ties) if over == "positions" else reference.channel_pool(x, ties=ties)
-            )
+            return pools_by(reference, x)
 
     return fused_pools
 
@@ -336,8 +343,10 @@ def _one_of(pool: Pool, kind: str) -> Callable[[Any], Tensor]:
     return one_pool
 
 
-def fused_product(x: Tensor, gate: Tensor, of_channels: bool) -> Tensor:
+def fused_product(x: Tensor, gate: Tensor, of_channels: bool, last: bool) -> Tensor:
     """x * gate, one number a sample and channel, or a sample and position; also in the dtype that this has."""
+    if last and gate.dim() == x.dim():
+        return fused_product(x.movedim(-1, 1), gate.movedim(-1, 1), of_channels, False).movedim(1, -1)
     if not is_ordinary(x) or not is_ordinary(gate) or torch.promote_types(x.dtype, gate.dtype) != x.dtype:
         return x * gate
     try:
@@ -441,12 +450,16 @@ class _Rewriter:
         paths = tuple(str(n.target) for n in nodes if n.op == "call_module")
         if len(paths) > len(set(paths)):
             return None
-        span = Span(self.block, row[0].x, nodes, written={product.nodes[-1] for product in row if product.in_place})
-        code = span.graph.python_code("self")
-        key = code.src, tuple(code.globals.items())
-        if key not in self.known:
-            self.known[key] = outcome_of_span(span).found
-        found = self.known[key]
+        written = {product.nodes[-1] for product in row if product.in_place}
+        for last in (False, True) if self._may_be_last(nodes) else (False,):
+            span = Span(self.block, row[0].x, nodes, written=written, last=last)
+            code = span.graph.python_code("self")
+            key = code.src, tuple(code.globals.items()), last
+            if key not in self.known:
+                self.known[key] = outcome_of_span(span).found
+            found = self.known[key]
+            if found is not None:
+                break
         recipe = None if found is None or found.mask else found.recipe(span)
         if isinstance(recipe, OwnLayers):
             if next(span.parameters(), None) is not None:  # it has the layers of this block in it
@@ -457,8 +470,13 @@ class _Rewriter:
         else:
             return None
         name, sixths = describe(span, recipe), "hard_s" in repr(recipe)
-        self._replace(row, nodes, _function_of(recipe, _compiled(span.graph, "a block in it")))
+        self._replace(row, nodes, _function_of(recipe, _compiled(span.graph, "a block in it"), last))
         return _Region(name, functions, paths, recipe.rank, sixths)
+
+    def _may_be_last(self, nodes: list[fx.Node]) -> bool:
+        """Whether the map may have its channels last: nothing in these nodes is a convolution."""
+        layers = [self._layer(n) for n in nodes if n.op == "call_module"]
+        return not any(isinstance(part, CONVOLUTIONS) for layer in layers for part in layer.modules())
 
     def _may_be_one(self, row: list[_Product]) -> bool:
         """Whether nobody else sees what is between map and result, or could tell when it is computed."""
@@ -526,16 +544,16 @@ class _Rewriter:
         *between, last = product.nodes
         if product.in_place and not (set(product.x.users) <= {*between, last} and self._is_fresh(product.x)):
             return None
-        span = Span(self.block, product.x, between, marked=True)
-        for rank, values in values_in(span):
-            kind = kind_of_gate(values[gate], rank) if gate in values else None
-            if kind is not None:
-                pools, direct = self._pools(product.x, gate, values, rank)
-                over = {pool.over for pool in pools.values()}
-                if kind == "channels" and not direct and over == {"positions"}:
-                    return self._put_around(product, gate, pools, rank)
-                if kind == "positions" and over <= {"channels"} and is_bounded(values[gate]):
-                    return self._put_around(product, gate, pools, rank)
+        for axes_last in (False, True) if self._may_be_last(between) else (False,):
+            span = Span(self.block, product.x, between, marked=True, last=axes_last)
+            for rank, values in values_in(span):
+                kind = kind_of_gate(values[gate], rank, axes_last) if gate in values else None
+                if kind is not None:
+                    pools, direct = self._pools(product.x, gate, values, rank)
+                    over = {pool.over for pool in pools.values()}
+                    of_channels = kind == "channels" and not direct and over == {"positions"}
+                    if of_channels or (kind == "positions" and over <= {"channels"} and is_bounded(values[gate])):
+                        return self._put_around(product, gate, pools, rank, axes_last)
         return None
 
     def _pools(
@@ -568,7 +586,9 @@ class _Rewriter:
         known = _name_of(node) in _VIEWS or "_pool" in _name_of(node)
         return _is_of_sizes(node) or (known and self._only_reads(node) and "dtype" not in node.kwargs)
 
-    def _put_around(self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int) -> _Region:
+    def _put_around(
+        self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int, axes_last: bool
+    ) -> _Region:
         x, last = product.x, product.nodes[-1]
         gone: set[str] = set()
         read: dict[Hashable, fx.Node] = {}  # what reads the map, once for both pools
@@ -580,14 +600,14 @@ class _Rewriter:
             kind = "avgmax" if others else pool.kind
             with self.graph.inserting_before(node):
                 if ties not in read:
-                    read[ties] = self.graph.call_function(_pools_of(pool.over, kind, ties), (x,))
+                    read[ties] = self.graph.call_function(_pools_of(pool.over, kind, ties, axes_last), (x,))
                 new = self.graph.call_function(_one_of(pool, kind), (read[ties],))
             self._put(new, node, upstream)
             gate = new if gate is node else gate
         self.made.update(read.values())
         positions = all(pool.over == "channels" for pool in pools.values())
         with self.graph.inserting_before(last):
-            new = self.graph.call_function(fused_product, (x, gate, not positions))
+            new = self.graph.call_function(fused_product, (x, gate, not positions, axes_last))
         if product.in_place and x.op == "call_module":
             self.owned.add(str(x.target))
         self._put(new, last, [last])

@@ -285,6 +285,59 @@ class BothPools(nn.Module):
         return x * F.softplus(self.fc(s))[..., None, None]
 
 
+class ChannelsLast(nn.Module):
+    """Of a map (B, H, W, C)."""
+
+    def __init__(self, between=nn.Identity):
+        super().__init__()
+        self.fc1, self.between, self.fc2 = nn.Linear(9, 4), between(), nn.Linear(4, 9)
+
+    def forward(self, x):
+        s = self.fc2(self.between(F.relu(self.fc1(x.mean(dim=(1, 2), keepdim=True)))))
+        return x * s.sigmoid()
+
+
+expect("SqueezeExcite(9 -> 4, relu, sigmoid) in its forward", name="channels last")(ChannelsLast)
+expect(OWN, nn.Dropout, name="channels last, dropout")(ChannelsLast)
+
+
+@expect(OWN)
+class ChannelsLastOfAParent(ChannelsLast):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(9, 9), nn.LayerNorm(9)
+
+    def forward(self, x):
+        y = self.norm(self.inner(x))
+        s = torch.tanh(self.fc2(F.elu(self.fc1(y.amax((1, 2))))))
+        return x + y * s[:, None, None, :]
+
+
+@expect("its own layers, scale in its forward")
+class SpatialSE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(C, 1, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.conv(x))
+
+
+class Spatial(nn.Module):
+    def __init__(self, *args, inputs=2, **options):
+        super().__init__()
+        self.conv, self.inputs = nn.Conv2d(inputs, 1, *args, **options), inputs
+
+    def forward(self, x):
+        pools = [x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]]
+        return x * torch.sigmoid(self.conv(torch.cat(pools[: self.inputs], 1)))
+
+
+expect("channel_pool, its own layers, scale", (1, 7), padding=(0, 3), name="1 x 7 and a bias")(Spatial)
+expect("channel_pool, its own layers, scale", 3, padding=2, dilation=2, name="dilated")(Spatial)
+expect("channel_pool, its own layers, scale", 7, padding=3, inputs=1, name="the mean alone")(Spatial)
+
+
 class HardGate(nn.Module):
     def __init__(self, gate):
         super().__init__()
