@@ -9,6 +9,7 @@ and options: the layers that it runs are those of the module that it is called f
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 import sys
 import weakref
@@ -156,17 +157,30 @@ def _rewritten_with(
 ) -> OwnLayers | None:
     """For maps of any rank, or, of a forward that asks for that, of the first that it is found for. option: one that
     its forward is given, with this value; it gets what the forward asks of it."""
-    for dims in (4, 5, 3):
+    inside = _excitations_of(block, gates)
+    for entered, dims in itertools.product((set(), inside) if inside else (set(),), (4, 5, 3)):
         rank = Rank(dims)
-        found = _rewritten_for(block, gates, known, rank, option, value)
-        if found is not None or not rank.asked:
+        found = _rewritten_for(block, gates, entered, known, rank, option, value)
+        if found is not None or (not rank.asked and entered == inside):
             return found
     return None
+
+
+def _excitations_of(block: nn.Module, gates: dict[str, bool]) -> set[str]:
+    """Paths of parts of somebody's that may return a gate of no known kind: they pool and multiply nothing."""
+    found = set()
+    for path, part in block.named_modules():
+        mine = has_own_forward(part) and part is not block and path not in gates
+        pools = any(type(child) in _POOLS for child in part.children())
+        if mine and pools and not multiplies(host_of(type(part))):
+            found.add(path)
+    return found
 
 
 def _rewritten_for(
     block: nn.Module,
     gates: dict[str, bool],
+    entered: set[str],
     known: dict[Hashable, Found | None],
     assumed: Rank,
     option: Option | None,
@@ -188,8 +202,10 @@ def _rewritten_for(
 
     def enters(path: str) -> bool:
         part = block.get_submodule(path)
-        inside = any(p.startswith(f"{path}.") for p in gates)
-        return type(part) is nn.Sequential and (inside or type(next(part.children(), None)) in _POOLS)
+        inside = any(p.startswith(f"{path}.") for p in (*gates, *entered))
+        return (
+            path in entered or type(part) is nn.Sequential and (inside or type(next(part.children(), None)) in _POOLS)
+        )
 
     try:
         graphs = [traced(training) for training in (False, True)]
@@ -233,7 +249,7 @@ def _rewritten_for(
         tuple(sorted(functions, key="cbam".__ne__)),  # the main one first
         rank=rank,
         bypassed=tuple(n for n in names if n in skipped),
-        covers=covers,
+        covers=(*covers, *(p for p in sorted(entered) if any(c.startswith(f"{p}.") for c in covers))),
     )
 
 

@@ -274,6 +274,25 @@ class NAFBlock(nn.Module):
         return x + self.conv2(y) * self.beta
 
 
+class NormedMask(nn.Module):
+    """A gate alone, of no kind that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.bn = nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)
+        self.a, self.b, self.drop = nn.Conv2d(C, 4, 1), nn.Conv2d(4, C, 1), nn.Dropout(0.2)
+
+    def forward(self, x):
+        return torch.sigmoid(self.b(self.drop(F.relu(self.bn(self.a(self.pool(x)))))))
+
+
+@expect(OWN)
+class GateOfAModule(Residual):
+    def __init__(self):
+        super().__init__()
+        self.se = NormedMask()
+
+
 @expect(f"{OWN} (avg and max pool)")
 class BothPools(nn.Module):
     def __init__(self):
