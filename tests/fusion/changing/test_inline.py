@@ -357,6 +357,16 @@ expect("channel_pool, its own layers, scale", 3, padding=2, dilation=2, name="di
 expect("channel_pool, its own layers, scale", 7, padding=3, inputs=1, name="the mean alone")(Spatial)
 
 
+@expect("channel_pool, its own layers, scale in its forward")
+class OfTheOtherAxis(Spatial):
+    def __init__(self):
+        super().__init__((1, 7), padding=(0, 3))
+
+    def forward(self, x):
+        pools = torch.cat([x.mean(1, True), x.amax(1, True)], 1)
+        return x * self.conv(pools.transpose(2, 3)).transpose(2, 3).sigmoid()
+
+
 class HardGate(nn.Module):
     def __init__(self, gate):
         super().__init__()
