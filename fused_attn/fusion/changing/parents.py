@@ -318,7 +318,7 @@ def _function_of(recipe: _Single, as_written: Forward, last: bool = False) -> Ca
         return run(block, recipe, parameters, x)
 
     def fused_attention(block: nn.Module, x: Tensor) -> Tensor:
-        if recipe.rank not in (None, x.dim()) or not is_ordinary(x):
+        if recipe.rank not in (None, x.dim()) or not is_ordinary(x) or (last and not x.is_contiguous()):
             return as_written(block, x)
         if torch.compiler.is_compiling():
             return run_fused(block, x)
@@ -360,10 +360,11 @@ def _one_of(pool: Pool, kind: str) -> Callable[[Any], Tensor]:
 
 
 def fused_product(x: Tensor, gate: Tensor, of_channels: bool, last: bool) -> Tensor:
-    """x * gate, one number a sample and channel, or a sample and position; also in the dtype that this has."""
-    if last and gate.dim() == x.dim():
+    """x * gate, one number a sample and channel, or a sample and position; also in the dtype that this has. last: x has
+    its channels last; the function keeps its layout only where that is the usual one."""
+    if last and x.is_contiguous():
         return fused_product(x.movedim(-1, 1), gate.movedim(-1, 1), of_channels, False).movedim(1, -1)
-    if not is_ordinary(x) or not is_ordinary(gate) or torch.promote_types(x.dtype, gate.dtype) != x.dtype:
+    if last or not is_ordinary(x) or not is_ordinary(gate) or torch.promote_types(x.dtype, gate.dtype) != x.dtype:
         return x * gate
     try:
         return functional.scale(x, gate.flatten(2)[:, :, 0] if of_channels else gate[:, :1])
