@@ -150,7 +150,7 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     again = any(plan_of(block) is not None for block in model.modules())
     decisions = list(candidates(model, tails))
-    refused = [f"{c.name or '(the model)'}: {c.found}" for c in decisions if isinstance(c.found, str)]
+    refused = [f"{c.name or '(the model)'}: {c.found}" for c in decisions if isinstance(c.found, str) and not c.served]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))
     _swap(decisions, strict)

@@ -937,10 +937,14 @@ def test_another_rank_goes_to_the_original():
     assert str(ours.value) == str(original.value)
 
 
-def test_channels_last_excitation_is_left_alone():
+def test_channels_last_excitation():
     block = timm_layers.squeeze_excite.SqueezeExciteCl(C)
-    (row,) = explain(fuse(block))
-    assert not row.fused and "(B, H, W, C)" in row.reason
+    fused = fuse(copy.deepcopy(block))
+    (row,) = explain(fused)
+    assert row.fused and row.block.endswith("in its forward")
+    x = random(2, 6, 5, C)
+    torch.testing.assert_close(fused(x), block(x))
+    assert fused(x).is_contiguous()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -9,6 +9,7 @@ and options: the layers that it runs are those of the module that it is called f
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 import sys
 import weakref
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from ... import functional, reference
 from ...backends import is_ordinary
+from ...reference.block_attention import CONVOLUTIONS
 from ..hosts.registry import known_class
 from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
@@ -30,7 +32,16 @@ from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, rea
 from ..reading.recognise import has_own_forward, outcome_of
 from ..reading.rewritten import check_rewritten
 from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, values_in
-from ..reading.trace import IN_PLACE, Option, Untraceable, is_same_code, trace_in_mode, trace_with_option, unpacked
+from ..reading.trace import (
+    IN_PLACE,
+    Option,
+    Rank,
+    Untraceable,
+    is_same_code,
+    trace_in_mode,
+    trace_with_option,
+    unpacked,
+)
 from ..reading.twin import NoTwin
 from ..recipes.describe import describe
 from ..recipes.names import host_of
@@ -144,24 +155,57 @@ def _rewritten_with(
     option: Option | None = None,
     value: float = 0.0,
 ) -> OwnLayers | None:
-    """option: one that its forward is given, with this value; it gets what the forward asks of it."""
+    """For maps of any rank, or, of a forward that asks for that, of the first that it is found for. option: one that
+    its forward is given, with this value; it gets what the forward asks of it."""
+    inside = _excitations_of(block, gates)
+    for entered, dims in itertools.product((set(), inside) if inside else (set(),), (4, 5, 3)):
+        rank = Rank(dims)
+        found = _rewritten_for(block, gates, entered, known, rank, option, value)
+        if found is not None or (not rank.asked and entered == inside):
+            return found
+    return None
+
+
+def _excitations_of(block: nn.Module, gates: dict[str, bool]) -> set[str]:
+    """Paths of parts of somebody's that may return a gate of no known kind: they pool and multiply nothing."""
+    found = set()
+    for path, part in block.named_modules():
+        mine = has_own_forward(part) and part is not block and path not in gates
+        pools = any(type(child) in _POOLS for child in part.children())
+        if mine and pools and not multiplies(host_of(type(part))):
+            found.add(path)
+    return found
+
+
+def _rewritten_for(
+    block: nn.Module,
+    gates: dict[str, bool],
+    entered: set[str],
+    known: dict[Hashable, Found | None],
+    assumed: Rank,
+    option: Option | None,
+    value: float,
+) -> OwnLayers | None:
     given = {} if option is None else {option.name: value}
+    guards: list[Any] = []
 
     def traced(training: bool) -> fx.Graph | None:
         """None where no graph says what the forward does in this mode: then it runs as it is written."""
         try:
             if option is None:
-                return trace_in_mode(block, enters, training)
-            graph, found = trace_with_option(block, enters, training, option.name, value)
+                return trace_in_mode(block, enters, training, assumed)
+            graph, found = trace_with_option(block, enters, training, assumed, option.name, value)
         except Untraceable:
             return None
-        option.guards.extend(found.guards)
+        guards.extend(found.guards)
         return graph
 
     def enters(path: str) -> bool:
         part = block.get_submodule(path)
-        inside = any(p.startswith(f"{path}.") for p in gates)
-        return type(part) is nn.Sequential and (inside or type(next(part.children(), None)) in _POOLS)
+        inside = any(p.startswith(f"{path}.") for p in (*gates, *entered))
+        return (
+            path in entered or type(part) is nn.Sequential and (inside or type(next(part.children(), None)) in _POOLS)
+        )
 
     try:
         graphs = [traced(training) for training in (False, True)]
@@ -182,7 +226,7 @@ def _rewritten_with(
     skipped = {n for n in names if n in owned or enters(n) or any(f"{n}.".startswith(f"{p}.") for p in covers)}
     if reads_of(block, map(block.get_submodule, skipped)).remark is not None:
         return None
-    ranks = {region.rank for region in every} - {None}
+    ranks = {region.rank for region in every} - {None} | ({assumed.dims} if assumed.asked else set())
     if len(ranks) > 1:
         return None
     rank = next(iter(ranks), None)
@@ -192,6 +236,8 @@ def _rewritten_with(
     verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance, **given)
     if verdict.why_not is not None:
         return None
+    if option is not None:
+        option.guards.extend(guards)
     mode = ", in training" if evaluates is None else ", in evaluation" if trains is None else ""
     name = ", ".join(region.name for region in regions) + f" in its forward{mode}"
     if not verdict.differentiable:
@@ -203,7 +249,7 @@ def _rewritten_with(
         tuple(sorted(functions, key="cbam".__ne__)),  # the main one first
         rank=rank,
         bypassed=tuple(n for n in names if n in skipped),
-        covers=covers,
+        covers=(*covers, *(p for p in sorted(entered) if any(c.startswith(f"{p}.") for c in covers))),
     )
 
 
@@ -261,60 +307,64 @@ class _Region(NamedTuple):
 _FUNCTIONS = {ChannelGate: ("channel_gate",), SpatialGate: ("spatial_gate",), CbamGate: ("cbam",)}
 
 
-def _function_of(recipe: _Single, as_written: Callable[[Any, Tensor], Any]) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The fused function of a recipe. as_written: what it stands for."""
+def _function_of(recipe: _Single, as_written: Forward, last: bool = False) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The fused function of a recipe. as_written: what it stands for. last: the map has its channels last."""
     paths = parameter_paths(recipe)
 
+    def run_fused(block: nn.Module, x: Tensor) -> Tensor:
+        parameters = parameters_of(block, paths)
+        if last:
+            return run(block, recipe, parameters, x.movedim(-1, 1)).movedim(1, -1)
+        return run(block, recipe, parameters, x)
+
     def fused_attention(block: nn.Module, x: Tensor) -> Tensor:
-        if recipe.rank not in (None, x.dim()) or not is_ordinary(x):
+        if recipe.rank not in (None, x.dim()) or not is_ordinary(x) or (last and not x.is_contiguous()):
             return as_written(block, x)
         if torch.compiler.is_compiling():
-            return run(block, recipe, parameters_of(block, paths), x)
+            return run_fused(block, x)
         try:
-            return run(block, recipe, parameters_of(block, paths), x)
+            return run_fused(block, x)
         except (TypeError, ValueError):  # a map that the gates may take and the fused function does not
             return as_written(block, x)
 
     return fused_attention
 
 
-def _descriptor_of(pool: Pool) -> Callable[[Tensor], Tensor]:
-    def fused_descriptor(x: Tensor) -> Tensor:
-        squeeze = functional.squeeze if is_ordinary(x) else reference.squeeze
+def _pools_of(over: str, kind: str, ties: str, last: bool) -> Callable[[Tensor], Any]:
+    """Over positions: means (B, C), maxima, or "avgmax" for both; over channels: maxima and means, (B, 2, ...). last:
+    of a map that has its channels last."""
+
+    def pools_by(functions: Any, x: Tensor) -> Any:
+        return functions.squeeze(x, kind, ties=ties) if over == "positions" else functions.channel_pool(x, ties=ties)
+
+    def fused_pools(x: Tensor) -> Any:
+        x = x.movedim(-1, 1) if last else x
         try:
-            descriptor = squeeze(x, pool.kind, ties=pool.ties)
+            return pools_by(functional if is_ordinary(x) else reference, x)
         except (TypeError, ValueError):
-            descriptor = reference.squeeze(x, pool.kind, ties=pool.ties)
-        assert isinstance(descriptor, Tensor)
-        return pool.arrange(descriptor)
-
-    return fused_descriptor
-
-
-def _pools_of_channels(ties: str) -> Callable[[Tensor], Tensor]:
-    def fused_pools(x: Tensor) -> Tensor:
-        """Maxima and means, (B, 2, ...)."""
-        pools = functional.channel_pool if is_ordinary(x) else reference.channel_pool
-        try:
-            return pools(x, ties=ties)
-        except (TypeError, ValueError):
-            return reference.channel_pool(x, ties=ties)
+            return pools_by(reference, x)
 
     return fused_pools
 
 
-def _one_pool(pool: Pool) -> Callable[[Tensor], Tensor]:
-    place = int(pool.kind == "avg")
+def _one_of(pool: Pool, kind: str) -> Callable[[Any], Tensor]:
+    """One of such pools, where there are two."""
+    both = kind == "avgmax"
 
-    def one_pool(pools: Tensor) -> Tensor:
-        return pool.arrange(pools[:, place])
+    def one_pool(pools: Any) -> Tensor:
+        if pool.over == "channels":
+            return pool.arrange(pools[:, int(pool.kind == "avg")])
+        return pool.arrange(pools[int(pool.kind == "max")] if both else pools)
 
     return one_pool
 
 
-def fused_product(x: Tensor, gate: Tensor, of_channels: bool) -> Tensor:
-    """x * gate, one number a sample and channel, or a sample and position; also in the dtype that this has."""
-    if not is_ordinary(x) or not is_ordinary(gate) or torch.promote_types(x.dtype, gate.dtype) != x.dtype:
+def fused_product(x: Tensor, gate: Tensor, of_channels: bool, last: bool) -> Tensor:
+    """x * gate, one number a sample and channel, or a sample and position; also in the dtype that this has. last: x has
+    its channels last; the function keeps its layout only where that is the usual one."""
+    if last and x.is_contiguous():
+        return fused_product(x.movedim(-1, 1), gate.movedim(-1, 1), of_channels, False).movedim(1, -1)
+    if last or not is_ordinary(x) or not is_ordinary(gate) or torch.promote_types(x.dtype, gate.dtype) != x.dtype:
         return x * gate
     try:
         return functional.scale(x, gate.flatten(2)[:, :, 0] if of_channels else gate[:, :1])
@@ -417,12 +467,16 @@ class _Rewriter:
         paths = tuple(str(n.target) for n in nodes if n.op == "call_module")
         if len(paths) > len(set(paths)):
             return None
-        span = Span(self.block, row[0].x, nodes, written={product.nodes[-1] for product in row if product.in_place})
-        code = span.graph.python_code("self")
-        key = code.src, tuple(code.globals.items())
-        if key not in self.known:
-            self.known[key] = outcome_of_span(span).found
-        found = self.known[key]
+        written = {product.nodes[-1] for product in row if product.in_place}
+        for last in (False, True) if self._may_be_last(nodes) else (False,):
+            span = Span(self.block, row[0].x, nodes, written=written, last=last)
+            code = span.graph.python_code("self")
+            key = code.src, tuple(code.globals.items()), last
+            if key not in self.known:
+                self.known[key] = outcome_of_span(span).found
+            found = self.known[key]
+            if found is not None:
+                break
         recipe = None if found is None or found.mask else found.recipe(span)
         if isinstance(recipe, OwnLayers):
             if next(span.parameters(), None) is not None:  # it has the layers of this block in it
@@ -433,8 +487,13 @@ class _Rewriter:
         else:
             return None
         name, sixths = describe(span, recipe), "hard_s" in repr(recipe)
-        self._replace(row, nodes, _function_of(recipe, _compiled(span.graph, "a block in it")))
+        self._replace(row, nodes, _function_of(recipe, _compiled(span.graph, "a block in it"), last))
         return _Region(name, functions, paths, recipe.rank, sixths)
+
+    def _may_be_last(self, nodes: list[fx.Node]) -> bool:
+        """Whether the map may have its channels last: nothing in these nodes is a convolution."""
+        layers = [self._layer(n) for n in nodes if n.op == "call_module"]
+        return not any(isinstance(part, CONVOLUTIONS) for layer in layers for part in layer.modules())
 
     def _may_be_one(self, row: list[_Product]) -> bool:
         """Whether nobody else sees what is between map and result, or could tell when it is computed."""
@@ -502,16 +561,16 @@ class _Rewriter:
         *between, last = product.nodes
         if product.in_place and not (set(product.x.users) <= {*between, last} and self._is_fresh(product.x)):
             return None
-        span = Span(self.block, product.x, between, marked=True)
-        for rank, values in values_in(span):
-            kind = kind_of_gate(values[gate], rank) if gate in values else None
-            if kind is not None:
-                pools, direct = self._pools(product.x, gate, values, rank)
-                over = {pool.over for pool in pools.values()}
-                if kind == "channels" and not direct and over == {"positions"}:
-                    return self._put_around(product, gate, pools, rank)
-                if kind == "positions" and over <= {"channels"} and is_bounded(values[gate]):
-                    return self._put_around(product, gate, pools, rank)
+        for axes_last in (False, True) if self._may_be_last(between) else (False,):
+            span = Span(self.block, product.x, between, marked=True, last=axes_last)
+            for rank, values in values_in(span):
+                kind = kind_of_gate(values[gate], rank, axes_last) if gate in values else None
+                if kind is not None:
+                    pools, direct = self._pools(product.x, gate, values, rank)
+                    over = {pool.over for pool in pools.values()}
+                    of_channels = kind == "channels" and not direct and over == {"positions"}
+                    if of_channels or (kind == "positions" and over <= {"channels"} and is_bounded(values[gate])):
+                        return self._put_around(product, gate, pools, rank, axes_last)
         return None
 
     def _pools(
@@ -544,32 +603,32 @@ class _Rewriter:
         known = _name_of(node) in _VIEWS or "_pool" in _name_of(node)
         return _is_of_sizes(node) or (known and self._only_reads(node) and "dtype" not in node.kwargs)
 
-    def _put_around(self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int) -> _Region:
+    def _put_around(
+        self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int, axes_last: bool
+    ) -> _Region:
         x, last = product.x, product.nodes[-1]
         gone: set[str] = set()
-        of_channels: dict[str, fx.Node] = {}  # by how ties share a gradient: both pools at once
+        read: dict[Hashable, fx.Node] = {}  # what reads the map, once for both pools
         for node, pool in pools.items():
             upstream = self._between(x, node) or []
             gone |= {str(n.target) for n in upstream if n.op == "call_module"}
+            others = [p for p in pools.values() if p.kind != pool.kind]
+            ties = others[0].ties if others and pool.kind == "avg" else pool.ties
+            kind = "avgmax" if others else pool.kind
             with self.graph.inserting_before(node):
-                if pool.over == "positions":
-                    new = self.graph.call_function(_descriptor_of(pool), (x,))
-                else:
-                    maxima = [p.ties for p in pools.values() if p.kind == "max"]
-                    ties = pool.ties if pool.kind == "max" or not maxima else maxima[0]
-                    if ties not in of_channels:
-                        of_channels[ties] = self.graph.call_function(_pools_of_channels(ties), (x,))
-                    new = self.graph.call_function(_one_pool(pool), (of_channels[ties],))
+                if ties not in read:
+                    read[ties] = self.graph.call_function(_pools_of(pool.over, kind, ties, axes_last), (x,))
+                new = self.graph.call_function(_one_of(pool, kind), (read[ties],))
             self._put(new, node, upstream)
             gate = new if gate is node else gate
-        self.made.update(of_channels.values())
+        self.made.update(read.values())
         positions = all(pool.over == "channels" for pool in pools.values())
         with self.graph.inserting_before(last):
-            new = self.graph.call_function(fused_product, (x, gate, not positions))
+            new = self.graph.call_function(fused_product, (x, gate, not positions, axes_last))
         if product.in_place and x.op == "call_module":
             self.owned.add(str(x.target))
         self._put(new, last, [last])
-        first = ("channel_pool",) if of_channels else () if positions else ("squeeze",)
+        first = () if not pools else ("channel_pool",) if positions else ("squeeze",)
         kinds = sorted({pool.kind for pool in pools.values()})
         which = "" if positions or kinds == ["avg"] else f" ({' and '.join(kinds)} pool)"
         name = ", ".join((*first, "its own layers", f"scale{which}"))
@@ -582,8 +641,6 @@ _POOLS: set[Any] = {
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 }
-
-
 _GATES: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax}
 _GATE_NAMES = {"sigmoid", "hardsigmoid", "tanh", "softmax"}
 

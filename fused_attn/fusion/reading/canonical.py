@@ -612,9 +612,11 @@ class Graph:
         sizes = list(value.node.sizes)
         layout: list[Entry] = list(value.layout)
         if axis is None:
-            if out != 1:
-                sizes.append(out)
-                layout[dim] = (len(sizes) - 1,)
+            if out != 1:  # where it stands among the dimensions, so that a map has its axes in order
+                new = _place(layout, dim)
+                sizes.insert(new, out)
+                layout = list(mapped(layout, lambda a: a + (a >= new)))
+                layout[dim] = (new,)
         elif out != 1:
             sizes[axis] = out
         else:
@@ -628,7 +630,13 @@ class Graph:
         axis = axis_or_none(value.layout[dim])
         if any(isinstance(e, Spread) for e in value.layout):
             raise Unsupported
-        return self.channels("dense", [value.node, weight], (axis, out != 1, order), (), value, dim, out)
+        place = _place(value.layout, dim) if axis is None else axis
+        return self.channels("dense", [value.node, weight], (axis, out != 1, order, place), (), value, dim, out)
+
+
+def _place(layout: Sequence[Entry], dim: int) -> int:
+    """Where an axis for this dimension, which has none, stands: behind those of the dimensions before it."""
+    return max((a + 1 for e in layout[:dim] if not isinstance(e, Spread) for a in e), default=0)
 
 
 def _whole(node: Node) -> Node:

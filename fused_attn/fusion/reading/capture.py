@@ -356,7 +356,8 @@ def capture(
                 refused.graph = graph
                 raise refused from error
             raise
-    if contents(acting) != held:
+    left = any(value is not None for value in vars(x).values())  # on the map; fastai's layers leave None there
+    if contents(acting) != held or left:
         recorder.remarks.append("keeps state")
     if not isinstance(y, Tensor):
         several = isinstance(y, (tuple, list)) and any(isinstance(t, Tensor) for t in y)

@@ -102,11 +102,12 @@ class _Stored(BaseException):
 
 class Unstored:
     """While it is entered, on this thread, nothing is run on that sets attributes or items: where this code comes to
-    that, everything ends up to here, and `stored` says so."""
+    that, everything ends up to here. It may set attributes of tensors: these are made on the way, or the map, which
+    `capture` looks at afterwards."""
 
     def __init__(self, code: frozenset[types.CodeType]) -> None:
-        self.places = {c: {s.offset for s in dis.get_instructions(c) if s.opname in _STORES} for c in code}
-        self.stored = False
+        #: Where it does so, and the variable that is then changed, if that is one.
+        self.places = {c: dict(_stores_in(c)) for c in code}
 
     def __enter__(self) -> Unstored:
         self.before = sys.gettrace()
@@ -126,10 +127,21 @@ class Unstored:
         return self._stepped
 
     def _stepped(self, frame: types.FrameType, event: str, _: Any) -> Any:
-        if event == "opcode" and frame.f_lasti in self.places[frame.f_code]:
-            self.stored = True
+        places = self.places[frame.f_code]
+        at = places.get(frame.f_lasti) if event == "opcode" else None
+        if at is not None and type(frame.f_locals.get(at)) is not Tensor:
             raise _Stored
         return self._stepped
+
+
+def _stores_in(code: types.CodeType) -> Iterator[tuple[int, str]]:
+    before = None
+    for step in dis.get_instructions(code):
+        if step.opname in _STORES:
+            loaded = before is not None and before.opname.startswith("LOAD_FAST") and "ATTR" in step.opname
+            names = before.argval if loaded and before is not None else ""
+            yield step.offset, names[-1] if isinstance(names, tuple) else names
+        before = step
 
 
 def _items(container: Any) -> Iterator[Any]:

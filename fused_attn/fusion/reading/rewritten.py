@@ -34,10 +34,12 @@ class Verdict(NamedTuple):
 
 
 class _Input(NamedTuple):
-    """A map that a module takes in both modes, and whether its results can be differentiated in both."""
+    """A map that a module takes in both modes, and whether its results can be differentiated in both. last: it has its
+    channels last."""
 
     shape: tuple[int, ...]
     differentiable: bool
+    last: bool
 
 
 def check_rewritten(
@@ -63,7 +65,8 @@ def check_rewritten(
     if not inputs:
         return Verdict("it cannot be checked: no map was found that it can be run on, the same at every run")
     for found in inputs:
-        more = [(b, found.shape[1], *s[: len(found.shape) - 2]) for b, s in _FURTHER] if size <= FEW else []
+        channels, rank = found.shape[-1 if found.last else 1], len(found.shape) - 2
+        more = [_shape(b, channels, s[:rank], found.last) for b, s in _FURTHER] if size <= FEW else []
         why = differences(
             (twins.next(), twins.runner(found, lambda module, x: module.forward(x, **options))),
             (twins.next(), twins.runner(found, lambda module, x: forward(module, x, **options))),
@@ -110,11 +113,11 @@ class _Twins:
     def input_of(self, rank: int) -> _Input | None:
         """The first map that can be run in both modes."""
         guesses = channel_guesses(self.block)
-        for space, channels in itertools.product(_SPACES, guesses):
-            shape = (2, channels, *space[: rank - 2])
+        for last, space, channels in itertools.product((False, True), _SPACES, guesses):
+            shape = _shape(2, channels, space[: rank - 2], last)
             try:
                 modes = [self._try(shape, training) for training in (True, False)]
-                return _Input(shape, all(modes))
+                return _Input(shape, all(modes), last)
             except Exception:  # of whatever kind: it is somebody's, on a map that it may not take
                 continue
         return None
@@ -145,6 +148,10 @@ class _Twins:
         if not all(is_same(*pair, _RESPONSE) for pair in zip(values, others, strict=True)):
             raise ValueError("it makes much of rounding")  # as a BatchNorm of two values does
         return differentiable
+
+
+def _shape(batch: int, channels: int, space: tuple[int, ...], last: bool) -> tuple[int, ...]:
+    return (batch, *space, channels) if last else (batch, channels, *space)
 
 
 #: A relative change of a map, and the change in what is computed from it that rounding is not mistaken for.

@@ -23,6 +23,7 @@ class Span(nn.Module):
     graph: copies of them, of "block", which has the layers, and of the map. marked: each result goes through a layer of
     its own that does nothing, "marks.0" and so on: a capture then says what each node is. written: products that are
     written into the map, and are not here. Where sizes of another map are asked for, those of x have to do.
+    last: they read and write maps whose channels are the last axis; the module has them where maps have them.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Span(nn.Module):
         *,
         marked: bool = False,
         written: Collection[fx.Node] = (),
+        last: bool = False,
     ) -> None:
         super().__init__()
+        self.last = last
         self.graph = fx.Graph()
         self.graph.placeholder("block")
         self.copies = {x: self.graph.placeholder("x")}
@@ -62,6 +65,9 @@ class Span(nn.Module):
                 owner.__dict__[place][last] = held.__dict__[place][last]
 
     def forward(self, x: Tensor) -> Any:
+        return self._computed(x.movedim(1, -1)).movedim(-1, 1) if self.last else self._computed(x)
+
+    def _computed(self, x: Tensor) -> Any:
         known: dict[fx.Node, Any] = {}
         for i, node in enumerate(self.copies.values()):
             known[node] = result = self._run(node, known, x)
@@ -113,7 +119,7 @@ class Pool(NamedTuple):
 
 
 def pool_of(value: Value, rank: int) -> Pool | None:
-    """The pool that a value is; None: it is none."""
+    """The pool that a value is; None: it is none. The value's axes are those of a map with its channels first."""
     node = value.node
     if node.op not in ("mean", "max") or node.inputs[0].op != "input":
         return None
@@ -127,12 +133,14 @@ def pool_of(value: Value, rank: int) -> Pool | None:
     return Pool(over, "avg", "first", arrange) if node.op == "mean" else Pool(over, "max", node.attrs[1], arrange)
 
 
-def kind_of_gate(value: Value, rank: int) -> str | None:
+def kind_of_gate(value: Value, rank: int, last: bool = False) -> str | None:
     """Of what, for products with a map, a value is one number each: of its "channels", or of its "positions"; None: of
-    neither."""
+    neither. last: the map has its channels last."""
     entries = [() if isinstance(e, Spread) else e for e in value.layout]
     if len(entries) != rank + 2 or entries[0] != (0,):
         return None
+    if last:
+        entries.insert(1, entries.pop())
     if entries[1:] == [(1,), *((),) * rank]:
         return "channels"
     return "positions" if entries[1:] == [(), *((i + 1,) for i in range(rank))] else None

@@ -13,6 +13,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -44,9 +45,19 @@ def trace(block: nn.Module, enters: Callable[[str], bool]) -> fx.Graph:
     return graph
 
 
-def trace_in_mode(block: nn.Module, enters: Callable[[str], bool], training: bool) -> fx.Graph:
-    """As `trace`, of a forward that may do something else in the other mode."""
-    return _Trace(block, enters, training).run()
+@dataclass
+class Rank:
+    """How many dimensions every tensor is taken to have where a forward asks for that; whether it has asked."""
+
+    dims: int
+    asked: bool = False
+
+
+def trace_in_mode(
+    block: nn.Module, enters: Callable[[str], bool], training: bool, rank: Rank | None = None
+) -> fx.Graph:
+    """As `trace`, of a forward that may do something else in the other mode, or for maps of another rank."""
+    return _Trace(block, enters, training, rank).run()
 
 
 class Option(NamedTuple):
@@ -62,10 +73,10 @@ class Option(NamedTuple):
 
 
 def trace_with_option(
-    block: nn.Module, enters: Callable[[str], bool], training: bool, name: str, value: float
+    block: nn.Module, enters: Callable[[str], bool], training: bool, rank: Rank, name: str, value: float
 ) -> tuple[fx.Graph, Option]:
     """As `trace_in_mode`, of block(x, name=value); its inputs are "block", x and the option."""
-    made = _Trace(block, enters, training)
+    made = _Trace(block, enters, training, rank)
     made.option = Option(name, [])
     option = _Number(made, made.graph.placeholder(name), value)
     return made.run(**{name: option}), made.option
@@ -77,8 +88,10 @@ def is_same_code(graph: fx.Graph, other: fx.Graph) -> bool:
 
 
 class _Trace:
-    def __init__(self, block: nn.Module, enters: Callable[[str], bool], training: bool) -> None:
-        self.enters = enters
+    def __init__(
+        self, block: nn.Module, enters: Callable[[str], bool], training: bool, rank: Rank | None = None
+    ) -> None:
+        self.enters, self.rank = enters, rank
         self.refused: str | None = None  # kept: the forward may catch what is raised
         self.option = Option("", [])
         self.indices: list[_Value] = []  # of what an index was asked, by torch if it is in its next call
@@ -240,11 +253,28 @@ class _Value:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return NotImplemented  # the mode sees it first
 
-    def __getattr__(self, name: str) -> _Attribute:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name == "ndim" and self._trace.rank is not None:
+            return self._dims(self._trace.rank)
         found = self._trace.record("call_function", getattr, (self, name), {})
         return _Attribute(self, name, found)
+
+    def _dims(self, rank: Rank) -> int:
+        rank.asked = True
+        return rank.dims
+
+    def _is_shape(self) -> bool:
+        node = self._node
+        return (node.op, node.target, node.args[1:]) == ("call_method", "size", ()) or (
+            node.target is getattr and node.args[1] == "shape"
+        )
+
+    def __len__(self) -> int:
+        if self._trace.rank is None or not self._is_shape():
+            self._trace.refuse(_BRANCHES)
+        return self._dims(self._trace.rank)
 
     def __index__(self) -> int:
         self._trace.indices.append(self)  # torch asks before it gives a call to the mode, with the value itself
@@ -253,9 +283,12 @@ class _Value:
     def __iter__(self) -> Any:
         frame = sys._getframe(1)
         code, at = frame.f_code.co_code, frame.f_lasti
-        if dis.opname[code[at]] != "UNPACK_SEQUENCE":
+        if dis.opname[code[at]] == "UNPACK_SEQUENCE":
+            count = code[at + 1]
+        elif self._trace.rank is not None and self._is_shape():
+            count = self._dims(self._trace.rank)
+        else:
             self._trace.refuse("loops over a tensor or its sizes")
-        count = code[at + 1]
         every = self._trace.record("call_function", unpacked, (self, count), {})
         return iter([self._trace.record("call_function", operator.getitem, (every, i), {}) for i in range(count)])
 
@@ -269,7 +302,9 @@ class _Attribute(_Value):
         super().__init__(found._trace, found._node)
         self._owner, self._name = owner, name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _Value:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._name == "dim" and self._trace.rank is not None:
+            return self._dims(self._trace.rank)
         made = self._trace.record("call_method", self._name, (self._owner, *args), kwargs)
         if not self._node.users and not self._node._erased:
             self._trace.graph.erase_node(self._node)
@@ -367,7 +402,7 @@ def _refused(self: _Value, why: str, *args: Any) -> NoReturn:
 
 _BRANCHES, _LOOKS = "branches on a tensor or its sizes", "looks at a tensor or its sizes"
 _REFUSED = {
-    **dict.fromkeys(("__bool__", "__len__", "__contains__", "__hash__"), _BRANCHES),
+    **dict.fromkeys(("__bool__", "__contains__", "__hash__"), _BRANCHES),
     **dict.fromkeys(("__int__", "__float__", "__complex__", "__round__", "__trunc__"), _LOOKS),
     **dict.fromkeys(("__floor__", "__ceil__", "__str__", "__repr__", "__format__", "__array__"), _LOOKS),
     **dict.fromkeys(("__copy__", "__deepcopy__", "__reduce_ex__", "__enter__", "__setitem__", "__delitem__"), _LOOKS),

@@ -138,6 +138,13 @@ def test_with_what_stands_around_it():
     assert node.kwargs["pre_activation"] == "relu" and node.kwargs["affine"] is not None
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_behind_a_map_of_one_channel(batch):
+    """As of a grey image: the axes of the map behind the convolution are in their order."""
+    net = randomised(nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), SEBlock(32)).double().eval())
+    assert len(blocks_of(net, random(batch, 1, 6, 5, dtype=torch.float64))) == 1
+
+
 def test_in_training_the_batch_norm_stays_outside():
     (node,) = blocks_of(Net().double().train(), random(2, 3, 8, 9, dtype=torch.float64))
     assert "affine" not in node.kwargs and node.kwargs["post_activation"] == "relu"

@@ -274,6 +274,25 @@ class NAFBlock(nn.Module):
         return x + self.conv2(y) * self.beta
 
 
+class NormedMask(nn.Module):
+    """A gate alone, of no kind that is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.bn = nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)
+        self.a, self.b, self.drop = nn.Conv2d(C, 4, 1), nn.Conv2d(4, C, 1), nn.Dropout(0.2)
+
+    def forward(self, x):
+        return torch.sigmoid(self.b(self.drop(F.relu(self.bn(self.a(self.pool(x)))))))
+
+
+@expect(OWN)
+class GateOfAModule(Residual):
+    def __init__(self):
+        super().__init__()
+        self.se = NormedMask()
+
+
 @expect(f"{OWN} (avg and max pool)")
 class BothPools(nn.Module):
     def __init__(self):
@@ -283,6 +302,69 @@ class BothPools(nn.Module):
     def forward(self, x):
         s = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
         return x * F.softplus(self.fc(s))[..., None, None]
+
+
+class ChannelsLast(nn.Module):
+    """Of a map (B, H, W, C)."""
+
+    def __init__(self, between=nn.Identity):
+        super().__init__()
+        self.fc1, self.between, self.fc2 = nn.Linear(9, 4), between(), nn.Linear(4, 9)
+
+    def forward(self, x):
+        s = self.fc2(self.between(F.relu(self.fc1(x.mean(dim=(1, 2), keepdim=True)))))
+        return x * s.sigmoid()
+
+
+expect("SqueezeExcite(9 -> 4, relu, sigmoid) in its forward", name="channels last")(ChannelsLast)
+expect(OWN, nn.Dropout, name="channels last, dropout")(ChannelsLast)
+
+
+@expect(OWN)
+class ChannelsLastOfAParent(ChannelsLast):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Linear(9, 9), nn.LayerNorm(9)
+
+    def forward(self, x):
+        y = self.norm(self.inner(x))
+        s = torch.tanh(self.fc2(F.elu(self.fc1(y.amax((1, 2))))))
+        return x + y * s[:, None, None, :]
+
+
+@expect("its own layers, scale in its forward")
+class SpatialSE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(C, 1, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.conv(x))
+
+
+class Spatial(nn.Module):
+    def __init__(self, *args, inputs=2, **options):
+        super().__init__()
+        self.conv, self.inputs = nn.Conv2d(inputs, 1, *args, **options), inputs
+
+    def forward(self, x):
+        pools = [x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]]
+        return x * torch.sigmoid(self.conv(torch.cat(pools[: self.inputs], 1)))
+
+
+expect("channel_pool, its own layers, scale", (1, 7), padding=(0, 3), name="1 x 7 and a bias")(Spatial)
+expect("channel_pool, its own layers, scale", 3, padding=2, dilation=2, name="dilated")(Spatial)
+expect("channel_pool, its own layers, scale", 7, padding=3, inputs=1, name="the mean alone")(Spatial)
+
+
+@expect("channel_pool, its own layers, scale in its forward")
+class OfTheOtherAxis(Spatial):
+    def __init__(self):
+        super().__init__((1, 7), padding=(0, 3))
+
+    def forward(self, x):
+        pools = torch.cat([x.mean(1, True), x.amax(1, True)], 1)
+        return x * self.conv(pools.transpose(2, 3)).transpose(2, 3).sigmoid()
 
 
 class HardGate(nn.Module):
@@ -364,6 +446,52 @@ class SELayer(nn.Module):
 
 expect("SqueezeExcite(16 -> 4, relu, sigmoid)", name="OpenMMLab's")(SELayer)
 expect(OWN, HSigmoid, name="OpenMMLab's with its hard gate")(SELayer)
+
+
+# fastai's: layers that find the map in an attribute of what they are given
+
+
+class SequentialEx(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        res = x
+        for layer in self.layers:
+            res.orig = x
+            nres = layer(res)
+            res.orig, nres.orig = None, None
+            res = nres
+        return res
+
+
+class ProdLayer(nn.Module):
+    def forward(self, x):
+        return x * x.orig
+
+
+def fastai(*inner):
+    layers = nn.Sequential(nn.Conv2d(C, 4, 1), *inner), nn.Sequential(nn.Conv2d(4, C, 1), nn.Sigmoid())
+    return SequentialEx(nn.AdaptiveAvgPool2d(1), *layers, ProdLayer())
+
+
+CASES["fastai's"] = lambda: fastai(nn.ReLU()), "SqueezeExcite(16 -> 4, relu, sigmoid)"
+CASES["fastai's with a norm"] = lambda: fastai(nn.BatchNorm2d(4), nn.ReLU()), OWN
+
+
+class LeavesTheMap(SequentialEx):
+    def forward(self, x):
+        kept = x
+        y = super().forward(x)
+        kept.orig = y
+        return y
+
+
+def test_a_tensor_left_on_the_map():
+    block = LeavesTheMap(*fastai(nn.ReLU()).layers)
+    (row,) = explain(fuse(block))
+    assert not row.fused and row.reason == "keeps state"
 
 
 class Stores(SELayer):

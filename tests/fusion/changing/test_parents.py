@@ -239,7 +239,7 @@ FUSED = {
     **dict.fromkeys(("GatesInASequential", "Drops", "ShortcutWrittenInto", "MapWrittenLater"), "CBAM"),
     **dict.fromkeys(("OnlyChannel", "OnAnAlias", "Twice", "SideBySide", "WithDefaults", "Counts"), "SqueezeExcite"),
     **dict.fromkeys(("ByOptions", "Inherited"), "SpatialAttention"),
-    **dict.fromkeys(("Several", "ByMode", "DropsByFunction", "AlwaysDrops", "ByDepth"), "SqueezeExcite"),
+    **dict.fromkeys(("Several", "ByMode", "ByRank", "DropsByFunction", "AlwaysDrops", "ByDepth"), "SqueezeExcite"),
     "InPlaceWithGradients": "SqueezeExcite",
 }
 #: Which write over what their gradients need.
@@ -297,6 +297,16 @@ def test_how_many_blocks_a_forward_has():
     assert composite_of(Twice()).covers == ("ca",) and composite_of(Twice()).name.count("SqueezeExcite") == 2
     assert composite_of(SideBySide()).functions == ("channel_gate", "spatial_gate")
     assert composite_of(Block()).functions == ("cbam",)
+
+
+def test_a_forward_that_asks_for_the_rank():
+    """It runs as it is written for maps of another, here one map without a batch."""
+    plain = ByRank().double().eval()
+    net = fuse(copy.deepcopy(plain))
+    x = random(16, 7, 9, dtype=torch.float64)
+    with FusedOperators() as mode:
+        torch.testing.assert_close(net(x), plain(x))
+    assert mode.count == 0
 
 
 def test_inside_a_model():
@@ -546,7 +556,7 @@ LEFT = [
     *("SecondUse", "InPlaceSeenElsewhere", "Another", "Prints", "Keeps", "WithoutGradient"),
     *("InPlaceOnItsInput", "InPlaceOnAView", "WrittenBetween", "WrittenBetweenByAView", "WrittenBetweenByALayer"),
     *("WrittenBetweenByAFunction", "GateChanged", "GateReturned", "Logs", "Notes"),
-    *("BySize", "ByContents", "ByRank", "Decorated", "InFullPrecision", "Tries", "OptionOfAPart"),
+    *("BySize", "ByContents", "Decorated", "InFullPrecision", "Tries", "OptionOfAPart"),
     *("OptionOfAPartIfAny", "CallOfAPart", "GradientOfItsOwn"),
 ]
 

@@ -143,13 +143,6 @@ class WritesInput(Base):
         return x.mul_(self.gate(x))
 
 
-@because("")
-class WrongAxis(SpatialAttention):
-    def forward(self, x):
-        pools = torch.cat([x.mean(1, True), x.max(1, True)[0]], 1)
-        return x * self.conv1(pools.transpose(2, 3)).transpose(2, 3).sigmoid()
-
-
 @because("square")
 class SquareOnly(Base):
     """As the authors' BAM: the window takes its width from the height."""
