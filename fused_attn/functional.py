@@ -342,9 +342,12 @@ def norm_gate(
     codes = code(ACTIVATIONS, "activation", activation), code(ACTIVATIONS, "post_activation", post_activation)
     autocast = _check_map(x)
     parameters = weight, bias, running_mean, running_var
-    names, shape = ("weight", "bias", "running_mean", "running_var"), (x.shape[1],)
-    for name, parameter in zip(names, parameters, strict=True):
-        if parameter is not None:
+    shape, dtype, device = (x.shape[1],), x.dtype, x.device
+    for i, parameter in enumerate(parameters):
+        if parameter is None:
+            continue
+        if parameter.shape != shape or parameter.dtype != dtype or parameter.device != device:
+            name = ("weight", "bias", "running_mean", "running_var")[i]
             _check_parameter(name, parameter, shape, x, autocast or parameter.dtype == torch.float32)
     _check_residual(x, residual)
     if not training and (running_mean is None or running_var is None):
@@ -392,8 +395,8 @@ def norm_gate(
             group=group,
             inplace=over is not None,
         )
-        if small and x.shape[0] == 1 and y.requires_grad:
-            y.register_hook(_in_order)
+        if small and x.shape[0] == 1 and post_activation != "relu" and y.requires_grad:
+            y.register_hook(_in_order)  # the ReLU's gradients lie as the map does
         return y
     statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
 

@@ -138,6 +138,17 @@ def python_calls(call: Callable[[], object]) -> int:
     return count
 
 
+@needs_operators
+def test_blocks_with_gradients_alone():
+    """What is faster fused where nothing is kept."""
+    for name in ("SelectiveKernel", "SKConv", "SplitAttention", "GlobalContext"):
+        _, ours = calls.pair(name)  # type: ignore[misc]
+        (x,) = maps(name)
+        assert not is_fused(ours, x)
+        with torch.no_grad():
+            assert is_fused(ours, x), name
+
+
 #: Calls from Python beside eager's, of blocks that run eager's code on small maps.
 TO_SEE_THAT_IT_IS_SMALL = 12
 
@@ -256,8 +267,19 @@ def laid_out(x: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("post_activation", ["identity", "relu"])
-def test_gradients_of_one_sample(training, post_activation):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": "silu"},
+        {"post_activation": "relu"},
+        {"excitation": torch.sigmoid},
+        {"residual": random(1, 16, 7, 7)},
+        {"residual": random(1, 16, 7, 7), "post_activation": "relu"},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_gradients_of_one_sample(training, options):
     """torch 2.13's BatchNorm has wrong ones where they lie otherwise than the map."""
     x, grad = (random(1, 16, 7, 7, seed=i) for i in range(2))
     parameters = [random(16, seed=i).abs() for i in range(4)]
@@ -267,7 +289,7 @@ def test_gradients_of_one_sample(training, post_activation):
             leaves = [t.clone().requires_grad_() for t in parameters[:2]]
             leaf = of_x.clone(memory_format=torch.preserve_format).requires_grad_()
             statistics = [t.clone() for t in parameters[2:]]
-            y = functional.norm_gate(leaf, *leaves, *statistics, training=training, post_activation=post_activation)
+            y = functional.norm_gate(leaf, *leaves, *statistics, training=training, **options)
             found.append(torch.autograd.grad(y, [leaf, *leaves], of_grad))
     for one in found[1:]:
         for mine, first in zip(one, found[0], strict=True):

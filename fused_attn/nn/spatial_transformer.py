@@ -116,6 +116,10 @@ def deterministic_gradients(
     return map_of(of_rows, x.shape[0], space).to(x.dtype), of_grid.to(grid.dtype)
 
 
+#: By the map's dimensions.
+_BACKWARD = {4: torch.ops.aten.grid_sampler_2d_backward.default, 5: torch.ops.aten.grid_sampler_3d_backward.default}
+
+
 class _Sample(torch.autograd.Function):
     """torch's sampling. Its gradients are torch's, too, but where these raise or are to be differentiated again."""
 
@@ -139,11 +143,8 @@ class _Sample(torch.autograd.Function):
         elif torch_has_no_deterministic(x):
             grads = deterministic_gradients(grad, x, grid, padding_mode, align_corners)
         else:
-            backward = (
-                torch.ops.aten.grid_sampler_2d_backward if x.dim() == 4 else torch.ops.aten.grid_sampler_3d_backward
-            )
             # Of the grid there is one in any case.
-            grads = backward(grad, x, grid, 0, PADDINGS.index(padding_mode), align_corners, [needs[0], True])
+            grads = _BACKWARD[x.dim()](grad, x, grid, 0, PADDINGS.index(padding_mode), align_corners, [needs[0], True])
         return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
 
 
