@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from .. import functional, reference
-from .small import eager_where_small, is_small_with_gradients
 
 
-@eager_where_small(is_small_with_gradients)
 class GlobalContext(reference.GlobalContext):
     """Global context: the map's attention-weighted mean, through an MLP, is added to the map or gates its channels.
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from .. import reference
 from .selection import selection
-from .small import eager_where_small, is_small_with_gradients
 
 
-@eager_where_small(is_small_with_gradients)
 class SKConv(reference.SKConv):
     """Selective kernel convolution: branches of different receptive fields, weighted by what is in all of them.
 
@@ -40,7 +38,6 @@ class SKConv(reference.SKConv):
     _selection = staticmethod(selection)
 
 
-@eager_where_small(is_small_with_gradients)
 class SelectiveKernel(reference.SelectiveKernel):
     """Selective kernel convolution as in timm.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..backends import is_small
@@ -39,8 +38,3 @@ def eager_where_small(
         return cls
 
     return decorate
-
-
-def is_small_with_gradients(x: Any) -> bool:
-    """For blocks that are faster fused where nothing is kept."""
-    return torch.is_grad_enabled() and is_small(x)

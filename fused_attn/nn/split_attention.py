@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from .. import reference
 from .selection import selection
-from .small import eager_where_small, is_small_with_gradients
 
 
-@eager_where_small(is_small_with_gradients)
 class SplitAttention(reference.SplitAttention):
     """Split attention of ResNeSt: one grouped convolution makes `radix` splits, which are weighted and summed.
 
