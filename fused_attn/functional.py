@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import are_plain, autocasts, choose, forced, is_ordinary, is_small_for_batch_norm
+from .backends import are_plain, autocasts, choose, forced, is_ordinary, is_small
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
 from .reference.norm_gate import update_statistics
@@ -370,7 +370,7 @@ def norm_gate(
 
     excite = None if excitation is None else checked_excitation
     # A group's processes may have maps of other sizes, and maps of other dtypes parameters in float32.
-    small = group is None and dtype == torch.float32 and is_small_for_batch_norm(x)
+    small = group is None and dtype == torch.float32 and is_small(x)
     if small:
         backend = "reference"
     else:

@@ -21,7 +21,7 @@ from .pointwise import map_of, rows_of
 
 def affine_grid(theta: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """`torch.nn.functional.affine_grid`, rounded once, and in programs of open sizes: torch's is for one size there."""
-    if is_small(theta, math.prod(size) * 4):
+    if math.prod(size) and is_small(theta, math.prod(size) * 4):  # torch's has none of an empty batch
         return reference.spatial_transformer.affine_grid(theta, size, align_corners=align_corners)
     dtype, space = accumulator(theta.dtype), size[2:]
     theta = theta.reshape(theta.shape[0], *(1 for _ in space), *theta.shape[1:])
