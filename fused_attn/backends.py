@@ -220,7 +220,8 @@ class _Small:
 
 def is_small(x: Any, bytes_made: int = 0) -> bool:
     """Whether x is so small a map that plain PyTorch serves blocks better that are not one operator here: in eager mode
-    on the CPU, in dtypes where that rounds no worse, unless a backend was asked for. bytes_made: of what is made on the
+    on the CPU, NCHW (the result of others may lie otherwise than they do, and torch 2.13's BatchNorm may have wrong
+    gradients), in dtypes where that rounds no worse, unless a backend was asked for. bytes_made: of what is made on the
     way."""
     return (
         not _in_dynamo()
@@ -228,14 +229,10 @@ def is_small(x: Any, bytes_made: int = 0) -> bool:
         and x.nbytes <= _Small.most >= bytes_made
         and x.dtype in _WIDE
         and x.is_cpu
+        and x.is_contiguous()
         and _Forced.name is None
         and not _any_autocast()
     )
-
-
-def is_small_for_batch_norm(x: Any) -> bool:
-    """The same for a BatchNorm: of one sample torch 2.13's has wrong gradients where these lie otherwise than x."""
-    return is_small(x) and (x.shape[0] > 1 or x.is_contiguous() or not torch.is_grad_enabled())
 
 
 @contextlib.contextmanager

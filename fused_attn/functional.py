@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backends import are_plain, autocasts, choose, forced, is_ordinary, is_small, is_small_for_batch_norm
+from .backends import are_plain, autocasts, choose, forced, is_ordinary, is_small
 from .codes import ACTIVATIONS, COMBINES, LAYERS, ORDERS, POOLS, SELECTIONS, TIES, code
 from .ops.common import is_channels_last
 from .ops.remake import SAVES
@@ -72,7 +72,7 @@ def squeeze(
     autocast = _check_map(x)
     _check_pool(x, pool)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = "reference" if is_small(x) else _choose("squeeze", codes, x, weight, bias)
+    backend = _choose("squeeze", codes, x, weight, bias)
     if backend == "reference":
         return reference.squeeze(x, pool, ties=ties, affine=affine, pre_activation=pre_activation)
     avg, peak = ops.squeeze(backend, x, weight, bias, *codes)
@@ -114,11 +114,7 @@ def scale(
         )
     weight, bias = _check_affine(x, affine, autocast)
     _check_residual(x, residual)
-    backend = (
-        "reference"
-        if is_small(x)
-        else _choose("scale/space" if of_space else "scale", codes, x, gate, weight, bias, residual)
-    )
+    backend = _choose("scale/space" if of_space else "scale", codes, x, gate, weight, bias, residual)
     if backend == "reference":
         return reference.scale(
             x,
@@ -202,7 +198,7 @@ def mixed_scale(
         raise ValueError(f"combine: expected channel and spatial for {combine!r}; got {', '.join(given) or 'no gate'}")
     if not given:
         raise ValueError("channel: expected at least one gate; got None for all")
-    backend = "reference" if is_small(x) else _choose("mixed_scale", (number,), x, channel, spatial, rows, columns)
+    backend = _choose("mixed_scale", (number,), x, channel, spatial, rows, columns)
     if backend == "reference":
         return reference.mixed_scale(x, channel=channel, spatial=spatial, rows=rows, columns=columns, combine=combine)
     return ops.mixed_scale(backend, x, channel, spatial, rows, columns, number)
@@ -349,9 +345,12 @@ def norm_gate(
     least = code(SAVES, "save", save) == SAVES["least"]
     autocast = _check_map(x)
     parameters = weight, bias, running_mean, running_var
-    names, shape = ("weight", "bias", "running_mean", "running_var"), (x.shape[1],)
-    for name, parameter in zip(names, parameters, strict=True):
-        if parameter is not None:
+    shape, dtype, device = (x.shape[1],), x.dtype, x.device
+    for i, parameter in enumerate(parameters):
+        if parameter is None:
+            continue
+        if parameter.shape != shape or parameter.dtype != dtype or parameter.device != device:
+            name = ("weight", "bias", "running_mean", "running_var")[i]
             _check_parameter(name, parameter, shape, x, autocast or parameter.dtype == torch.float32)
     _check_residual(x, residual)
     if not training and (running_mean is None or running_var is None):
@@ -377,7 +376,8 @@ def norm_gate(
         return gate.flatten(1)
 
     excite = None if excitation is None else checked_excitation
-    small = x.dtype == torch.float32 and is_small_for_batch_norm(x)  # of others the parameters may be float32
+    # A group's processes may have maps of other sizes, and maps of other dtypes parameters in float32.
+    small = group is None and dtype == torch.float32 and is_small(x)
     if small:
         backend = "reference"
     else:
@@ -399,8 +399,8 @@ def norm_gate(
             group=group,
             inplace=over is not None,
         )
-        if small and x.shape[0] == 1 and y.requires_grad:
-            y.register_hook(_in_order)
+        if small and x.shape[0] == 1 and post_activation != "relu" and y.requires_grad:
+            y.register_hook(_in_order)  # the ReLU's gradients lie as the map does
         return y
     statistics = None if training or running_mean is None or running_var is None else (running_mean, running_var)
 
@@ -449,7 +449,7 @@ def channel_pool(
     autocast = _check_map(x)
     _check_channel_pool(x)
     weight, bias = _check_affine(x, affine, autocast)
-    backend = "reference" if is_small(x) else _choose("channel_pool", codes, x, weight, bias)
+    backend = _choose("channel_pool", codes, x, weight, bias)
     if backend == "reference":
         return reference.channel_pool(x, order=order, ties=ties, affine=affine, pre_activation=pre_activation)
     return ops.channel_pool(backend, x, weight, bias, *codes)
@@ -792,7 +792,7 @@ def axis_pool_with_map(
     ties_code = code(TIES, "ties", ties)
     _check_map(x)
     _check_axis_pool(x, maxima, channels)
-    backend = "reference" if is_small(x) else _choose("axis_pool", (maxima, channels, ties_code), x)
+    backend = _choose("axis_pool", (maxima, channels, ties_code), x)
     if backend == "reference":
         return reference.axis_pool_with_map(x, maxima=maxima, channels=channels, ties=ties)
     return ops.axis_pool(backend, x, int(maxima), int(channels), ties_code)

@@ -15,6 +15,7 @@ from torch import nn
 from .. import fuse, reference
 from .. import nn as fused
 from ..hosts import UnknownModel, import_host
+from ..timing import digits
 from .blocks import Selection, Tail, forward_call, make_map, training_call
 from .measure import Figure, interleaved
 
@@ -150,9 +151,9 @@ def measure_calls(name: str, budget: float = 1.0) -> Iterator[Figure]:
                 block.train(training)
                 one = forward_call(block, maps) if what == "forward" else training_call(block, maps, grad)
                 calls[who] = repeated(one)
-            timings = interleaved(calls, device, budget=budget, most=2000, clock=time.process_time)
+            timings = interleaved(calls, device, budget=budget, most=400, clock=time.process_time)
             for timing in timings.values():
-                timing.seconds = [seconds / CALLS for seconds in timing.seconds]
+                timing.seconds = [digits(seconds / CALLS) for seconds in timing.seconds]
             case = {"call": name, "pass": what, "training": training, "shape": list(SHAPE)}
             yield Figure(case, timings)
     finally:

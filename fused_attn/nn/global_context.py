@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from .. import functional, reference
-from ..backends import is_small
-from .small import eager_where_small
 
 
-def _fits(x: Any) -> bool:
-    """Forward alone it is faster fused."""
-    return torch.is_grad_enabled() and is_small(x)
-
-
-@eager_where_small(_fits)
 class GlobalContext(reference.GlobalContext):
     """Global context: the map's attention-weighted mean, through an MLP, is added to the map or gates its channels.
 

@@ -108,11 +108,12 @@ def reduced_to_side(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def _fits(x: Any) -> bool:
-    """Not where torch 2.13's BatchNorm may have wrong gradients, see `reduced_to_side`."""
+    """Not where torch 2.13's BatchNorm may have wrong gradients, see `reduced_to_side`, which the channel form does not
+    call."""
     return is_small(x) and (x.shape[0] > 1 or not torch.is_grad_enabled())
 
 
-@eager_where_small(_fits)
+@eager_where_small(_fits, lambda block, x: block.mode == "channel" and is_small(x))
 class GSoP(reference.GSoP):
     """Global second-order pooling: a gate from the covariance of the channels, of the positions, or both.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def concatenation_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor
     query * S0 + S1, where S0 and S1 are the sums of the first values and of the first keys times values: one sort, two
     running sums and a look-up. Time and memory, in backward too, are linear in positions (but for the sort).
     """
-    if is_small(value, query.numel() * key[0].numel() * 4):  # the matrix costs less than the sort
+    if is_small(value, query.numel() * math.prod(key.shape[1:]) * 4):  # the matrix costs less than the sort
         return matrix_concatenation_attention(query, key, value)
     dtype = torch.promote_types(value.dtype, torch.float32)
     queries = query.flatten(1).to(dtype)

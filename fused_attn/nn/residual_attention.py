@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, reference
-from ..backends import are_plain, is_ordinary
+from ..backends import are_plain, is_ordinary, is_small
 from ..ops.common import apply_of, needs_node
 
 
@@ -43,7 +43,7 @@ def residual_mask(trunk: Tensor, mask: Tensor) -> Tensor:
                 f" got {tuple(mask.shape)}"
             )
         return functional.scale(trunk, 1 + mask)
-    if mask.dtype != trunk.dtype or not (is_ordinary(trunk) and are_plain(mask)):
+    if is_small(trunk) or mask.dtype != trunk.dtype or not (is_ordinary(trunk) and are_plain(mask)):
         return reference.residual_attention.residual_mask(trunk, mask)
     if needs_node(trunk, mask) and not torch.compiler.is_compiling():
         return _apply_residual_mask(trunk, mask)

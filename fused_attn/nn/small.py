@@ -12,10 +12,13 @@ from ..backends import is_small
 Block = TypeVar("Block", bound=type[nn.Module])
 
 
-def eager_where_small(fits: Callable[[Any], bool] = is_small) -> Callable[[Block], Block]:
+def eager_where_small(
+    fits: Callable[[Any], bool] = is_small, also: Callable[[Any, Any], bool] = lambda block, x: False
+) -> Callable[[Block], Block]:
     """Decorator of a class whose base is its reference: small maps go through that, with the same parameters.
 
     What is derived from the class may have changed anything, so that none of it is passed by. fits: which maps do.
+    also: which others, of one block.
     """
 
     def decorate(cls: Block) -> Block:
@@ -23,7 +26,7 @@ def eager_where_small(fits: Callable[[Any], bool] = is_small) -> Callable[[Block
         run = plain.forward
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
-            if type(self) is cls and fits(x):
+            if type(self) is cls and (fits(x) or also(self, x)):
                 block = object.__new__(plain)
                 object.__setattr__(block, "__dict__", self.__dict__)
                 self = block

@@ -21,7 +21,7 @@ from .pointwise import map_of, rows_of
 
 def affine_grid(theta: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """`torch.nn.functional.affine_grid`, rounded once, and in programs of open sizes: torch's is for one size there."""
-    if is_small(theta, math.prod(size) * 4):
+    if math.prod(size) and is_small(theta, math.prod(size) * 4):  # torch's has none of an empty batch
         return reference.spatial_transformer.affine_grid(theta, size, align_corners=align_corners)
     dtype, space = accumulator(theta.dtype), size[2:]
     theta = theta.reshape(theta.shape[0], *(1 for _ in space), *theta.shape[1:])
@@ -116,6 +116,10 @@ def deterministic_gradients(
     return map_of(of_rows, x.shape[0], space).to(x.dtype), of_grid.to(grid.dtype)
 
 
+#: By the map's dimensions.
+_BACKWARD = {4: torch.ops.aten.grid_sampler_2d_backward.default, 5: torch.ops.aten.grid_sampler_3d_backward.default}
+
+
 class _Sample(torch.autograd.Function):
     """torch's sampling. Its gradients are torch's, too, but where these raise or are to be differentiated again."""
 
@@ -139,11 +143,8 @@ class _Sample(torch.autograd.Function):
         elif torch_has_no_deterministic(x):
             grads = deterministic_gradients(grad, x, grid, padding_mode, align_corners)
         else:
-            backward = (
-                torch.ops.aten.grid_sampler_2d_backward if x.dim() == 4 else torch.ops.aten.grid_sampler_3d_backward
-            )
             # Of the grid there is one in any case.
-            grads = backward(grad, x, grid, 0, PADDINGS.index(padding_mode), align_corners, [needs[0], True])
+            grads = _BACKWARD[x.dim()](grad, x, grid, 0, PADDINGS.index(padding_mode), align_corners, [needs[0], True])
         return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
 
 
