@@ -47,6 +47,13 @@ CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "c
 #: Those that hold a sample on chip, and refuse one that is too large.
 RESIDENT = frozenset({"cuda"})
 
+#: Ops that compilers make faster code of on the CPU where a backward is to come: what stands around the block becomes
+#: part of its passes, and they write over maps that nobody reads any more. (See `ops.inlined` for inference.)
+LEFT_TO_COMPILERS = frozenset(
+    {"squeeze", "scale", "channel_gate", "channel_gate/both", "spatial_gate", "spatial_gate/batch_norm"}
+    | {"cbam", "cbam/batch_norm"}
+)
+
 #: Ops that a backend has no kernel for, with what to use instead.
 MISSING: dict[tuple[str, str], str] = {
     **{
@@ -335,8 +342,14 @@ def default(op: str, device: str) -> tuple[str, str]:
     return name, shown
 
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _in_dynamo = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
+_is_exporting = torch.compiler.is_exporting
 _VALUED = frozenset({Tensor, nn.Parameter})
+
+
+def is_left_to_compilers(op: str, device: str) -> bool:
+    """Whether compiled code calls an op there as plain PyTorch, which its compiler fuses with what is around."""
+    return device == "cpu" and op in LEFT_TO_COMPILERS and torch.is_grad_enabled()
 
 
 def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tensor | None, ...] = ()) -> str:
@@ -352,6 +365,8 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
     name = _Forced.name
     if name is None or _thread.unforced:
         device = x.device
+        if _in_dynamo() and not _is_exporting() and is_left_to_compilers(op, device.type):
+            return "reference"
         if _Known.anything:
             dtypes = tuple([None if t is None else t.dtype for t in others])
             served = _SERVED.get((device, op, options, x.dtype, dtypes, torch.is_grad_enabled()))
