@@ -72,7 +72,7 @@ def factor(
     layer, pool, _, activation, gate, pre_activation = codes
     wide = accumulator(x.dtype)
     wider = [None if w is None else w.to(wide) for w in weights]
-    affine = None if affine_weight is None else (affine_weight, affine_bias)
+    affine = None if affine_weight is None or affine_bias is None else (affine_weight, affine_bias)
 
     def logits_of(descriptor: Tensor) -> Tensor:
         return excite(descriptor, *wider, layer=LAYER_NAMES[layer], activation=ACTIVATION_NAMES[activation])

@@ -60,7 +60,7 @@ def factor_of_space(u: Callable[[], Tensor], tensors: Sequence[Tensor | None], c
     tensors: from weight to norm_bias; codes: from eps to gate."""
     weight, bias, norm_weight, norm_bias = (None if t is None else t.to(accumulator(t.dtype)) for t in tensors)
     eps, mean_first, _, gate = codes
-    poolings = {"mean": Tensor.mean, "max": Tensor.amax}
+    poolings: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax}
     pooled = torch.cat([poolings[name](u(), 1, keepdim=True) for name in ORDER_NAMES[mean_first]], 1)
     assert weight is not None
     logits = spatial_logits(pooled, weight, bias)
@@ -70,13 +70,13 @@ def factor_of_space(u: Callable[[], Tensor], tensors: Sequence[Tensor | None], c
 
 
 def _formula(x, weight, bias, norm_weight, norm_bias, affine_weight, affine_bias, residual, *codes):
-    *codes, pre_activation, post_activation = codes
+    *of_space, pre_activation, post_activation = codes
     affine = None if affine_weight is None else (affine_weight, affine_bias)
 
     def u():
         return prologue(x.to(accumulator(x.dtype)), affine, ACTIVATION_NAMES[pre_activation])
 
-    gate = factor_of_space(u, (weight, bias, norm_weight, norm_bias), codes)
+    gate = factor_of_space(u, (weight, bias, norm_weight, norm_bias), of_space)
     return scaled(x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
 
 
