@@ -47,6 +47,13 @@ CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton", "c
 #: Those that hold a sample on chip, and refuse one that is too large.
 RESIDENT = frozenset({"cuda"})
 
+#: Ops that compilers make faster code of on the CPU where a backward is to come: what stands around the block becomes
+#: part of its passes, and they write over maps that nobody reads any more. (See `ops.inlined` for inference.)
+LEFT_TO_COMPILERS = frozenset(
+    {"squeeze", "scale", "channel_gate", "channel_gate/both", "spatial_gate", "spatial_gate/batch_norm"}
+    | {"cbam", "cbam/batch_norm"}
+)
+
 #: Ops that a backend has no kernel for, with what to use instead.
 MISSING: dict[tuple[str, str], str] = {
     **{
@@ -150,7 +157,7 @@ def unavailable(name: str, op: str, device: str) -> str | None:
 PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 _PLAIN_OR_ABSENT = PLAIN | {type(None)}
 _is_compiling, _any_autocast = torch.compiler.is_compiling, torch._C._is_any_autocast_enabled
-_in_dynamo = torch.compiler.is_dynamo_compiling
+_in_dynamo, _is_exporting = torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting
 _in_functorch, _jit_tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
@@ -385,6 +392,11 @@ def default(op: str, device: str) -> tuple[str, str]:
     return name, shown
 
 
+def is_left_to_compilers(op: str, device: str) -> bool:
+    """Whether compiled code calls an op there as plain PyTorch, which its compiler fuses with what is around."""
+    return device == "cpu" and op in LEFT_TO_COMPILERS and torch.is_grad_enabled()
+
+
 def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tensor | None, ...] = ()) -> str:
     """The backend that serves this call. Nothing but look-ups: where torch traces, of what no size changes.
 
@@ -398,6 +410,8 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
     name = _Forced.name
     if name is None or _thread.unforced:
         device = x.device
+        if _in_dynamo() and not _is_exporting() and is_left_to_compilers(op, device.type):
+            return "reference"
         if _Known.anything:
             dtypes = tuple([None if t is None else t.dtype for t in others])
             served = _SERVED.get((device, op, options, x.dtype, dtypes, torch.is_grad_enabled()))

@@ -43,6 +43,7 @@ INSIDE = {
     ("viz", "matplotlib"): "optional: pictures",
     ("viz", "skimage"): "optional: the sample picture",
     ("demo", "sklearn"): "optional: the digits it learns",
+    ("ops.inlined", "torch"): "Inductor takes seconds to import: after somebody else has",
     ("reference.norm_gate", "torch"): "torch.distributed is not in every build of torch",
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import fuse
+from ..fusion.changing.graphs import backend
 from ..fusion.hosts.registry import TAILS, known_class
 from ..fusion.recipes.names import host_class
 from ..hosts import build_model
@@ -27,7 +28,10 @@ TAX_PAIRS = (
 )
 
 #: What has a tax: each against the backbone run the same way.
-TAXES = ("eager", "fused", "tails", "least", "compile", "fused, compile", "tails, compile")
+TAXES = ("eager", "fused", "tails", "least", "compile", "fused, compile", "tails, compile", "backend, compile")
+
+#: How often one function may be compiled: torch counts over all networks of a class, in both modes.
+_COMPILATIONS = 64
 
 
 def inference_call(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -86,18 +90,21 @@ def measure_pair(
     with_tails: bool = True,
     budget: float = 10.0,
 ) -> Iterator[Figure]:
-    """Inference and training step of a network with attention, eager, compiled and fused, beside its backbone."""
+    """Inference and training step of a network with attention, beside its backbone: eager, compiled, fused, both, and
+    compiled by `backend="fused_attn"`."""
     models = {name: in_place(model, layout, device) for name, model in networks(attention, plain, with_tails).items()}
     x = in_place(torch.randn(shape), layout, device)
     if with_compile:
         torch._dynamo.reset()
         for name, model in tuple(models.items()):
             models["compile" if name == "eager" else f"{name}, compile"] = torch.compile(copy.deepcopy(model))
+        models["backend, compile"] = torch.compile(copy.deepcopy(models["eager"]), backend=backend)
     for what, make in (("inference", inference_call), ("training", training_call)):
         if what == "training":
             models = with_least(models)
         calls = {name: make(model, x) for name, model in models.items()}
-        timings = interleaved(calls, device, budget=budget, least=3)
+        with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):  # else the last of them would run as they are
+            timings = interleaved(calls, device, budget=budget, least=3)
         case = {"model": attention, "backbone": plain, "pass": what, "layout": layout, "shape": list(shape)}
         taxes: dict[str, float] = {}
         for name in TAXES:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from .channel_gate import LAYER_NAMES, empty_state, excitation_of
+from ..reference.squeeze import per_channel
+from .channel_gate import LAYER_NAMES, empty_state, excitation_of, factor
 from .common import (
+    accumulator,
     below,
     define,
     differentiable,
@@ -22,9 +24,10 @@ from .common import (
     unless_absent,
     wants_graph,
 )
+from .inlined import for_inductor
 from .resident import Clusters, Limits, ask
-from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue
-from .spatial_gate import ORDER_NAMES, three_axes
+from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue, scaled
+from .spatial_gate import ORDER_NAMES, factor_of_space, three_axes
 from .spatial_gate import empty_state as empty_spatial_state
 from .squeeze import POOL_NAMES, TIE_NAMES
 
@@ -37,6 +40,20 @@ _CODES = (
     " int spatial_ties, int spatial_gate, int pre_activation, int post_activation"
 )
 _STATE = "Tensor channel_state, Tensor channel_index, Tensor state, Tensor index, Tensor statistics"
+
+
+def _formula(x, weight1, bias1, weight2, bias2, *others):
+    *spatial, affine_weight, affine_bias, residual, eps = others[:8]
+    layer, pool, channel_ties, activation, gate, *of_space, pre_activation, post_activation = others[8:]
+    codes = layer, pool, channel_ties, activation, gate, pre_activation
+    channel = factor(x, (weight1, bias1, weight2, bias2), affine_weight, affine_bias, codes)
+
+    def u():
+        wide = x.to(accumulator(x.dtype))
+        return scaled(wide, channel, affine_weight, affine_bias, None, pre_activation, IDENTITY)
+
+    gate = factor_of_space(u, spatial, (eps, *of_space)) * per_channel(channel, x)
+    return scaled(x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
 
 
 def _fake(x, *arguments):
@@ -55,6 +72,7 @@ def _fake_backward(grad, x, y, channel_state, channel_index, state, index, stati
 
 
 FORWARD = define("cbam", f"(Tensor x, {_TENSORS}, {_CODES}) -> (Tensor y, {_STATE})", _fake)
+for_inductor(FORWARD["cpu"], _formula)
 BACKWARD = define(
     "cbam_backward",
     f"(Tensor grad, Tensor x, Tensor? y, {_STATE}, {_TENSORS}, {_CODES})"

@@ -61,6 +61,33 @@ def empty_state(
     )
 
 
+def factor(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    affine_weight: Tensor | None,
+    affine_bias: Tensor | None,
+    codes: Sequence[int],
+) -> Tensor:
+    """For a formula: the (B, C) gate in the accumulators' dtype. codes: from layer to pre_activation."""
+    layer, pool, _, activation, gate, pre_activation = codes
+    wide = accumulator(x.dtype)
+    wider = [None if w is None else w.to(wide) for w in weights]
+    affine = None if affine_weight is None or affine_bias is None else (affine_weight, affine_bias)
+
+    def logits_of(descriptor: Tensor) -> Tensor:
+        return excite(descriptor, *wider, layer=LAYER_NAMES[layer], activation=ACTIVATION_NAMES[activation])
+
+    squeeze = functools.partial(pooled, affine=affine, pre_activation=ACTIVATION_NAMES[pre_activation])
+    names = {"pool": POOL_NAMES[pool], "ties": "even", "gate": ACTIVATION_NAMES[gate]}
+    return gate_alone(x, squeeze, logits_of, **names)
+
+
+def _formula(x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes):
+    affine = affine_weight, affine_bias
+    gate = factor(x, (weight1, bias1, weight2, bias2), *affine, codes[:-1])
+    return scaled(x, gate, *affine, residual, *codes[-2:])
+
+
 def _fake(
     x,
     weight1,
@@ -110,6 +137,7 @@ def _fake_backward(
 
 
 FORWARD = define("channel_gate", f"(Tensor x, {_TENSORS}, {_CODES}) -> (Tensor y, Tensor state, Tensor index)", _fake)
+for_inductor(FORWARD["cpu"], _formula)
 BACKWARD = define(
     "channel_gate_backward",
     f"(Tensor grad, Tensor x, Tensor? y, Tensor state, Tensor index, {_TENSORS}, {_CODES})"
@@ -119,33 +147,6 @@ BACKWARD = define(
 )
 
 
-def factor(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    affine_weight: Tensor | None,
-    affine_bias: Tensor | None,
-    codes: Sequence[int],
-) -> Tensor:
-    """For a formula: the (B, C) gate in the accumulators' dtype. codes: from layer to pre_activation."""
-    layer, pool, _, activation, gate, pre_activation = codes
-    wide = accumulator(x.dtype)
-    wider = [None if w is None else w.to(wide) for w in weights]
-    affine = None if affine_weight is None else (affine_weight, affine_bias)
-
-    def logits_of(descriptor: Tensor) -> Tensor:
-        return excite(descriptor, *wider, layer=LAYER_NAMES[layer], activation=ACTIVATION_NAMES[activation])
-
-    squeeze = functools.partial(pooled, affine=affine, pre_activation=ACTIVATION_NAMES[pre_activation])
-    names = {"pool": POOL_NAMES[pool], "ties": "even", "gate": ACTIVATION_NAMES[gate]}
-    return gate_alone(x, squeeze, logits_of, **names)
-
-
-def _formula(x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual, *codes):
-    affine = affine_weight, affine_bias
-    gate = factor(x, (weight1, bias1, weight2, bias2), *affine, codes[:-1])
-    return scaled(x, gate, *affine, residual, *codes[-2:])
-
-
 def excitation_of(x: Tensor, weight1: Tensor | None, weight2: Tensor | None) -> tuple[bool, int, int]:
     """What decides how a sample of x lies in shared memory: (whether as channels_last, dense layers, hidden values)."""
     last = lies_channels_last(x)
@@ -153,9 +154,6 @@ def excitation_of(x: Tensor, weight1: Tensor | None, weight2: Tensor | None) -> 
         return last, 0 if weight1 is None else 1, 0
     assert weight1 is not None
     return last, 2, weight1.shape[0]
-
-
-for_inductor(FORWARD["cpu"], _formula)
 
 
 def resident_clusters(limits: Limits, x: Tensor, *arguments) -> Clusters:

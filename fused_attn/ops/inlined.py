@@ -32,8 +32,8 @@ _aten = torch.ops.aten
 
 
 def for_inductor(op: torch._ops.OpOverload, formula: Formula) -> None:
-    """formula: from the operator's arguments, of which the first is its map, to its first result, in any layout. What it
-    does to the map it does anew for each pass over it: of a tensor that is used twice Inductor may make one in memory.
+    """formula: from the operator's arguments, of which the first is its map, to its first result, in any layout. What
+    it does to the map it does anew for each pass over it: of a tensor that is used twice Inductor may make a buffer.
     """
     _waiting[op] = formula
 
@@ -156,6 +156,8 @@ def _affine_before(node: fx.Node) -> tuple[fx.Node, list[tuple[Any, fx.Node]]] |
     """What a map is an affine function of, a channel, and the steps from that to it. On the way it may be in a wider
     dtype."""
     steps: list[tuple[Any, fx.Node]] = []
+    source: Any
+    value: Any
     while len(node.users) == 1:
         source = _before(node, torch.ops.prims.convert_element_type.default)
         if source is None:
@@ -171,7 +173,7 @@ def _affine_before(node: fx.Node) -> tuple[fx.Node, list[tuple[Any, fx.Node]]] |
 
 def _is_per_channel(value: fx.Node, x: fx.Node) -> bool:
     shape, of_map = value.meta["val"].shape, x.meta["val"].shape
-    if not 3 <= len(of_map) or len(shape) > len(of_map):
+    if len(of_map) < 3 or len(shape) > len(of_map):
         return False
     padded = (1,) * (len(of_map) - len(shape)) + tuple(shape)
     return all(n == (of_map[1] if axis == 1 else 1) for axis, n in enumerate(padded))

@@ -9,12 +9,17 @@ the batch; else statistics has size (0,).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..codes import ORDERS
+from ..codes import FUNCTIONS, ORDERS
 from ..reference.layout import lies_channels_last
+from ..reference.spatial_gate import normalised, spatial_logits
+from ..reference.squeeze import prologue
 from .common import (
     accumulator,
     below,
@@ -27,8 +32,9 @@ from .common import (
     unless_absent,
     wants_graph,
 )
+from .inlined import for_inductor
 from .resident import Clusters, Limits, ask
-from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue
+from .scale import ACTIVATION_NAMES, IDENTITY, before_epilogue, of_residual, saved_for_epilogue, scaled
 from .squeeze import TIE_NAMES
 
 ORDER_NAMES = tuple(ORDERS)
@@ -49,6 +55,31 @@ def empty_state(x: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tensor, 
     return state, x.new_empty((batch, *spatial), dtype=torch.int32), x.new_empty(numbers, dtype=acc)
 
 
+def factor_of_space(u: Callable[[], Tensor], tensors: Sequence[Tensor | None], codes: Sequence[Any]) -> Tensor:
+    """For a formula: the (B, 1, *spatial) gate in the accumulators' dtype of the map that u() is made anew in that.
+    tensors: from weight to norm_bias; codes: from eps to gate."""
+    weight, bias, norm_weight, norm_bias = (None if t is None else t.to(accumulator(t.dtype)) for t in tensors)
+    eps, mean_first, _, gate = codes
+    poolings: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax}
+    pooled = torch.cat([poolings[name](u(), 1, keepdim=True) for name in ORDER_NAMES[mean_first]], 1)
+    assert weight is not None
+    logits = spatial_logits(pooled, weight, bias)
+    if norm_weight is not None and norm_bias is not None:
+        logits, _, _ = normalised(logits, (norm_weight, norm_bias, eps))
+    return FUNCTIONS[ACTIVATION_NAMES[gate]](logits)
+
+
+def _formula(x, weight, bias, norm_weight, norm_bias, affine_weight, affine_bias, residual, *codes):
+    *of_space, pre_activation, post_activation = codes
+    affine = None if affine_weight is None else (affine_weight, affine_bias)
+
+    def u():
+        return prologue(x.to(accumulator(x.dtype)), affine, ACTIVATION_NAMES[pre_activation])
+
+    gate = factor_of_space(u, (weight, bias, norm_weight, norm_bias), of_space)
+    return scaled(x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation)
+
+
 def _fake(x, weight, bias, norm_weight, *others):
     return empty_map(x), *empty_state(x, norm_weight)
 
@@ -67,6 +98,7 @@ FORWARD = define(
     f"(Tensor x, {_TENSORS}, {_CODES}) -> (Tensor y, Tensor state, Tensor index, Tensor statistics)",
     _fake,
 )
+for_inductor(FORWARD["cpu"], _formula)
 BACKWARD = define(
     "spatial_gate_backward",
     f"(Tensor grad, Tensor x, Tensor? y, Tensor state, Tensor index, Tensor statistics, {_TENSORS}, {_CODES})"

@@ -359,8 +359,8 @@ MUTANTS = [
     Mutant(
         name="graphs-are-read-in-the-moment",
         file="fused_attn/fusion/changing/graphs.py",
-        old="    return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left))\n",
-        new="    return _rewrite(module, inputs, autocast, left)\n",
+        old="    return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left, skipped))\n",
+        new="    return _rewrite(module, inputs, autocast, left, skipped)\n",
         tests="tests/fusion/changing/test_graphs.py -k test_nothing_depends_on_the_moment",
     ),
     Mutant(

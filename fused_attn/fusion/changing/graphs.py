@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from ... import functional
+from ... import backends, functional
 from ... import nn as fused_nn
 from ...codes import ACTIVATIONS
 from ...reference.block_attention import folded_affine
@@ -36,6 +36,15 @@ from . import calls
 
 logger = logging.getLogger(__name__)
 
+#: The calls that are one op.
+_OPS: dict[Callable, str] = {
+    functional.channel_gate: "channel_gate",
+    functional.spatial_gate: "spatial_gate",
+    functional.cbam: "cbam",
+    calls.spatial_gate_with_batch_norm: "spatial_gate/batch_norm",
+    calls.cbam_with_batch_norm: "cbam/batch_norm",
+}
+
 _ADDS = {torch.add, operator.add, operator.iadd, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
@@ -51,7 +60,7 @@ def backend(
         RuntimeError: there is no such mode or option.
     """
     inductor = torch._TorchCompileInductorWrapper(mode, options, dynamic=None)  # dynamic only sets the graph's sizes
-    rewrite(graph, inputs)
+    rewrite(graph, inputs, compiled=backends.forced() is None)
     compiled: Callable = inductor(graph, list(inputs))
     return compiled
 
@@ -118,17 +127,23 @@ def _dimension(n: Any, ranges: Any, known: dict[Any, Any]) -> Any:
     return known[symbol]
 
 
-def rewrite(module: fx.GraphModule, inputs: Sequence[Any], left: list[str] | None = None) -> int:
+def rewrite(
+    module: fx.GraphModule, inputs: Sequence[Any], left: list[str] | None = None, *, compiled: bool = False
+) -> int:
     """Fuse the blocks in a graph, which will run under the autocast of the moment; how many there were. A graph that
-    cannot be followed is left as it is. left: as in `fuse_exported`."""
+    cannot be followed is left as it is. left: as in `fuse_exported`. compiled: ops are left to the compiler that comes
+    next where it makes faster code of them."""
     left = [] if left is None else left
     device = next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
+    skipped = {f for f, op in _OPS.items() if compiled and backends.is_left_to_compilers(op, device)}
     device = device if torch.amp.is_autocast_available(device) else "cpu"
     autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device))
-    return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left))
+    return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left, skipped))
 
 
-def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], autocast: torch.autocast, left: list[str]) -> int:
+def _rewrite(
+    module: fx.GraphModule, inputs: Sequence[Any], autocast: torch.autocast, left: list[str], skipped: set[Callable]
+) -> int:
     for node in module.graph.find_nodes(op="call_function", target=operator.getitem):
         if not node.users:  # such as the indices of a maximum, which would keep it, and what it reads
             module.graph.erase_node(node)
@@ -143,7 +158,7 @@ def _rewrite(module: fx.GraphModule, inputs: Sequence[Any], autocast: torch.auto
     for node in reversed(list(module.graph.nodes)):
         if node in seen.values:  # no longer so for what a block has replaced
             try:
-                count += _replace(seen, trial, node, left)
+                count += _replace(seen, trial, node, left, skipped)
             except Exception as error:
                 left.append(f"{node} is left as it is: {type(error).__name__}: {error}")
                 logger.warning(left[-1])
@@ -171,7 +186,7 @@ class Found:
     unseen: tuple[str, ...] = ()
 
 
-def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bool:
+def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipped: set[Callable]) -> bool:
     value = seen.values[last]
     if not last.users or any(seen.values.get(n) == value for n in last.all_input_nodes):
         return False  # a copy in another layout, which is wanted
@@ -183,6 +198,8 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str]) -> bo
         candidates += [_matches(seen, value) if is_whole(value) else iter(()), _criss_crosses(seen, value)]
     reason = ""
     for found in itertools.chain(*candidates):
+        if found.function in skipped:
+            continue
         for before, after in ((True, True), (False, True), (True, False), (False, False)):
             if found.around or not (before or after):
                 why = _try(seen, trial, last, found, before, after)

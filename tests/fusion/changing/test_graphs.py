@@ -1168,7 +1168,8 @@ def test_mode_and_options_reach_inductor(given, expected, monkeypatch):
 
     monkeypatch.setattr(importlib.import_module("torch._inductor.compile_fx"), "compile_fx", compile_fx)
     net, x = Around(SEBlock(32)), random(2, 3, 6, 7)
-    torch.testing.assert_close(torch.compile(net, backend=backend, **given)(x), net(x))
+    with torch.no_grad():  # in training on the CPU the block is left to Inductor
+        torch.testing.assert_close(torch.compile(net, backend=backend, **given)(x), net(x))
     assert seen == [(expected, [functional.channel_gate])]
 
 
