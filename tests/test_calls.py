@@ -358,14 +358,9 @@ def test_coefficients_are_one_operator(dtype, affine):
         torch.ops.fused_attn.norm_running.cpu(wrong, None, norm.running_mean, norm.running_var, 0.1)
 
 
-def test_a_fused_block_runs_as_written_on_small_maps():
-    """Where it is several operators; what was put into it since counts either way."""
-    block = fuse(reference.SCSE(16)).eval()
-    x = maps("SCSE")[0]
-    assert not is_fused(block, x)
-    expected = block(x)
-    block.cSE["1"].register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(block(x), expected)
+def test_a_fused_block_runs_fused_on_small_maps():
+    """What explain calls fused is, though it is several operators."""
+    assert is_fused(fuse(reference.SCSE(16)).eval(), maps("SCSE")[0])
 
 
 @needs_operators

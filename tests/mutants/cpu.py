@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         "residual-ignored-without-activations",
         "csrc/cpu/space.inl",
-        "const bool plain = prologue.identity() && !residual && activation == kIdentity;",
-        "const bool plain = prologue.identity() && activation == kIdentity;",
+        "    if (residual)\n        walk_with(Count<1>{});",
+        "    if (residual && activation != kIdentity)\n        walk_with(Count<1>{});",
         "tests/ops/test_cbam.py -k test_epilogue",
     ),
     Mutant(

@@ -224,8 +224,8 @@ MUTANTS = [
     Mutant(
         name="setting-an-item-is-no-side-effect",
         file="fused_attn/fusion/reading/reads.py",
-        old='"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR"}',
-        new='"STORE_GLOBAL", "DELETE_GLOBAL"}',
+        old='"DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR"}',
+        new='"DELETE_ATTR"}',
         tests="tests/fusion/reading/test_refused.py",
     ),
     # ---- canonical form, recipes, selections, parents ----

@@ -14,17 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
-from ...backends import is_ordinary, is_small
+from ...backends import is_ordinary
 from ..reading.reads import asks_for_its_class, token
 from ..recipes.names import HOST, host_class
 from ..recipes.own import FUSED_FORMS
-from ..recipes.recipe import OwnLayers, Recipe, SplitGate
+from ..recipes.recipe import OwnLayers, Recipe
 from ..recipes.run import Unsuited, run
 from .decide import decide
 from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in, plan_of
-
-#: What runs as several operators, which on small maps cost more than the block's own.
-_OF_PARTS = (OwnLayers, SplitGate)
 
 #: Hooks for the calls of all modules, which layers that are bypassed would not get.
 _EVERYBODYS = (
@@ -60,8 +57,6 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         if plan is None or options is None:
             return as_written(self, *args, **kwargs)
         x = args[0]
-        if isinstance(plan.recipe, _OF_PARTS) and is_small(x):
-            return as_written(self, *args, **kwargs)
         # What is no tensor is torch.fx's proxy, or an error that is the host's to raise.
         if not (
             isinstance(x, Tensor)
