@@ -13,6 +13,7 @@ Any other compiler calls the operator, and so does Inductor where a backward is 
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..codes import ACTIVATIONS
 
 Formula = Callable[..., Tensor]
+
+logger = logging.getLogger(__name__)
 
 _waiting: dict[torch._ops.OpOverload, Formula] = {}
 _aten = torch.ops.aten
@@ -43,10 +46,13 @@ def tell_inductor() -> None:
     import, so nothing is done before somebody else has."""
     if not _waiting or "torch._inductor.lowering" not in sys.modules:
         return
-    from torch._inductor.fx_passes.post_grad import pass_patterns
-    from torch._inductor.lowering import register_lowering
-    from torch._inductor.pattern_matcher import CallFunctionVarArgs, register_graph_pattern
-
+    try:
+        from torch._inductor.fx_passes.post_grad import pass_patterns
+        from torch._inductor.lowering import register_lowering
+        from torch._inductor.pattern_matcher import CallFunctionVarArgs, register_graph_pattern
+    except ImportError as error:  # another version's Inductor
+        logger.warning(f"Inductor calls the operators of gates: {error}")
+        return _waiting.clear()
     while _waiting:
         op, formula = _waiting.popitem()
         register_lowering(op, type_promotion_kind=None)(functools.partial(_lower, op, formula))
@@ -65,13 +71,22 @@ def _is_whole(node: fx.Node) -> bool:
 
 
 def _lower(op: torch._ops.OpOverload, formula: Formula, *arguments: Any) -> Any:
-    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.lowering import fallback_handler
     from torch._inductor.virtualized import V
 
     node = V.graph.current_node
-    if not _is_whole(node):
-        return fallback_handler(op, add_to_fallback_set=False)(*arguments)
+    if _is_whole(node):
+        try:
+            return _lowered(node, op, formula, arguments)
+        except Exception as error:  # what is used of Inductor is nobody's promise: the operator itself serves as well
+            logger.warning(f"Inductor calls {op}: {type(error).__name__}: {error}")
+    return fallback_handler(op, add_to_fallback_set=False)(*arguments)
+
+
+def _lowered(node: fx.Node, op: torch._ops.OpOverload, formula: Formula, arguments: tuple[Any, ...]) -> Any:
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+
     leaves, spec = tree_flatten(fx.node.map_arg(tuple(node.args), lambda n: n.meta["val"]))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     fakes, values = [leaves[i] for i in places], tree_leaves(arguments)

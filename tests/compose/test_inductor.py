@@ -13,6 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 from fused_attn import backend, fuse, nn, reference
 from fused_attn.backends import choose
+from fused_attn.ops import inlined
 from tests.checks import random
 
 C, SIDE = 16, 18
@@ -93,6 +94,19 @@ def test_in_inference_a_gate_is_part_of_inductors_passes(block, how, relu):
     assert "torch.ops.fused_attn" not in code
     assert A_MAP not in code  # all is written over what the convolutions wrote
     torch.testing.assert_close(y, inferred(model, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow  # a compilation
+def test_an_inductor_that_takes_no_formula_calls_the_operator(monkeypatch, caplog):
+    def of_another_version(*_):
+        raise AttributeError("no mark_reuse")
+
+    monkeypatch.setattr(inlined, "_lowered", of_another_version)
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, C, 1), nn.SqueezeExcite(C)).eval(), random(2, 3, 8, 8)
+    found, codes = code_of(lambda: inferred(torch.compile(model), x))
+    assert "torch.ops.fused_attn.channel_gate.cpu(" in codes[0]
+    torch.testing.assert_close(found, inferred(model, x))
+    assert "Inductor calls fused_attn.channel_gate.cpu: AttributeError: no mark_reuse" in caplog.text
 
 
 @pytest.mark.slow  # compilations
