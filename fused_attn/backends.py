@@ -392,9 +392,11 @@ def default(op: str, device: str) -> tuple[str, str]:
     return name, shown
 
 
-def is_left_to_compilers(op: str, device: str) -> bool:
-    """Whether compiled code calls an op there as plain PyTorch, which its compiler fuses with what is around."""
-    return device == "cpu" and op in LEFT_TO_COMPILERS and torch.is_grad_enabled()
+def is_left_to_compilers(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether compiled code calls an op there as plain PyTorch, which its compiler fuses with what is around. Not in
+    half precision: Inductor looks for a rounded maximum among unrounded numbers, and its gradient is NaN
+    (pytorch#195214)."""
+    return device == "cpu" and dtype in _WIDE and op in LEFT_TO_COMPILERS and torch.is_grad_enabled()
 
 
 def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tensor | None, ...] = ()) -> str:
@@ -410,7 +412,7 @@ def choose(op: str, x: Tensor, options: tuple[Any, ...] = (), others: tuple[Tens
     name = _Forced.name
     if name is None or _thread.unforced:
         device = x.device
-        if _in_dynamo() and not _is_exporting() and is_left_to_compilers(op, device.type):
+        if _in_dynamo() and not _is_exporting() and is_left_to_compilers(op, device.type, x.dtype):
             return "reference"
         if _Known.anything:
             dtypes = tuple([None if t is None else t.dtype for t in others])

@@ -539,7 +539,7 @@ class TensorsBeside(Squeeze):
         return self.gated(x) * self.notes[1]
 
 
-@kind(_write, blocks=0)
+@kind(_write)
 class Buffer(Squeeze):
     def __init__(self) -> None:
         super().__init__()

@@ -125,8 +125,9 @@ def test_tensors_without_values():
 
 
 @pytest.mark.parametrize("agree", [True, False])
-def test_compiled_once_for_all_sizes(agree):
+def test_compiled_once_for_all_sizes(agree, monkeypatch):
     """In compiled code the verdict is fixed before it is traced: no size is guarded on."""
+    monkeypatch.setattr(backends, "LEFT_TO_COMPILERS", frozenset())
     install(CPU, [verdict("cpu"), verdict("cpu" if agree else "reference", LARGE)])
     counter = CompileCounter()
     torch._dynamo.reset()
@@ -202,8 +203,9 @@ def test_what_is_said_where_no_backend_can_serve(monkeypatch):
     assert default("simam", "cuda") == ("reference", "triton: no triton here; cuda: no cuda here")
 
 
-def test_what_is_found_later_compiles_nothing_again():
+def test_what_is_found_later_compiles_nothing_again(monkeypatch):
     """Of other ops, and of other sizes where it is the same; where it is not, compiled code follows."""
+    monkeypatch.setattr(backends, "LEFT_TO_COMPILERS", frozenset())
     install(CPU, [verdict("cpu")])
     counter = CompileCounter()
     torch._dynamo.reset()
