@@ -50,8 +50,8 @@ RESIDENT = frozenset({"cuda"})
 #: Ops that compilers make faster code of on the CPU where a backward is to come: what stands around the block becomes
 #: part of its passes, and they write over maps that nobody reads any more. (See `ops.inlined` for inference.)
 LEFT_TO_COMPILERS = frozenset(
-    {"squeeze", "scale", "channel_gate", "channel_gate/both", "spatial_gate", "spatial_gate/batch_norm"}
-    | {"cbam", "cbam/batch_norm"}
+    ("squeeze", "scale", "channel_gate", "channel_gate/both")
+    + ("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm")
 )
 
 #: Ops that a backend has no kernel for, with what to use instead.

@@ -347,6 +347,11 @@ template <class A, bool kPlain>
 struct ScaleVector {
     PrologueVector<A, kPlain> u;
     Vec<A> gate;
+    template <bool kChannelsLast>
+    static ScaleVector at(const Prologue<A>& prologue, const A* gate, int64_t channel, int64_t n) {
+        return {PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, channel, n),
+                channel_vector<kChannelsLast>(gate, channel, n)};
+    }
 };
 
 // Calls run(Count<pre>, Count<post>) for the activations before and after a gate, where the usual ones are compiled by
@@ -380,8 +385,7 @@ void scale_in(const T* x, const T* residual, const Panel& panel, const Prologue<
     using A = Accumulator<T>;
     constexpr bool kPlain = kPre == kNoPrologue;
     auto make = [&](int64_t c, int64_t n) {
-        return ScaleVector<A, kPlain>{PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n),
-                                      channel_vector<kChannelsLast>(gate, c, n)};
+        return ScaleVector<A, kPlain>::template at<kChannelsLast>(prologue, gate, c, n);
     };
     auto walk_with = [&](auto has_residual) {
         walk<kChannelsLast, A>(panel, make, [&](const ScaleVector<A, kPlain>& v, int64_t at, int64_t n) {
@@ -414,10 +418,7 @@ void dot_in(const T* grad, const T* x, const T* y, const T* residual, const Pane
     constexpr bool kPlain = kPre == kNoPrologue;
     accumulate<kChannelsLast, A>(
         panel,
-        [&](int64_t c, int64_t n) {
-            return ScaleVector<A, kPlain>{PrologueVector<A, kPlain>::template at<kChannelsLast>(prologue, c, n),
-                                          channel_vector<kChannelsLast>(gate, c, n)};
-        },
+        [&](int64_t c, int64_t n) { return ScaleVector<A, kPlain>::template at<kChannelsLast>(prologue, gate, c, n); },
         [&](const ScaleVector<A, kPlain>& v, int64_t at, int64_t n) {
             const Vec<A> u = v.u.template apply<kPre>(load_n(x + at, n));
             Vec<A> d = load_n(grad + at, n);

@@ -55,6 +55,21 @@ def _offsets(moments, pivot, b, c, C, mask):
     return tl.where(mask, (first - pivot[None, :]) + tl.load(at + C, mask=mask, other=0.0), 0.0)
 
 
+@triton.jit
+def _store_coefficients(weight, bias, norm, mean, a, c, in_c, C, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """Stores the rows of `norm` for the channels c, a being 1 / deviation; returns the factor and the bias."""
+    tl.store(norm + 3 * C + c, a, mask=in_c)
+    if weight is not None:
+        a *= tl.load(weight + c, mask=in_c, other=0.0).to(ACC)
+    shift = tl.zeros((BLOCK_K,), ACC)
+    if bias is not None:
+        shift += tl.load(bias + c, mask=in_c, other=0.0).to(ACC)
+    tl.store(norm + c, a, mask=in_c)
+    tl.store(norm + C + c, shift - mean * a, mask=in_c)
+    tl.store(norm + 2 * C + c, mean, mask=in_c)
+    return a, shift
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _norm_coefficients(
     moments, weight, bias, norm, unbiased, descriptor, B, C, S,
@@ -81,15 +96,7 @@ def _norm_coefficients(
     count = (B.to(tl.int64) * S).to(ACC)
     variance = total / count
     a = tl.rsqrt(variance + EPS)
-    tl.store(norm + 3 * C + c, a, mask=in_c)
-    if weight is not None:
-        a *= tl.load(weight + c, mask=in_c, other=0.0).to(ACC)
-    shift = tl.zeros((BLOCK_K,), ACC)
-    if bias is not None:
-        shift += tl.load(bias + c, mask=in_c, other=0.0).to(ACC)
-    tl.store(norm + c, a, mask=in_c)
-    tl.store(norm + C + c, shift - mean * a, mask=in_c)
-    tl.store(norm + 2 * C + c, mean, mask=in_c)
+    a, shift = _store_coefficients(weight, bias, norm, mean, a, c, in_c, C, BLOCK_K, ACC)
     tl.store(unbiased + c, variance * (count / (count - 1.0)), mask=in_c)
     if descriptor is not None:
         for k in range(0, B, SAMPLES):
@@ -106,15 +113,7 @@ def _norm_running(
     in_c = c < C
     mean = tl.load(means + c, mask=in_c, other=0.0).to(ACC)
     a = tl.rsqrt(tl.load(variances + c, mask=in_c, other=0.0).to(ACC) + EPS)
-    tl.store(norm + 3 * C + c, a, mask=in_c)
-    if weight is not None:
-        a *= tl.load(weight + c, mask=in_c, other=0.0).to(ACC)
-    shift = tl.zeros((BLOCK_K,), ACC)
-    if bias is not None:
-        shift += tl.load(bias + c, mask=in_c, other=0.0).to(ACC)
-    tl.store(norm + c, a, mask=in_c)
-    tl.store(norm + C + c, shift - mean * a, mask=in_c)
-    tl.store(norm + 2 * C + c, mean, mask=in_c)
+    _store_coefficients(weight, bias, norm, mean, a, c, in_c, C, BLOCK_K, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -14,6 +14,7 @@ from ..reference.squeeze import per_channel
 from .channel_gate import LAYER_NAMES, empty_state, excitation_of, factor
 from .common import (
     accumulator,
+    affine_or_none,
     below,
     define,
     differentiable,
@@ -136,7 +137,7 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
             order=ORDER_NAMES[mean_first],
             spatial_ties=TIE_NAMES[spatial_ties],
             spatial_gate=ACTIVATION_NAMES[spatial_gate],
-            affine=None if affine_weight is None else (affine_weight, affine_bias),
+            affine=affine_or_none(affine_weight, affine_bias),
             pre_activation=ACTIVATION_NAMES[pre],
             residual=residual,
             post_activation=post_activation if recomputed else "identity",

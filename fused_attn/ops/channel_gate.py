@@ -21,6 +21,7 @@ from ..reference.channel_gate import excite, gate_alone
 from ..reference.layout import lies_channels_last
 from .common import (
     accumulator,
+    affine_or_none,
     below,
     define,
     differentiable,
@@ -72,7 +73,7 @@ def factor(
     layer, pool, _, activation, gate, pre_activation = codes
     wide = accumulator(x.dtype)
     wider = [None if w is None else w.to(wide) for w in weights]
-    affine = None if affine_weight is None or affine_bias is None else (affine_weight, affine_bias)
+    affine = affine_or_none(affine_weight, affine_bias)
 
     def logits_of(descriptor: Tensor) -> Tensor:
         return excite(descriptor, *wider, layer=LAYER_NAMES[layer], activation=ACTIVATION_NAMES[activation])
@@ -201,7 +202,7 @@ def _differentiable(ctx, inputs, y, grad):
             ties=TIE_NAMES[ties],
             activation=activation,
             gate=gate,
-            affine=None if affine_weight is None else (affine_weight, affine_bias),
+            affine=affine_or_none(affine_weight, affine_bias),
             pre_activation=pre_activation,
             residual=residual,
             post_activation=post_activation if recomputed else "identity",

@@ -356,6 +356,11 @@ def empty_map(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def affine_or_none(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The two arguments of an operator, of which there are both or none, as functions in Python take them."""
+    return None if weight is None or bias is None else (weight, bias)
+
+
 def like_or_none(tensor: Tensor | None, x: Tensor) -> Tensor:
     """The fake gradient of an optional input: contiguous and of its shape and dtype, or of size (0,)."""
     if tensor is None:

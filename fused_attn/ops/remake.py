@@ -72,7 +72,7 @@ def is_kept(y: Tensor) -> bool:
     return remake is None or remake.keepers == 0
 
 
-class _Kept:
+class _Unhooked:
     """A tensor as autograd keeps it where nobody hooks it: whoever has written into it since is told so."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -118,7 +118,7 @@ def through(layer: nn.Module, y: Tensor) -> Tensor:
         if _place(t) == place and t._version == found.version:  # else it is another, or was written into
             found.keepers += 1
             return found
-        return _Kept(t) if outer is None else _Packed(t, outer)
+        return _Unhooked(t) if outer is None else _Packed(t, outer)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept()):
         return layer(y)

@@ -14,6 +14,7 @@ from .. import reference
 from ..codes import ACTIVATIONS
 from .common import (
     accumulator,
+    affine_or_none,
     as_it_is,
     below,
     define,
@@ -96,7 +97,7 @@ def scaled(
     return reference.scale(
         x.to(wide),
         gate,
-        affine=None if affine_weight is None or affine_bias is None else (affine_weight, affine_bias),
+        affine=affine_or_none(affine_weight, affine_bias),
         pre_activation=ACTIVATION_NAMES[pre_activation],
         residual=None if residual is None else residual.to(wide),
         post_activation=ACTIVATION_NAMES[post_activation],

@@ -22,6 +22,7 @@ from ..reference.spatial_gate import normalised, spatial_logits
 from ..reference.squeeze import prologue
 from .common import (
     accumulator,
+    affine_or_none,
     below,
     define,
     differentiable,
@@ -71,7 +72,7 @@ def factor_of_space(u: Callable[[], Tensor], tensors: Sequence[Tensor | None], c
 
 def _formula(x, weight, bias, norm_weight, norm_bias, affine_weight, affine_bias, residual, *codes):
     *of_space, pre_activation, post_activation = codes
-    affine = None if affine_weight is None else (affine_weight, affine_bias)
+    affine = affine_or_none(affine_weight, affine_bias)
 
     def u():
         return prologue(x.to(accumulator(x.dtype)), affine, ACTIVATION_NAMES[pre_activation])
@@ -159,7 +160,7 @@ def _differentiable(ctx, x, parameters, y, residual, grad):
             order=ORDER_NAMES[mean_first],
             ties=TIE_NAMES[ties],
             gate=gate,
-            affine=None if affine_weight is None else (affine_weight, affine_bias),
+            affine=affine_or_none(affine_weight, affine_bias),
             pre_activation=pre_activation,
             residual=residual,
             post_activation=post_activation if recomputed else "identity",

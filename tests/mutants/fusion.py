@@ -152,8 +152,8 @@ MUTANTS = [
     Mutant(
         name="hooks-around-a-layer-see-nothing-of-it",
         file="fused_attn/ops/remake.py",
-        old="        return _Kept(t) if outer is None else _Packed(t, outer)\n",
-        new="        return _Kept(t)\n",
+        old="        return _Unhooked(t) if outer is None else _Packed(t, outer)\n",
+        new="        return _Unhooked(t)\n",
         tests="tests/fusion/test_least.py -k test_hooks_on_what_is_saved",
     ),
     Mutant(

@@ -135,12 +135,15 @@ def rewrite(
     next where it makes faster code of them."""
     left = [] if left is None else left
     device = next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
+    of_autocast = device if torch.amp.is_autocast_available(device) else "cpu"
+    enabled = torch.is_autocast_enabled(of_autocast)
     dtypes = {t.dtype for t in inputs if isinstance(t, Tensor) and t.is_floating_point()}
-    skipped = {f for f, op in _OPS.items() if all(backends.is_left_to_compilers(op, device, d) for d in dtypes)}
-    device = device if torch.amp.is_autocast_available(device) else "cpu"
-    if not compiled or torch.is_autocast_enabled(device):
-        skipped = set()
-    autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device))
+    skipped = {
+        function
+        for function, op in _OPS.items()
+        if compiled and not enabled and all(backends.is_left_to_compilers(op, device, dtype) for dtype in dtypes)
+    }
+    autocast = torch.autocast(of_autocast, enabled=enabled, dtype=torch.get_autocast_dtype(of_autocast))
     return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left, skipped))
 
 
