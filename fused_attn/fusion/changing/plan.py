@@ -20,6 +20,7 @@ from ..reading.reads import MISSING, Watched, is_plain, is_torch, reads_of
 from ..recipes.names import HOST, host_of
 from ..recipes.recipe import OwnLayers, Recipe, SplitGate
 from ..recipes.run import Parameters, Paths, layer_at, parameter_paths, parameters_of
+from .traced import Layer, Traced, traced
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -68,6 +69,7 @@ class Plan:
     closures: bool  # whether anything is in the cell of a closure, which compilers do not follow
     watched: Watched
     glance: Glance
+    traced: Traced
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy is planned anew."""
@@ -122,7 +124,20 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
     again = not isinstance(recipe, (SplitGate, OwnLayers)) or len(bypassed) == len(children)
     closures = any(isinstance(owner, types.CellType) for owner, *_ in (*watched.options, *watched.parts))
     return Plan(
-        recipe, paths, places, children, names, bypassed, norms, kind, members, again, closures, watched, glance
+        recipe,
+        paths,
+        places,
+        children,
+        names,
+        bypassed,
+        norms,
+        kind,
+        members,
+        again,
+        closures,
+        watched,
+        glance,
+        traced(block, watched),
     )
 
 
@@ -278,19 +293,61 @@ def _unchanged(block: nn.Module, glance: Glance) -> bool:
 def intact(block: nn.Module, plan: Plan) -> bool:
     """Whether block and layers are those seen at `fuse`: none put in (LoRA), added, hooked or set differently since,
     and nothing else changed that their code reads."""
-    if not torch.compiler.is_compiling():
-        try:
-            if _unchanged(block, plan.glance):
-                return True
-        except Exception:  # something is gone, or cannot be compared
-            pass
+    if torch.compiler.is_compiling():
+        return not plan.closures and _is_intact(block, plan) and _seen(block, plan)
+    try:
+        if _unchanged(block, plan.glance):
+            return True
+    except Exception:  # something is gone, or cannot be compared
+        pass
     return _intact(block, plan)
 
 
+def _layers(plan: Plan) -> tuple[Layer, ...]:
+    """Those to look at, whose own contents compilers take for constants."""
+    return plan.traced.layers
+
+
+def _is_intact(block: nn.Module, plan: Plan) -> bool:
+    """As `intact`, for compilers: a constant to them."""
+    return _intact(block, plan)
+
+
+# As torch.compiler.assume_constant_result does, which imports all of Dynamo.
+_layers.__dict__["_dynamo_marked_constant"] = _is_intact.__dict__["_dynamo_marked_constant"] = True
+
+
+def _seen(block: nn.Module, plan: Plan) -> bool:
+    """Whether a block is intact as far as compilers are to see: what they read here they ask for at every call."""
+    for way, names, options, lacking, absent, empty, filled in _layers(plan):
+        part: Any = block
+        for name in way:
+            part = part._modules.get(name)
+        type(part)
+        if names is not None and tuple(part._modules) != names:
+            return False
+        for name, value in options:
+            found = getattr(part, name, MISSING)
+            if isinstance(found, Tensor) or found != value:
+                return False
+        for name in lacking:
+            if hasattr(part, name):
+                return False
+        for name in absent:
+            if name in part.__dict__:
+                return False
+        for name in empty:
+            if getattr(part, name, None) is not None:
+                return False
+        for name in filled:
+            if not is_parametrized(part, name) and getattr(part, name, MISSING) is None:
+                return False
+    others = plan.traced.others
+    return others is None or _changed(block, others) is None
+
+
 def _intact(block: nn.Module, plan: Plan) -> bool:
-    """As `intact`, one by one: so that what does not matter may have changed, and that compilers can follow."""
-    if plan.closures and torch.compiler.is_compiling():
-        return False
+    """As `intact`, one by one: so that what does not matter may have changed."""
     for parent, name, layer, kind in plan.children:
         if _of(block, parent)._modules.get(name) is not layer or type(layer) is not kind:
             return False

@@ -882,7 +882,12 @@ def _is_builtin_class(cls: type) -> bool:
 
 def is_torch(thing: Any) -> bool:
     """Whether a class or function is torch's own."""
-    return _root(thing.__module__) == "torch"
+    return is_of_torch(thing.__module__)
+
+
+def is_of_torch(module: Any) -> bool:
+    """Whether a module of that name is torch's."""
+    return _root(module) == "torch"
 
 
 def _is_builtin(value: Any) -> bool:
