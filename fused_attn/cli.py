@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -237,6 +238,7 @@ def installed_models() -> list[str]:
     return found
 
 
+INPUTS = "Inputs of the networks, BxCxHxW[,BxCxHxW...]; with a --dtype, under autocast. Default: 8x3x224x224."
 MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default: it is left out."
 
 
@@ -252,7 +254,8 @@ MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default
     click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32"),
     click.option("--layout", type=click.Choice(LAYOUTS), default="nchw"),
     click.option("--pair", "pairs", multiple=True, help="Networks WITH/WITHOUT attention, such as timm:a/timm:b."),
-    click.option("--input", "model_input", default="8x3x224x224", help="Input of the networks. Default: 8x3x224x224."),
+    click.option("--input", "model_inputs", default="8x3x224x224", help=INPUTS),
+    click.option("--pass", "passes", type=click.Choice(list(models.PASSES)), multiple=True, help="Default: both."),
     click.option("--tails/--no-tails", "with_tails", default=True, help="Networks with tails=True too. Default: yes."),
     click.option("--memory", "with_memory", is_flag=True, help="What a training step of the networks keeps, in bytes."),
     click.option("--memory-budget", type=click.FloatRange(0.01), default=None, metavar="GIB", help=MEMORY_BUDGET),
@@ -273,7 +276,8 @@ def bench_command(
     dtype: str,
     layout: str,
     pairs: tuple[str, ...],
-    model_input: str,
+    model_inputs: str,
+    passes: tuple[str, ...],
     with_tails: bool,
     with_memory: bool,
     memory_budget: float | None,
@@ -290,7 +294,7 @@ def bench_command(
     if plot_path:
         need("matplotlib")
     if quick:
-        budget, shapes, model_input = 0.05, "4x32x14x14,2x16x28x28", "2x3x64x64"
+        budget, shapes, model_inputs = 0.05, "4x32x14x14,2x16x28x28", "2x3x64x64"
         pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models or with_memory else ())
     names = [name for name in ops.split(",") if name]
     for name in names:
@@ -298,9 +302,9 @@ def bench_command(
             raise UserError(f"--ops: expected some of {', '.join(blocks.BLOCKS)}; got {name!r}")
     sizes = {name: sizes_of(shapes or blocks.BLOCKS[name].shapes) for name in names}
     split = [parse_pair(pair) for pair in pairs] or list(models.TAX_PAIRS)
-    input_size = parse_shape(model_input)
-    if with_memory and memory_budget is not None and input_size[0] < 2:
-        raise UserError(f"--input: expected two images or more with --memory-budget; got {model_input}")
+    input_sizes = [parse_shape(text) for text in model_inputs.split(",")]
+    if with_memory and memory_budget is not None and min(size[0] for size in input_sizes) < 2:
+        raise UserError(f"--input: expected two images or more with --memory-budget; got {model_inputs}")
 
     figures: list[Figure] = []
     facts: dict[str, Any] = environment(place)
@@ -311,7 +315,8 @@ def bench_command(
     try:
         facts["copy bytes a second"] = copy = copy_bandwidth(place, 1 << (22 if quick else 28))
         jobs = sum(len(of_block) + 1 for of_block in sizes.values()) * with_blocks
-        jobs += len(split) * (with_models + with_memory) + len(calls.NAMES) * with_calls
+        cases = list(itertools.product(split, input_sizes))
+        jobs += len(cases) * (with_models + with_memory) + len(calls.NAMES) * with_calls
         with progress(jobs) as advance:
             if with_blocks:
                 for name in names:
@@ -334,7 +339,7 @@ def bench_command(
                     advance(name)
                     figures += calls.measure_calls(name, min(budget, 1.0))
             if with_models:
-                for attention, plain in split:
+                for (attention, plain), input_size in cases:
                     advance(attention)
                     figures += models.measure_pair(
                         attention,
@@ -345,9 +350,11 @@ def bench_command(
                         with_compile=with_compile,
                         with_tails=with_tails,
                         budget=5 * budget,
+                        dtype=DTYPES[dtype],
+                        passes=passes or tuple(models.PASSES),
                     )
             if with_memory:
-                for attention, plain in split:
+                for (attention, plain), input_size in cases:
                     advance(f"{attention}, memory")
                     limit = None if memory_budget is None else int(memory_budget * 2**30)
                     figures.append(
@@ -437,12 +444,24 @@ def show_taxes(figures: list[Figure]) -> None:
         return
     found: list[dict[str, float]] = [f.facts["attention tax"] for f in figures]
     names = [name for name in models.TAXES if any(name in tax for tax in found)]
-    rows = []
+    rows, ratios = [], []
     for f, tax in zip(figures, found, strict=True):
-        cells = [f"{100 * tax[name]:+.1f} %" if name in tax else "-" for name in names]
-        rows.append([f"{f.case['model']} over {f.case['backbone']}", str(f.case["pass"]), *cells])
-    columns = ["attention tax", "pass", *(name.replace(", compile", " + compile") for name in names)]
+        case = [
+            f"{f.case['model']} over {f.case['backbone']}",
+            "x".join(map(str, f.case["shape"])),  # type: ignore[call-overload]
+            str(f.case["pass"]),
+        ]
+        rows.append([*case, *(f"{100 * tax[name]:+.1f} %" if name in tax else "-" for name in names)])
+        over = models.over_the_original(f)
+        if over:
+            cells = {name: f"{mid:.2f} ({low:.2f} to {high:.2f})" for name, (low, mid, high) in over.items()}
+            ratios.append([*case, *(cells.get(name, "-") for name in names if name not in ("eager", "compile"))])
+    columns = ["attention tax", "input", "pass", *(name.replace(", compile", " + compile") for name in names)]
     table("time over the backbone's, each against the backbone run the same way", columns, rows)
+    if ratios:
+        columns = ["over the original", *(c for c in columns[1:] if c not in ("eager", "compile"))]
+        title = "time over the original's: eager, or the better of its eager and compiled; median and quartiles"
+        table(title, columns, ratios)
 
 
 def show_memory(figures: list[Figure]) -> None:

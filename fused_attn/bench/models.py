@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from operator import truediv
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -34,24 +36,52 @@ TAXES = ("eager", "fused", "tails", "least", "compile", "fused, compile", "tails
 _COMPILATIONS = 64
 
 
-def inference_call(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+def inference_call(model: nn.Module, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """dtype: of autocast, where it is not float32."""
     model.eval()
 
     def call() -> torch.Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), _autocast(x, dtype):
             return model(x)
 
     return call
 
 
-def training_call(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+def training_call(model: nn.Module, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     model.train()
 
     def call() -> None:
-        model(x).float().square().mean().backward()
+        with _autocast(x, dtype):
+            y = model(x)
+        y.float().square().mean().backward()
         model.zero_grad(set_to_none=True)
 
     return call
+
+
+def _autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
+
+
+#: What a figure of networks is asked for: a step of which kind.
+PASSES: dict[str, Callable[[nn.Module, torch.Tensor, torch.dtype], Callable[[], object]]] = {
+    "inference": inference_call,
+    "training": training_call,
+}
+
+
+def over_the_original(figure: Figure) -> dict[str, tuple[float, float, float]]:
+    """How long each way with us takes over the original: over its eager runs where nothing is compiled, else over the
+    better of its eager and its compiled. Quartiles of the ratios of neighbouring runs, which what else the machine does
+    changes less than medians."""
+    timings = figure.timings
+    better = min((n for n in ("eager", "compile") if n in timings), key=lambda name: timings[name].median)
+    return {
+        name: tuple(quantiles(map(truediv, timing.seconds, timings[base].seconds), n=4))  # type: ignore[misc]
+        for name, timing in timings.items()
+        if name not in ("backbone", "backbone, compile", "eager", "compile") and len(timing.seconds) > 1
+        for base in (better if name.endswith("compile") else "eager",)
+    }
 
 
 def in_place(thing: Any, layout: str, device: torch.device) -> Any:
@@ -89,9 +119,11 @@ def measure_pair(
     with_compile: bool = True,
     with_tails: bool = True,
     budget: float = 10.0,
+    dtype: torch.dtype = torch.float32,
+    passes: tuple[str, ...] = tuple(PASSES),
 ) -> Iterator[Figure]:
     """Inference and training step of a network with attention, beside its backbone: eager, compiled, fused, both, and
-    compiled by `backend="fused_attn"`."""
+    compiled by `backend="fused_attn"`. dtype: of autocast, where it is not float32."""
     models = {name: in_place(model, layout, device) for name, model in networks(attention, plain, with_tails).items()}
     x = in_place(torch.randn(shape), layout, device)
     if with_compile:
@@ -99,13 +131,14 @@ def measure_pair(
         for name, model in tuple(models.items()):
             models["compile" if name == "eager" else f"{name}, compile"] = torch.compile(copy.deepcopy(model))
         models["backend, compile"] = torch.compile(copy.deepcopy(models["eager"]), backend=backend)
-    for what, make in (("inference", inference_call), ("training", training_call)):
+    for what in passes:
         if what == "training":
             models = with_least(models)
-        calls = {name: make(model, x) for name, model in models.items()}
+        calls = {name: PASSES[what](model, x, dtype) for name, model in models.items()}
         with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):  # else the last of them would run as they are
             timings = interleaved(calls, device, budget=budget, least=3)
         case = {"model": attention, "backbone": plain, "pass": what, "layout": layout, "shape": list(shape)}
+        case["dtype"] = str(dtype).removeprefix("torch.")
         taxes: dict[str, float] = {}
         for name in TAXES:
             base = "backbone, compile" if name.endswith("compile") else "backbone"

@@ -158,6 +158,28 @@ def test_bench_measures_the_attention_tax(tmp_path):
     assert set(first["facts"]["attention tax"]) == {"eager", "fused", "tails"} and second["case"]["pass"] == "training"
 
 
+@pytest.mark.slow
+def test_bench_takes_inputs_a_pass_and_autocast(tmp_path):
+    path = tmp_path / "b.json"
+    options = (
+        "--no-blocks",
+        "--no-compile",
+        "--no-tails",
+        "--pass",
+        "inference",
+        "--dtype",
+        "bfloat16",
+        "--budget",
+        "0.01",
+    )
+    pair = ("--pair", "timm:seresnet18/timm:resnet18", "--input", "1x3x32x32,2x3x32x64")
+    text = run("bench", *options, *pair, "--json", str(path))
+    assert "over the original" in text and "2x3x32x64" in text
+    cases = [f["case"] for f in json.loads(path.read_text())["figures"]]
+    assert [case["shape"] for case in cases] == [[1, 3, 32, 32], [2, 3, 32, 64]]
+    assert {(case["pass"], case["dtype"]) for case in cases} == {("inference", "bfloat16")}
+
+
 def test_bench_takes_networks_from_files(tmp_path):
     """Whose paths have slashes, as the pair has one."""
     (tmp_path / "a.folder").mkdir()
