@@ -156,20 +156,25 @@ def calls() -> str:
     return table(["", "forward, evaluation", "forward + backward"], ([f"`{name}`", *row] for name, row in rows.items()))
 
 
-def taxes() -> str:
-    """Time over that of the same network without attention."""
-    found: dict[tuple[str, str], dict[str, dict]] = {}
+def networks() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+    """(network, the same without attention) -> pass -> what runs -> time over the latter; the costliest first."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for figure in figures(*NETWORKS):
         case = figure["case"]
         pair = (short(case["model"]), short(case["backbone"]))
         found.setdefault(pair, {})[case["pass"]] = figure["facts"]["attention tax"]
+    return dict(sorted(found.items(), key=lambda item: -item[1]["training"]["eager"]))
+
+
+def taxes() -> str:
+    """Time over that of the same network without attention."""
     columns = [(passes, name) for passes in ("training", "inference") for name in ("eager", "fused", "tails")]
     words = {"eager": "eager", "fused": "`fuse`", "tails": "`tails=True`"}
     return table(
         ["", *(f"{passes}: {words[name]}" for passes, name in columns)],
         (
             [" / ".join(pair), *(percent(of[passes][name]) if name in of[passes] else "" for passes, name in columns)]
-            for pair, of in found.items()
+            for pair, of in networks().items()
         ),
     )
 
@@ -199,14 +204,14 @@ TABLES: dict[str, Callable[..., str]] = {
 
 # ---- pictures ----
 
-WIDTH = 560
+WIDTH = 440
 #: What the site's style sheet gives by its own variables (docs/_static/site.css), for a picture that stands alone.
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 11px }
 .eager { fill: #9aa3ad } .compile { fill: #d9962f } .fused { fill: #2f6fde } .least { fill: #12805c }
 .limit { stroke: #c9302c } .limit-text { fill: #c9302c }
 @media (prefers-color-scheme: dark) {
- text { fill: #e6edf3 } .eager { fill: #848d97 } .compile { fill: #d9962f } .fused { fill: #5b9bff } .least { fill: #3fb98b }
+ text { fill: #e6edf3 } .eager { fill: #848d97 } .fused { fill: #5b9bff } .least { fill: #3fb98b }
  .limit { stroke: #ff7b72 } .limit-text { fill: #ff7b72 }
 }
 """
@@ -240,7 +245,8 @@ class Picture:
         self.add(f'<polygon points="{points}" class="{kind}"/>', max(y, to_y))
 
     def svg(self, style: str = "") -> str:
-        sizes = f'viewBox="0 0 {WIDTH} {self.height + 4:.0f}" role="img"'
+        width = f'width="{WIDTH * 4 // 3}" ' if style else ""  # by itself; in a page it is as wide as there is room
+        sizes = f'{width}viewBox="0 0 {WIDTH} {self.height + 4:.0f}" role="img"'
         inner = "\n".join([f"<title>{escape(self.title)}</title>", *([f"<style>{style}</style>"] if style else [])])
         return f'<svg xmlns="http://www.w3.org/2000/svg" {sizes}>\n{inner}\n' + "\n".join(self.parts) + "\n</svg>\n"
 
@@ -262,13 +268,13 @@ def bars(
         picture.text(x + 16, 14, name)
         x += 30 + 7.2 * len(name)
     y = 14.0
-    if x + 16 + 6.4 * len(limit_name) > WIDTH:  # what the line is stands below the colours where there is no room beside
+    if x + 16 + 6.4 * len(limit_name) > WIDTH:  # below the colours where there is no room
         x, y = 2.0, 34.0
     picture.line(x + 5, y - 10, x + 5, y + 1, "limit")
     picture.text(x + 16, y, limit_name, "limit-text")
     values = [value for _, of in groups for _, value in of]
     low, high = min(0.0, *values), max(*values, *(limit or 0.0 for limit in limits))
-    scale = (WIDTH - 80) / (high - low)
+    scale = (WIDTH - 70) / (high - low)
     zero = 2 - low * scale
     y += 12
     for (label, of), limit in zip(groups, limits, strict=True):
@@ -286,22 +292,17 @@ def bars(
     return picture
 
 
-def tax_picture(passes: str, kinds: dict[str, str]) -> Picture:
+#: Colours of bars, and the names that the stored results have for what they show.
+COLOURS = (("eager", "eager"), ("fused", "fused"), ("least", "tails"))
+
+
+def gain(passes: str = "training") -> Picture:
     groups = []
-    for figure in figures(*NETWORKS):
-        if figure["case"]["pass"] == passes:
-            of = figure["facts"]["attention tax"]
-            groups.append((short(figure["case"]["model"]), [(k, of[n]) for k, n in ZIP if k in kinds and n in of]))
+    for (model, _), of in networks().items():
+        groups.append((model, [(colour, of[passes][name]) for colour, name in COLOURS if name in of[passes]]))
+    names = {"eager": "original", "fused": "fuse(model)", "least": "tails=True"}
     title = f"Time that attention adds to {passes}"
-    return bars(title, groups, kinds, percent, [0] * len(groups), "the same network without attention")
-
-
-#: Classes of bars, and the names that the stored results have for them.
-ZIP = (("eager", "eager"), ("fused", "fused"), ("least", "tails"))
-
-
-def gain() -> Picture:
-    return tax_picture("training", {"eager": "original", "fused": "fuse(model)", "least": "tails=True"})
+    return bars(title, groups, names, percent, [0] * len(groups), "the same network without attention")
 
 
 def blocks_picture(*names: str) -> Picture:
@@ -330,7 +331,7 @@ def kept_picture() -> Picture:
     for figure in figures(MEMORY):
         case, of = figure["case"], figure["facts"]["kept bytes"]
         limits.append(None if case["model"] == case["backbone"] else of["backbone"] / 2**20)
-        groups.append((short(case["model"]), [(k, of[n] / 2**20) for k, n in (*ZIP[::2], ("compile", "least"))]))
+        groups.append((short(case["model"]), [(k, of[n] / 2**20) for k, n in (*COLOURS[::2], ("compile", "least"))]))
     names = {"eager": "original", "least": "tails=True", "compile": 'save="least"'}
     title = "MiB that a training step keeps for backward"
     return bars(title, groups, names, lambda value: f"{value:.0f}", limits, "the same network without attention")
@@ -397,16 +398,16 @@ def chips() -> Picture:
         picture.box(2, y + 22, WIDTH - 4, 24, "plain")
         picture.text(WIDTH / 2, y + 38, "the map, in memory", anchor="middle")
         for column, (phase, ways) in enumerate(phases):
-            x = 2 + column * 190
-            picture.box(x, y + 92, 176, 24, "chip")
-            picture.text(x + 88, y + 108, phase, anchor="middle")
+            x = 2 + column * 148
+            picture.box(x, y + 92, 138, 24, "chip")
+            picture.text(x + 69, y + 108, phase, anchor="middle")
             for way in ways:
-                middle = x + (60 if way == "R" else 116)
+                middle = x + (30 if way == "R" else 88)
                 ends = (y + 46, y + 92) if way == "R" else (y + 92, y + 46)
                 picture.arrow(middle, *ends, "fused" if way == "R" else "compile")
                 picture.text(middle + 8, y + 73, "read" if way == "R" else "write", "small")
             if not ways:
-                picture.text(x + 88, y + 73, "C numbers", "small", "middle")
+                picture.text(x + 69, y + 73, "C numbers", "small", "middle")
         if row:
             picture.box(2, y + 118, WIDTH - 4, 3, "fused")
             picture.text(WIDTH / 2, y + 134, "the sample stays in shared memory", "small", "middle")
@@ -417,19 +418,19 @@ def tail() -> Picture:
     """The tail of an SE-ResNet's block, operator by operator and as one."""
     picture = Picture("The tail of a residual block, before and after")
     names = ("conv", "BatchNorm", "squeeze", "excite", "scale", "sum", "ReLU")
+    labels = ("eager: 26 passes, three maps kept", "tails=True: 10 passes, one map and a bit an element")
     for row, boxes in enumerate((tuple((name, 1) for name in names), (("conv", 1), ("norm_gate", 6)))):
         y = 4 + 92 * row
-        label = "eager: 26 passes, three maps kept" if not row else "tails=True: 10 passes, one map and a bit an element kept"
-        picture.text(2, y + 12, label)
+        picture.text(2, y + 12, labels[row])
         x = 2.0
         for name, span in boxes:
-            width = span * 80 - 8
+            width = span * 62 - 4
             picture.box(x, y + 24, width, 28, "plain" if name == "conv" else "eager" if not row else "fused")
             kind = "small" if name == "conv" else "on-colour small"
             picture.text(x + width / 2, y + 42, name, kind, "middle")
             if name not in ("squeeze", "excite"):
                 picture.arrow(x + width / 2, y + 52, y + 74, "compile")
-            x += span * 80
+            x += span * 62
     picture.text(2, 188, "An arrow is a whole map that is written.", "small")
     return picture
 
@@ -439,7 +440,6 @@ PICTURES: dict[str, Callable[..., Picture]] = {
     "chips": chips,
     "tail": tail,
     "gain": gain,
-    "inference": lambda: tax_picture("inference", {"eager": "original", "fused": "fuse(model)", "least": "tails=True"}),
     "blocks": blocks_picture,
     "kept": kept_picture,
     "peaks": peaks_picture,
@@ -470,23 +470,21 @@ TABLES["findings"] = findings
 
 def readme_table() -> str:
     """Networks: time that attention adds, before and after, and what is kept; from the files of the pictures."""
-    memory = {f["case"]["model"]: f["facts"]["kept bytes"] for f in figures(MEMORY)}
-    found: dict[str, dict[str, dict]] = {}
-    for figure in figures(*NETWORKS):
-        found.setdefault(figure["case"]["model"], {})[figure["case"]["pass"]] = figure["facts"]["attention tax"]
+    memory = {short(f["case"]["model"]): f["facts"]["kept bytes"] for f in figures(MEMORY)}
     rows = []
-    for model, of in found.items():
-        times = [f"{percent(t['eager'])} → {percent(t.get('tails', t['fused']))}" for t in (of["training"], of["inference"])]
+    for (model, _), of in networks().items():
+        taxes_of = (of["training"], of["inference"])
+        times = [f"{percent(tax['eager'])} → {percent(tax.get('tails', tax['fused']))}" for tax in taxes_of]
         bytes_ = memory.get(model)
         mib = f"{bytes_['eager'] / 2**20:.0f} → {bytes_['least'] / 2**20:.0f}" if bytes_ else ""
-        rows.append([short(model), *times, mib])
+        rows.append([model, *times, mib])
     return table(["", "training", "inference", "MiB kept for backward"], rows)
 
 
 def write(readme: Path, picture: Path) -> None:
     text = readme.read_text()
-    marks = r"(?<=<!-- of docs/figures.py -->\n).*?(?=\n<!-- -->)"
-    readme.write_text(re.sub(marks, lambda _: readme_table(), text, flags=re.DOTALL))
+    marks = r"(?<=<!-- of docs/figures.py -->\n).*?(?=<!-- -->)"
+    readme.write_text(re.sub(marks, lambda _: f"\n{readme_table()}\n\n", text, flags=re.DOTALL))
     picture.write_text(gain().svg(STYLE))
 
 
