@@ -32,6 +32,7 @@ html_theme_options = {"navigation_with_keys": True}
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 default_role = "code"
+smartquotes = False  # an error is searched for as it was printed
 autodoc_typehints = "none"  # shapes and meanings are in the docstrings; signatures stay readable on a phone
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}

@@ -161,6 +161,24 @@ def test_make_targets_exist():
     assert named and named <= targets
 
 
+#: Not ours.
+THEIR_ERRORS = {"undefined symbol", "operator torchvision::nms does not exist"}
+
+
+def test_errors_of_the_page_exist():
+    folders = [(ROOT / "fused_attn").rglob("*.py"), (ROOT / "csrc").rglob("*.h"), (ROOT / "csrc").rglob("*.cpp")]
+    source = "".join(path.read_text() for paths in [*folders, [ROOT / "setup.py"]] for path in paths)
+    source = re.sub(r'"\n\s*f?"', "", source)  # sentences over two lines
+    terms = re.findall(r"^(.*)\n: ", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    errors = set(re.findall("`([^`]+)`", "".join(terms)))
+    assert errors > THEIR_ERRORS
+    for error in errors - THEIR_ERRORS:
+        for part in re.split(
+            r"\.\.\.| 'triton' | channel_gate on cpu: |x: |weight1: |FusionError: |fused_attn: the", error
+        ):
+            assert part.strip(" ;,'") in source, error
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_named_exist(page: Path):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
