@@ -57,6 +57,7 @@ sys.exit(f"failed: {failed}" if failed else 0)
 """
 
 
+@pytest.mark.slow
 def test_python_runs(tmp_path: Path):
     paths = []
     for name, code in blocks("python"):
@@ -199,6 +200,7 @@ def test_the_readme_is_two_screens():
     assert len(README.read_text().splitlines()) <= 90
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("furo") is None, reason="the site's theme is not installed")
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees"]
