@@ -205,10 +205,10 @@ TABLES: dict[str, Callable[..., str]] = {
 # ---- pictures ----
 
 WIDTH = 440
-#: What the site's style sheet gives by its own variables (docs/_static/site.css), for a picture that stands alone.
+#: For a picture that stands alone, as in the README; in a page the style sheet has the theme's (docs/_static/site.css).
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 11px }
-.eager { fill: #9aa3ad } .compile { fill: #d9962f } .fused { fill: #2f6fde } .least { fill: #12805c }
+.eager { fill: #6e7781 } .fused { fill: #2f6fde } .least { fill: #12805c }
 .limit { stroke: #c9302c } .limit-text { fill: #c9302c }
 @media (prefers-color-scheme: dark) {
  text { fill: #e6edf3 } .eager { fill: #848d97 } .fused { fill: #5b9bff } .least { fill: #3fb98b }
