@@ -417,7 +417,7 @@ def chips() -> Picture:
 def tail() -> Picture:
     """The tail of an SE-ResNet's block, operator by operator and as one."""
     picture = Picture("The tail of a residual block, before and after")
-    names = ("conv", "BatchNorm", "squeeze", "excite", "scale", "sum", "ReLU")
+    names = ("conv", "norm", "squeeze", "excite", "scale", "sum", "ReLU")
     labels = ("eager: 26 passes, three maps kept", "tails=True: 10 passes, one map and a bit an element")
     for row, boxes in enumerate((tuple((name, 1) for name in names), (("conv", 1), ("norm_gate", 6)))):
         y = 4 + 92 * row
