@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 #: The networks with attention beside those without, times and taxes; and what they keep.
-NETWORKS = tuple(f"cpu/{path.stem}" for path in sorted((RESULTS / "cpu").glob("models-*.json")))
+NETWORKS = tuple(f"cpu/{path.stem}" for path in sorted((RESULTS / "cpu").glob("models*-float32-nchw.json")))
 MEMORY = "cpu/memory-float32-nchw"
 PEAKS = ("cpu/peaks-float32-nchw", "cpu/criss-cross-non-local-float32-nchw")
 
@@ -97,6 +97,13 @@ BLOCKS = {
     "residual-attention": "residual attention",
     "scse": "scSE",
 }
+
+
+def named(figure: dict[str, Any]) -> str:
+    block = figure["case"]["block"]
+    return BLOCKS.get(block, block)
+
+
 FORWARD, BOTH = "forward", "forward + backward"
 
 
@@ -115,7 +122,7 @@ def ratios(*names: str, by_shape: bool = False) -> str:
         return f"{mean(all_of_them):.2f}×{worst}"
 
     def what(block: str, dtype: str, layout: str, shape: str) -> str:
-        return ", ".join(filter(None, (BLOCKS[block], *((dtype, layout) if len(cases) > 1 else ()), shape)))
+        return ", ".join(filter(None, (BLOCKS.get(block, block), *((dtype, layout) if len(cases) > 1 else ()), shape)))
 
     columns = [(passes, other) for passes in (FORWARD, BOTH) for other in ("eager", "compile")]
     head = ["", *(f"{passes}: {other} / fused" for passes, other in columns)]
@@ -143,7 +150,7 @@ def peaks() -> str:
     for figure in peak_figures():
         of = figure["facts"]["peak bytes"]
         shown = [f"{of[name] / 2**20:.1f}" if name in of else "" for name in ("eager", "compile", "fused")]
-        rows.append([f"{BLOCKS[figure['case']['block']]}, {size(figure['case']['shape'])}", *shown])
+        rows.append([f"{named(figure)}, {size(figure['case']['shape'])}", *shown])
     return table(["", "eager", "torch.compile", "fused"], rows)
 
 
@@ -163,7 +170,8 @@ def networks() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
         case = figure["case"]
         pair = (short(case["model"]), short(case["backbone"]))
         found.setdefault(pair, {})[case["pass"]] = figure["facts"]["attention tax"]
-    return dict(sorted(found.items(), key=lambda item: -item[1]["training"]["eager"]))
+    both = {pair: of for pair, of in found.items() if {"training", "inference"} <= of.keys()}
+    return dict(sorted(both.items(), key=lambda item: -item[1]["training"]["eager"]))
 
 
 def taxes() -> str:
@@ -310,7 +318,7 @@ def blocks_picture(*names: str) -> Picture:
     groups: dict[str, list[dict]] = {}
     for figure in figures(*names):
         if figure["case"]["pass"] == BOTH and figure["facts"].get("of copy"):
-            groups.setdefault(BLOCKS[figure["case"]["block"]], []).append(figure)
+            groups.setdefault(named(figure), []).append(figure)
 
     def over_the_limit(members: list[dict], name: str) -> float:
         return mean(f["medians"][name] / f["medians"]["fused"] / f["facts"]["of copy"] for f in members)
@@ -343,7 +351,7 @@ def peaks_picture() -> Picture:
     for figure in peak_figures():
         case, of = figure["case"], figure["facts"]["peak bytes"]
         if case["block"] in COMPARE_POSITIONS and len(case["shape"]) == 4:
-            label = f"{BLOCKS[case['block']]}, {size(case['shape'])}"
+            label = f"{named(figure)}, {size(case['shape'])}"
             groups.append((label, [(kind, of[kind] / 2**20) for kind in kinds if kind in of]))
             limits.append(4 * prod(case["shape"]) / 2**20)
     title = "MiB at the peak of a training step"
