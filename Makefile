@@ -34,7 +34,7 @@ export PYTEST_ADDOPTS := -o cache_dir=.cache/pytest
 export RUFF_CACHE_DIR := .cache/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-long mutants pytest lint typecheck format bench build clean
+.PHONY: help demo docs test test-quick test-long mutants pytest lint typecheck format bench build clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -42,7 +42,11 @@ help:  ## this list
 demo: $(STAMPS)/bench  ## install into .venv and train a small network with its blocks original and fused
 	$(BIN)/python -m fused_attn demo
 
-test: lint typecheck pytest  ## every check: source, types, tests (kernels, packaging, README)
+docs: $(STAMPS)/docs  ## build the site of docs/ into build/docs/html; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/docs/doctrees docs build/docs/html
+	@echo build/docs/html/index.html
+
+test: lint typecheck pytest  ## every check: source, types, tests (kernels, packaging, README and site)
 
 lint: $(STAMPS)/test
 	$(BIN)/ruff check
@@ -107,12 +111,16 @@ $(STAMPS)/bench: $(STAMPS)/native
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[bench]'
 	touch $@
 
+$(STAMPS)/docs: $(STAMPS)/native
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[docs]'
+	touch $@
+
 $(STAMPS)/models: $(STAMPS)/torch-$(WORD)
 	$(PIP) install -q -c $(CONSTRAINTS) $(TORCHVISION)
 	$(PIP) install -q --no-deps 'timm >= 1.0.15' 'monai >= 1.5'
 	$(PIP) install -q numpy pillow pyyaml huggingface_hub safetensors
 	touch $@
 
-$(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/models
+$(STAMPS)/test: $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/models
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[bench,test]'
 	touch $@

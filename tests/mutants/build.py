@@ -1,4 +1,5 @@
-"""Faults in what is built and shipped: the registration of operators, setup.py, the packages' contents, the README."""
+"""Faults in what is built and shipped: the registration of operators, setup.py, the packages' contents, the README and
+the pages."""
 
 from __future__ import annotations
 
@@ -86,5 +87,19 @@ MUTANTS = [
         old="demo: $(STAMPS)/bench  ##",
         new="demonstrate: $(STAMPS)/bench  ##",
         tests="tests/test_readme.py -k test_make_targets_exist",
+    ),
+    Mutant(
+        name="parameters-of-a-block-miscounted",
+        file="docs/blocks.md",
+        old="| 4160 |",
+        new="| 4096 |",
+        tests="tests/test_readme.py -k test_parameters_of_blocks_are_as_the_page_says",
+    ),
+    Mutant(
+        name="readme-table-typed-in",
+        file="docs/figures.py",
+        old="tax.get('tails', tax['fused'])",
+        new="tax['fused']",
+        tests="tests/test_readme.py -k test_the_readme_says_what_was_stored",
     ),
 ]
