@@ -75,8 +75,9 @@ def test_the_code_of_a_block_is_its_reference(line: str):
             torch.manual_seed(0)
             exec(BEFORE, names)
             names |= {"nn": modules, "functional": functions}
-            module = re.fullmatch(r"(nn\..*)\(x\)", line)
-            results.append(eval(module[1], names).train(training)(names["x"]) if module else eval(line, names))
+            module = re.fullmatch(r"(nn\..*)\((x|x, x)\)", line)
+            maps = [names["x"]] * len(module[2].split(",")) if module else []
+            results.append(eval(module[1], names).train(training)(*maps) if module else eval(line, names))
         for mine, theirs in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
             assert mine.isfinite().all()
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -138,6 +138,8 @@ BLOCKS: dict[str, Block] = {
     # Beside its convolutions, which are most of its time.
     "bam": Block(lambda m, c, rank: m.BAM(c, rank=rank), (4, 11)),
     "scse": Block(lambda m, c, _: m.SCSE(c), (4, 11)),
+    # Beside its convolutions; the second map gates.
+    "attention-gate": Block(lambda m, c, rank: m.AttentionGate(c, rank=rank), residual=True),
     "norm-gate": Block(lambda m, c, _: Tail(m, c, "identity", "relu"), (4, 10), residual=True),  # of an SE-ResNet
     "norm-silu-gate": Block(lambda m, c, _: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
     # What ends every block of a plain ResNet, and of one whose attention stands elsewhere.

@@ -1,5 +1,6 @@
 """Attention blocks as modules, fused. `fused_attn.reference` has each of them in plain PyTorch."""
 
+from .attention_gate import AttentionGate
 from .bam import BAM
 from .bilinear_attention import BilinearAttention, BilinearTransform
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
@@ -23,6 +24,7 @@ from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
 from .triplet import TripletAttention
 
 __all__ = [
+    "AttentionGate",
     "BAM",
     "BilinearAttention",
     "BilinearTransform",

@@ -4,6 +4,7 @@ The functions and modules have the names and signatures of `fused_attn.functiona
 and the modules the same `state_dict`. They check nothing beyond what PyTorch itself checks.
 """
 
+from .attention_gate import AttentionGate
 from .axis_pool import axis_pool, axis_pool_with_map
 from .bam import BAM
 from .bilinear_attention import BilinearAttention, BilinearTransform
@@ -39,6 +40,7 @@ from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
 from .triplet import TripletAttention
 
 __all__ = [
+    "AttentionGate",
     "BAM",
     "BilinearAttention",
     "BilinearTransform",

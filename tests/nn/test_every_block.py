@@ -16,8 +16,22 @@ from fused_attn import explain, reference
 from tests.checks import random, randomised
 from tests.ops.test_autograd import Marked
 
+
+class Gated(nn.Module):
+    """A gate that takes two maps, as a block of one."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x.sin(), x)
+
+
 #: Blocks of 8 channels from the module that has them.
 BLOCKS: dict[str, Callable] = {
+    "AttentionGate": lambda m: Gated(m.AttentionGate(8)),
+    "AttentionGate strided": lambda m: Gated(m.AttentionGate(8, stride=2, batch_norm=False, project=True)),
     "BAM": lambda m: m.BAM(8, reduction=2),
     "BilinearAttention": lambda m: m.BilinearAttention(8, block_size=1, drop_rate=0),
     "BilinearTransform": lambda m: m.BilinearTransform(8, block_size=1),
@@ -68,7 +82,7 @@ ENDS_IN_RELU = {"BilinearTransform", "ExternalAttention"}
 #: Height and width from which one program serves: torch has another one for a single position, of bilinear
 #: interpolation and of what a pool of 2x2 leaves.
 LEAST = {"ResidualAttention": 5} | dict.fromkeys(
-    ("NonLocal", "NonLocal Gaussian", "NonLocal concatenation", "SelfAttention2d"), 4
+    ("AttentionGate strided", "NonLocal", "NonLocal Gaussian", "NonLocal concatenation", "SelfAttention2d"), 4
 )
 
 

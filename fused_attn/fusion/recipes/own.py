@@ -12,6 +12,7 @@ from ... import reference
 #: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it (none: it is made of PyTorch's),
 #: and the rank of their maps.
 AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
+    reference.AttentionGate: (("scale/space", "norm_gate"), None),
     reference.BAM: (("mixed_scale", "squeeze"), None),
     reference.BilinearAttention: (("norm_gate",), 4),
     reference.BilinearTransform: (("norm_gate",), 4),
@@ -36,6 +37,9 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.SplitAttention: (("select", "select/with"), 4),
     reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
 }
+
+#: The maps of those that take several.
+MAPS: dict[type[nn.Module], tuple[str, ...]] = {reference.AttentionGate: ("g", "x")}
 
 #: Parts that are given: any PyTorch code, with blocks of its own in it.
 _GIVEN: dict[type[nn.Module], tuple[str, ...]] = {
