@@ -38,7 +38,7 @@ OPS = (
     "position_attention",
     "context_pool",
     "criss_cross_attention",
-    *("select", "select/with", "select/many", "norm_gate"),
+    *("select", "select/with", "select/many", "select/energy", "norm_gate"),
 )
 
 #: Device type -> the backends that may serve it beside plain PyTorch.
@@ -69,6 +69,7 @@ MISSING: dict[tuple[str, str], str] = {
             "criss_cross_attention",
             "simam",
             "select/with",
+            "select/energy",
         )
     },
     **{

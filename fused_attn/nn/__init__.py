@@ -14,6 +14,7 @@ from .global_context import GlobalContext
 from .gsop import GSoP
 from .non_local import NonLocal
 from .residual_attention import ResidualAttention
+from .response_norm import GatedChannelTransformation, GlobalResponseNorm
 from .scse import SCSE
 from .selective_kernel import SelectiveKernel, SKConv
 from .self_attention import ChannelSelfAttention, DualAttention, PositionAttention, SelfAttention2d
@@ -44,7 +45,9 @@ __all__ = [
     "NonLocal",
     "PositionAttention",
     "SelfAttention2d",
+    "GatedChannelTransformation",
     "GlobalContext",
+    "GlobalResponseNorm",
     "ResidualAttention",
     "SimAM",
     "SCSE",

@@ -155,6 +155,7 @@ def _weights_of(call: Call) -> Callable[[Tensor], Tensor]:
 _EXCITATIONS = {
     "norm_gate": _gate_of,
     "context_gate": _gate_of,
+    "energy_gate": _gate_of,
     "select_with": _weights_of,
 }
 

@@ -17,6 +17,7 @@ from .coordinate import CoordinateAttention
 from .criss_cross import CrissCrossAttention, criss_cross_attention
 from .double_attention import DoubleAttention
 from .ema import EMA
+from .energy_gate import energy_gate
 from .external_attention import ExternalAttention
 from .gather_excite import GatherExcite
 from .global_context import GlobalContext
@@ -26,6 +27,7 @@ from .non_local import NonLocal
 from .norm_gate import norm_gate
 from .position_attention import position_attention
 from .residual_attention import ResidualAttention
+from .response_norm import GatedChannelTransformation, GlobalResponseNorm
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
@@ -59,7 +61,9 @@ __all__ = [
     "GatherExcite",
     "NonLocal",
     "PositionAttention",
+    "GatedChannelTransformation",
     "GlobalContext",
+    "GlobalResponseNorm",
     "ResidualAttention",
     "SCSE",
     "SKConv",
@@ -82,6 +86,7 @@ __all__ = [
     "context_pool_with_map",
     "criss_cross_attention",
     "eca_kernel_size",
+    "energy_gate",
     "mixed_scale",
     "norm_gate",
     "position_attention",

@@ -28,6 +28,17 @@ class Gated(nn.Module):
         return self.gate(x.sin(), x)
 
 
+class Last(nn.Module):
+    """A block of maps with their channels last."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.movedim(1, -1)).movedim(-1, 1)
+
+
 #: Blocks of 8 channels from the module that has them.
 BLOCKS: dict[str, Callable] = {
     "AttentionGate": lambda m: Gated(m.AttentionGate(8)),
@@ -54,6 +65,9 @@ BLOCKS: dict[str, Callable] = {
     "NonLocal dot": lambda m: m.NonLocal(8, mode="dot", pool=None, hidden=2),
     "NonLocal concatenation": lambda m: m.NonLocal(8, mode="concatenation"),
     "PositionAttention": lambda m: m.PositionAttention(8, reduction=2),
+    "GatedChannelTransformation": lambda m: m.GatedChannelTransformation(8),
+    "GlobalResponseNorm": lambda m: m.GlobalResponseNorm(8),
+    "GlobalResponseNorm last": lambda m: Last(m.GlobalResponseNorm(8, channels_last=True)),
     "GlobalContext": lambda m: m.GlobalContext(8, ratio=1 / 2),
     "GlobalContext scale": lambda m: m.GlobalContext(8, fuse="scale", ratio=1 / 2),
     "GlobalContext both": lambda m: m.GlobalContext(8, fuse="both", ratio=1 / 2),

@@ -107,6 +107,11 @@ def every_op() -> dict[str, Op]:
         "context_pool/gate": Op(
             lambda m, *_: functools.partial(m.context_gate, excitation=torch.sigmoid), x | context, tuple(context)
         ),
+        "select/energy": Op(
+            lambda m, *_: lambda x, bias: m.energy_gate(x, lambda e: (e.sqrt() / e.mean(1, True)).tanh(), bias),
+            x | {"bias": affine["affine_bias"]},
+            ("bias",),
+        ),
         "position_attention": Op(
             lambda m, *_: lambda x, key, value: m.position_attention(x, key, value, scale=0.3), x | pairs
         ),

@@ -23,6 +23,8 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.DoubleAttention: ((), None),
     reference.EMA: (("scale/space",), 4),
     reference.ExternalAttention: (("norm_gate",), 4),
+    reference.GatedChannelTransformation: (("select/energy", "scale"), None),
+    reference.GlobalResponseNorm: (("select/energy", "scale"), None),
     reference.GSoP: (("scale", "scale/space", "norm_gate"), 4),
     reference.NonLocal: (("position_attention",), None),
     reference.PositionAttention: (("position_attention",), None),
