@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .. import functional, reference
+from .small import eager_where_small
 
 
+@eager_where_small()
 class GlobalResponseNorm(reference.GlobalResponseNorm):
     """Global response normalisation: x + weight * (x * n) + bias, n each channel's norm over the mean of all channels'.
 
@@ -32,6 +34,7 @@ class GlobalResponseNorm(reference.GlobalResponseNorm):
     _energy_gate = staticmethod(functional.energy_gate)
 
 
+@eager_where_small()
 class GatedChannelTransformation(reference.GatedChannelTransformation):
     """Gated channel transformation: x * (1 + tanh(gamma * e / rms(e) + beta)), e = alpha * the norm of each channel.
 
