@@ -147,6 +147,7 @@ BLOCKS: dict[str, Block] = {
     "simam": Block(lambda m, c, _: m.SimAM(c), (3, 8)),
     "global-context": Block(lambda m, c, _: m.GlobalContext(c, fuse="scale", ratio=1 / 8), (3, 8)),
     "response-norm": Block(lambda m, c, _: m.GlobalResponseNorm(c), (3, 9)),
+    "srm": Block(lambda m, c, _: m.SRM(c), (3, 10)),
     "channel-transformation": Block(lambda m, c, _: m.GatedChannelTransformation(c), (3, 8)),
     "select": Block(lambda m, c, _: Selection(m, c, batch_norm=False), (5, 11), residual=True),
     # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.

@@ -42,6 +42,7 @@ OWN: dict[str, Callable[[Any], nn.Module]] = {
     "EMA": lambda m: m.EMA(16, factor=4),
     "GlobalContext": lambda m: m.GlobalContext(16, ratio=1 / 4),
     "GlobalContext scale": lambda m: m.GlobalContext(16, ratio=1 / 4, fuse="scale"),
+    "SRM": lambda m: m.SRM(16),
     "SelectiveKernel": lambda m: m.SelectiveKernel(16, 16),
     "SKConv": lambda m: m.SKConv(16, groups=4),
     "SplitAttention": lambda m: m.SplitAttention(16),

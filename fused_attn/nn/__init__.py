@@ -22,6 +22,7 @@ from .simam import SimAM
 from .spatial_transformer import SpatialTransformer
 from .split_attention import SplitAttention
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
+from .srm import SRM
 from .triplet import TripletAttention
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "ResidualAttention",
     "SimAM",
     "SCSE",
+    "SRM",
     "SKConv",
     "SelectiveKernel",
     "SpatialAttention",

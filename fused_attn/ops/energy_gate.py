@@ -86,7 +86,7 @@ class _Gate(torch.autograd.Function):
         return None, dots, grad, gate, None, of_bias
 
 
-_apply_energy, _apply_gate = apply_of(_Energy), apply_of(_Gate)
+_apply_energy, apply_gate = apply_of(_Energy), apply_of(_Gate)
 
 
 def energy_gate(backend: str, x: Tensor, excitation: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
@@ -95,4 +95,4 @@ def energy_gate(backend: str, x: Tensor, excitation: Callable[[Tensor], Tensor],
         gate = excitation(_energy(backend, x))
         return scale(backend, x, gate, None, None, _residual(x, bias), IDENTITY, IDENTITY)
     energy, carrier_y, carrier_gate = _apply_energy(backend, x)
-    return _apply_gate(backend, excitation(energy).contiguous(), carrier_y, carrier_gate, x, bias)
+    return apply_gate(backend, excitation(energy).contiguous(), carrier_y, carrier_gate, x, bias)

@@ -23,6 +23,7 @@ from .gather_excite import GatherExcite
 from .global_context import GlobalContext
 from .gsop import GSoP
 from .mixed_scale import mixed_scale
+from .moments_gate import moments_gate
 from .non_local import NonLocal
 from .norm_gate import norm_gate
 from .position_attention import position_attention
@@ -39,6 +40,7 @@ from .spatial_transformer import SpatialTransformer
 from .split_attention import SplitAttention
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
+from .srm import SRM
 from .triplet import TripletAttention
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "GlobalResponseNorm",
     "ResidualAttention",
     "SCSE",
+    "SRM",
     "SKConv",
     "SelectiveKernel",
     "SelfAttention2d",
@@ -88,6 +91,7 @@ __all__ = [
     "eca_kernel_size",
     "energy_gate",
     "mixed_scale",
+    "moments_gate",
     "norm_gate",
     "position_attention",
     "scale",

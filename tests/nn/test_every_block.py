@@ -75,6 +75,7 @@ BLOCKS: dict[str, Callable] = {
     "SCSE": lambda m: m.SCSE(8, reduction=2),
     "SCSE max": lambda m: m.SCSE(8, reduction=2, combine="max"),
     "SKConv": lambda m: m.SKConv(8, groups=4),
+    "SRM": lambda m: m.SRM(8),
     "SelectiveKernel": lambda m: m.SelectiveKernel(8, 8),
     "SelfAttention2d": lambda m: m.SelfAttention2d(8, reduction=2),
     "SimAM": lambda m: m.SimAM(8),

@@ -112,6 +112,9 @@ def every_op() -> dict[str, Op]:
             x | {"bias": affine["affine_bias"]},
             ("bias",),
         ),
+        "norm_gate/moments": Op(
+            lambda m, *_: lambda x: m.moments_gate(x, lambda mean, variance: (mean / (variance + 1).sqrt()).tanh()), x
+        ),
         "position_attention": Op(
             lambda m, *_: lambda x, key, value: m.position_attention(x, key, value, scale=0.3), x | pairs
         ),

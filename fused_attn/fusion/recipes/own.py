@@ -32,6 +32,7 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.ResidualAttention: (("scale", "scale/space"), None),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
     reference.SKConv: (("select", "select/with"), 4),
+    reference.SRM: (("norm_gate/moments", "scale"), None),
     reference.SelfAttention2d: (("position_attention",), 4),
     reference.SelectiveKernel: (("select", "select/with"), 4),
     reference.SimAM: (("simam",), None),

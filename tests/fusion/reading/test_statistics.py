@@ -1,4 +1,4 @@
-"""Global response normalisation and gated channel transformation as people write them, and what is neither."""
+"""Global response normalisation, gated channel transformation and SRM as people write them, and what is neither."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_attn import explain, fuse, reference
 from fused_attn.hosts import define_torchvision_operators
 from tests.checks import assert_same_block, random, randomised
 
-RESPONSE, TRANSFORMATION = "GlobalResponseNorm", "GatedChannelTransformation"
+RESPONSE, TRANSFORMATION, STYLE = "GlobalResponseNorm", "GatedChannelTransformation", "SRM"
 
 
 class GRN(nn.Module):
@@ -69,6 +69,54 @@ class GCT(nn.Module):
         return x * (1.0 + torch.tanh(embedding * norm + self.beta))
 
 
+class SRMLayer(nn.Module):
+    """The common one."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.cfc = nn.Conv1d(channel, channel, kernel_size=2, bias=False, groups=channel)
+        self.bn = nn.BatchNorm1d(channel)
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        mean = x.view(b, c, -1).mean(-1).unsqueeze(-1)
+        std = x.view(b, c, -1).std(-1).unsqueeze(-1)
+        z = self.bn(self.cfc(torch.cat((mean, std), -1)))
+        g = torch.sigmoid(z)
+        g = g.view(b, c, 1, 1)
+        return x * g.expand_as(x)
+
+
+class Styles(nn.Module):
+    """The authors': a parameter, and a BatchNorm over maps of one position."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.cfc = nn.Parameter(torch.zeros(channel, 2))
+        self.bn = nn.BatchNorm2d(channel)
+        self.activation = nn.Sigmoid()
+
+    def _pooled(self, x, eps=0.0):
+        n, c, _, _ = x.size()
+        mean = x.view(n, c, -1).mean(dim=2, keepdim=True)
+        std = x.view(n, c, -1).std(dim=2, keepdim=True) + eps
+        return torch.cat((mean, std), dim=2)
+
+    def forward(self, x):
+        z = torch.sum(self._pooled(x) * self.cfc[None, :, :], dim=2)[:, :, None, None]
+        return x * self.activation(self.bn(z))
+
+
+class Biased(SRMLayer):
+    """The deviation without Bessel's correction."""
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        values = x.view(b, c, -1)
+        u = torch.stack((values.mean(-1), values.std(-1, unbiased=False)), -1)
+        return x * torch.sigmoid(self.bn(self.cfc(u))).view(b, c, 1, 1)
+
+
 def timm_norm(**options):
     define_torchvision_operators()
     grn = pytest.importorskip("timm.layers.grn", reason="timm is not installed")
@@ -82,6 +130,9 @@ FOUND = {
     "timm": (timm_norm, (3, 6, 5, 8), RESPONSE),
     "timm, channels first": (lambda: timm_norm(channels_last=False), (3, 8, 6, 5), RESPONSE),
     "transformation": (lambda: GCT(8), (3, 8, 6, 5), TRANSFORMATION),
+    "style": (lambda: SRMLayer(8), (3, 8, 6, 5), STYLE),
+    "style, authors": (lambda: Styles(8), (3, 8, 6, 5), STYLE),
+    "reference, style": (lambda: reference.SRM(8), (3, 8, 6, 5), STYLE),
     "reference": (lambda: reference.GlobalResponseNorm(8), (3, 8, 6, 5), RESPONSE),
 }
 
@@ -172,7 +223,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, 1e-6)
 
 
-LEFT = [Clamped, Branches, OtherNorm, Detached, LayerNorm, lambda n: GCT(n, mode="l1")]
+LEFT = [Biased, Clamped, Branches, OtherNorm, Detached, LayerNorm, lambda n: GCT(n, mode="l1")]
 
 
 @pytest.mark.parametrize("make", LEFT, ids=lambda make: make.__name__)

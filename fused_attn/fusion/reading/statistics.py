@@ -1,26 +1,31 @@
-"""Blocks whose gate is made of each channel's norm: global response normalisation and gated channel transformation.
+"""Blocks whose gate is made of each channel's norm (global response normalisation, gated channel transformation) or of
+its mean and deviation (SRM).
 
-They have parameters and no layers. A forward whose graph holds nothing but sums, products, roots and tanh is held
-against the known formulas, with each of its parameters in each place, by their values and gradients.
+A forward whose graph holds nothing but sums, products, roots and the like, and of layers those of SRM, is held against
+the known formulas, with each of its parameters in each place, by their values and gradients.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from ... import functional
+from ...reference.block_attention import NORMS
 from ...reference.response_norm import root
+from ...reference.srm import style
 from ..recipes.names import host_of
 from ..recipes.recipe import OwnLayers
-from ..recipes.run import Unsuited
+from ..recipes.run import Unsuited, layer_at
 from .check import differences, is_same, random_tensor, randomised
 from .context import in_its_own_context
+from .layers import paths_but
 from .reads import Unstored, reads_of, restore
 from .recognise import has_own_forward
 from .trace import Rank, is_same_code, trace_in_mode
@@ -29,13 +34,9 @@ from .twin import NoTwin
 _known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
 
 
-def gate_of_energy(block: nn.Module) -> OwnLayers | None:
-    """How a block runs that gates a map by its channels' norms; None: it is none."""
-    parameters = {n: p for n, p in block._parameters.items() if p is not None}
-    if not has_own_forward(block) or block._modules or len(parameters) not in (2, 3):
-        return None
-    counts = {p.numel() for p in parameters.values()}
-    if len(counts) > 1 or max(counts) < 2 or any(max(p.shape) != p.numel() for p in parameters.values()):
+def gate_of_statistics(block: nn.Module) -> OwnLayers | None:
+    """How a block runs that gates a map by its channels' norms, or their means and deviations; None: it is none."""
+    if not has_own_forward(block) or not any(True for _ in _attempts(block, (1.0,))):
         return None
     read = reads_of(block)
     if read.remark is not None:
@@ -45,7 +46,7 @@ def gate_of_energy(block: nn.Module) -> OwnLayers | None:
 
         def find() -> OwnLayers | None:
             with Unstored(read.stores):
-                return _found(block, tuple(parameters), max(counts))
+                return _found(block)
             return None
 
         try:
@@ -103,36 +104,85 @@ _FORMS: dict[str, Callable[..., tuple[Excitation, Tensor | None]]] = {
 }
 _COUNTS = {"GlobalResponseNorm": 2, "GatedChannelTransformation": 3}
 
+
+@dataclass(frozen=True)
+class StyleGate:
+    """What SRM runs. weights: path of its convolution over mean and deviation, or of the parameter (C, 2) in its place.
+    norm: path of its BatchNorm."""
+
+    weights: str
+    norm: str
+    form = "SRM"
+    last = False
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        weights, norm = layer_at(block, self.weights), layer_at(block, self.norm)
+        if not isinstance(weights, nn.Module):
+            x = x.to(torch.promote_types(x.dtype, weights.dtype))  # as the block's own product does
+
+        def excitation(mean: Tensor, variance: Tensor) -> Tensor:
+            z = style(mean, variance, math.prod(x.shape[2:]), x.dtype)
+            z = weights(z) if isinstance(weights, nn.Module) else (z * weights).sum(2, keepdim=True)
+            z = norm(z.reshape(*z.shape, *(1,) * NORMS.index(type(norm))))
+            return z.sigmoid().flatten(1)
+
+        if x.shape[1] != norm.num_features:
+            raise Unsuited(f"x: expected {norm.num_features} channels; got shape {tuple(x.shape)}")
+        return functional.moments_gate(x, excitation)
+
+
+Gate = EnergyGate | StyleGate
+
 #: What may be in the graph of such a forward: each smooth where a norm is not 0, so that formulas that agree on random
 #: maps are the same.
 _NAMES = {
-    *("norm", "vector_norm", "linalg_vector_norm", "mean", "sum", "pow", "square", "sqrt", "rsqrt", "tanh"),
-    *("add", "sub", "mul", "truediv", "div", "addcmul", "multiply", "divide"),
-    *("getattr", "getitem", "size", "view", "reshape", "unsqueeze", "expand_as", "expand", "unpacked"),
+    *("norm", "vector_norm", "linalg_vector_norm", "mean", "std", "sum", "pow", "square", "sqrt", "rsqrt", "tanh"),
+    *("add", "sub", "mul", "truediv", "div", "addcmul", "multiply", "divide", "sigmoid", "cat", "stack"),
+    *("getattr", "getitem", "size", "view", "reshape", "flatten", "unsqueeze", "squeeze", "expand_as", "expand"),
+    "unpacked",
 }
 
 #: Batches and spaces of the maps that a block is tried on, of which it has to take the first two.
 _MAPS = ((2, 6, 5, 4), (3, 7, 9, 3), (1, 1, 3, 2), (2, 1, 1, 1))
+_MOST_EPS = 0.01
 
 
-def _found(block: nn.Module, names: tuple[str, ...], channels: int) -> OwnLayers | None:
+def _attempts(block: nn.Module, floats: Collection[float]) -> Iterator[Gate]:
+    """What it may be. floats: that may be its eps."""
+    parameters = {n: p for n, p in block._parameters.items() if p is not None}
+    flat = all(max(p.shape, default=0) == p.numel() > 1 for p in parameters.values())
+    if not block._modules and flat and len({p.numel() for p in parameters.values()}) == 1:
+        for form, count in _COUNTS.items():
+            if count == len(parameters):
+                for order, eps, last in itertools.product(itertools.permutations(parameters), floats, (False, True)):
+                    yield EnergyGate(form, order, eps, last)
+    norms = [n for n, part in block._modules.items() if type(part) in NORMS]
+    weights = [n for n, part in block._modules.items() if type(part) is nn.Conv1d and part.kernel_size == (2,)]
+    weights += [n for n, p in parameters.items() if p.dim() == 2 and p.shape[1] == 2]
+    if len(norms) == len(weights) == 1:
+        yield StyleGate(weights[0], norms[0])
+
+
+def _found(block: nn.Module) -> OwnLayers | None:
     for dims in (4, 5, 3):
         rank = Rank(dims)
         graph, other = (trace_in_mode(block, lambda path: False, training, rank) for training in (False, True))
-        if not is_same_code(graph, other) or not all(map(_is_smooth, graph.nodes)):
+        if not is_same_code(graph, other) or not all(_is_smooth(block, node) for node in graph.nodes):
             return None
-        for gate in _attempts(names, sorted(set(_floats_in(graph)))):
-            found = _checked(block, gate, channels, dims)
+        for gate in _attempts(block, sorted(set(_floats_in(graph)))):
+            found = _checked(block, gate, dims)
             if found is not None:
                 return found
     return None
 
 
-def _is_smooth(node: fx.Node) -> bool:
+def _is_smooth(block: nn.Module, node: fx.Node) -> bool:
     if node.op in ("placeholder", "get_attr", "output"):
         return True
+    if node.op == "call_module":
+        return type(block.get_submodule(str(node.target))) in (nn.Conv1d, nn.Sigmoid, *NORMS)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _NAMES
+    return name in _NAMES
 
 
 def _floats_in(graph: fx.Graph) -> Iterator[float]:
@@ -142,27 +192,20 @@ def _floats_in(graph: fx.Graph) -> Iterator[float]:
                 yield value
 
 
-_MOST_EPS = 0.01
-
-
-def _attempts(names: tuple[str, ...], floats: list[float]) -> Iterator[EnergyGate]:
-    for form, count in _COUNTS.items():
-        if count == len(names):
-            for order, eps, last in itertools.product(itertools.permutations(names), floats, (False, True)):
-                yield EnergyGate(form, order, eps, last)
-
-
-def _shape(gate: EnergyGate, batch: int, channels: int, space: list[int]) -> tuple[int, ...]:
+def _shape(gate: Gate, batch: int, channels: int, space: list[int]) -> tuple[int, ...]:
     return (batch, *space, channels) if gate.last else (batch, channels, *space)
 
 
-def _checked(block: nn.Module, gate: EnergyGate, channels: int, dims: int) -> OwnLayers | None:
+def _checked(block: nn.Module, gate: Gate, dims: int) -> OwnLayers | None:
+    channels = max(n for p in block.parameters() for n in p.shape)
     try:
         original, fused = randomised(block), randomised(block)
     except NoTwin:
         return None
-    shapes = [(_shape(gate, b, channels, s[: dims - 2]), i < 2) for i, (b, *s) in enumerate(map(tuple, _MAPS))]
+    shapes = [(_shape(gate, b, channels, s[: dims - 2]), i < 2) for i, (b, *s) in enumerate(_MAPS)]
     x = random_tensor(shapes[0][0], torch.Generator().manual_seed(2), spread=5)
+    for part in (original, fused):
+        part.eval()
     try:
         with torch.no_grad():
             if not is_same(gate(fused, x), original(x)):  # which is most of the attempts
@@ -172,12 +215,15 @@ def _checked(block: nn.Module, gate: EnergyGate, channels: int, dims: int) -> Ow
     why = differences((original, lambda m, x: m(x)), (fused, gate), iter(shapes), "the known block")
     if why is not None or not _same_dtypes(block, gate, shapes[0][0]):
         return None
-    return OwnLayers(gate, gate.form, ("select/energy", "scale"), rank=dims)
+    if isinstance(gate, EnergyGate):
+        return OwnLayers(gate, gate.form, ("select/energy", "scale"), rank=dims)
+    bypassed = paths_but(block, gate.weights, gate.norm)
+    return OwnLayers(gate, gate.form, ("norm_gate/moments", "scale"), rank=dims, bypassed=bypassed)
 
 
-def _same_dtypes(block: nn.Module, gate: EnergyGate, shape: tuple[int, ...]) -> bool:
+def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...]) -> bool:
     """Whether both give the same dtype, also under autocast and for half precision."""
-    acting = randomised(block)
+    acting = randomised(block).eval()
     for own, dtype, autocast in (
         (torch.float32, torch.float32, True),
         (torch.float32, torch.bfloat16, True),
