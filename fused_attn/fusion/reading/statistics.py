@@ -38,7 +38,10 @@ def gate_of_statistics(block: nn.Module) -> OwnLayers | None:
     """How a block runs that gates a map by its channels' norms, or their means and deviations; None: it is none."""
     if not has_own_forward(block) or not any(True for _ in _attempts(block, (1.0,))):
         return None
-    read = reads_of(block)
+    try:
+        read = reads_of(block)
+    except Exception:  # somebody's module in a way that was not thought of is left alone
+        return None
     if read.remark is not None:
         return None
     known = _known.setdefault(host_of(type(block)), {})
@@ -51,7 +54,7 @@ def gate_of_statistics(block: nn.Module) -> OwnLayers | None:
 
         try:
             found = in_its_own_context(find)
-        except Exception:  # somebody's module in a way that was not thought of is left alone
+        except Exception:
             return None
         known[read.key] = None if restore(read.watched) else found
     return known[read.key]
