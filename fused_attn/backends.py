@@ -38,7 +38,7 @@ OPS = (
     "position_attention",
     "context_pool",
     "criss_cross_attention",
-    *("select", "select/with", "select/many", "norm_gate"),
+    *("select", "select/with", "select/many", "select/energy", "norm_gate", "norm_gate/moments"),
 )
 
 #: Device type -> the backends that may serve it beside plain PyTorch.
@@ -69,11 +69,12 @@ MISSING: dict[tuple[str, str], str] = {
             "criss_cross_attention",
             "simam",
             "select/with",
+            "select/energy",
         )
     },
     **{
         ("cuda", op): "statistics of the batch need all samples, a cluster holds one; use triton"
-        for op in ("spatial_gate/batch_norm", "cbam/batch_norm", "norm_gate")
+        for op in ("spatial_gate/batch_norm", "cbam/batch_norm", "norm_gate", "norm_gate/moments")
     },
     **{(name, "position_attention"): "on GPUs torch's own attention serves it" for name in ("triton", "cuda")},
     **{(name, "select/many"): "the kernels hold at most 8 branches" for name in ("cpu", "triton", "cuda")},

@@ -196,7 +196,7 @@ def test_reference_has_the_same_signatures():
 
     names = ("squeeze", "scale", "channel_gate", "channel_pool", "spatial_gate", "cbam", "mixed_scale", "simam")
     names += ("axis_pool", "axis_pool_with_map", "select", "select_with", "norm_gate", "position_attention")
-    names += ("context_pool", "context_gate", "context_pool_with_map")
+    names += ("context_pool", "context_gate", "context_pool_with_map", "energy_gate", "moments_gate")
     for name in names:
         assert inspect.signature(getattr(functional, name)) == inspect.signature(getattr(reference, name)), name
     for name in nn.__all__:

@@ -138,12 +138,17 @@ BLOCKS: dict[str, Block] = {
     # Beside its convolutions, which are most of its time.
     "bam": Block(lambda m, c, rank: m.BAM(c, rank=rank), (4, 11)),
     "scse": Block(lambda m, c, _: m.SCSE(c), (4, 11)),
+    # Beside its convolutions; the second map gates.
+    "attention-gate": Block(lambda m, c, rank: m.AttentionGate(c, rank=rank), residual=True),
     "norm-gate": Block(lambda m, c, _: Tail(m, c, "identity", "relu"), (4, 10), residual=True),  # of an SE-ResNet
     "norm-silu-gate": Block(lambda m, c, _: Tail(m, c, "silu", "identity"), (4, 9)),  # of an EfficientNet
     # What ends every block of a plain ResNet, and of one whose attention stands elsewhere.
     "norm-add-relu": Block(lambda m, c, _: Tail(m, c, "identity", "relu", gated=False), (4, 10), residual=True),
     "simam": Block(lambda m, c, _: m.SimAM(c), (3, 8)),
     "global-context": Block(lambda m, c, _: m.GlobalContext(c, fuse="scale", ratio=1 / 8), (3, 8)),
+    "response-norm": Block(lambda m, c, _: m.GlobalResponseNorm(c), (3, 9)),
+    "srm": Block(lambda m, c, _: m.SRM(c), (3, 10)),
+    "channel-transformation": Block(lambda m, c, _: m.GatedChannelTransformation(c), (3, 8)),
     "select": Block(lambda m, c, _: Selection(m, c, batch_norm=False), (5, 11), residual=True),
     # In training, after their convolutions: the branches' BatchNorm is 6 passes forward and 10 backward of these.
     "sk": Block(lambda m, c, _: Selection(m, c), (11, 29), residual=True),

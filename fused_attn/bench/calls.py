@@ -42,6 +42,7 @@ OWN: dict[str, Callable[[Any], nn.Module]] = {
     "EMA": lambda m: m.EMA(16, factor=4),
     "GlobalContext": lambda m: m.GlobalContext(16, ratio=1 / 4),
     "GlobalContext scale": lambda m: m.GlobalContext(16, ratio=1 / 4, fuse="scale"),
+    "SRM": lambda m: m.SRM(16),
     "SelectiveKernel": lambda m: m.SelectiveKernel(16, 16),
     "SKConv": lambda m: m.SKConv(16, groups=4),
     "SplitAttention": lambda m: m.SplitAttention(16),
@@ -63,13 +64,16 @@ OWN: dict[str, Callable[[Any], nn.Module]] = {
     "SpatialTransformer": lambda m: m.SpatialTransformer(
         16, localization=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), features=16
     ),
+    "AttentionGate": lambda m: m.AttentionGate(16),
+    "GlobalResponseNorm": lambda m: m.GlobalResponseNorm(16),
+    "GatedChannelTransformation": lambda m: m.GatedChannelTransformation(16),
     "norm_gate": lambda m: Tail(m, 16, "silu", "identity"),
     "norm_gate residual": lambda m: Tail(m, 16, "identity", "relu"),
     "norm_gate without a gate": lambda m: Tail(m, 16, "identity", "relu", gated=False),
     "select": lambda m: Selection(m, 16, batch_norm=False),
 }
 #: Those that take a second map.
-TWO_MAPS = frozenset({"norm_gate residual", "norm_gate without a gate", "select"})
+TWO_MAPS = frozenset({"norm_gate residual", "norm_gate without a gate", "select", "AttentionGate"})
 
 #: By path of a block's class: what makes it.
 HOSTED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {

@@ -1,5 +1,6 @@
 """Attention blocks as modules, fused. `fused_attn.reference` has each of them in plain PyTorch."""
 
+from .attention_gate import AttentionGate
 from .bam import BAM
 from .bilinear_attention import BilinearAttention, BilinearTransform
 from .block_attention import CBAM, ChannelAttention, SpatialAttention
@@ -13,6 +14,7 @@ from .global_context import GlobalContext
 from .gsop import GSoP
 from .non_local import NonLocal
 from .residual_attention import ResidualAttention
+from .response_norm import GatedChannelTransformation, GlobalResponseNorm
 from .scse import SCSE
 from .selective_kernel import SelectiveKernel, SKConv
 from .self_attention import ChannelSelfAttention, DualAttention, PositionAttention, SelfAttention2d
@@ -20,9 +22,11 @@ from .simam import SimAM
 from .spatial_transformer import SpatialTransformer
 from .split_attention import SplitAttention
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite
+from .srm import SRM
 from .triplet import TripletAttention
 
 __all__ = [
+    "AttentionGate",
     "BAM",
     "BilinearAttention",
     "BilinearTransform",
@@ -42,10 +46,13 @@ __all__ = [
     "NonLocal",
     "PositionAttention",
     "SelfAttention2d",
+    "GatedChannelTransformation",
     "GlobalContext",
+    "GlobalResponseNorm",
     "ResidualAttention",
     "SimAM",
     "SCSE",
+    "SRM",
     "SKConv",
     "SelectiveKernel",
     "SpatialAttention",

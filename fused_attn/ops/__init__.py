@@ -6,7 +6,9 @@ from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .context_pool import context_gate, context_pool, context_pool_with_map
 from .criss_cross_attention import criss_cross_attention
+from .energy_gate import energy_gate
 from .mixed_scale import mixed_scale
+from .moments_gate import moments_gate
 from .norm_gate import norm_gate
 from .position_attention import by_torch as position_attention_by_torch
 from .position_attention import position_attention
@@ -27,7 +29,9 @@ __all__ = [
     "context_pool",
     "context_pool_with_map",
     "criss_cross_attention",
+    "energy_gate",
     "mixed_scale",
+    "moments_gate",
     "norm_gate",
     "position_attention",
     "position_attention_by_torch",

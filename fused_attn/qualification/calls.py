@@ -205,10 +205,17 @@ def calls_on(block: nn.Module, x: Tensor, training: bool) -> list[Call]:
             block.train(training)
             map_ = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             with seen() as found:
-                type(block).forward(block, map_)
+                type(block).forward(block, *(map_,) * _maps_of(block))
     except Exception:  # one value a channel, a rank that it does not take, a number that is read
         return []
     return found
+
+
+def _maps_of(block: nn.Module) -> int:
+    """How many maps a forward cannot do without: here they are alike, as those of decoders are."""
+    parameters = inspect.signature(type(block).forward).parameters.values()
+    needed = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    return max(needed - 1, 1)  # without the block itself
 
 
 def typical_calls(model: nn.Module, blocks: Iterable[nn.Module]) -> list[tuple[Call, bool]]:

@@ -144,6 +144,10 @@ def _gate_of(call: Call) -> Callable[[Tensor], Tensor]:
     return torch.sigmoid
 
 
+def _gate_of_two(call: Call) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda mean, variance: (mean + variance).sigmoid()
+
+
 def _weights_of(call: Call) -> Callable[[Tensor], Tensor]:
     """Of as many branches as there are."""
     branches, paths = call.arguments["branches"], call.arguments.get("paths")
@@ -152,9 +156,11 @@ def _weights_of(call: Call) -> Callable[[Tensor], Tensor]:
 
 
 #: What stands for the excitation that a function is given.
-_EXCITATIONS = {
+_EXCITATIONS: dict[str, Callable[[Call], Callable[..., Tensor]]] = {
     "norm_gate": _gate_of,
     "context_gate": _gate_of,
+    "energy_gate": _gate_of,
+    "moments_gate": _gate_of_two,
     "select_with": _weights_of,
 }
 

@@ -4,6 +4,7 @@ The functions and modules have the names and signatures of `fused_attn.functiona
 and the modules the same `state_dict`. They check nothing beyond what PyTorch itself checks.
 """
 
+from .attention_gate import AttentionGate
 from .axis_pool import axis_pool, axis_pool_with_map
 from .bam import BAM
 from .bilinear_attention import BilinearAttention, BilinearTransform
@@ -16,15 +17,18 @@ from .coordinate import CoordinateAttention
 from .criss_cross import CrissCrossAttention, criss_cross_attention
 from .double_attention import DoubleAttention
 from .ema import EMA
+from .energy_gate import energy_gate
 from .external_attention import ExternalAttention
 from .gather_excite import GatherExcite
 from .global_context import GlobalContext
 from .gsop import GSoP
 from .mixed_scale import mixed_scale
+from .moments_gate import moments_gate
 from .non_local import NonLocal
 from .norm_gate import norm_gate
 from .position_attention import position_attention
 from .residual_attention import ResidualAttention
+from .response_norm import GatedChannelTransformation, GlobalResponseNorm
 from .scale import scale
 from .scse import SCSE
 from .select import branch_maps, select, select_with
@@ -36,9 +40,11 @@ from .spatial_transformer import SpatialTransformer
 from .split_attention import SplitAttention
 from .squeeze import squeeze
 from .squeeze_excite import ECA, EffectiveSE, SqueezeExcite, eca_kernel_size
+from .srm import SRM
 from .triplet import TripletAttention
 
 __all__ = [
+    "AttentionGate",
     "BAM",
     "BilinearAttention",
     "BilinearTransform",
@@ -57,9 +63,12 @@ __all__ = [
     "GatherExcite",
     "NonLocal",
     "PositionAttention",
+    "GatedChannelTransformation",
     "GlobalContext",
+    "GlobalResponseNorm",
     "ResidualAttention",
     "SCSE",
+    "SRM",
     "SKConv",
     "SelectiveKernel",
     "SelfAttention2d",
@@ -80,7 +89,9 @@ __all__ = [
     "context_pool_with_map",
     "criss_cross_attention",
     "eca_kernel_size",
+    "energy_gate",
     "mixed_scale",
+    "moments_gate",
     "norm_gate",
     "position_attention",
     "scale",

@@ -75,6 +75,14 @@ BLOCKS = {
         CbamGate,
     ),
     "timm CoordAttn": (lambda: coordinate_attention(), 2, OwnLayers),
+    "timm EfficientLocalAttn": (lambda: timm_layers.coord_attn.EfficientLocalAttn(C), 2, OwnLayers),
+    "timm EfficientLocalAttn, options": (
+        lambda: timm_layers.coord_attn.EfficientLocalAttn(
+            C, kernel_size=3, bias=True, norm_layer=nn.BatchNorm2d, gate_layer="hard_sigmoid", has_skip=True
+        ),
+        2,
+        OwnLayers,
+    ),
     "timm CoordAttn, options": (
         lambda: coordinate_attention(bias=True, norm_layer=None, gate_layer="hard_sigmoid", has_skip=True),
         2,

@@ -16,8 +16,33 @@ from fused_attn import explain, reference
 from tests.checks import random, randomised
 from tests.ops.test_autograd import Marked
 
+
+class Gated(nn.Module):
+    """A gate that takes two maps, as a block of one."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x.sin(), x)
+
+
+class Last(nn.Module):
+    """A block of maps with their channels last."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.movedim(1, -1)).movedim(-1, 1)
+
+
 #: Blocks of 8 channels from the module that has them.
 BLOCKS: dict[str, Callable] = {
+    "AttentionGate": lambda m: Gated(m.AttentionGate(8)),
+    "AttentionGate strided": lambda m: Gated(m.AttentionGate(8, stride=2, batch_norm=False, project=True)),
     "BAM": lambda m: m.BAM(8, reduction=2),
     "BilinearAttention": lambda m: m.BilinearAttention(8, block_size=1, drop_rate=0),
     "BilinearTransform": lambda m: m.BilinearTransform(8, block_size=1),
@@ -40,6 +65,9 @@ BLOCKS: dict[str, Callable] = {
     "NonLocal dot": lambda m: m.NonLocal(8, mode="dot", pool=None, hidden=2),
     "NonLocal concatenation": lambda m: m.NonLocal(8, mode="concatenation"),
     "PositionAttention": lambda m: m.PositionAttention(8, reduction=2),
+    "GatedChannelTransformation": lambda m: m.GatedChannelTransformation(8),
+    "GlobalResponseNorm": lambda m: m.GlobalResponseNorm(8),
+    "GlobalResponseNorm last": lambda m: Last(m.GlobalResponseNorm(8, channels_last=True)),
     "GlobalContext": lambda m: m.GlobalContext(8, ratio=1 / 2),
     "GlobalContext scale": lambda m: m.GlobalContext(8, fuse="scale", ratio=1 / 2),
     "GlobalContext both": lambda m: m.GlobalContext(8, fuse="both", ratio=1 / 2),
@@ -47,6 +75,7 @@ BLOCKS: dict[str, Callable] = {
     "SCSE": lambda m: m.SCSE(8, reduction=2),
     "SCSE max": lambda m: m.SCSE(8, reduction=2, combine="max"),
     "SKConv": lambda m: m.SKConv(8, groups=4),
+    "SRM": lambda m: m.SRM(8),
     "SelectiveKernel": lambda m: m.SelectiveKernel(8, 8),
     "SelfAttention2d": lambda m: m.SelfAttention2d(8, reduction=2),
     "SimAM": lambda m: m.SimAM(8),
@@ -68,7 +97,7 @@ ENDS_IN_RELU = {"BilinearTransform", "ExternalAttention"}
 #: Height and width from which one program serves: torch has another one for a single position, of bilinear
 #: interpolation and of what a pool of 2x2 leaves.
 LEAST = {"ResidualAttention": 5} | dict.fromkeys(
-    ("NonLocal", "NonLocal Gaussian", "NonLocal concatenation", "SelfAttention2d"), 4
+    ("AttentionGate strided", "NonLocal", "NonLocal Gaussian", "NonLocal concatenation", "SelfAttention2d"), 4
 )
 
 

@@ -107,6 +107,14 @@ def every_op() -> dict[str, Op]:
         "context_pool/gate": Op(
             lambda m, *_: functools.partial(m.context_gate, excitation=torch.sigmoid), x | context, tuple(context)
         ),
+        "select/energy": Op(
+            lambda m, *_: lambda x, bias: m.energy_gate(x, lambda e: (e.sqrt() / e.mean(1, True)).tanh(), bias),
+            x | {"bias": affine["affine_bias"]},
+            ("bias",),
+        ),
+        "norm_gate/moments": Op(
+            lambda m, *_: lambda x: m.moments_gate(x, lambda mean, variance: (mean / (variance + 1).sqrt()).tanh()), x
+        ),
         "position_attention": Op(
             lambda m, *_: lambda x, key, value: m.position_attention(x, key, value, scale=0.3), x | pairs
         ),

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from fused_attn import backends, functional, nn, reference, timing
+from fused_attn import backends, functional, fuse, nn, reference, timing
 from fused_attn.qualification import calls, trial
 from fused_attn.qualification.calls import call_as_json, call_from_json, calls_on, seen, typical_calls
 from fused_attn.qualification.trial import Judge, check_itself, check_odd, is_faster, make, nan_in_fresh_memory
@@ -153,6 +153,12 @@ def test_what_people_cast_to(monkeypatch):
     assert {call.question.dtype for call, _ in typical_calls(block, [block])} == halves | {torch.float32}
     block.bfloat16()
     assert {call.question.dtype for call, _ in typical_calls(block, [block])} == {torch.bfloat16}
+
+
+def test_calls_of_a_block_of_two_maps():
+    """Found by `fuse`, and of `fused_attn.nn`."""
+    for block in (nn.AttentionGate(64), fuse(reference.AttentionGate(64, rank=3))):
+        assert {call.question.op for call, _ in typical_calls(block, [block])} == {"norm_gate", "scale/space"}
 
 
 def test_a_block_that_takes_any_channels():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ..hosts.registry import TAILS, known_class, recognise
+from ..reading.statistics import gate_of_statistics
 from ..recipes.names import host_of
 from ..recipes.recipe import Recipe
 from .parents import composite_of
 from .plan import why_bound
+from .two_maps import gate_of_two_maps
 
 
 def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
@@ -22,7 +24,7 @@ def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
 def _decide(block: nn.Module, tails: bool) -> Recipe | str | None:
     recipe = recognise(block)
     if recipe is None or isinstance(recipe, str):
-        recipe = composite_of(block) or recipe
+        recipe = composite_of(block) or gate_of_two_maps(block) or gate_of_statistics(block) or recipe
     if tails and (recipe is None or isinstance(recipe, str)):
         recipe = recognise(block, TAILS) or recipe
     if recipe is None or isinstance(recipe, str):

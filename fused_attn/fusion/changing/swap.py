@@ -53,6 +53,9 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
 
     def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan: Plan | None = self.__dict__.get(PLAN)
+        maps = plan.recipe.maps if plan is not None and isinstance(plan.recipe, OwnLayers) else ()
+        if maps:
+            args, kwargs = _in_order(maps, args, kwargs)
         options = None if plan is None else _options(plan.recipe, args, kwargs)
         if plan is None or options is None:
             return as_written(self, *args, **kwargs)
@@ -62,6 +65,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
             isinstance(x, Tensor)
             and plan.recipe.rank in (None, x.dim())
             and is_ordinary(x)
+            and all(isinstance(m, Tensor) and is_ordinary(m) for m in args[1 : len(maps)])
             and not any(_EVERYBODYS)
             and intact(self, plan)
         ):
@@ -69,7 +73,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         if isinstance(plan.recipe, OwnLayers) and is_mixed(plan, x):
             return as_written(self, *args, **kwargs)
         try:
-            return run(self, plan.recipe, parameters_in(self, plan), x, **options)
+            return run(self, plan.recipe, parameters_in(self, plan), x, *(args[1:] if maps else ()), **options)
         except (TypeError, ValueError) as error:  # a map that the host may take and the fused function does not
             if plan.again or isinstance(error, Unsuited):
                 return as_written(self, *args, **kwargs)
@@ -119,12 +123,22 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
 def _options(recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """What a block is called with beside its map; None where it runs as it is written. The map is the first: by
     keyword, hosts name it differently."""
+    if isinstance(recipe, OwnLayers) and recipe.maps:
+        return kwargs if len(args) == len(recipe.maps) and not kwargs else None
     if len(args) == 1 and not kwargs:
         return kwargs
     names = recipe.options if isinstance(recipe, OwnLayers) else ()
     if not 1 <= len(args) <= len(names) + 1 or not set(kwargs) <= set(names):
         return None
     return {**dict(zip(names, args[1:], strict=False)), **kwargs}
+
+
+def _in_order(maps: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments with the maps of a block by position: MONAI gives them by keyword."""
+    rest = maps[len(args) :]
+    if not rest or not set(rest) <= kwargs.keys():
+        return args, kwargs
+    return (*args, *(kwargs[name] for name in rest)), {n: v for n, v in kwargs.items() if n not in rest}
 
 
 def _as_written_by(host: Any, function: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...reference import (
     CBAM,
+    AttentionGate,
     BilinearAttention,
     BilinearTransform,
     ChannelAttention,
@@ -21,7 +22,7 @@ from ...reference.block_attention import check_channels
 from ..reading.layers import paths_but
 from ..recipes.describe import describe
 from ..recipes.names import host_of
-from ..recipes.own import AS_IN_NN, FUSED_FORMS, blocks_in, own_functions
+from ..recipes.own import AS_IN_NN, FUSED_FORMS, MAPS, blocks_in, own_functions
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, Recipe, SpatialGate
 from ..recipes.run import run
 from .registry import register
@@ -141,13 +142,18 @@ def as_in_nn(block: Any) -> Recipe | str:
     elif "norm_gate" in functions or isinstance(block, DoubleAttention):
         bypassed = tuple(path for path, layer in block.named_modules() if is_read(block, path, layer))
     covers = ("ba",) if isinstance(block, BilinearAttention) else ()
-    return OwnLayers(FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank, bypassed=bypassed, covers=covers)
+    maps = MAPS.get(cls, ())
+    return OwnLayers(
+        FUSED_FORMS[cls].forward, cls.__name__, functions, rank=rank, bypassed=bypassed, covers=covers, maps=maps
+    )
 
 
 def is_read(block: Any, path: str, layer: nn.Module) -> bool:
     """Whether a layer's parameters are read, and it itself not run, in some mode or for some maps."""
     if isinstance(block, (DoubleAttention, ExternalAttention)):
         return path != ""
+    if isinstance(block, AttentionGate):
+        return path in ("W_g", "W_x", "W_x.1")
     if isinstance(block, BilinearAttention):
         return path in ("conv1.bn", "conv2.bn")
     if isinstance(block, BilinearTransform):

@@ -1,6 +1,6 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-the two attentions that these are made of, CoordAttn, GlobalContext, NonLocalAttn, BatNonLocalAttn, SelectiveKernel,
-SplitAttn, and the SE of older models."""
+the two attentions that these are made of, CoordAttn, EfficientLocalAttn, GlobalContext, NonLocalAttn, BatNonLocalAttn,
+SelectiveKernel, SplitAttn, and the SE of older models."""
 
 from __future__ import annotations
 
@@ -227,6 +227,23 @@ def coordinate_attention(block: Any) -> Recipe | str:
     if activation_name(block.gate) is None:
         return "its gate is not one we fuse"
     return OwnLayers(_coordinate, "CoordinateAttention", ("axis_pool", "mixed_scale"), block.has_skip)
+
+
+def _local(block: Any, x: Tensor) -> Tensor:
+    x, rows, columns = functional.axis_pool_with_map(x)
+    rows = block.gate(block.act(block.norm_h(block.conv_h(rows))))
+    columns = block.gate(block.act(block.norm_w(block.conv_w(columns))))
+    y = functional.mixed_scale(x, rows=rows, columns=columns)
+    return y + x if block.has_skip else y
+
+
+@register("timm.layers.coord_attn.EfficientLocalAttn")
+def efficient_local_attention(block: Any) -> Recipe | str:
+    if any(type(layer) is not nn.Conv2d for layer in (block.conv_h, block.conv_w)):
+        return "its layers are not timm's"
+    if activation_name(block.gate) is None:
+        return "its gate is not one we fuse"
+    return OwnLayers(_local, "EfficientLocalAttention", ("axis_pool", "mixed_scale"), block.has_skip)
 
 
 def _non_local(block: Any, x: Tensor) -> Tensor:

@@ -82,6 +82,12 @@ def trace_with_option(
     return made.run(**{name: option}), made.option
 
 
+def trace_two_maps(block: nn.Module, enters: Callable[[str], bool], training: bool, rank: Rank, name: str) -> fx.Graph:
+    """As `trace_in_mode`, of block(x, y), the second under this name; its inputs are "block", x and y."""
+    made = _Trace(block, enters, training, rank)
+    return made.run(**{name: _Value(made, made.graph.placeholder("y"))})
+
+
 def is_same_code(graph: fx.Graph, other: fx.Graph) -> bool:
     codes = [g.python_code("self") for g in (graph, other)]
     return codes[0].src == codes[1].src and codes[0].globals == codes[1].globals

@@ -12,6 +12,7 @@ from ... import reference
 #: Modules that run as their class in `fused_attn.nn` does -> the fused functions in it (none: it is made of PyTorch's),
 #: and the rank of their maps.
 AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
+    reference.AttentionGate: (("scale/space", "norm_gate"), None),
     reference.BAM: (("mixed_scale", "squeeze"), None),
     reference.BilinearAttention: (("norm_gate",), 4),
     reference.BilinearTransform: (("norm_gate",), 4),
@@ -22,6 +23,8 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.DoubleAttention: ((), None),
     reference.EMA: (("scale/space",), 4),
     reference.ExternalAttention: (("norm_gate",), 4),
+    reference.GatedChannelTransformation: (("select/energy", "scale"), None),
+    reference.GlobalResponseNorm: (("select/energy", "scale"), None),
     reference.GSoP: (("scale", "scale/space", "norm_gate"), 4),
     reference.NonLocal: (("position_attention",), None),
     reference.PositionAttention: (("position_attention",), None),
@@ -29,6 +32,7 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.ResidualAttention: (("scale", "scale/space"), None),
     reference.SCSE: (("mixed_scale", "squeeze"), None),
     reference.SKConv: (("select", "select/with"), 4),
+    reference.SRM: (("norm_gate/moments", "scale"), None),
     reference.SelfAttention2d: (("position_attention",), 4),
     reference.SelectiveKernel: (("select", "select/with"), 4),
     reference.SimAM: (("simam",), None),
@@ -36,6 +40,9 @@ AS_IN_NN: dict[type[nn.Module], tuple[tuple[str, ...], int | None]] = {
     reference.SplitAttention: (("select", "select/with"), 4),
     reference.TripletAttention: (("axis_pool", "mixed_scale"), 4),
 }
+
+#: The maps of those that take several.
+MAPS: dict[type[nn.Module], tuple[str, ...]] = {reference.AttentionGate: ("g", "x")}
 
 #: Parts that are given: any PyTorch code, with blocks of its own in it.
 _GIVEN: dict[type[nn.Module], tuple[str, ...]] = {

@@ -88,6 +88,7 @@ class OwnLayers:
     the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it. whole: its parts are
     no blocks by themselves. covers: paths of blocks in it that it serves, so that they are not fused by themselves.
     options: names of what forward takes beside the map, in their order; it raises `Unsuited` for other values.
+    maps: names of the maps of a block of several, in their order; it takes no options then.
     save: of a block with tails, what its layers keep for backward, one of `ops.remake.SAVES`; None: it has none.
     """
 
@@ -100,6 +101,7 @@ class OwnLayers:
     whole: bool = False
     covers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()
     save: str | None = None
 
 

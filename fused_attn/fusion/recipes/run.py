@@ -66,10 +66,10 @@ def parameters_of(block: nn.Module, paths: Paths) -> Parameters:
     return tuple([parameter_at(block, path) for path in paths])
 
 
-def run(block: nn.Module, recipe: Recipe, parameters: Parameters, x: Tensor, **options: Any) -> Tensor:
-    """parameters: those at the recipe's `parameter_paths`. options: those in its own."""
+def run(block: nn.Module, recipe: Recipe, parameters: Parameters, x: Tensor, *others: Tensor, **options: Any) -> Tensor:
+    """parameters: those at the recipe's `parameter_paths`. others, options: its further maps, and its options."""
     if isinstance(recipe, OwnLayers):
-        return recipe.forward(block, x, **options)
+        return recipe.forward(block, x, *others, **options)
     residual = x if recipe.adds_input else None
     if isinstance(recipe, SplitGate):
         try:

@@ -1,0 +1,401 @@
+"""Blocks that take two maps: the attention gate of Attention U-Net, and others that gate one map by another.
+
+The forward is traced in both modes, products of a map with a gate of one number a channel or position become `scale`,
+and a BatchNorm, a sum and a ReLU that follow each other one `norm_gate`; all layers else run as they are written. What
+that gives is compared with the forward, on both maps as parts of one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from ... import functional
+from ...backends import is_ordinary
+from ...nn.normalised import normalised
+from ...reference.block_attention import NORMS
+from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
+from ..reading.context import in_its_own_context
+from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of, restore
+from ..reading.recognise import channel_guesses
+from ..reading.rewritten import FEW, check_rewritten
+from ..reading.trace import IN_PLACE, Rank, Untraceable, is_same_code, trace_two_maps
+from ..reading.twin import NoTwin, twin
+from ..recipes.names import host_of
+from ..recipes.recipe import OwnLayers
+from ..recipes.run import layer_at
+
+_known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
+
+
+def gate_of_two_maps(block: nn.Module) -> OwnLayers | None:
+    """How a module of two maps runs with the products in its forward fused; None: it has none, or its forward cannot be
+    written anew."""
+    names = _names_of_maps(block)
+    if names is None or not multiplies(host_of(type(block))):
+        return None
+    if any(host_of(type(part)).__call__ is not nn.Module.__call__ for part in block.modules()):
+        return None
+    try:
+        read = reads_of(block, most=sys.maxsize)
+    except Exception:  # somebody's module in a way that was not thought of is left alone
+        return None
+    if read.remark is not None:
+        return None
+    known = _known.setdefault(host_of(type(block)), {})
+    if read.key not in known:
+        try:
+            found = in_its_own_context(lambda: _without_stores(block, names, read))
+        except Exception:
+            return None
+        known[read.key] = None if restore(read.watched) else found
+    return known[read.key]
+
+
+def _names_of_maps(block: nn.Module) -> tuple[str, str] | None:
+    """Those of the two arguments of a forward that may be maps; the second may be left out in some other use."""
+    cls = host_of(type(block))
+    forward: Any = cls.forward
+    if "forward" in block.__dict__ or is_torch(cls) or not inspect.isfunction(forward) or is_torch(forward):
+        return None
+    if forward.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return None
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if len(parameters) != 2 or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return None
+    first, second = parameters
+    if first.default is not first.empty or second.default not in (second.empty, None):
+        return None
+    return first.name, second.name
+
+
+def _without_stores(block: nn.Module, names: tuple[str, str], read: Reads) -> OwnLayers | None:
+    with Unstored(read.stores):
+        for dims in (4, 5, 3):
+            rank = Rank(dims)
+            found = _rewritten(block, names, rank)
+            if found is not None or not rank.asked:
+                return found
+    return None
+
+
+def _rewritten(block: nn.Module, names: tuple[str, str], rank: Rank) -> OwnLayers | None:
+    def enters(path: str) -> bool:
+        return type(block.get_submodule(path)) is nn.Sequential
+
+    def traced(training: bool) -> fx.Graph | None:
+        try:
+            return trace_two_maps(block, enters, training, rank, names[1])
+        except Untraceable:
+            return None
+
+    try:
+        graphs = [traced(training) for training in (False, True)]
+        if graphs[0] is None or graphs[1] is None:
+            return None
+        if is_same_code(graphs[0], graphs[1]):
+            graphs.pop()
+        sizes = _sizes_of(block, graphs[0], rank)
+    except NoTwin:
+        return None
+    if sizes is None:
+        return None
+    rewriters = [_Rewriter(block, graph, sizes) for graph in graphs if graph is not None]
+    for rewriter in rewriters:
+        if not rewriter.rewrite():
+            return None
+    paths = [path for path, _ in block.named_modules() if path]
+    gone = {path for rewriter in rewriters for path in rewriter.gone}
+    bypassed = tuple(path for path in paths if path in gone or enters(path))
+    if reads_of(block, map(block.get_submodule, bypassed)).remark is not None:
+        return None
+    forward = _of_mode([_compiled(rewriter.graph, host_of(type(block)).__name__) for rewriter in rewriters])
+    packed = Packed(block, sizes)
+
+    def unpacked(block: Any, x: Tensor) -> Any:
+        return forward(block.block, *block.maps(x))
+
+    tolerance = TOLERANCE_OF_SIXTHS if any(rewriter.sixths for rewriter in rewriters) else TOLERANCE
+    verdict = check_rewritten(packed, unpacked, (sizes.dims,), tolerance)
+    if verdict.why_not is not None or not verdict.differentiable:
+        return None
+    summed = all(rewriter.sums for rewriter in rewriters)
+    gates = sum(len(rewriter.gates) for rewriter in rewriters[:1])
+    name = "AttentionGate" if summed and gates == 1 else "gate from one map on another"
+    functions = dict.fromkeys(f for rewriter in rewriters for f in rewriter.functions())
+    return OwnLayers(forward, name, tuple(functions), rank=sizes.dims, bypassed=bypassed, maps=names)
+
+
+Forward = Callable[..., Any]
+
+
+def _compiled(graph: fx.Graph, name: str) -> Forward:
+    code = graph.python_code("self")
+    space = dict(code.globals)
+    exec(compile(code.src, f"<fused forward of {name}>", "exec"), space)
+    made = space["forward"]
+
+    return lambda block, x, y: made(block, block, x, y)
+
+
+def _of_mode(forwards: list[Forward]) -> Forward:
+    """Of those for evaluation and for training, if there are two."""
+    evaluates, trains = forwards[0], forwards[-1]
+    if evaluates is trains:
+        return evaluates
+    return lambda block, x, y: (trains if block.training else evaluates)(block, x, y)
+
+
+# The maps
+
+
+class Sizes(NamedTuple):
+    """Of two maps that a module takes: channels, and by how much each is coarser than the finer one."""
+
+    channels: tuple[int, int]
+    coarser: tuple[int, int]
+    dims: int
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Both from one map that has the channels of both, whose sizes are made multiples of the coarser's step."""
+        space, most = x.shape[2:], max(self.coarser)
+        found = []
+        for part, step in zip(x.split(self.channels, 1), self.coarser, strict=True):
+            for axis, n in enumerate(space, 2):
+                part = part[(slice(None),) * axis + (slice(0, n // most * most, step),)]
+            found.append(part)
+        return tuple(found)
+
+
+class Packed(nn.Module):
+    """A module of two maps as one of one: `Sizes.split`."""
+
+    def __init__(self, block: nn.Module, sizes: Sizes) -> None:
+        super().__init__()
+        self.block, self.sizes, self.in_channels = block, sizes, sum(sizes.channels)
+
+    def maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.sizes.split(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block(*self.maps(x))
+
+
+#: Of decoders: maps of the same size, and one of half or a quarter of it.
+_COARSER = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4))
+#: Differ from each other, from channels that layers have, and in what a quarter of them is.
+_SPACE = (44, 28, 36)
+
+
+def _sizes_of(block: nn.Module, graph: fx.Graph, rank: Rank) -> Sizes | None:
+    """The first maps that a traced module takes, which it is run on without data."""
+    if sum(p.numel() for p in block.parameters()) > FEW:
+        return None
+    guesses = channel_guesses(block)
+    for dims in (rank.dims,) if rank.asked else (4, 5, 3):
+        for coarser, channels in itertools.product(_COARSER, itertools.product(guesses, guesses)):
+            sizes = Sizes(channels, coarser, dims)
+            try:
+                _shapes_of(block, graph, sizes)
+            except Exception:  # of whatever kind: it is somebody's, on maps that it may not take
+                continue
+            return sizes
+    return None
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shapes of all tensors in a graph."""
+
+    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(block, graph=graph)
+        self.extra_traceback = False
+        self.found: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n] = tuple(result.shape)
+        return result
+
+
+def _shapes_of(block: nn.Module, graph: fx.Graph, sizes: Sizes) -> dict[fx.Node, tuple[int, ...]]:
+    tensors: dict[int, Tensor | None] = {}
+    for t in (*block.parameters(), *block.buffers()):
+        dtype = torch.float32 if t.is_floating_point() else t.dtype
+        tensors[id(t)] = torch.empty(t.shape, dtype=dtype, device="meta")
+    acting = twin(block, tensors)
+    for part in acting.modules():
+        part.training = False
+    x = torch.empty((3, sum(sizes.channels), *_SPACE[: sizes.dims - 2]), dtype=torch.float32, device="meta")
+    shapes = _Shapes(acting, graph)
+    with torch.no_grad():
+        shapes.run(acting, *sizes.split(x))
+    return shapes.found
+
+
+# The graph
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x * gate, of which one has a number a channel or position of the other."""
+    fits = gate.dim() == x.dim() and torch.promote_types(x.dtype, gate.dtype) == x.dtype
+    if not (fits and is_ordinary(x) and is_ordinary(gate)):
+        return x * gate
+    try:
+        return functional.scale(x, gate)
+    except (TypeError, ValueError):  # maps that the product may take and the fused function does not
+        return x * gate
+
+
+def _summed(path: str) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """relu(norm(x) + residual), the BatchNorm at this path of the block."""
+
+    def summed(block: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+        norm = layer_at(block, path)
+        if x.shape == residual.shape and is_ordinary(x) and is_ordinary(residual):
+            return normalised(norm, x, residual=residual, post_activation="relu")
+        return (norm(x) + residual).relu()
+
+    return summed
+
+
+#: Methods by which a gate gets the shape of its map, which the product needs not.
+_WIDENED = {"expand", "expand_as", "repeat"}
+_PRODUCTS: set[Any] = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
+_SUMS: set[Any] = {operator.add, torch.add, "add", IN_PLACE["iadd"], "add_"}
+_RELUS: set[Any] = {torch.relu, nn.functional.relu, nn.functional.relu_, torch.relu_, "relu", "relu_"}
+_GATES: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax, nn.Softmax2d, nn.ReLU6, nn.Hardtanh}
+_GATE_NAMES = {"sigmoid", "sigmoid_", "hardsigmoid", "tanh", "softmax", "relu6", "clamp"}
+
+
+class _Rewriter:
+    """gates, sums: what was put into the graph. gone: paths of layers that do not run as such any more."""
+
+    def __init__(self, block: nn.Module, graph: fx.Graph, sizes: Sizes) -> None:
+        self.block, self.graph = block, graph
+        self.shapes = _shapes_of(block, graph, sizes)
+        self.first = next(iter(graph.nodes))
+        self.gates: list[str] = []
+        self.sums = 0
+        self.gone: set[str] = set()
+        layers = (self._layer(n) for n in graph.nodes if n.op == "call_module")
+        parts = (part for layer in layers for part in layer.modules())
+        self.sixths = any(isinstance(part, (nn.Hardsigmoid, nn.Hardswish)) for part in parts) or any(
+            "hards" in _name_of(n) for n in graph.nodes
+        )
+
+    def functions(self) -> Iterator[str]:
+        yield from dict.fromkeys(self.gates)
+        if self.sums:
+            yield "norm_gate"
+
+    def rewrite(self) -> bool:
+        """Whether there is a product with a gate."""
+        for node in list(self.graph.nodes):
+            if _calls(node, _PRODUCTS) and len(node.args) == 2 and not node.kwargs:
+                self._product(node)
+        if self.gates:
+            for node in list(self.graph.nodes):
+                self._sum(node)
+        return bool(self.gates)
+
+    def _layer(self, node: fx.Node) -> nn.Module:
+        return self.block.get_submodule(str(node.target))
+
+    def _product(self, node: fx.Node) -> None:
+        for x, gate in (node.args, node.args[::-1]):
+            if not (isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x is not gate):
+                continue
+            while gate.op == "call_method" and gate.target in _WIDENED:
+                gate = gate.all_input_nodes[0]
+            kind = self._kind(x, gate)
+            if kind is not None and self._is_gate(gate):
+                self.gates.append(kind)
+                self._put(node, gated, (x, gate))
+                return
+
+    def _kind(self, x: fx.Node, gate: fx.Node) -> str | None:
+        """The function for a map and what it is multiplied by."""
+        map_, other = (self.shapes.get(n, ()) for n in (x, gate))
+        if len(map_) < 3 or len(other) != len(map_) or other[0] != map_[0] or max(map_[2:]) == 1:
+            return None
+        if other[1] == map_[1] and set(other[2:]) == {1}:
+            return "scale"
+        return "scale/space" if map_[1] > 1 and other == (map_[0], 1, *map_[2:]) else None
+
+    def _is_gate(self, gate: fx.Node) -> bool:
+        """Whether a function of gates is in what it is computed by, or a part of somebody's that may have one."""
+        waiting, seen = [gate], set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.op == "call_module":
+                layer = self._layer(node)
+                if type(layer) in _GATES or not is_torch(type(layer)):
+                    return True
+            elif _name_of(node) in _GATE_NAMES:
+                return True
+            waiting += node.all_input_nodes
+        return False
+
+    def _sum(self, node: fx.Node) -> None:
+        relu = node.op == "call_module" and type(self._layer(node)) is nn.ReLU
+        plain = len(node.args) == 1 and (not node.kwargs or set(node.kwargs) == {"inplace"})
+        if not (plain and (relu or _calls(node, _RELUS))):
+            return
+        total = node.args[0]
+        if not (isinstance(total, fx.Node) and _calls(total, _SUMS) and len(total.args) == 2 and not total.kwargs):
+            return
+        if len(total.users) > 1 or not all(isinstance(n, fx.Node) for n in total.args):
+            return
+        order = list(self.graph.nodes)
+        for norm in sorted(total.all_input_nodes, key=order.index, reverse=True):
+            others = [n for n in total.all_input_nodes if n is not norm]
+            called = [n for n in order if n.op == "call_module" and n.target == norm.target]
+            if (
+                norm.op == "call_module"
+                and type(self._layer(norm)) in NORMS
+                and len(norm.users) == len(others) == len(called) == 1
+                and len(norm.args) == 1
+                and self.shapes.get(others[0], ()) == self.shapes[norm]
+            ):
+                self.gone |= {str(n.target) for n in (norm, node) if n.op == "call_module"}
+                self.sums += 1
+                self._put(node, _summed(str(norm.target)), (self.first, norm.args[0], others[0]))
+                return
+
+    def _put(self, old: fx.Node, function: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+        """A call in the place of a node; what nobody uses any more is gone."""
+        with self.graph.inserting_before(old):
+            new = self.graph.call_function(function, args)
+        old.replace_all_uses_with(new)
+        self.shapes[new] = self.shapes.get(old, ())
+        waiting = [old]
+        while waiting:
+            node = waiting.pop()
+            if not node._erased and not node.users and node.op not in ("placeholder", "output"):
+                before = node.all_input_nodes
+                self.graph.erase_node(node)
+                waiting += before
+
+
+def _name_of(node: fx.Node) -> str:
+    """Of the function or method that is called."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+
+
+def _calls(node: fx.Node, targets: set[Any]) -> bool:
+    """Whether it calls one of these functions or, by name, methods."""
+    return node.op in ("call_function", "call_method") and node.target in targets

@@ -1,0 +1,240 @@
+"""Blocks whose gate is made of each channel's norm (global response normalisation, gated channel transformation) or of
+its mean and deviation (SRM).
+
+A forward whose graph holds nothing but sums, products, roots and the like, and of layers those of SRM, is held against
+the known formulas, with each of its parameters in each place, by their values and gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ... import functional
+from ...reference.block_attention import NORMS
+from ...reference.response_norm import root
+from ...reference.srm import style
+from ..recipes.names import host_of
+from ..recipes.recipe import OwnLayers
+from ..recipes.run import Unsuited, layer_at
+from .check import differences, is_same, random_tensor, randomised
+from .context import in_its_own_context
+from .layers import paths_but
+from .reads import Unstored, reads_of, restore
+from .recognise import has_own_forward
+from .trace import Rank, is_same_code, trace_in_mode
+from .twin import NoTwin
+
+_known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
+
+
+def gate_of_statistics(block: nn.Module) -> OwnLayers | None:
+    """How a block runs that gates a map by its channels' norms, or their means and deviations; None: it is none."""
+    if not has_own_forward(block) or not any(True for _ in _attempts(block, (1.0,))):
+        return None
+    try:
+        read = reads_of(block)
+    except Exception:  # somebody's module in a way that was not thought of is left alone
+        return None
+    if read.remark is not None:
+        return None
+    known = _known.setdefault(host_of(type(block)), {})
+    if read.key not in known:
+
+        def find() -> OwnLayers | None:
+            with Unstored(read.stores):
+                return _found(block)
+            return None
+
+        try:
+            found = in_its_own_context(find)
+        except Exception:
+            return None
+        known[read.key] = None if restore(read.watched) else found
+    return known[read.key]
+
+
+@dataclass(frozen=True)
+class EnergyGate:
+    """What such a block runs. form: one of `_FORMS`. names: of its parameters in the form's order. last: maps have
+    their channels last."""
+
+    form: str
+    names: tuple[str, ...]
+    eps: float
+    last: bool
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        parameters = [getattr(block, name) for name in self.names]
+        excitation, bias = _FORMS[self.form](self.eps, *(p.flatten() for p in parameters))
+        x = x.to(torch.promote_types(x.dtype, parameters[0].dtype))  # as the block's own sums and products do
+        if x.shape[-1 if self.last else 1] != parameters[0].numel():
+            raise Unsuited(f"x: expected {parameters[0].numel()} channels; got shape {tuple(x.shape)}")
+        if self.last:
+            return functional.energy_gate(x.movedim(-1, 1), excitation, bias).movedim(1, -1)
+        return functional.energy_gate(x, excitation, bias)
+
+
+Excitation = Callable[[Tensor], Tensor]
+
+
+def _response_norm(eps: float, weight: Tensor, bias: Tensor) -> tuple[Excitation, Tensor | None]:
+    def excitation(energy: Tensor) -> Tensor:
+        norm = root(energy)
+        return 1 + weight * (norm / (norm.mean(1, keepdim=True) + eps))
+
+    return excitation, bias
+
+
+def _transformation(eps: float, alpha: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Excitation, Tensor | None]:
+    def excitation(energy: Tensor) -> Tensor:
+        embedding = (energy + eps).sqrt() * alpha
+        normed = embedding * (gamma * (embedding.square().mean(1, keepdim=True) + eps).rsqrt())
+        return 1 + (normed + beta).tanh()
+
+    return excitation, None
+
+
+_FORMS: dict[str, Callable[..., tuple[Excitation, Tensor | None]]] = {
+    "GlobalResponseNorm": _response_norm,
+    "GatedChannelTransformation": _transformation,
+}
+_COUNTS = {"GlobalResponseNorm": 2, "GatedChannelTransformation": 3}
+
+
+@dataclass(frozen=True)
+class StyleGate:
+    """What SRM runs. weights: path of its convolution over mean and deviation, or of the parameter (C, 2) in its place.
+    norm: path of its BatchNorm."""
+
+    weights: str
+    norm: str
+    form = "SRM"
+    last = False
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        weights, norm = layer_at(block, self.weights), layer_at(block, self.norm)
+        if not isinstance(weights, nn.Module):
+            x = x.to(torch.promote_types(x.dtype, weights.dtype))  # as the block's own product does
+
+        def excitation(mean: Tensor, variance: Tensor) -> Tensor:
+            z = style(mean, variance, math.prod(x.shape[2:]), x.dtype)
+            z = weights(z) if isinstance(weights, nn.Module) else (z * weights).sum(2, keepdim=True)
+            z = norm(z.reshape(*z.shape, *(1,) * NORMS.index(type(norm))))
+            return z.sigmoid().flatten(1)
+
+        if x.shape[1] != norm.num_features:
+            raise Unsuited(f"x: expected {norm.num_features} channels; got shape {tuple(x.shape)}")
+        return functional.moments_gate(x, excitation)
+
+
+Gate = EnergyGate | StyleGate
+
+#: What may be in the graph of such a forward: each smooth where a norm is not 0, so that formulas that agree on random
+#: maps are the same.
+_NAMES = {
+    *("norm", "vector_norm", "linalg_vector_norm", "mean", "std", "sum", "pow", "square", "sqrt", "rsqrt", "tanh"),
+    *("add", "sub", "mul", "truediv", "div", "addcmul", "multiply", "divide", "sigmoid", "cat", "stack"),
+    *("getattr", "getitem", "size", "view", "reshape", "flatten", "unsqueeze", "squeeze", "expand_as", "expand"),
+    "unpacked",
+}
+
+#: Batches and spaces of the maps that a block is tried on, of which it has to take the first two.
+_MAPS = ((2, 6, 5, 4), (3, 7, 9, 3), (1, 1, 3, 2), (2, 1, 1, 1))
+_MOST_EPS = 0.01
+
+
+def _attempts(block: nn.Module, floats: Collection[float]) -> Iterator[Gate]:
+    """What it may be. floats: that may be its eps."""
+    parameters = {n: p for n, p in block._parameters.items() if p is not None}
+    flat = all(max(p.shape, default=0) == p.numel() > 1 for p in parameters.values())
+    if not block._modules and flat and len({p.numel() for p in parameters.values()}) == 1:
+        for form, count in _COUNTS.items():
+            if count == len(parameters):
+                for order, eps, last in itertools.product(itertools.permutations(parameters), floats, (False, True)):
+                    yield EnergyGate(form, order, eps, last)
+    norms = [n for n, part in block._modules.items() if type(part) in NORMS]
+    weights = [n for n, part in block._modules.items() if type(part) is nn.Conv1d and part.kernel_size == (2,)]
+    weights += [n for n, p in parameters.items() if p.dim() == 2 and p.shape[1] == 2]
+    if len(norms) == len(weights) == 1:
+        yield StyleGate(weights[0], norms[0])
+
+
+def _found(block: nn.Module) -> OwnLayers | None:
+    for dims in (4, 5, 3):
+        rank = Rank(dims)
+        graph, other = (trace_in_mode(block, lambda path: False, training, rank) for training in (False, True))
+        if not is_same_code(graph, other) or not all(_is_smooth(block, node) for node in graph.nodes):
+            return None
+        for gate in _attempts(block, sorted(set(_floats_in(graph)))):
+            found = _checked(block, gate, dims)
+            if found is not None:
+                return found
+    return None
+
+
+def _is_smooth(block: nn.Module, node: fx.Node) -> bool:
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if node.op == "call_module":
+        return type(block.get_submodule(str(node.target))) in (nn.Conv1d, nn.Sigmoid, *NORMS)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _NAMES
+
+
+def _floats_in(graph: fx.Graph) -> Iterator[float]:
+    for node in graph.nodes:
+        for value in (*node.args, *node.kwargs.values()):
+            if isinstance(value, float) and 0 < value < _MOST_EPS:
+                yield value
+
+
+def _shape(gate: Gate, batch: int, channels: int, space: list[int]) -> tuple[int, ...]:
+    return (batch, *space, channels) if gate.last else (batch, channels, *space)
+
+
+def _checked(block: nn.Module, gate: Gate, dims: int) -> OwnLayers | None:
+    channels = max(n for p in block.parameters() for n in p.shape)
+    try:
+        original, fused = randomised(block), randomised(block)
+    except NoTwin:
+        return None
+    shapes = [(_shape(gate, b, channels, s[: dims - 2]), i < 2) for i, (b, *s) in enumerate(_MAPS)]
+    x = random_tensor(shapes[0][0], torch.Generator().manual_seed(2), spread=5)
+    for part in (original, fused):
+        part.eval()
+    try:
+        with torch.no_grad():
+            if not is_same(gate(fused, x), original(x)):  # which is most of the attempts
+                return None
+    except Exception:  # on a map that it does not take
+        return None
+    why = differences((original, lambda m, x: m(x)), (fused, gate), iter(shapes), "the known block")
+    if why is not None or not _same_dtypes(block, gate, shapes[0][0]):
+        return None
+    if isinstance(gate, EnergyGate):
+        return OwnLayers(gate, gate.form, ("select/energy", "scale"), rank=dims)
+    bypassed = paths_but(block, gate.weights, gate.norm)
+    return OwnLayers(gate, gate.form, ("norm_gate/moments", "scale"), rank=dims, bypassed=bypassed)
+
+
+def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...]) -> bool:
+    """Whether both give the same dtype, also under autocast and for half precision."""
+    acting = randomised(block).eval()
+    for own, dtype, autocast in (
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.bfloat16, True),
+        (torch.bfloat16, torch.bfloat16, False),
+    ):
+        acting.to(own)
+        x = torch.ones(shape, dtype=dtype, device="cpu")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if acting(x).dtype != gate(acting, x).dtype:
+                return False
+    return True

@@ -1,0 +1,147 @@
+"""Blocks of two maps: found in pasted classes and MONAI's, equal to what they are written as."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fused_attn import backend, explain, fuse, reference, unfuse
+from fused_attn.fusion import FusionError
+from fused_attn.fusion.changing.plan import plan_of
+from tests.checks import LAYOUTS, in_layout, random, randomised
+from tests.fusion.changing import pasted_gates as pasted
+from tests.nn.test_attention_gate import Common, results
+
+MONAI = pytest.importorskip("monai.networks.nets.attentionunet", reason="MONAI is not installed")
+
+GATE, OTHER, SUM = "AttentionGate", "gate from one map on another", "norm_gate"
+#: What makes a block, the shapes of its maps, what it is found as, and whether its BatchNorm is summed at once.
+FOUND = {
+    "pasted": (lambda: pasted.AttentionBlock(6, 10, 4), (6, 8, 6), (10, 8, 6), GATE, True),
+    "common, 3-D": (lambda: Common(6, 10, 4, 3), (6, 3, 4, 5), (10, 3, 4, 5), OTHER, False),
+    "functions": (lambda: pasted.Functions(10, 4), (10, 8, 6), (10, 8, 6), OTHER, False),
+    "resampled, 3-D": (lambda: pasted.Resampled(6, 10), (6, 8, 6, 4), (10, 4, 3, 2), OTHER, False),
+    "resampled, 2-D": (lambda: pasted.Resampled(6, 10, 2), (6, 8, 6), (10, 4, 3), OTHER, False),
+    "upsampled": (lambda: pasted.Upsampled(6, 10, 4), (10, 4, 3), (6, 8, 6), GATE, True),
+    "otherwise in training": (lambda: pasted.Twice(6), (6, 8, 6), (6, 8, 6), OTHER, False),
+    "PAN": (lambda: pasted.GlobalAttention(6, 6), (6, 4, 3), (6, 8, 6), OTHER, False),
+    "MAnet": (lambda: pasted.Fusion(6, 8), (6, 4, 3), (8, 8, 6), OTHER, False),
+    "LR-ASPP": (lambda: pasted.Reduced(6, 10, 8, 4), (6, 8, 6), (10, 4, 3), OTHER, False),
+    "MONAI, 2-D": (lambda: MONAI.AttentionBlock(2, 4, 6, 10), (6, 8, 6), (10, 8, 6), GATE, True),
+    "MONAI, 3-D": (lambda: MONAI.AttentionBlock(3, 4, 6, 10), (6, 3, 4, 5), (10, 3, 4, 5), GATE, True),
+    "reference": (lambda: reference.AttentionGate(10, gating=6), (6, 8, 6), (10, 8, 6), GATE, True),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_is_found_and_equal(name):
+    make, first, second, block, summed = FOUND[name]
+    original = randomised(make())
+    fused = fuse(copy.deepcopy(original))
+    row = next(iter(explain(fused)))
+    assert (row.name, row.block, row.fused) == ("(the model)", block, True)
+    assert (SUM in plan_of(fused).recipe.functions) is summed
+    maps = random(3, *first, dtype=torch.float64), random(3, *second, seed=1, dtype=torch.float64)
+    for training in (True, False):
+        for mine, theirs in zip(*(results(b, *maps, training) for b in (fused, original)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+    assert [*fused.state_dict()] == [*original.state_dict()]
+    assert type(unfuse(fused)) is type(original)
+
+
+def test_maps_by_keyword_and_in_another_order():
+    """As MONAI's network gives them."""
+    original = randomised(pasted.AttentionBlock(6, 10, 4)).eval()
+    fused = fuse(copy.deepcopy(original))
+    g, x = random(2, 6, 8, 6, dtype=torch.float64), random(2, 10, 8, 6, dtype=torch.float64)
+    expected = original(g, x)
+    options = {"skip_connection": x, "gate": g}
+    for args, kwargs in (((g, x), {}), ((g,), {"skip_connection": x}), ((), options)):
+        torch.testing.assert_close(fused(*args, **kwargs), expected, rtol=1e-9, atol=1e-11)
+    with pytest.raises(TypeError, match="skip_connection"):
+        fused(g)
+    with pytest.raises(TypeError, match="mask"):
+        fused(g, x, mask=None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_runs_fused(layout):
+    """By the operators, in the layout of the maps."""
+    fused = fuse(pasted.AttentionBlock(32, 32, 16))
+    g, x = (in_layout(random(2, 32, 66, 67, seed=i), layout) for i in (0, 1))
+    with torch.profiler.profile() as profile:
+        y = fused(g, x)
+    names = {event.key for event in profile.key_averages()}
+    assert {"fused_attn::norm_scale", "fused_attn::scale"} <= names
+    assert y.stride() == x.stride()
+    with backend("reference"):
+        torch.testing.assert_close(fused(g, x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_of_monai():
+    """Their gates, in place; values and gradients stay."""
+    network = MONAI.AttentionUnet(2, 1, 2, (8, 16, 32), (2, 2)).double()
+    fused = fuse(copy.deepcopy(network))
+    rows = explain(fused)
+    assert [row.block for row in rows] == [GATE] * 2 and all(row.fused for row in rows)
+    x = random(2, 1, 32, 32, dtype=torch.float64)
+    found = []
+    for model in (network, fused):
+        model.train()
+        torch.manual_seed(0)
+        y = model(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [*model.parameters()])])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-8)
+
+
+def test_copies_pickles_and_compiles():
+    torch._dynamo.reset()
+    original = randomised(pasted.AttentionBlock(6, 10, 4)).eval()
+    fused = fuse(copy.deepcopy(original))
+    maps = random(2, 6, 8, 6, dtype=torch.float64), random(2, 10, 8, 6, dtype=torch.float64)
+    again = pickle.loads(pickle.dumps(fused))
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    for block in (copy.deepcopy(fused), again, compiled):
+        torch.testing.assert_close(block(*maps), original(*maps), rtol=1e-9, atol=1e-11)
+    assert all(row.fused for row in explain(again))
+
+
+def test_a_hook_and_a_layer_that_is_put_in_count():
+    """A hook before fuse keeps the block as it is written, one behind it has it run so."""
+    hooked = pasted.AttentionBlock(6, 10, 4)
+    hooked.W_x[1].register_forward_hook(lambda *_: None)
+    assert "carries a hook" in next(iter(explain(hooked))).reason
+    with pytest.raises(FusionError):
+        fuse(hooked, strict=True)
+    original = randomised(pasted.AttentionBlock(6, 10, 4)).eval()
+    fused = fuse(copy.deepcopy(original))
+    for block in (original, fused):
+        block.W_x[1].register_forward_hook(lambda layer, given, y: 2 * y)
+    maps = random(2, 6, 8, 6, dtype=torch.float64), random(2, 10, 8, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(*maps), original(*maps), rtol=1e-9, atol=1e-11)
+    assert not next(iter(explain(fused))).fused
+
+
+@pytest.mark.parametrize("make", [pasted.BySize, pasted.Keeps, pasted.Product], ids=lambda cls: cls.__name__)
+def test_is_left_alone(make):
+    block = make(6)
+    assert not explain(fuse(block)) and type(block) is make
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_and_autocast(dtype):
+    """The dtype of the block's own product, where one of its factors is in half precision too."""
+    original: nn.Module = pasted.AttentionBlock(6, 10, 4).eval()
+    fused = fuse(copy.deepcopy(original))
+    maps = random(2, 6, 8, 6), random(2, 10, 8, 6)
+    with torch.autocast("cpu", dtype):
+        mine, theirs = fused(*maps), original(*maps)
+    assert mine.dtype == theirs.dtype
+    torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+    halves = [m.to(dtype) for m in maps]
+    torch.testing.assert_close(fused.to(dtype)(*halves), original.to(dtype)(*halves), rtol=3e-2, atol=3e-2)

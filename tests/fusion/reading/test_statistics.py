@@ -1,0 +1,233 @@
+"""Global response normalisation, gated channel transformation and SRM as people write them, and what is neither."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_attn import explain, fuse, reference
+from fused_attn.hosts import define_torchvision_operators
+from tests.checks import assert_same_block, random, randomised
+
+RESPONSE, TRANSFORMATION, STYLE = "GlobalResponseNorm", "GatedChannelTransformation", "SRM"
+
+
+class GRN(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x):
+        gx = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+        nx = gx / (gx.mean(dim=-1, keepdim=True) + 1e-6)
+        return self.gamma * (x * nx) + self.beta + x
+
+
+class First(nn.Module):
+    """Channels first, the bias before the weight, eps an option."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.b, self.a = nn.Parameter(torch.zeros(1, channels, 1, 1)), nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x):
+        norm = x.norm(p=2, dim=[2, 3], keepdim=True)
+        return x + self.a * x * norm.div(norm.mean(1, True) + self.eps) + self.b
+
+
+class Volume(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
+
+    def forward(self, x):
+        norm = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+        return torch.addcmul(self.bias, self.weight * norm / (norm.mean(-1, keepdim=True) + 1e-6), x) + x
+
+
+class GCT(nn.Module):
+    def __init__(self, num_channels, epsilon=1e-5, mode="l2"):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, num_channels, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(1, num_channels, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, num_channels, 1, 1))
+        self.epsilon, self.mode = epsilon, mode
+
+    def forward(self, x):
+        if self.mode == "l2":
+            embedding = (x.pow(2).sum((2, 3), keepdim=True) + self.epsilon).pow(0.5) * self.alpha
+            norm = self.gamma / (embedding.pow(2).mean(dim=1, keepdim=True) + self.epsilon).pow(0.5)
+        else:
+            embedding = torch.abs(x).sum((2, 3), keepdim=True) * self.alpha
+            norm = self.gamma / (torch.abs(embedding).mean(dim=1, keepdim=True) + self.epsilon)
+        return x * (1.0 + torch.tanh(embedding * norm + self.beta))
+
+
+class SRMLayer(nn.Module):
+    """The common one."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.cfc = nn.Conv1d(channel, channel, kernel_size=2, bias=False, groups=channel)
+        self.bn = nn.BatchNorm1d(channel)
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        mean = x.view(b, c, -1).mean(-1).unsqueeze(-1)
+        std = x.view(b, c, -1).std(-1).unsqueeze(-1)
+        z = self.bn(self.cfc(torch.cat((mean, std), -1)))
+        g = torch.sigmoid(z)
+        g = g.view(b, c, 1, 1)
+        return x * g.expand_as(x)
+
+
+class Styles(nn.Module):
+    """The authors': a parameter, and a BatchNorm over maps of one position."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.cfc = nn.Parameter(torch.zeros(channel, 2))
+        self.bn = nn.BatchNorm2d(channel)
+        self.activation = nn.Sigmoid()
+
+    def _pooled(self, x, eps=0.0):
+        n, c, _, _ = x.size()
+        mean = x.view(n, c, -1).mean(dim=2, keepdim=True)
+        std = x.view(n, c, -1).std(dim=2, keepdim=True) + eps
+        return torch.cat((mean, std), dim=2)
+
+    def forward(self, x):
+        z = torch.sum(self._pooled(x) * self.cfc[None, :, :], dim=2)[:, :, None, None]
+        return x * self.activation(self.bn(z))
+
+
+class Biased(SRMLayer):
+    """The deviation without Bessel's correction."""
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        values = x.view(b, c, -1)
+        u = torch.stack((values.mean(-1), values.std(-1, unbiased=False)), -1)
+        return x * torch.sigmoid(self.bn(self.cfc(u))).view(b, c, 1, 1)
+
+
+def timm_norm(**options):
+    define_torchvision_operators()
+    grn = pytest.importorskip("timm.layers.grn", reason="timm is not installed")
+    return grn.GlobalResponseNorm(8, **options)
+
+
+FOUND = {
+    "authors": (lambda: GRN(8), (3, 6, 5, 8), RESPONSE),
+    "channels first": (lambda: First(8), (3, 8, 6, 5), RESPONSE),
+    "volumes": (lambda: Volume(8), (2, 3, 4, 5, 8), RESPONSE),
+    "timm": (timm_norm, (3, 6, 5, 8), RESPONSE),
+    "timm, channels first": (lambda: timm_norm(channels_last=False), (3, 8, 6, 5), RESPONSE),
+    "transformation": (lambda: GCT(8), (3, 8, 6, 5), TRANSFORMATION),
+    "style": (lambda: SRMLayer(8), (3, 8, 6, 5), STYLE),
+    "style, authors": (lambda: Styles(8), (3, 8, 6, 5), STYLE),
+    "reference, style": (lambda: reference.SRM(8), (3, 8, 6, 5), STYLE),
+    "reference": (lambda: reference.GlobalResponseNorm(8), (3, 8, 6, 5), RESPONSE),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_is_found_and_equal(name):
+    make, shape, kind = FOUND[name]
+    original = randomised(make())
+    fused = fuse(copy.deepcopy(original))
+    (row,) = explain(fused)
+    assert (row.block, row.fused) == (kind, True)
+    for training in (True, False):
+        assert_same_block(fused, original, random(*shape, dtype=torch.float64), training=training)
+    assert [*fused.state_dict()] == [*original.state_dict()]
+    wrong = random(2, 7, 5, 7, dtype=torch.float64)  # channels that it does not take
+    with pytest.raises((RuntimeError, ValueError)):
+        fused(wrong)
+
+
+def test_as_in_autocast():
+    """The dtype that the block's own sum has."""
+    original = randomised(GRN(8)).float()
+    fused = fuse(copy.deepcopy(original))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = random(2, 6, 5, 8, dtype=dtype)
+            mine, theirs = fused(x), original(x)
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_an_option_that_is_changed_counts():
+    fused = fuse(GCT(8))
+    x = random(2, 8, 5, 5)
+    for p in fused.parameters():
+        nn.init.normal_(p)
+    original = GCT(8)
+    original.load_state_dict(fused.state_dict())
+    original.epsilon = fused.epsilon = 10.0
+    torch.testing.assert_close(fused(x), original(x))
+    assert not explain(fused)[0].fused
+
+
+def test_networks_of_timm():
+    """Those in the MLPs of ConvNeXt V2."""
+    define_torchvision_operators()
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}
+    network = randomised(timm.create_model("convnextv2_atto", num_classes=3, **options))
+    fused = fuse(copy.deepcopy(network))
+    rows = [row for row in explain(fused) if row.block == RESPONSE]
+    assert len(rows) == 4 and all(row.fused for row in rows)
+    assert_same_block(fused, network, random(2, 3, 64, 64, dtype=torch.float64), training=True)
+
+
+class Clamped(GRN):
+    """The same but for large values."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-1e4, 1e4))
+
+
+class Branches(GRN):
+    def forward(self, x):
+        return super().forward(x) if x.shape[1] > 60 else super().forward(x) * 1
+
+
+class OtherNorm(GRN):
+    def forward(self, x):
+        norm = x.norm(p=1, dim=(1, 2), keepdim=True)
+        return self.gamma * (x * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + self.beta + x
+
+
+class Detached(GRN):
+    def forward(self, x):
+        norm = x.detach().norm(p=2, dim=(1, 2), keepdim=True)
+        return self.gamma * (x * norm / (norm.mean(-1, keepdim=True) + 1e-6)) + self.beta + x
+
+
+class LayerNorm(nn.Module):
+    """Of the same parameters, which is no gate."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.ones(channels)) for _ in range(2))
+
+    def forward(self, x):
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, 1e-6)
+
+
+LEFT = [Biased, Clamped, Branches, OtherNorm, Detached, LayerNorm, lambda n: GCT(n, mode="l1")]
+
+
+@pytest.mark.parametrize("make", LEFT, ids=lambda make: make.__name__)
+def test_is_left_alone(make):
+    block = make(8)
+    kind = type(block)
+    assert not any(row.fused for row in explain(fuse(block))) and type(block) is kind
