@@ -21,7 +21,7 @@ import triton
 
 from fused_attn import info
 
-from . import cases, launch, model
+from . import cases, launch, model, resident
 
 HEAD = (
     f"{'op shape layout':<38}{'kernel':<24}{'regs':>5}{'fit':>4}{'KB':>6}"
@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--op", action="append", choices=sorted(cases.OPS), help="these only")
+    parser.add_argument("--op", action="append", choices=sorted((*cases.OPS, *cases.RESIDENT)), help="these only")
     parser.add_argument("--kernel", action="append", help="these only, by name")
     parser.add_argument("--shape", action="append", help="maps of these CxHxW only")
     parser.add_argument("--layout", choices=cases.LAYOUTS)
@@ -84,7 +84,8 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     print(HEAD)
     for case in chosen:
-        for row in launch.rows(case, given.kernel):
+        of = resident.rows if case.op in cases.RESIDENT else launch.rows
+        for row in of(case, given.kernel):
             found.append(row)
             print(line(row), flush=True)
     of_step = step() if given.step or not (given.op or given.kernel or given.layout or given.shape) else {}

@@ -46,7 +46,7 @@ class Launch(NamedTuple):
 
 
 def cases() -> list[Case]:
-    return [Case(op, shape, layout) for op in OPS for shape in SHAPES for layout in LAYOUTS]
+    return [Case(op, shape, layout) for op in (*OPS, *RESIDENT) for shape in SHAPES for layout in LAYOUTS]
 
 
 def launches(case: Case) -> list[Launch]:
@@ -184,3 +184,5 @@ OPS: dict[str, Callable[[Case], None]] = {
     "select": select_of,
     "norm_gate": norm_gate_of,
 }
+#: By the native library's resident kernels.
+RESIDENT = ("se-resident",)

@@ -85,3 +85,18 @@ def estimate(work: Work) -> Estimate:
     bound = max(bounds, key=lambda name: bounds[name])
     seconds = bounds[bound]
     return Estimate(seconds, work.maps / COPY / seconds, bound)
+
+
+def estimate_resident(work: Work) -> Estimate:
+    """Of a kernel whose cluster reads a sample, computes, and writes it: one after the other, and beside other blocks of
+    a multiprocessor only as many as fit. Clusters come and go in rounds; what a block moves is its multiprocessor's
+    share of the memory, what it computes is bound by issue or by its slowest warp.
+    """
+    fit = programs_that_fit(work)
+    clusters = MULTIPROCESSORS // work.ranks * fit  # at a time
+    rounds = math.ceil(work.programs / work.ranks / clusters)
+    moved = work.maps / work.programs / (OF_COPY * COPY / MULTIPROCESSORS)
+    computed = max(work.instructions / (SCHEDULERS * OF_ISSUE), work.cycles) / CLOCK
+    seconds = rounds * max(fit * moved, fit * work.instructions / (SCHEDULERS * OF_ISSUE) / CLOCK, moved + computed)
+    bound = "bandwidth" if computed < 0.1 * moved else "issue" if computed * CLOCK > work.cycles else "latency"
+    return Estimate(seconds, work.maps / COPY / seconds, bound)

@@ -65,6 +65,7 @@ class Code:
 
     instructions: list[Instruction]
     labels: dict[str, int]
+    tables: bytes = b""  # of its branches to one of several places: the bank of constants 2
 
     @functools.cached_property
     def destinations(self) -> list[list[str]]:
@@ -243,6 +244,7 @@ class Warp:
         self.loads: list[tuple[int, int]] = []  # (when it is there, bytes) of loads from memory
         self.zero = np.zeros(LANES, np.uint32)
         self.at: dict[int, int] = {place: at for at, place in enumerate(i.address for i in code.instructions)}
+        self.partial = False  # whether a guard holds for some lanes only
         self.steps = [self.step_of(i) for i in code.instructions]
 
     # ---- operands ----
@@ -272,18 +274,19 @@ class Warp:
         if found := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text):
             number = self.constant(int(found[1], 16))
             return lambda: number
-        if found := re.fullmatch(r"c\[0x0\]\[(U?R\d+)(?:\+(-?0x[0-9a-f]+))?\]", text):
-            index, offset = self.read(found[1]), int(found[2] or "0", 0)
+        if found := re.fullmatch(r"c\[(0x[02])\]\[(U?R\d+|RZ)(?:\+(-?0x[0-9a-f]+))?\]", text):
+            index, offset = self.read(found[2]), int(found[3] or "0", 0)
+            bank = self.constants if found[1] == "0x0" else self.code.tables
 
             def indexed() -> Value:
                 v, known = index()
-                return self.constant(int(v[0]) + offset) if known == ALL else (self.zero, 0)
+                return self.constant(int(v[0]) + offset, bank) if known == ALL else (self.zero, 0)
 
             return indexed
         return lambda: (self.zero, 0)  # a float or a constant of another bank
 
-    def constant(self, offset: int) -> Value:
-        data = self.constants[offset : offset + 4]
+    def constant(self, offset: int, bank: bytes | None = None) -> Value:
+        data = (self.constants if bank is None else bank)[offset : offset + 4]
         if len(data) < 4:
             return self.zero, 0
         return np.full(LANES, int.from_bytes(data, "little"), np.uint32), ALL
@@ -320,7 +323,8 @@ class Warp:
             self.values[name], self.known[name] = value, int(known)
         else:
             self.values[name] = np.where(mask, value, self.values[name])
-            self.known[name] = int(known) & self.known[name]
+            # Lanes that are elsewhere are not asked: where they meet these again, such a register is seldom read.
+            self.known[name] = int(known) & (self.known[name] if self.partial else ALL)
 
     def write_pair(self, name: str, value: Any, known: int, mask: Any, everyone: bool) -> None:
         self.write(name, (value & ALL).astype(np.uint32), known, mask, everyone)
@@ -585,21 +589,24 @@ class Warp:
         return run
 
     def make_IMNMX(self, i: Instruction) -> Any:
-        if len(i.operands) != 4:
+        *of, b, p = i.operands
+        if not 2 <= len(of) <= 3:
             return None
-        to, a, b, p = i.operands
+        to, a = of[:2]
         ra, rb, rp = self.read(a), self.read(b), self.predicate(p)
+        added = self.read(of[2]) if len(of) > 2 else lambda: (self.zero, ALL)
         signed = ".U32" not in i.name
 
         def run(mask: Any, everyone: bool) -> None:
-            (va, ka), (vb, kb), (vp, kp) = ra(), rb(), rp()
-            wa, wb = _wide(va, signed), _wide(vb, signed)
+            (va, ka), (vb, kb), (vp, kp), (more, k) = ra(), rb(), rp(), added()
+            ka &= k
+            wa, wb = _wide(va + more, signed), _wide(vb, signed)
             value = np.where(vp, np.minimum(wa, wb), np.maximum(wa, wb))
             self.write(to, (value & ALL).astype(np.uint32), ALL if kp and ka & kb == ALL else 0, mask, everyone)
 
         return run
 
-    make_VIMNMX = make_IMNMX
+    make_VIMNMX = make_VIADDMNMX = make_IMNMX
 
     def make_MOV(self, i: Instruction) -> Any:
         to, of = i.operands[:2]
@@ -939,6 +946,11 @@ class Warp:
         targets = [self.code.target(i) for i in code]
         sources, destinations = self.code.sources, self.code.destinations
         latencies = [self.latency(i) for i in code]
+        # Where a branch passes a call by, the call is the rare path.
+        past_a_call = [
+            to is not None and to > at and any(i.opcode == "CALL" for i in code[at + 1 : to])
+            for at, to in enumerate(targets)
+        ]
         self.mask = np.ones(LANES, bool)
         waiting: dict[int, Any] = {}
         alive = np.ones(LANES, bool)
@@ -957,17 +969,19 @@ class Warp:
             opcode = i.opcode
             counts.executed[at] += 1
             now = max(now + 1, *(ready.get(name, 0) for name in sources[at])) if sources[at] else now + 1
-            mask, whole = self.mask, everyone
+            mask, whole, self.partial = self.mask, everyone, False
             if guard is not None:
                 p, sure = guard()
                 if sure:
                     mask = self.mask & p
                     whole = everyone and bool(p.all())
-                elif opcode in ("BRA", "CALL", "EXIT", "RET"):
-                    mask, whole = np.zeros(LANES, bool), False  # a rare path
+                    self.partial = not bool(p[self.mask].all())
+                elif opcode in ("BRA", "BRX", "CALL", "EXIT", "RET"):
+                    if not past_a_call[at]:
+                        mask, whole = np.zeros(LANES, bool), False  # a rare path
                 else:
                     whole = False
-            if opcode in ("BRA", "CALL", "EXIT", "RET") and i.guard == "" and opcode == "BRA":
+            if opcode in ("BRA", "BRX", "CALL", "EXIT", "RET") and i.guard == "" and opcode == "BRA":
                 # BRA P0, `(label)` has a second condition
                 if i.operands and re.fullmatch(r"!?U?P\d", i.operands[0]):
                     p, sure = self.predicate(i.operands[0])()
@@ -975,16 +989,16 @@ class Warp:
             elif opcode == "BRA" and i.operands and re.fullmatch(r"!?U?P(\d|T)", i.operands[0]):
                 p, sure = self.predicate(i.operands[0])()
                 mask = mask & p if sure else np.zeros(LANES, bool)
-            if opcode in ("BRA", "CALL", "EXIT", "RET"):
+            if opcode in ("BRA", "BRX", "CALL", "EXIT", "RET"):
                 if mask.any():
                     if opcode == "EXIT":
                         to: int | None = None
                         alive = alive & ~mask
-                    elif opcode == "RET":
-                        v, sure = self.read(i.operands[0])()
+                    elif opcode in ("RET", "BRX"):
+                        v, sure = self.read(i.operands[0].split()[0])()
                         to = self.at.get(int(v[int(np.argmax(mask))])) if sure == ALL else None
                         if to is None:
-                            counts.unknown["RET"] += 1
+                            counts.unknown[opcode] += 1
                             alive = alive & ~mask
                     else:
                         to = targets[at]
