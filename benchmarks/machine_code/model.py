@@ -88,9 +88,9 @@ def estimate(work: Work) -> Estimate:
 
 
 def estimate_resident(work: Work) -> Estimate:
-    """Of a kernel whose cluster reads a sample, computes, and writes it: one after the other, and beside other blocks of
-    a multiprocessor only as many as fit. Clusters come and go in rounds; what a block moves is its multiprocessor's
-    share of the memory, what it computes is bound by issue or by its slowest warp.
+    """Of a kernel whose cluster reads a sample, computes and writes it, one after the other: beside that the
+    multiprocessor has only the other blocks that fit. Clusters come in rounds; what a block moves has its
+    multiprocessor's share of the memory, what it computes is bound by issue or by its slowest warp.
     """
     fit = programs_that_fit(work)
     clusters = MULTIPROCESSORS // work.ranks * fit  # at a time

@@ -28,13 +28,13 @@ def code_of(text: str) -> walk.Code:
     return walk.parsed("\n".join([*lines, ""]), "kernel")
 
 
-def walked(text: str, count: int = 5, warp: int = 0, place: walk.Place = walk.Place()) -> walk.Warp:
+def walked(text: str, count: int = 5, warp: int = 0) -> walk.Warp:
     bank = bytearray(0x230)
     bank[COUNT : COUNT + 4] = count.to_bytes(4, "little")
     bank[MAP : MAP + 8] = (1 << 33).to_bytes(8, "little")
     bank[TABLE : TABLE + 8] = (1 << 34).to_bytes(8, "little")
     buffers = [walk.Buffer("map", 1 << 33, 1 << 20, True), walk.Buffer("table", 1 << 34, 1 << 12, False)]
-    found = walk.Warp(code_of(text), bytes(bank), buffers, place, warp)
+    found = walk.Warp(code_of(text), bytes(bank), buffers, walk.Place(), warp)
     found.run()
     return found
 
@@ -173,6 +173,14 @@ def work(**given):
     return model.Work(**{**nothing, "instructions": 1.0, "maps": 3e9, "touched": 3e9, "sectors": 1.0, **given})
 
 
+def test_resident_blocks_overlap_where_two_fit():
+    given = {"programs": 132 * 4, "maps": 132 * 4 * 1e5, "instructions": 1e5, "warps": 16, "shared": 110 << 10}
+    two, alone = (model.estimate_resident(work(**given, registers=r)).seconds for r in (64, 65))
+    moved, computed = 1e5 / (2.7e12 / 132), 1e5 / 2.8 / model.CLOCK
+    assert alone == pytest.approx(4 * (moved + computed))
+    assert two == pytest.approx(2 * max(2 * moved, 2 * computed, moved + computed))
+
+
 def test_the_largest_bound_is_the_time():
     assert model.estimate(work()) == pytest.approx((3e9 / 2.7e12, 0.9, "bandwidth"))
     assert model.estimate(work(instructions=1e6)).bound == "issue"
@@ -193,7 +201,7 @@ def test_the_tool(tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     file = tmp_path / "found.json"
-    what = "--op eca --kernel _pool --kernel _gate --shape 2048x7x7 --layout channels_last".split()
+    what = ["--op=eca", "--kernel=_pool", "--kernel=_gate", "--shape=2048x7x7", "--layout=channels_last"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.machine_code", *what, "--json", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
