@@ -175,8 +175,9 @@ def upper(operand: str) -> str:
     text = operand.replace(".reuse", "").partition(".")[0]
     if found := re.fullmatch(r"(-|~)?(U?R)(\d+)", text):
         return f"{found[2]}{int(found[3]) + 1}"
-    if found := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", text):
-        return f"c[0x0][{int(found[1], 16) + 4:#x}]"
+    if found := re.fullmatch(r"(c\[0x[02]\])\[(?:(U?R\d+|RZ)\+?)?(0x[0-9a-f]+)?\]", text):
+        offset = int(found[3] or "0", 16) + 4
+        return f"{found[1]}[{found[2]}+{offset:#x}]" if found[2] else f"{found[1]}[{offset:#x}]"
     return "RZ"
 
 
@@ -641,8 +642,6 @@ class Warp:
         if ".64" not in i.name:
             return self.make_MOV(i)
         pair = self.read_pair(of)
-        if "R" in of.partition("][")[2]:
-            return None
 
         def run(mask: Any, everyone: bool) -> None:
             v, known = pair()

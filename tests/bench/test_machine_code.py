@@ -132,6 +132,11 @@ def test_integers(instruction, result):
     assert [int(v) for v in found.values["R2"]] == [result(t) for t in range(32)]
 
 
+def test_constants_by_index():
+    found = walked("IMAD.MOV.U32 R0, RZ, RZ, 0x8\nLDC.64 R2, c[0x0][R0+0x210]\nEXIT")
+    assert [found.values[name][0] for name in ("R2", "R3")] == [0, 2] and found.known["R3"] == walk.ALL
+
+
 def test_lanes_that_part_meet_again():
     found = walked("""
         S2R R0, SR_TID.X
