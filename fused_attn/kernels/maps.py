@@ -27,6 +27,7 @@ SIZES = (
     *(
         "c_q",
         "s_q",
+        "h_q",
         "n_cblk",
         "n_split",
         "blocks",
@@ -119,8 +120,7 @@ class Plan(NamedTuple):
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments that every kernel with passes over a map takes."""
-        vector = 16 // dtype.itemsize
-        cv, sv = math.gcd(self.channels, vector), math.gcd(max(self.space, 1), vector)
+        cv, sv = vector_of(self.channels, dtype), vector_of(max(self.space, 1), dtype)
         return {
             "c_q": self.channels // cv,
             "s_q": self.space // sv,
@@ -136,6 +136,11 @@ class Plan(NamedTuple):
             "ACC": triton_accumulator(dtype),
             "num_warps": min(max(self.block_c * self.block_s // (32 * self.lane), 1), 4),
         }
+
+
+def vector_of(size: int, dtype: torch.dtype) -> int:
+    """The largest power of two that divides a size and that a 16-byte load can use."""
+    return math.gcd(size, 16 // dtype.itemsize)
 
 
 # A thread has two 16-byte loads of each tensor in flight, or four elements where each is a load of its own (its address

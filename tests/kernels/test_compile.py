@@ -23,7 +23,8 @@ MAP_KERNELS = {
     *("_excite_and_pool", "_scale_both", "_dot_channels_gated", "_dot_space", "_spread_both"),
 }
 SMALL_KERNELS = {
-    *("_finish", "_finish_moments", "_first_layer", "_parameters", "_select_parameters", "_finish_pool"),
+    *("_first_layer", "_second_layer", "_second_layer_backward", "_first_layer_backward"),
+    *("_finish", "_finish_moments", "_parameters", "_select_parameters", "_finish_pool"),
     *("_norm_coefficients", "_norm_running", "_norm_factors", "_join"),
     *("convolve", "logit_gradients", "convolve_backward", "convolution_parameters"),
 }
