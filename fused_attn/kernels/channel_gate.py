@@ -546,7 +546,7 @@ def channel_gate(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, True)
     parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2)))
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
     sizes = sizes_of(plan, parameters[0], parameters[2], layer)
@@ -597,7 +597,7 @@ def channel_gate_backward(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, True)
     state, index = state.contiguous(), index.contiguous()
     grad, strides = maps.gradient(grad, x)
     parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias)))

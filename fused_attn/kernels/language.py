@@ -131,9 +131,13 @@ def load_affine(affine_weight, affine_bias, c, mask, ACC: tl.constexpr):
 
 @triton.jit
 def before_activation(x, weight, bias, AFFINE: tl.constexpr):
-    """What the prologue's activation is applied to; one explicit fma, so that every pass gets the same bits."""
+    """What the prologue's activation is applied to; one explicit fma, so that every pass gets the same bits. weight and
+    bias are one a row, or lie as x does."""
     if AFFINE:
-        return tl.fma(x, tl.broadcast_to(weight[:, None], x.shape), tl.broadcast_to(bias[:, None], x.shape))
+        if len(weight.shape) == 1:
+            return tl.fma(x, tl.broadcast_to(weight[:, None], x.shape), tl.broadcast_to(bias[:, None], x.shape))
+        else:
+            return tl.fma(x, tl.broadcast_to(weight, x.shape), tl.broadcast_to(bias, x.shape))
     else:
         return x
 

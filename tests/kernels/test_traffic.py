@@ -110,6 +110,20 @@ def test_channel_gate(traffic, pool, kind, layout):
     assert traffic.passes() == backward
 
 
+def test_small_maps(traffic):
+    """Their rows begin at any address; what is read and written is each element once, and by whole vectors."""
+    shape = (2, 24, 7, 7)
+    traffic.elements = torch.Size(shape).numel()
+    tensors, options = excitation("eca", shape[1], torch.float32)
+    x = random(*shape).requires_grad_()
+    y = functional.channel_gate(x, **tensors, **options, pool="avgmax")
+    assert traffic.arguments[0]["BLOCK_C"] * 49 <= traffic.arguments[0]["BLOCK_S"]
+    assert traffic.passes() == [("_pool", {"read x": 1}), ("_gate", {"read x": 1, "write y": 1})]
+    traffic.launches.clear()
+    y.backward(random(*shape, seed=1))
+    assert traffic.total() == 4
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norm_gate_with_residual_and_relu(traffic, layout):
     """The tail of an SE-ResNet: 4 passes forward and 6 backward, each with one bit an element."""
