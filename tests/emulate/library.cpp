@@ -23,3 +23,18 @@ AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, voi
 }
 }
 static const bool there = stand_in::machine().devices.insert({-1, {}}).second;
+
+#ifdef LAUNCHES_ARE_NOTED
+// For benchmarks/machine_code, which asks what would be launched and runs nothing: the nth launch since the last time
+// that nth was past the end, its numbers and its argument; the argument's bytes, or 0 at the end.
+extern "C" AOTI_TORCH_EXPORT size_t noted_launch(size_t nth, unsigned* numbers, char* argument) {
+    auto& noted = stand_in::machine().noted;
+    if (nth >= noted.size()) {
+        noted.clear();
+        return 0;
+    }
+    std::memcpy(numbers, noted[nth].numbers, sizeof noted[nth].numbers);
+    std::memcpy(argument, noted[nth].argument.data(), noted[nth].argument.size());
+    return noted[nth].argument.size();
+}
+#endif

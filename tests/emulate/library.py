@@ -19,6 +19,7 @@ from ..workers import one_at_a_time
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+STAND_IN = ROOT / "tests" / "cuda" / "stand_in"
 FOLDER = ROOT / "build" / "emulate"
 SOURCES = ("channel_gate", "select", "spatial_gate")
 FLAGS = ("-std=c++17", "-Og", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-Bsymbolic", "-DFUSED_ATTN_EMULATE")
@@ -31,7 +32,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 def libraries() -> list[Path]:
     """Where they lie: named by what they are made of."""
     made_of = hashlib.sha256(str((torch.__version__, FLAGS, TARGET, LIMITS_ARE_KNOWN)).encode())
-    for folder in (ROOT / "csrc", ROOT / "csrc" / "cuda", HERE, ROOT / "tests" / "cuda" / "stand_in"):
+    for folder in (ROOT / "csrc", ROOT / "csrc" / "cuda", HERE, STAND_IN):
         for path in sorted(path for path in folder.iterdir() if path.suffix in (".h", ".cu", ".cuh", ".cpp")):
             made_of.update(path.name.encode() + b"\0" + path.read_bytes())
     return [FOLDER / f"{name}-{made_of.hexdigest()[:12]}.so" for name in SOURCES]
@@ -43,7 +44,7 @@ def build() -> str | None:
     if compiler is None:
         return "there is no g++"
     torchs = Path(torch.__file__).parent
-    own = [f"-I{HERE}", f"-I{ROOT / 'tests' / 'cuda' / 'stand_in'}", "-isystem", str(torchs / "include")]
+    own = [f"-I{HERE}", f"-I{STAND_IN}", "-isystem", str(torchs / "include")]
     try:
         FOLDER.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(FOLDER / "library"):

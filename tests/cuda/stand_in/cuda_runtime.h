@@ -9,6 +9,7 @@
 #include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 enum cudaError_t {
     cudaSuccess = 0,
@@ -73,6 +74,11 @@ struct Machine {
     std::set<unsigned> clusters_launched;
     std::set<int> launched_on;
     cudaError_t last = cudaSuccess;
+    struct Noted {
+        unsigned numbers[5];  // blocks along x and y, blocks a cluster, threads, bytes of shared memory
+        std::string argument;
+    };
+    std::vector<Noted> noted;  // with LAUNCHES_ARE_NOTED, instead of the launches
     static thread_local int current;
 
     cudaError_t done(const char* call, cudaError_t error = cudaSuccess) {
@@ -179,7 +185,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         return m.done("launch", cudaErrorInvalidClusterSize);
     m.clusters_launched.insert(ranks);
     m.launched_on.insert(stand_in::Machine::current);
-#ifdef FUSED_ATTN_EMULATE
+#ifdef LAUNCHES_ARE_NOTED
+    m.noted.push_back({{config->gridDim.x, config->gridDim.y, ranks, config->blockDim.x,
+                        static_cast<unsigned>(config->dynamicSmemBytes)},
+                       {reinterpret_cast<const char*>(&argument), sizeof argument}});
+#elif defined FUSED_ATTN_EMULATE
     fused_attn::cuda::machine::launch(config->gridDim.x, static_cast<int>(config->gridDim.y), static_cast<int>(ranks),
                                       static_cast<int>(config->blockDim.x), config->dynamicSmemBytes,
                                       [&] { kernel(argument); });
