@@ -107,12 +107,13 @@ def flat_parts(pairs, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: t
     CHANNELS: tl.constexpr = triton.next_power_of_2(BLOCK_C)
     VECTORS: tl.constexpr = triton.next_power_of_2(BLOCK_S // BLOCK_C // VECTOR + 2)
     k, i = tl.arange(0, CHANNELS)[None, :], tl.arange(0, VECTORS)[:, None]
-    begin = k * S
     shift: tl.constexpr = 1 if VECTOR == 2 else 2 if VECTOR == 4 else 3
+    begin = tl.minimum(k, BLOCK_C - 1) * S
     at = (begin >> shift) + i
     exists = (at * VECTOR < begin + S) & (k < BLOCK_C)
-    is_next = (i == 0) & (begin % VECTOR != 0)
-    index = tl.where(exists, 2 * at + is_next.to(tl.int32), 0)
+    index = 2 * at + ((i == 0) & (begin % VECTOR != 0)).to(tl.int32)
+    if (BLOCK_C - 1) * (BLOCK_S // BLOCK_C) // VECTOR + VECTORS > BLOCK_S // VECTOR:  # it may lie behind them all
+        index = tl.where(exists, index, 0)
     parts = tl.gather(tl.reshape(pairs, (2 * (BLOCK_S // VECTOR),)), tl.reshape(index, (VECTORS * CHANNELS,)), 0)
     return tl.reshape(parts, (VECTORS, CHANNELS)), exists
 
@@ -166,6 +167,7 @@ class Plan(NamedTuple):
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments that every kernel with passes over a map takes."""
         cv, sv = vector_of(self.channels, dtype), vector_of(max(self.space, 1), dtype)
+        tile = self.block_s if self.layout == FLAT.value else self.block_c * self.block_s
         return {
             "c_q": self.channels // cv,
             "s_q": self.space // sv,
@@ -179,7 +181,7 @@ class Plan(NamedTuple):
             "BLOCK_C": self.block_c,
             "BLOCK_S": self.block_s,
             "ACC": triton_accumulator(dtype),
-            "num_warps": min(max(self.block_c * self.block_s // (32 * self.lane), 1), 4),
+            "num_warps": min(max(tile // (32 * self.lane), 1), 4),
         }
 
 
@@ -245,7 +247,7 @@ def plan(
     a tile and several tiles a program. Few samples: fewer channels a program, space split.
     `lane_bytes`: of a tile, for each thread; `most_channels`: of a program, where a tile has no more.
     """
-    size, wanted = max(space, 1), 2 * sms
+    size, wanted = max(space, 1), PROGRAMS_PER_SM // 2 * sms
     contiguous = channels if layout == CHANNELS_LAST.value else size
     lane = lane_bytes // itemsize
     if contiguous * itemsize % 8 != 0:
@@ -261,7 +263,8 @@ def plan(
     block_k, tiles = block_c, 1
     while block_k < min(most_channels, channels):
         block_k *= 2
-    while tiles * block_c < block_k and batch * triton.cdiv(channels, 2 * tiles * block_c) * s_blocks >= wanted:
+    # Along space a sum goes on from tile to tile; a further tile of channels begins a new one.
+    while tiles * block_c < block_k and batch * triton.cdiv(channels, 2 * tiles * block_c) >= wanted:
         tiles *= 2
     n_cblk = triton.cdiv(channels, tiles * block_c)
     programs = min(PROGRAMS_PER_SM * sms // max(batch, 1), PARTS_PER_SM * sms)
@@ -278,7 +281,7 @@ def flat_plan(batch: int, channels: int, space: int, itemsize: int) -> Plan | No
     if space % vector == 0 or space < vector or channels * space % vector != 0:
         return None
     lane = FLAT_LANE_BYTES // itemsize
-    block_s, unit = lane * THREADS, vector // math.gcd(space, vector)
+    block_s, unit = min(lane * THREADS, next_power_of_2(channels * space)), vector // math.gcd(space, vector)
     most = min(block_s // space, next_power_of_2(channels))
     coarse = max(1 << max(most.bit_length() - 3, 0), unit)  # so that few kernels serve maps of all sizes
     block_c = most // coarse * coarse
