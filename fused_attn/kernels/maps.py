@@ -332,7 +332,7 @@ def rows_of_channels(plan: Plan) -> int:
     return min(next_power_of_2(triton.cdiv(plan.channels, fewest)), 8)
 
 
-def dense(x: Tensor, may_be_flat: bool = False) -> tuple[Tensor, Plan]:
+def dense(x: Tensor, may_be_flat: bool = False, lane_bytes: int = LANE_BYTES) -> tuple[Tensor, Plan]:
     """x, copied to NCHW where it is neither that nor channels_last, and the plan for it."""
     space = x.shape[2:].numel()
     if x.is_contiguous():
@@ -346,7 +346,7 @@ def dense(x: Tensor, may_be_flat: bool = False) -> tuple[Tensor, Plan]:
         if flat is not None:
             return x, flat
     sms = multiprocessors(x.device)
-    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms)
+    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms, lane_bytes)
 
 
 def _lies_as(t: Tensor, x: Tensor) -> bool:
