@@ -2,8 +2,8 @@
 y), backward 6 (read grad and x; convolve; read grad and x; read grad, write grad_x; gradients of each gate's
 parameters). The map between the gates is never written: v = u * gate is formed again from x wherever it is needed.
 
-A maximum over space that is split among programs takes a launch more, as in channel_gate; a BatchNorm a few by PyTorch
-on one number a position.
+Where the layers of the channel gate are apart from the map's programs, as in channel_gate, each is a launch more; a
+BatchNorm adds a few by PyTorch on one number a position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..codes import ACTIVATIONS
 from . import channel_gate as channels
-from . import maps, spatial_gate
+from . import layers, maps, spatial_gate
 from .channel_gate import excite, excite_backward, store_hidden_grads
 from .language import AVG, BOTH, EVEN, IDENTITY
 from .maps import SIZES, channels_of, locate
@@ -29,22 +29,24 @@ from .space import channel_dot_pass, channel_pool_pass
 def _excite_and_pool(
     x, weight1, bias1, weight2, bias2, affine_weight, affine_bias,
     sums, best, place, products, space_sums, space_best, space_place, state, index,
-    c_q, s_q, n_cblk, n_split, blocks, tiles, pool_split, H, n_part, taps, width,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, pool_split, H, n_part, taps, width, APART: tl.constexpr,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE: tl.constexpr, PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The logits of the program's channels; then reads x for the pools over them of the gated map."""
+    """The logits of the program's channels, where no launch has left them; then reads x for the pools over channels of
+    the gated map."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
-    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
-    excite(
-        weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-        b, cblk, c, in_c, C, S, pool_split, H, n_part, taps, width,
-        LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
-    )  # fmt: skip
-    tl.debug_barrier()
+    if not APART:
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+        excite(
+            weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
+            b, cblk, c, in_c, C, S, pool_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()
     channel_pool_pass(
         x, affine_weight, affine_bias, state + b * width + C, space_sums, space_best, space_place,
         b, cblk, split, C, S, n_cblk, blocks, tiles, GATE, PRE, SPACE_TIES, LAYOUT, BLOCK_C, BLOCK_S, ACC,
@@ -116,23 +118,25 @@ def _spread_both(
     grad, x, weight1, weight2, affine_weight, affine_bias, channel_state, channel_index, state, index, space_grads,
     dots, products, mean, value, grad_logits, grad_hidden, tap_sums, grad_x, weight_sums, bias_sums,
     c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width, stride_b, stride_c, stride_s,
-    LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr,
+    APART: tl.constexpr, LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the program's descriptors; then reads grad (x too after a prologue or for shared ties), writes
-    grad_x, and leaves partial sums for the prologue."""
+    """Gradients of the program's descriptors, where no launch has left them; then reads grad (x too after a prologue or
+    for shared ties), writes grad_x, and leaves partial sums for the prologue."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
-    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
-    excite_backward(
-        weight1, weight2, channel_state, channel_index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
-        b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
-        LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
-    )  # fmt: skip
-    tl.debug_barrier()
+    if not APART:
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+        excite_backward(
+            weight1, weight2, channel_state, channel_index, dots, products, mean, value,
+            grad_logits, grad_hidden, tap_sums,
+            b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()
     row = channel_state + b * width
     space_row = state + b * ROWS * S
     peak = row + (2 * C + H if POOL == BOTH else width - C)
@@ -173,13 +177,13 @@ def cbam(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
     over_channels = maps.plan_over_channels(x, plan)
-    weight1, bias1, weight2, bias2, spatial_weight, spatial_bias = map(
-        maps.row, (weight1, bias1, weight2, bias2, spatial_weight, spatial_bias)
-    )
+    parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2)))
+    spatial_weight, spatial_bias = maps.row(spatial_weight), maps.row(spatial_bias)
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
-    sizes = channels.sizes_of(plan, weight1, weight2, layer)
+    sizes = channels.sizes_of(plan, parameters[0], parameters[2], layer)
     channel_state, channel_index = channels.empty_state(x, plan, sizes["H"], pool, channel_ties)
-    found = channels.squeezed(x, plan, weight1, weight2, affine, sizes, pool, channel_ties, pre_activation)
+    codes = layer, pool, channel_ties, activation, pre_activation
+    found = channels.squeezed(x, plan, parameters, affine, sizes, channel_state, channel_index, *codes)
     tables = maps.channel_pool_tables(x, over_channels)
     shared: dict[str, Any] = {"x": x, "GATE": channel_gate, "PRE": pre_activation, "width": channel_state.shape[1]}
     shared |= affine
@@ -189,12 +193,6 @@ def cbam(
         _excite_and_pool,
         x,
         over_channels.programs,
-        weight1=weight1,
-        bias1=bias1,
-        weight2=weight2,
-        bias2=bias2,
-        state=channel_state,
-        index=channel_index,
         pool_split=plan.n_split,
         LAYER=layer,
         POOL=pool,
@@ -317,13 +315,14 @@ def cbam_backward(
         spatial_ties,
         spatial_gate_code,
     )
+    is_apart, dots = layers.is_apart(plan, weight1, layer, pool), maps.table(x, plan)
     shared |= {
         "grad": grad,
-        "weight2": weight2,
+        "weight2": None if is_apart else weight2,
         "index": index,
         "space_grads": space_grads,
-        "dots": maps.table(x, plan),
-        "products": state.new_empty((plan.batch, plan.parts, sizes["H"])) if sizes["H"] else None,
+        "dots": dots,
+        "products": state.new_empty((plan.batch, plan.parts, sizes["H"])) if sizes["H"] and not is_apart else None,
         "SPACE_TIES": spatial_ties,
         **strides,
         **plan.arguments(x.dtype),
@@ -332,14 +331,18 @@ def cbam_backward(
     maps.launch(_dot_space, x, plan.programs, **{k: sizes[k] for k in ("H", "BLOCK_H", "BLOCK_K")}, **shared)
     tables = channels.excitation_tables(state, plan, weight1, sizes, pool)
     sums = maps.affine_tables(x, plan, affine_weight)
+    if is_apart:
+        of_channels = channel_state, channel_index, pool, channel_ties, activation, channel_gate
+        layers.excite_backward(x, plan, dots, tables, weight1, weight2, *of_channels)
     maps.launch(
         _spread_both,
         x,
         plan.programs,
-        weight1=weight1,
+        weight1=None if is_apart else weight1,
         channel_index=channel_index,
         grad_x=grad_x,
         n_part=plan.parts,
+        APART=is_apart,
         LAYER=layer,
         POOL=pool,
         TIES=channel_ties,

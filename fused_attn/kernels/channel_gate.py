@@ -3,8 +3,9 @@ grad_x; gradients of the parameters). There are no atomics: a launch leaves part
 every program of the next sums those of its sample in the same order.
 
 SE's first layer is linear in the descriptor, so its partial products are formed by the programs that pool; what the
-second launch has left to do is O(channels of the program x hidden). Where a maximum is split among programs that does
-not hold, and a launch of its own forms the products.
+second launch has left to do is O(channels of the program x hidden). Where that outweighs the program's share of the
+map (`is_apart`), as on the small maps of late stages, each layer has a launch of its own instead, which multiplies for
+many samples at a time: 4 launches forward, 5 backward.
 """
 
 from __future__ import annotations
@@ -18,8 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codes import ACTIVATIONS, LAYERS, POOLS, TIES
-from . import maps
-from .language import AVG, AVGMAX, BOTH, CIRCULAR, DENSE, EVEN, IDENTITY, MAX, activate, activate_grad, sum_rows
+from . import layers, maps
+from .language import (
+    AVG,
+    AVGMAX,
+    BOTH,
+    CIRCULAR,
+    DENSE,
+    EVEN,
+    IDENTITY,
+    MAX,
+    activate,
+    activate_grad,
+    sum_rows,
+)
 from .maps import SIZES, channels_of, locate
 from .passes import backward_pass, descriptor, pool_pass, scale_pass, store_pool_gradients
 
@@ -59,22 +72,6 @@ def _store_products(matrix, values, out, c, mask, H, width_h, width_c, BLOCK_H: 
         tl.store(out + h, tl.sum(w * tl.where(mask, values, 0.0)[None, :], axis=1), mask=h < H)
 
 
-@triton.jit
-def _first_layer_part(
-    weight1, sums, best, place, products, b, cblk, c, mask, C, S, n_cblk, n_split, H,
-    POOL: tl.constexpr, TIES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Weight1's products with the whole descriptors of channels c; with both pools those of each, side by side."""
-    if POOL == BOTH:
-        mean, peak, _ = descriptor(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-        out = products + (b * n_cblk + cblk) * 2 * H
-        _store_products(weight1, mean, out, c, mask, H, C, 1, BLOCK_H, ACC)
-        _store_products(weight1, peak, out + H, c, mask, H, C, 1, BLOCK_H, ACC)
-    else:
-        s = _pooled(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-        _store_products(weight1, s, products + (b * n_cblk + cblk) * H, c, mask, H, C, 1, BLOCK_H, ACC)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _pool(
     x, affine_weight, affine_bias, weight1, sums, best, place, products,
@@ -82,8 +79,7 @@ def _pool(
     PRE: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads x; leaves partial descriptors and, where `products` is given, weight1's products with them, if they are not
-    of maxima that were split."""
+    """Reads x; leaves partial descriptors and, where `products` is given, weight1's products with them."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     pool_pass(
@@ -93,37 +89,15 @@ def _pool(
     if products is not None:
         tl.debug_barrier()
         c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
-        if POOL == AVG:
-            out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
-            s = tl.load(sums + (b * n_split + split) * C + c, mask=in_c, other=0.0) / S
-            _store_products(weight1, s, out, c, in_c, H, C, 1, BLOCK_H, ACC)
-        elif n_split == 1:
-            _first_layer_part(
-                weight1, sums, best, place, products, b, cblk, c, in_c, C, S, n_cblk, 1, H, POOL, TIES, BLOCK_H, 1, ACC
-            )
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _first_layer(
-    weight1, sums, best, place, products, c_q, s_q, n_cblk, n_split, tiles, H,
-    POOL: tl.constexpr, TIES: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Weight1's products with the descriptors of a block of channels, after a maximum that was split."""
-    C, S = c_q * CV, s_q * SV
-    b = (tl.program_id(0) // n_cblk).to(tl.int64)
-    cblk = tl.program_id(0) % n_cblk
-    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
-    _first_layer_part(
-        weight1, sums, best, place, products, b, cblk, c, in_c, C, S, n_cblk, n_split, H,
-        POOL, TIES, BLOCK_H, BLOCK_ROWS, ACC,
-    )  # fmt: skip
+        out = products + (b * n_cblk * n_split + cblk * n_split + split) * H
+        s = tl.load(sums + (b * n_split + split) * C + c, mask=in_c, other=0.0) / S
+        _store_products(weight1, s, out, c, in_c, H, C, 1, BLOCK_H, ACC)
 
 
 @triton.jit
-def _store_hidden(products, bias1, out, n_part, width, H, h, first, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr):
+def store_hidden(products, bias1, out, n_part, H, h, first, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr):
     """Hidden logits h from the partial products of all programs; the `first` channels' program stores them."""
-    z1 = sum_rows(products, n_part, width, h, h < H, BLOCK_ROWS, ACC)
+    z1 = sum_rows(products, n_part, H, h, h < H, BLOCK_ROWS, ACC)
     if bias1 is not None:
         z1 += tl.load(bias1 + h, mask=h < H, other=0.0).to(ACC)
     if first:
@@ -143,7 +117,6 @@ def excite(
     Programs that share channels store the same numbers; each may read what it has stored, after a barrier.
     """
     row = state + b * width
-    PAIR: tl.constexpr = 2 if POOL == BOTH else 1  # an excitation of both pools has each bias twice
     mean, peak, found = descriptor(sums, best, place, b, c, in_c, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
     s = mean
     if POOL != AVG:
@@ -167,7 +140,7 @@ def excite(
             at_near = _pooled(sums, best, place, b, near, exists, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
             z += tl.load(weight1 + t).to(ACC) * tl.where(exists, at_near, 0.0)
         if bias1 is not None:
-            z += PAIR * tl.load(bias1).to(ACC)
+            z += (2 if POOL == BOTH else 1) * tl.load(bias1).to(ACC)  # each pool's logits have one
     elif weight2 is None:
         z = tl.zeros((BLOCK_K,), ACC)
         for k0 in range(0, C, BLOCK_H):
@@ -177,23 +150,18 @@ def excite(
             w = tl.load(weight1 + at, mask=in_c[:, None] & (k < C)[None, :], other=0.0).to(ACC)
             z += tl.sum(w * tl.where(k < C, at_k, 0.0)[None, :], axis=1)
         if bias1 is not None:
-            z += PAIR * tl.load(bias1 + c, mask=in_c, other=0.0).to(ACC)
+            z += tl.load(bias1 + c, mask=in_c, other=0.0).to(ACC)
     else:
         z = tl.zeros((BLOCK_K,), ACC)
         for h0 in range(0, H, BLOCK_H):
             h = h0 + tl.arange(0, BLOCK_H)
-            part = products + b * n_part * PAIR * H
-            z1 = _store_hidden(part, bias1, row + 2 * C, n_part, PAIR * H, H, h, cblk == 0, BLOCK_ROWS, ACC)
+            z1 = store_hidden(products + b * n_part * H, bias1, row + 2 * C, n_part, H, h, cblk == 0, BLOCK_ROWS, ACC)
             hidden = activate(z1, ACTIVATION)
-            if POOL == BOTH:
-                out = row + 3 * C + H
-                z1 = _store_hidden(part + H, bias1, out, n_part, PAIR * H, H, h, cblk == 0, BLOCK_ROWS, ACC)
-                hidden += activate(z1, ACTIVATION)
             at = c[:, None] * H + h[None, :]
             w = tl.load(weight2 + at, mask=in_c[:, None] & (h < H)[None, :], other=0.0).to(ACC)
             z += tl.sum(w * tl.where(h < H, hidden, 0.0)[None, :], axis=1)
         if bias2 is not None:
-            z += PAIR * tl.load(bias2 + c, mask=in_c, other=0.0).to(ACC)
+            z += tl.load(bias2 + c, mask=in_c, other=0.0).to(ACC)
     tl.store(row + C + c, z, mask=in_c)
 
 
@@ -201,22 +169,23 @@ def excite(
 def _gate(
     x, weight1, bias1, weight2, bias2, affine_weight, affine_bias, residual,
     sums, best, place, products, y, state, index,
-    c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width,
+    c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width, APART: tl.constexpr,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The logits of the program's channels; then reads x and the residual, writes y."""
+    """The logits of the program's channels, where no launch has left them; then reads x and the residual, writes y."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
-    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
-    excite(
-        weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-        b, cblk, c, in_c, C, S, n_split, H, n_part, taps, width,
-        LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
-    )  # fmt: skip
-    tl.debug_barrier()
+    if not APART:
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+        excite(
+            weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
+            b, cblk, c, in_c, C, S, n_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()
     scale_pass(
         x, residual, y, state + b * width + C, None, affine_weight, affine_bias, b, cblk, split, C, S, blocks, tiles,
         GATE, IDENTITY, PRE, POST, LAYOUT, BLOCK_C, BLOCK_S, ACC,
@@ -310,28 +279,19 @@ def excite_backward(
             ds += tl.sum(w * dz_k[:, None], axis=0)
     else:
         ds = tl.zeros((BLOCK_K,), ACC)
-        to_peak = tl.zeros((BLOCK_K,), ACC)
         for h0 in range(0, H, BLOCK_H):
             h = h0 + tl.arange(0, BLOCK_H)
             in_h = h < H
             dh = sum_rows(products + b * n_part * H, n_part, H, h, in_h, BLOCK_ROWS, ACC)
             w = tl.load(weight1 + h[:, None] * C + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0).to(ACC)
-            out = grad_hidden + b * (2 if POOL == BOTH else 1) * H
             dz1 = dh * activate_grad(tl.load(row + 2 * C + h, mask=in_h, other=0.0), ACTIVATION)
             ds += tl.sum(w * tl.where(in_h, dz1, 0.0)[:, None], axis=0)
             if cblk == 0:
-                tl.store(out + h, dz1, mask=in_h)
-            if POOL == BOTH:
-                dz1 = dh * activate_grad(tl.load(row + 3 * C + H + h, mask=in_h, other=0.0), ACTIVATION)
-                to_peak += tl.sum(w * tl.where(in_h, dz1, 0.0)[:, None], axis=0)
-                if cblk == 0:
-                    tl.store(out + H + h, dz1, mask=in_h)
+                tl.store(grad_hidden + b * H + h, dz1, mask=in_h)
     if POOL == AVGMAX:
         ds *= 0.5
-    if POOL != BOTH or weight2 is None:
-        to_peak = ds
     store_pool_gradients(
-        mean + b * C, value + b * C, tl.zeros((BLOCK_K,), ACC) if POOL == MAX else ds, to_peak,
+        mean + b * C, value + b * C, tl.zeros((BLOCK_K,), ACC) if POOL == MAX else ds, ds,
         row + (2 * C + H if POOL == BOTH else width - C), index + b * C, c, in_c, S, POOL, TIES,
     )  # fmt: skip
 
@@ -341,22 +301,23 @@ def _spread(
     grad, x, weight1, weight2, affine_weight, affine_bias, state, index,
     dots, products, mean, value, grad_logits, grad_hidden, tap_sums, grad_x, weight_sums, bias_sums,
     c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width, stride_b, stride_c, stride_s,
-    LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    APART: tl.constexpr, LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr, PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the program's descriptors; then reads grad (x too after a prologue or for shared ties), writes
-    grad_x, and leaves partial sums for the prologue."""
+    """Gradients of the program's descriptors, where no launch has left them; then reads grad (x too after a prologue or
+    for shared ties), writes grad_x, and leaves partial sums for the prologue."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
-    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
-    excite_backward(
-        weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
-        b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
-        LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
-    )  # fmt: skip
-    tl.debug_barrier()
+    if not APART:
+        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+        excite_backward(
+            weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
+            b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()
     row = state + b * width
     peak = row + (2 * C + H if POOL == BOTH else width - C)
     backward_pass(
@@ -448,24 +409,25 @@ def sizes_of(plan: maps.Plan, weight1: Tensor | None, weight2: Tensor | None, la
 def squeezed(
     x: Tensor,
     plan: maps.Plan,
-    weight1: Tensor | None,
-    weight2: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
     affine: dict[str, Tensor | None],
     sizes: dict[str, int],
+    state: Tensor,
+    index: Tensor,
+    layer: int,
     pool: int,
     ties: int,
+    activation: int,
     pre_activation: int,
 ) -> dict[str, Any]:
-    """Launch the read of x for its pools over space; the arguments by which `excite` finds what that left."""
-    arguments = plan.arguments(x.dtype)
+    """Launch the read of x for its pools over space, and the layers where they are apart; the arguments by which a
+    kernel with `excite` finds what that left."""
+    weight1, _, weight2, _ = parameters
+    is_apart = layers.is_apart(plan, weight1, layer, pool)
     tables = maps.pool_tables(x, plan, pool)
-    split_maximum = pool != POOLS["avg"] and plan.n_split > 1
-    n_part = plan.n_cblk if split_maximum else plan.parts
     products = None
-    if weight2 is not None:
-        shape = (plan.batch, n_part, sizes["H"] * (2 if pool == POOLS["both"] else 1))
-        products = x.new_empty(shape, dtype=maps.accumulator(x.dtype))
-    shared = {"POOL": pool, "TIES": ties, **{k: sizes[k] for k in ("H", "BLOCK_H", "BLOCK_K")}, **tables}
+    if weight2 is not None and not is_apart:
+        products = x.new_empty((plan.batch, plan.parts, sizes["H"]), dtype=maps.accumulator(x.dtype))
     maps.launch(
         _pool,
         x,
@@ -474,24 +436,19 @@ def squeezed(
         weight1=None if products is None else weight1,
         products=products,
         PRE=pre_activation,
+        POOL=pool,
+        TIES=ties,
         **affine,
-        **shared,
-        **arguments,
+        **tables,
+        **{k: sizes[k] for k in ("H", "BLOCK_H", "BLOCK_K")},
+        **plan.arguments(x.dtype),
         **maps.exact(ties, pool),
     )
-    if pool != POOLS["avg"] and products is not None:
-        maps.launch_where(
-            split_maximum,
-            _first_layer,
-            x,
-            plan.batch * plan.n_cblk,
-            weight1=weight1,
-            products=products,
-            BLOCK_ROWS=sizes["BLOCK_ROWS"],
-            **shared,
-            **{k: arguments[k] for k in ("c_q", "s_q", "n_cblk", "n_split", "tiles", "CV", "SV", "BLOCK_C", "ACC")},
-        )
-    return {"products": products, "n_part": n_part, **tables}
+    found = {"state": state, "index": index, "products": products, "n_part": plan.parts, "APART": is_apart}
+    if is_apart:
+        layers.excite(x, plan, tables, parameters, state, index, pool, ties, activation)
+        parameters, tables = (None,) * 4, dict.fromkeys(tables)
+    return found | tables | dict(zip(("weight1", "bias1", "weight2", "bias2"), parameters, strict=True))
 
 
 def empty_state(x: Tensor, plan: maps.Plan, hidden: int, pool: int, ties: int) -> tuple[Tensor, Tensor]:
@@ -589,26 +546,20 @@ def channel_gate(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
-    weight1, bias1, weight2, bias2 = map(maps.row, (weight1, bias1, weight2, bias2))
+    x, plan = maps.dense(x, True)
+    parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2)))
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
-    sizes = sizes_of(plan, weight1, weight2, layer)
+    sizes = sizes_of(plan, parameters[0], parameters[2], layer)
     y = torch.empty_like(x)
     state, index = empty_state(x, plan, sizes["H"], pool, ties)
-    found = squeezed(x, plan, weight1, weight2, affine, sizes, pool, ties, pre_activation)
+    found = squeezed(x, plan, parameters, affine, sizes, state, index, layer, pool, ties, activation, pre_activation)
     maps.launch(
         _gate,
         x,
         plan.programs,
         x=x,
-        weight1=weight1,
-        bias1=bias1,
-        weight2=weight2,
-        bias2=bias2,
         residual=maps.as_map(residual, x),
         y=y,
-        state=state,
-        index=index,
         width=state.shape[1],
         LAYER=layer,
         POOL=pool,
@@ -646,20 +597,21 @@ def channel_gate_backward(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, True)
     state, index = state.contiguous(), index.contiguous()
     grad, strides = maps.gradient(grad, x)
     parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2, affine_weight, affine_bias)))
     weight1, _, weight2, _, affine_weight, affine_bias = parameters
     sizes = sizes_of(plan, weight1, weight2, layer)
+    is_apart, dots = layers.is_apart(plan, weight1, layer, pool), maps.table(x, plan)
     shared = {
         "x": x,
         "affine_weight": affine_weight,
         "affine_bias": affine_bias,
         "state": state,
-        "weight2": weight2,
-        "dots": maps.table(x, plan),
-        "products": state.new_empty((plan.batch, plan.parts, sizes["H"])) if sizes["H"] else None,
+        "weight2": None if is_apart else weight2,
+        "dots": dots,
+        "products": state.new_empty((plan.batch, plan.parts, sizes["H"])) if sizes["H"] and not is_apart else None,
         "width": state.shape[1],
         "GATE": gate,
         "PRE": pre_activation,
@@ -686,15 +638,18 @@ def channel_gate_backward(
         grad, strides = grad_residual, dict.fromkeys(strides)
     tables = excitation_tables(state, plan, weight1, sizes, pool)
     sums = maps.affine_tables(x, plan, affine_weight)
+    if is_apart:
+        layers.excite_backward(x, plan, dots, tables, weight1, weight2, state, index, pool, ties, activation, gate)
     maps.launch(
         _spread,
         x,
         plan.programs,
         grad=grad,
-        weight1=weight1,
+        weight1=None if is_apart else weight1,
         index=index,
         grad_x=grad_x,
         n_part=plan.parts,
+        APART=is_apart,
         LAYER=layer,
         POOL=pool,
         TIES=ties,

@@ -131,9 +131,13 @@ def load_affine(affine_weight, affine_bias, c, mask, ACC: tl.constexpr):
 
 @triton.jit
 def before_activation(x, weight, bias, AFFINE: tl.constexpr):
-    """What the prologue's activation is applied to; one explicit fma, so that every pass gets the same bits."""
+    """What the prologue's activation is applied to; one explicit fma, so that every pass gets the same bits. weight and
+    bias are one a row, or lie as x does."""
     if AFFINE:
-        return tl.fma(x, tl.broadcast_to(weight[:, None], x.shape), tl.broadcast_to(bias[:, None], x.shape))
+        if len(weight.shape) == 1:
+            return tl.fma(x, tl.broadcast_to(weight[:, None], x.shape), tl.broadcast_to(bias[:, None], x.shape))
+        else:
+            return tl.fma(x, tl.broadcast_to(weight, x.shape), tl.broadcast_to(bias, x.shape))
     else:
         return x
 
@@ -172,6 +176,28 @@ def reduce_max(best, place, AXIS: tl.constexpr, TIES: tl.constexpr):
         return key, tl.min(tl.where(hit, place, NOWHERE), axis=AXIS)
 
 
+@triton.jit
+def higher_of(key, place, key2, place2, TIES: tl.constexpr):
+    """Of two maxima of parts, the parts' one."""
+    tie = place + place2 if TIES == EVEN else tl.minimum(place, place2)
+    return tl.maximum(key, key2), tl.where(key2 > key, place2, tl.where(key2 == key, tie, place))
+
+
+# ---- products of matrices ----
+
+
+@triton.jit
+def product(a, b, TF32: tl.constexpr, ACC: tl.constexpr):
+    """a @ b. TF32: b is read from half precision, so that TF32 holds it, and a as the sum of two such numbers but for
+    2^-22 of it; of infinity nothing is left for the second."""
+    if TF32:
+        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        rest = tl.dot(tl.where(high == a, 0.0, a - high), b, input_precision="tf32", out_dtype=ACC)
+        return tl.dot(high, b, rest, input_precision="tf32", out_dtype=ACC)
+    else:
+        return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
 # ---- partial results, one row a program of the pass before ----
 
 
@@ -200,9 +226,7 @@ def max_of_rows(
         inside = ((k + rows) < n_rows)[:, None] & mask[None, :]
         values = tl.load(best + at, mask=inside, other=float("-inf"))
         key2, found2 = reduce_max(values, tl.load(place + at, mask=inside, other=nowhere), 0, TIES)
-        tie = found + found2 if TIES == EVEN else tl.minimum(found, found2)
-        found = tl.where(key2 > key, found2, tl.where(key2 == key, tie, found))
-        key = tl.maximum(key, key2)
+        key, found = higher_of(key, found, key2, found2, TIES)
     if TIES == FIRST:
         found = tl.where(found == nowhere, 0, found)  # nothing but -inf: the first of them
     return from_order_key(key), found

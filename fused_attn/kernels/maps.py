@@ -1,8 +1,10 @@
 """Where a map's elements lie, and which program works on which of them.
 
 A map (B, C, *spatial) is seen as (B, C, S). Programs work on tiles of BLOCK_C channels x BLOCK_S positions, whose
-contiguous axis is the map's. C and S reach a kernel as `c_q * CV` and `s_q * SV`, CV and SV being the largest powers of
-two that a 16-byte load can use, so that the compiler sees the alignment of rows that are no multiple of 16.
+contiguous axis is the map's; of small maps in NCHW, whose rows are short and begin anywhere, a tile may be FLAT: the
+16-byte vectors of BLOCK_C whole channels, one contiguous run of BLOCK_S elements at most. C and S reach a kernel as
+`c_q * CV` and `s_q * SV`, CV and SV being the largest powers of two that a 16-byte load can use, so that the compiler
+sees the alignment of rows that are no multiple of 16.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from torch import Tensor
 from ..codes import POOLS, TIES
 from . import replay
 
-NCHW, CHANNELS_LAST = (tl.constexpr(i) for i in range(2))
+NCHW, CHANNELS_LAST, FLAT = (tl.constexpr(i) for i in range(3))
 
 #: Integer arguments that must not make a new variant of a kernel when they are 1 or a multiple of 16.
 SIZES = (
     *(
         "c_q",
         "s_q",
+        "h_q",
         "n_cblk",
         "n_split",
         "blocks",
@@ -51,13 +54,13 @@ def locate(n_cblk, n_split, LAYOUT: tl.constexpr, REVERSE: tl.constexpr):
     pid = tl.program_id(0)
     if REVERSE:
         pid = tl.num_programs(0) - 1 - pid
-    if LAYOUT == CHANNELS_LAST:
-        cblk = pid % n_cblk
-        split = pid // n_cblk % n_split
+    if LAYOUT == FLAT:  # space is never split
+        b = pid // n_cblk
+        return b.to(tl.int64), pid - b * n_cblk, tl.full((), 0, tl.int32)
+    elif LAYOUT == CHANNELS_LAST:
+        return (pid // (n_cblk * n_split)).to(tl.int64), pid % n_cblk, pid // n_cblk % n_split
     else:
-        split = pid % n_split
-        cblk = pid // n_split % n_cblk
-    return (pid // (n_cblk * n_split)).to(tl.int64), cblk, split
+        return (pid // (n_cblk * n_split)).to(tl.int64), pid // n_split % n_cblk, pid % n_split
 
 
 @triton.jit
@@ -69,6 +72,50 @@ def tile_at(b, c0, s0, C, S, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_
         return (b * S + s0) * C + c0, c + s * C, (BLOCK_S * C).to(tl.int64)
     else:
         return (b * C + c0) * S + s0, c * S + s, tl.full((), BLOCK_S, tl.int64)
+
+
+@triton.jit
+def flat_rows(c0, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """The vectors of a FLAT tile: (channel in which each begins, whether it exists, whether the next channel begins in
+    it too, how many of its elements at most are the first channel's, position of its first element there)."""
+    begin = tl.arange(0, BLOCK_S // VECTOR) * VECTOR
+    k = ((begin + 0.5) * (1.0 / S)).to(tl.int32)  # begin // S: exact, for so few elements
+    edge = (k + 1) * S - begin
+    exists = begin < tl.minimum(C - c0, BLOCK_C) * S
+    return c0 + k, exists, exists & (edge < VECTOR), edge, begin - k * S
+
+
+@triton.jit
+def firsts(edge, VECTOR: tl.constexpr):
+    """Which elements are the first channel's."""
+    return tl.arange(0, VECTOR)[None, :] < edge[:, None]
+
+
+@triton.jit
+def flat_tile_at(b, c0, C, S, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """tile_at for a FLAT tile, which has no next one."""
+    vectors = tl.arange(0, BLOCK_S // VECTOR)[:, None] * VECTOR
+    return b * (C * S) + c0 * S, vectors + tl.arange(0, VECTOR)[None, :], tl.full((), 0, tl.int64)
+
+
+@triton.jit
+def flat_parts(pairs, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """What a FLAT tile's vectors have for each of its channels, (vectors of one, channels), and which of that exists.
+
+    pairs: each vector's number for the channel in which it begins, and for the next.
+    """
+    CHANNELS: tl.constexpr = triton.next_power_of_2(BLOCK_C)
+    VECTORS: tl.constexpr = triton.next_power_of_2(BLOCK_S // BLOCK_C // VECTOR + 2)
+    k, i = tl.arange(0, CHANNELS)[None, :], tl.arange(0, VECTORS)[:, None]
+    shift: tl.constexpr = 1 if VECTOR == 2 else 2 if VECTOR == 4 else 3
+    begin = tl.minimum(k, BLOCK_C - 1) * S
+    at = (begin >> shift) + i
+    exists = (at * VECTOR < begin + S) & (k < BLOCK_C)
+    index = 2 * at + ((i == 0) & (begin % VECTOR != 0)).to(tl.int32)
+    if (BLOCK_C - 1) * (BLOCK_S // BLOCK_C) // VECTOR + VECTORS > BLOCK_S // VECTOR:  # it may lie behind them all
+        index = tl.where(exists, index, 0)
+    parts = tl.gather(tl.reshape(pairs, (2 * (BLOCK_S // VECTOR),)), tl.reshape(index, (VECTORS * CHANNELS,)), 0)
+    return tl.reshape(parts, (VECTORS, CHANNELS)), exists
 
 
 @triton.jit
@@ -119,8 +166,8 @@ class Plan(NamedTuple):
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments that every kernel with passes over a map takes."""
-        vector = 16 // dtype.itemsize
-        cv, sv = math.gcd(self.channels, vector), math.gcd(max(self.space, 1), vector)
+        cv, sv = vector_of(self.channels, dtype), vector_of(max(self.space, 1), dtype)
+        tile = self.block_s if self.layout == FLAT.value else self.block_c * self.block_s
         return {
             "c_q": self.channels // cv,
             "s_q": self.space // sv,
@@ -134,14 +181,20 @@ class Plan(NamedTuple):
             "BLOCK_C": self.block_c,
             "BLOCK_S": self.block_s,
             "ACC": triton_accumulator(dtype),
-            "num_warps": min(max(self.block_c * self.block_s // (32 * self.lane), 1), 4),
+            "num_warps": min(max(tile // (32 * self.lane), 1), 4),
         }
+
+
+def vector_of(size: int, dtype: torch.dtype) -> int:
+    """The largest power of two that divides a size and that a 16-byte load can use."""
+    return math.gcd(size, 16 // dtype.itemsize)
 
 
 # A thread has two 16-byte loads of each tensor in flight, or four elements where each is a load of its own (its address
 # takes two registers).
 LANE_BYTES, LANE_ALONE = 32, 4
 THREADS = 128
+FLAT_LANE_BYTES = 64  # likewise of a FLAT tile, of which a program has one
 LONG_ROW = 2**26  # offsets within a tile have 32 bits
 # Programs a multiprocessor that a launch aims at, and at most for one sample: each of a sample's programs sums what
 # all of them left (parts x hidden numbers), which must stay small beside the map.
@@ -194,7 +247,7 @@ def plan(
     a tile and several tiles a program. Few samples: fewer channels a program, space split.
     `lane_bytes`: of a tile, for each thread; `most_channels`: of a program, where a tile has no more.
     """
-    size, wanted = max(space, 1), 2 * sms
+    size, wanted = max(space, 1), PROGRAMS_PER_SM // 2 * sms
     contiguous = channels if layout == CHANNELS_LAST.value else size
     lane = lane_bytes // itemsize
     if contiguous * itemsize % 8 != 0:
@@ -210,13 +263,32 @@ def plan(
     block_k, tiles = block_c, 1
     while block_k < min(most_channels, channels):
         block_k *= 2
-    while tiles * block_c < block_k and batch * triton.cdiv(channels, 2 * tiles * block_c) * s_blocks >= wanted:
+    # Along space a sum goes on from tile to tile; a further tile of channels begins a new one.
+    while tiles * block_c < block_k and batch * triton.cdiv(channels, 2 * tiles * block_c) >= wanted:
         tiles *= 2
     n_cblk = triton.cdiv(channels, tiles * block_c)
     programs = min(PROGRAMS_PER_SM * sms // max(batch, 1), PARTS_PER_SM * sms)
     blocks = triton.cdiv(s_blocks, min(max(programs // max(n_cblk, 1), 1), s_blocks))
     n_split = triton.cdiv(s_blocks, blocks)
     return Plan(batch, channels, space, layout, block_k, block_c, block_s, n_cblk, n_split, blocks, tiles, lane)
+
+
+@functools.lru_cache(maxsize=4096)
+def flat_plan(batch: int, channels: int, space: int, itemsize: int) -> Plan | None:
+    """A plan of FLAT tiles, None where a map has no use for them or cannot have them: its rows begin at any address but
+    its samples at multiples of 16 bytes, and no vector lies in three channels."""
+    vector = 16 // itemsize
+    if space % vector == 0 or space < vector or channels * space % vector != 0:
+        return None
+    lane = FLAT_LANE_BYTES // itemsize
+    block_s, unit = min(lane * THREADS, next_power_of_2(channels * space)), vector // math.gcd(space, vector)
+    most = min(block_s // space, next_power_of_2(channels))
+    coarse = max(1 << max(most.bit_length() - 3, 0), unit)  # so that few kernels serve maps of all sizes
+    block_c = most // coarse * coarse
+    if block_c == 0:
+        return None
+    n_cblk, block_k = triton.cdiv(channels, block_c), next_power_of_2(block_c)
+    return Plan(batch, channels, space, FLAT.value, block_k, block_c, block_s, n_cblk, 1, 1, 1, lane)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -260,7 +332,7 @@ def rows_of_channels(plan: Plan) -> int:
     return min(next_power_of_2(triton.cdiv(plan.channels, fewest)), 8)
 
 
-def dense(x: Tensor) -> tuple[Tensor, Plan]:
+def dense(x: Tensor, may_be_flat: bool = False, lane_bytes: int = LANE_BYTES) -> tuple[Tensor, Plan]:
     """x, copied to NCHW where it is neither that nor channels_last, and the plan for it."""
     space = x.shape[2:].numel()
     if x.is_contiguous():
@@ -269,8 +341,12 @@ def dense(x: Tensor) -> tuple[Tensor, Plan]:
         layout = CHANNELS_LAST
     else:
         x, layout = x.contiguous(), NCHW
+    if may_be_flat and layout is NCHW:
+        flat = flat_plan(x.shape[0], x.shape[1], space, x.element_size())
+        if flat is not None:
+            return x, flat
     sms = multiprocessors(x.device)
-    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms)
+    return x, plan(x.shape[0], x.shape[1], space, layout.value, x.element_size(), sms, lane_bytes)
 
 
 def _lies_as(t: Tensor, x: Tensor) -> bool:

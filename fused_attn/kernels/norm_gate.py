@@ -565,7 +565,7 @@ def norm_dots(
     activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, lane_bytes=16)  # with five sums an element: registers for more programs, not more elements
     plan = plan if bits is None else _whole_bytes(plan)
     grad_residual = x.new_empty(0) if post_activation == _IDENTITY else torch.empty_like(x)
     grad, strides = maps.gradient(grad, x)

@@ -20,18 +20,153 @@ from .language import (
     activate_grad,
     before_activation,
     from_order_key,
-    load_affine,
     max_of_rows,
     reduce_max,
     sum_rows,
 )
-from .maps import strided_tile_at, tile_at
+from .maps import FLAT, firsts, flat_parts, flat_rows, flat_tile_at, strided_tile_at, tile_at
 
 
 @triton.jit
 def inside(first, S, BLOCK_S: tl.constexpr):
     """Which of BLOCK_S positions from `first` (64 bits) lie within space; compared in 32."""
     return tl.arange(0, BLOCK_S) < tl.minimum(S - first, BLOCK_S).to(tl.int32)
+
+
+@triton.jit
+def count(n, LAYOUT: tl.constexpr):
+    """Of a program's tiles or blocks: of FLAT tiles there is one."""
+    if LAYOUT == FLAT:
+        return 1
+    else:
+        return n
+
+
+@triton.jit
+def rows_of(c0, C, S, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """What the rows of a tile are, as `of_channels` and `positions` read it: channels, or vectors of a FLAT tile."""
+    if LAYOUT == FLAT:
+        return flat_rows(c0, C, S, BLOCK_C, BLOCK_S, VECTOR)
+    else:
+        c = c0 + tl.arange(0, BLOCK_C)
+        return c, c < C, None, None, None
+
+
+@triton.jit
+def of_channels(numbers, rows, CODE: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """The activation CODE of the tile's numbers of one a channel: a column, or of a FLAT tile one an element."""
+    c, exists, next_exists, edge, _ = rows
+    first = activate(tl.load(numbers + c, mask=exists, other=0).to(ACC), CODE)
+    if edge is not None:
+        second = activate(tl.load(numbers + c + 1, mask=next_exists, other=0).to(ACC), CODE)
+        return tl.where(firsts(edge, VECTOR), first[:, None], second[:, None])
+    else:
+        return first[:, None]
+
+
+@triton.jit
+def affine_of(affine_weight, affine_bias, rows, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """The prologue's weight and bias likewise; without a prologue, numbers that nobody uses."""
+    if affine_weight is not None:
+        return of_channels(affine_weight, rows, IDENTITY, VECTOR, ACC), of_channels(
+            affine_bias, rows, IDENTITY, VECTOR, ACC
+        )
+    else:
+        return rows[0], rows[0]
+
+
+@triton.jit
+def positions(first, S, rows, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """Where in its channel each column lies, or each element of a FLAT tile."""
+    _, _, _, edge, begin = rows
+    if edge is not None:
+        at = begin[:, None] + tl.arange(0, VECTOR)[None, :]
+        return tl.where(firsts(edge, VECTOR), at, at - S)
+    else:
+        return (first.to(tl.int32) + tl.arange(0, BLOCK_S))[None, :]
+
+
+@triton.jit
+def elements(first, S, rows, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """Which of the tile's elements exist."""
+    _, exists, _, edge, _ = rows
+    if edge is not None:
+        return tl.broadcast_to(exists[:, None], (BLOCK_S // VECTOR, VECTOR))
+    else:
+        return exists[:, None] & inside(first, S, BLOCK_S)[None, :]
+
+
+@triton.jit
+def tile_of(b, c0, s0, C, S, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """tile_at, for a FLAT tile too."""
+    if LAYOUT == FLAT:
+        return flat_tile_at(b, c0, C, S, BLOCK_S, VECTOR)
+    else:
+        return tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+
+
+@triton.jit
+def strided_tile_of(
+    b, c0, s0, S, stride_b, stride_c, stride_s, rows,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """strided_tile_at, likewise."""
+    c, _, _, edge, _ = rows
+    if edge is not None:
+        first = b * stride_b + c0.to(tl.int64) * stride_c
+        k = (c - c0)[:, None] + tl.where(firsts(edge, VECTOR), 0, 1)
+        at = positions(s0, S, rows, BLOCK_S, VECTOR)
+        return first, k.to(tl.int64) * stride_c + at.to(tl.int64) * stride_s, tl.full((), 0, tl.int64)
+    else:
+        return strided_tile_at(b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S)
+
+
+@triton.jit
+def store_sums(
+    out, values, c0, C, S, rows, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """The sums of a tile's values for each of its channels; of a FLAT tile's, values that do not exist may be any."""
+    c, exists, _, edge, _ = rows
+    if edge is not None:
+        first = tl.where(firsts(edge, VECTOR), values, 0.0)
+        # The others, by bits: as quick as a second choice, and no predicate has to be kept for it.
+        bits: tl.constexpr = tl.int64 if values.dtype == tl.float64 else tl.int32
+        other = (values.to(bits, bitcast=True) ^ first.to(bits, bitcast=True)).to(values.dtype, bitcast=True)
+        sums = tl.join(tl.sum(first, axis=1), tl.sum(other, axis=1))
+        parts, are_parts = flat_parts(sums, S, BLOCK_C, BLOCK_S, VECTOR)
+        _store_flat(out, tl.sum(tl.where(are_parts, parts, 0.0), axis=0), c0, C, BLOCK_C)
+    else:
+        tl.store(out + c, tl.sum(values, axis=1), mask=exists)
+
+
+@triton.jit
+def _store_flat(out, numbers, c0, C, BLOCK_C: tl.constexpr):
+    k = tl.arange(0, numbers.shape[0])
+    tl.store(out + c0 + k, numbers, mask=(k < BLOCK_C) & (c0 + k < C))
+
+
+@triton.jit
+def store_maxima(
+    best, place, peak, found, c0, C, S, rows, TIES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Likewise the maxima and their places."""
+    c, exists, _, edge, _ = rows
+    if edge is not None:
+        own = firsts(edge, VECTOR)
+        nowhere: tl.constexpr = 0 if TIES == EVEN else NOWHERE
+        lowest = float("-inf")
+        key, where = reduce_max(tl.where(own, peak, lowest), tl.where(own, found, nowhere), 1, TIES)
+        key2, where2 = reduce_max(tl.where(own, lowest, peak), tl.where(own, nowhere, found), 1, TIES)
+        peaks, are_parts = flat_parts(tl.join(from_order_key(key), from_order_key(key2)), S, BLOCK_C, BLOCK_S, VECTOR)
+        places, _ = flat_parts(tl.join(where, where2), S, BLOCK_C, BLOCK_S, VECTOR)
+        key, where = reduce_max(tl.where(are_parts, peaks, lowest), tl.where(are_parts, places, nowhere), 0, TIES)
+        _store_flat(best, from_order_key(key), c0, C, BLOCK_C)
+        _store_flat(place, where, c0, C, BLOCK_C)
+    else:
+        key, where = reduce_max(peak, found, 1, TIES)
+        tl.store(best + c, from_order_key(key), mask=exists)
+        tl.store(place + c, where, mask=exists)
 
 
 @triton.jit
@@ -43,40 +178,46 @@ def pool_pass(
 ):  # fmt: skip
     """Reads x once; leaves partial sums, and partial maxima with first position or multiplicity, (B, n_split, C)."""
     row = (b * n_split + split) * C
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_S // VECTOR if LAYOUT == FLAT else BLOCK_C
+    COLUMNS: tl.constexpr = VECTOR if LAYOUT == FLAT else BLOCK_S
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
-        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weight, bias = affine_of(affine_weight, affine_bias, rows, VECTOR, ACC)
+        at, offsets, step = tile_of(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         first = s0  # position of the tile
-        total = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        peak = tl.full((BLOCK_C, BLOCK_S), float("-inf"), ACC)
-        found = tl.full((BLOCK_C, BLOCK_S), 0 if TIES == EVEN else NOWHERE, tl.int32)
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
-            value = tl.load(x + at + offsets, mask=mask, other=0.0)
+        total = tl.zeros((ROWS, COLUMNS), ACC)
+        peak = tl.full((ROWS, COLUMNS), float("-inf"), ACC)
+        found = tl.full((ROWS, COLUMNS), 0 if TIES == EVEN else NOWHERE, tl.int32)
+        value = tl.load(x + at + offsets, mask=elements(first, S, rows, BLOCK_S, VECTOR), other=0.0)
+        for i in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
+            if LAYOUT != FLAT:  # two tiles are in flight
+                in_next = elements(first + BLOCK_S, S, rows, BLOCK_S, VECTOR) & (i + 1 < blocks)
+                following = tl.load(x + at + step + offsets, mask=in_next, other=0.0)
             u = activate(before_activation(value.to(ACC), weight, bias, affine_weight is not None), PRE)
             if POOL != MAX:
-                total += tl.where(mask, u, 0.0)
+                total = u if LAYOUT == FLAT else total + tl.where(mask, u, 0.0)
             if POOL != AVG:
                 u = u.to(value.dtype).to(ACC)
                 better = mask & ((u > peak) | ((u != u) & (peak == peak)))
                 if TIES == EVEN:
                     found = tl.where(better, 1, tl.where(mask & (u == peak), found + 1, found))
                 else:
-                    position = first.to(tl.int32) + tl.arange(0, BLOCK_S)
-                    found = tl.where(better, tl.broadcast_to(position[None, :], better.shape), found)
+                    found = tl.where(
+                        better, tl.broadcast_to(positions(first, S, rows, BLOCK_S, VECTOR), (ROWS, COLUMNS)), found
+                    )
                 peak = tl.where(better, u, peak)
+            if LAYOUT != FLAT:
+                value = following
             at += step
             first += BLOCK_S
         if POOL != MAX:
-            tl.store(sums + row + c, tl.sum(total, axis=1), mask=in_c)
+            store_sums(sums + row, total, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
         if POOL != AVG:
-            key, where = reduce_max(peak, found, 1, TIES)
-            tl.store(best + row + c, from_order_key(key), mask=in_c)
-            tl.store(place + row + c, where, mask=in_c)
+            store_maxima(best + row, place + row, peak, found, c0, C, S, rows, TIES, BLOCK_C, BLOCK_S, VECTOR)
 
 
 @triton.jit
@@ -99,12 +240,12 @@ def descriptor(
 
 
 @triton.jit
-def channel_gates(gate, c, mask, GATE: tl.constexpr, ACC: tl.constexpr):
-    """The gates of channels c, (BLOCK_C, 1), from a sample's row of what GATE is applied to; None: one."""
+def channel_gates(gate, rows, GATE: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """The tile's gates a channel, from a sample's row of what GATE is applied to; None: one."""
     if gate is None:
         return 1.0
     else:
-        return activate(tl.load(gate + c, mask=mask, other=0.0).to(ACC), GATE)[:, None]
+        return of_channels(gate, rows, GATE, VECTOR, ACC)
 
 
 @triton.jit
@@ -124,18 +265,19 @@ def scale_pass(
     GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
     LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and the residual once, writes y; `gate` and `space_gate` point at the sample's rows."""
+    """Reads x and the residual once, writes y; `gate` and `space_gate` point at the sample's rows. A FLAT
+    tile has no gates of positions."""
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
-        g = channel_gates(gate, c, in_c, GATE, ACC)
-        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weight, bias = affine_of(affine_weight, affine_bias, rows, VECTOR, ACC)
+        g = channel_gates(gate, rows, GATE, VECTOR, ACC)
+        at, offsets, step = tile_of(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         first = s0  # position of the tile
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
             result = activate(before_activation(value, weight, bias, affine_weight is not None), PRE) * g
             result *= space_gates(space_gate, first, S, SPACE_GATE, BLOCK_S, ACC)
@@ -171,42 +313,45 @@ def backward_pass(
     None where only pools have a gradient. The gradient of v is grad * space_gate plus what its pools over channels had,
     `space_grads` (2, S) for maximum and mean, the maximum's at `channel`, or with `space_peak` wherever v equals it.
     `dots`: partial sums over space of the gradient of v times u. grad_x gets the gradient of v times gate, `mean`
-    (per channel) and `value` at `place`, or with `peak` wherever u equals it. Pointers are at the sample's row.
+    (per channel) and `value` at `place`, or with `peak` wherever u equals it. Pointers are at the sample's row. A FLAT
+    tile has no gates and pools of positions.
     """
     row = (b * n_split + split) * C
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_S // VECTOR if LAYOUT == FLAT else BLOCK_C
+    COLUMNS: tl.constexpr = VECTOR if LAYOUT == FLAT else BLOCK_S
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     AFFINE: tl.constexpr = affine_weight is not None
     READS_X: tl.constexpr = dots is not None or AFFINE or PRE != IDENTITY or peak is not None or space_peak is not None
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
-        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
-        g = channel_gates(gate, c, in_c, GATE, ACC)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weight, bias = affine_of(affine_weight, affine_bias, rows, VECTOR, ACC)
+        at, offsets, step = tile_of(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        g = channel_gates(gate, rows, GATE, VECTOR, ACC)
         if stride_b is not None:
-            grad_at, grad_offsets, grad_step = strided_tile_at(
-                b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+            grad_at, grad_offsets, grad_step = strided_tile_of(
+                b, c0, s0, S, stride_b, stride_c, stride_s, rows, BLOCK_C, BLOCK_S, VECTOR
             )
         if mean is not None:
-            shared = tl.load(mean + c, mask=in_c, other=0.0).to(ACC)
+            shared = of_channels(mean, rows, IDENTITY, VECTOR, ACC)
         if value is not None:
-            to_peak = tl.load(value + c, mask=in_c, other=0.0).to(ACC)
+            to_peak = of_channels(value, rows, IDENTITY, VECTOR, ACC)
             if peak is not None:
-                highest = tl.load(peak + c, mask=in_c, other=0.0).to(ACC)
+                highest = of_channels(peak, rows, IDENTITY, VECTOR, ACC)
             else:
-                peak_at = tl.load(place + c, mask=in_c, other=0)
+                peak_at = of_channels(place, rows, IDENTITY, VECTOR, tl.int32)
         first = s0  # position of the tile
-        dot = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        weight_sum = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        bias_sum = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+        dot = tl.zeros((ROWS, COLUMNS), ACC)
+        weight_sum = tl.zeros((ROWS, COLUMNS), ACC)
+        bias_sum = tl.zeros((ROWS, COLUMNS), ACC)
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             if READS_X:
                 v = tl.load(x + at + offsets, mask=mask, other=0.0)
                 before = before_activation(v.to(ACC), weight, bias, AFFINE)
                 u = activate(before, PRE)
-            du = tl.zeros((BLOCK_C, BLOCK_S), ACC)  # first of v
+            du = tl.zeros((ROWS, COLUMNS), ACC)  # first of v
             if grad is not None:
                 if stride_b is not None:
                     dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0).to(ACC)
@@ -228,34 +373,34 @@ def backward_pass(
                     highest_of_v = tl.load(space_peak + position, mask=in_s, other=0.0)
                     here = (u * g).to(x.dtype.element_ty).to(ACC) == highest_of_v[None, :]
                 else:
-                    here = c[:, None] == tl.load(channel + position, mask=in_s, other=0)[None, :]
+                    here = rows[0][:, None] == tl.load(channel + position, mask=in_s, other=0)[None, :]
                 du += tl.where(here, to_max[None, :], 0.0)
             if dots is not None:
-                dot += tl.where(mask, du * u, 0.0)
+                dot = du * u if LAYOUT == FLAT else dot + tl.where(mask, du * u, 0.0)
             du *= g
             if grad_x is not None:
                 if mean is not None:
-                    du += shared[:, None]
+                    du += shared
                 if value is not None:
                     if peak is not None:
-                        hit = u.to(x.dtype.element_ty).to(ACC) == highest[:, None]
+                        hit = u.to(x.dtype.element_ty).to(ACC) == highest
                     else:
-                        hit = (first.to(tl.int32) + tl.arange(0, BLOCK_S))[None, :] == peak_at[:, None]
-                    du += tl.where(hit, to_peak[:, None], 0.0)
+                        hit = positions(first, S, rows, BLOCK_S, VECTOR) == peak_at
+                    du += tl.where(hit, to_peak, 0.0)
                 if PRE != IDENTITY:
                     du *= activate_grad(before, PRE)
                 if AFFINE:
                     weight_sum += tl.where(mask, du * v.to(ACC), 0.0)
                     bias_sum += tl.where(mask, du, 0.0)
-                    du *= weight[:, None]
+                    du *= weight
                 tl.store(grad_x + at + offsets, du, mask=mask)
             at += step
             first += BLOCK_S
         if dots is not None:
-            tl.store(dots + row + c, tl.sum(dot, axis=1), mask=in_c)
+            store_sums(dots + row, dot, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
         if AFFINE and grad_x is not None:
-            tl.store(weight_sums + row + c, tl.sum(weight_sum, axis=1), mask=in_c)
-            tl.store(bias_sums + row + c, tl.sum(bias_sum, axis=1), mask=in_c)
+            store_sums(weight_sums + row, weight_sum, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
+            store_sums(bias_sums + row, bias_sum, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def scale(
     pre_activation: int,
     post_activation: int,
 ) -> Tensor:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, not _of_space(gate, x))
     if _of_space(gate, x):
         affine = maps.row(affine_weight), maps.row(affine_bias)
         return scale_over_space(x, plan, gate.contiguous(), *affine, residual, NO_GATE, pre_activation, post_activation)
@@ -97,7 +97,7 @@ def scale_backward(
     pre_activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, not _of_space(gate, x))
     if _of_space(gate, x):
         affine, logits = (maps.row(affine_weight), maps.row(affine_bias)), gate.contiguous()
         over_channels = maps.plan_over_channels(x, plan)

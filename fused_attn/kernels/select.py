@@ -24,7 +24,7 @@ from torch import Tensor
 from ..codes import POOLS, SELECTIONS, TIES
 from ..ops.select import branch_views, empty_gradients, empty_sum, readable
 from . import maps
-from .channel_gate import _store_hidden
+from .channel_gate import store_hidden
 from .language import IDENTITY, activate, activate_grad, before_activation, sigmoid, sum_rows
 from .maps import CHANNELS_LAST, SIZES, channels_of, locate, strided_tile_at
 from .passes import inside
@@ -410,7 +410,7 @@ def _select(
     z = tl.zeros((BLOCK_M * BLOCK_K,), ACC)
     for h0 in range(0, H, BLOCK_H):
         h = h0 + tl.arange(0, BLOCK_H)
-        z1 = _store_hidden(products + b * n_part * H, bias1, row + C, n_part, H, H, h, cblk == 0, BLOCK_ROWS, ACC)
+        z1 = store_hidden(products + b * n_part * H, bias1, row + C, n_part, H, h, cblk == 0, BLOCK_ROWS, ACC)
         group_h, place_h = _part_of(h, HG, GROUPED)
         mask = exists[:, None] & (h < H)[None, :]
         if GROUPED:

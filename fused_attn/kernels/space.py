@@ -51,7 +51,7 @@ def channel_pool_pass(
             mask = in_c[:, None] & in_s[None, :]
             value = tl.load(x + at + offsets, mask=mask, other=0.0)
             v = activate(before_activation(value.to(ACC), weight, bias, affine_weight is not None), PRE)
-            v = v * channel_gates(gate, c, in_c, GATE, ACC)
+            v = v * channel_gates(gate, (c, in_c, None, None, None), GATE, 1, ACC)
             total += tl.where(mask, v, 0.0)
             v = v.to(value.dtype).to(ACC)
             better = mask & ((v > peak) | ((v != v) & (peak == peak)))
@@ -92,7 +92,7 @@ def channel_dot_pass(
             mask = in_c[:, None] & in_s[None, :]
             value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC)
             v = activate(before_activation(value, weight, bias, affine_weight is not None), PRE)
-            v = v * channel_gates(gate, c, in_c, GATE, ACC)
+            v = v * channel_gates(gate, (c, in_c, None, None, None), GATE, 1, ACC)
             if stride_b is not None:
                 grad_at, grad_offsets, _step = strided_tile_at(
                     b, c0, first, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S

@@ -121,7 +121,7 @@ def finish(x: Tensor, plan: maps.Plan, pool: int, ties: int, tables: dict[str, T
 def squeeze(
     x: Tensor, affine_weight: Tensor | None, affine_bias: Tensor | None, pre_activation: int, pool: int, ties: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, True)
     shape, none = (plan.batch, plan.channels), (0,)
     out = {
         "avg": x.new_empty(none if pool == POOLS["max"] else shape),
@@ -161,7 +161,7 @@ def squeeze_backward(
     pool: int,
     ties: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = maps.dense(x, True)
     index = index.contiguous()
     grad_x = torch.empty_like(x)
     spread = x.new_empty((2, plan.batch, plan.channels), dtype=maps.accumulator(x.dtype))

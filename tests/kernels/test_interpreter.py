@@ -159,6 +159,13 @@ def test_more_samples_than_are_summed_at_once(kind, pool, batch):
     check(random(batch, 5, 2, 3), tensors, {**options, "pool": pool, "activation": "silu"})
 
 
+@pytest.mark.parametrize(("kind", "pool"), [("se", "avg"), ("se", "both"), ("ese", "avgmax")])
+def test_layers_apart(kind, pool):
+    """On a map so small the layers have launches of their own: of more samples, channels and parts than a program."""
+    tensors, options = excitation(kind, 270, torch.float32)
+    check(random(17, 270, 2, 2), tensors, {**options, "pool": pool, "activation": "silu"})
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 0, 5), (0, 8, 0, 0)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty(kind, shape):

@@ -92,21 +92,36 @@ def traffic(monkeypatch):
 @pytest.mark.parametrize("kind", ["se", "ese", "eca", "none"])
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_channel_gate(traffic, pool, kind, layout):
-    """3 + 4 passes; 2 + 3 launches (one more forward where SE's maximum is split among programs)."""
+    """3 + 4 passes; 2 + 3 launches (two more each where the layers are apart from the map's programs)."""
     tensors, options = excitation(kind, SHAPE[1], torch.float32)
     x = in_layout(random(*SHAPE), layout).requires_grad_()
     tensors = {k: v.requires_grad_() for k, v in tensors.items()}
     y = functional.channel_gate(x, **tensors, **options, pool=pool)
     forward = [("_pool", {"read x": 1}), ("_gate", {"read x": 1, "write y": 1})]
-    if kind == "se" and pool == "max":
-        forward.insert(1, ("_first_layer", {}))
+    is_apart = kind in ("se", "ese") and pool == "max"
+    forward[1:1] = [("_first_layer", {}), ("_second_layer", {})] * is_apart
     assert traffic.passes() == forward
     traffic.launches.clear()
     y.backward(in_layout(random(*SHAPE, seed=1), layout))
     backward = [("_dot", {"read grad": 1, "read x": 1}), ("_spread", {"read grad": 1, "write grad_x": 1})]
+    backward[1:1] = [("_second_layer_backward", {}), ("_first_layer_backward", {})] * is_apart
     if kind != "none":
         backward.append(("_parameters", {}))
     assert traffic.passes() == backward
+
+
+def test_small_maps(traffic):
+    """Their rows begin at any address; what is read and written is each element once, and by whole vectors."""
+    shape = (2, 24, 7, 7)
+    traffic.elements = torch.Size(shape).numel()
+    tensors, options = excitation("eca", shape[1], torch.float32)
+    x = random(*shape).requires_grad_()
+    y = functional.channel_gate(x, **tensors, **options, pool="avgmax")
+    assert traffic.arguments[0]["BLOCK_C"] * 49 <= traffic.arguments[0]["BLOCK_S"]
+    assert traffic.passes() == [("_pool", {"read x": 1}), ("_gate", {"read x": 1, "write y": 1})]
+    traffic.launches.clear()
+    y.backward(random(*shape, seed=1))
+    assert traffic.total() == 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -297,22 +312,23 @@ def test_spatial_gate(traffic, norm, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("pool", "norm"), [("avg", False), ("both", False), ("both", True)])
 def test_cbam(traffic, pool, norm, layout):
-    """4 + 6 passes in 4 + 6 launches (one more forward where a maximum over space is split among programs)."""
+    """4 + 6 passes in 4 + 6 launches (two more each where the layers are apart from the map's programs)."""
     tensors, options = weights("se", SHAPE, torch.float32)
     tensors = {k: v.requires_grad_() for k, v in tensors.items()}
     x = in_layout(random(*SHAPE), layout).requires_grad_()
     batch_norm = (torch.ones(1), torch.zeros(1), 1e-5) if norm else None
     y = functional.cbam(x, **tensors, **options, pool=pool, batch_norm=batch_norm)
     y = y[0] if norm else y
-    kernels = ["_pool", "_first_layer", "_excite_and_pool", "convolve", "_scale_both"]
-    found = [kernel for kernel, _ in traffic.passes()]
-    assert found in ([k for k in kernels if k != "_first_layer"], kernels if pool == "both" else None)
+    is_apart = pool == "both"
+    kernels = ["_pool", *["_first_layer", "_second_layer"] * is_apart, "_excite_and_pool", "convolve", "_scale_both"]
+    assert [kernel for kernel, _ in traffic.passes()] == kernels
     assert traffic.total() == 4
     traffic.launches.clear()
     y.backward(in_layout(random(*SHAPE, seed=1), layout))
     middle = [("logit_gradients", 0)] * norm + [("convolve_backward", 0)]
     dots = [("_dot_channels_gated", 2), *middle, ("_dot_space", 2)]
     rest = [("_spread_both", 2), ("_parameters", 0), ("convolution_parameters", 0)]
+    dots += [("_second_layer_backward", 0), ("_first_layer_backward", 0)] * is_apart
     assert [(kernel, sum(p.values())) for kernel, p in traffic.passes()] == dots + rest
 
 
