@@ -117,7 +117,7 @@ def _ranks(block: nn.Module) -> list[int]:
     names = {type(part).__name__[-2:] for part in block.modules()}
     if "3d" in names:
         return [3]
-    return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1]
+    return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1, 3]
 
 
 def captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:

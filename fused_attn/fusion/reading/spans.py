@@ -151,4 +151,4 @@ def is_bounded(value: Value) -> bool:
     return any(n.op == "softmax" or (n.op == "act" and n.attrs[0] in _BOUNDED) for n in reached(value.node))
 
 
-_BOUNDED = ("sigmoid", "hard_sigmoid", "tanh", "relu6", "clamp 0 1", "clamp 0.0 1.0")
+_BOUNDED = ("sigmoid", "hard_sigmoid", "tanh", "relu6", "clamp 0.0 1.0", "clamp 0.0 6.0", "hardtanh 0.0 1.0")
