@@ -37,12 +37,14 @@ def is_own(block: nn.Module) -> bool:
 
 class Candidate(NamedTuple):
     """A module with its name in the model. found: its `decide`, None where it runs fused already or is one of
-    `fused_attn.nn`. served: it is run by a block around it, as long as that one runs fused."""
+    `fused_attn.nn`. served: it is run by a block around it, as long as that one runs fused. left: why it, or something
+    that its forward multiplies by a gate, is left alone; None: nothing is."""
 
     name: str
     block: nn.Module
     found: Recipe | str | None
     served: bool
+    left: str | None = None
 
 
 def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
@@ -60,10 +62,11 @@ def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
         if inside.startswith(parts[False]) and not runs:
             continue
         found = None if runs else decide(module, tails or plan is not None)
-        yield Candidate(
-            name, module, found, inside.startswith(served[True] if runs else (*served[True], *served[False]))
-        )
         recipe = plan.recipe if plan is not None and done else found
+        left = recipe if isinstance(recipe, str) else recipe.left if isinstance(recipe, OwnLayers) else None
+        yield Candidate(
+            name, module, found, inside.startswith(served[True] if runs else (*served[True], *served[False])), left
+        )
         if isinstance(recipe, OwnLayers):
             served[runs] += _within(name, recipe.covers)
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
@@ -150,7 +153,7 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     again = any(plan_of(block) is not None for block in model.modules())
     decisions = list(candidates(model, tails))
-    refused = [f"{c.name or '(the model)'}: {c.found}" for c in decisions if isinstance(c.found, str) and not c.served]
+    refused = [f"{c.name or '(the model)'}: {c.left}" for c in decisions if c.left is not None and not c.served]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))
     _swap(decisions, strict)
@@ -175,7 +178,7 @@ def _qualify(model: nn.Module) -> None:
 
 
 def _swap(decisions: Iterable[Candidate], strict: bool) -> None:
-    for _, block, recipe, _ in reversed(list(decisions)):  # what is inside first: a plan says what is in its block
+    for _, block, recipe, *_ in reversed(list(decisions)):  # what is inside first: a plan says what is in its block
         if recipe is not None and not isinstance(recipe, str):
             try:
                 swap(block, recipe)

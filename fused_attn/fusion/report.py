@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,17 @@ def explain(model: nn.Module, *, tails: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    return Report(row for found in candidates(model, tails) if (row := _row(found)) is not None)
+    return Report(row for found in candidates(model, tails) for row in _rows(found))
+
+
+def _rows(candidate: Candidate) -> Iterator[Row]:
+    """Of one module: two where some of what its forward multiplies by a gate is fused."""
+    row = _row(candidate)
+    if row is None:
+        return
+    yield row
+    if candidate.left is not None and not isinstance(candidate.found, str):
+        yield Row(row.name, "", row.host, False, "its own forward", candidate.left)
 
 
 def _row(candidate: Candidate) -> Row | None:

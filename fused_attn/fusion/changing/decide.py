@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from ..hosts.registry import TAILS, known_class, recognise
+from ..reading.recognise import UNKNOWN
 from ..recipes.names import host_of
 from ..recipes.recipe import Recipe
-from .parents import composite_of
+from .parents import composite_of, why_left
 from .plan import why_bound
 
 
@@ -22,9 +23,15 @@ def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
 def _decide(block: nn.Module, tails: bool) -> Recipe | str | None:
     recipe = recognise(block)
     if recipe is None or isinstance(recipe, str):
-        recipe = composite_of(block) or recipe
+        left = why_left(block)
+        recipe = composite_of(block) or (left if left is not None and _is_vague(recipe) else recipe)
     if tails and (recipe is None or isinstance(recipe, str)):
         recipe = recognise(block, TAILS) or recipe
     if recipe is None or isinstance(recipe, str):
         return recipe
     return why_bound(block, recipe) or recipe
+
+
+def _is_vague(recipe: Recipe | str | None) -> bool:
+    """Whether a reason says only that a gate is none of the known ones, which any gate may be."""
+    return recipe is None or (isinstance(recipe, str) and recipe.startswith(("computes ", UNKNOWN)))

@@ -89,6 +89,7 @@ class OwnLayers:
     no blocks by themselves. covers: paths of blocks in it that it serves, so that they are not fused by themselves.
     options: names of what forward takes beside the map, in their order; it raises `Unsuited` for other values.
     save: of a block with tails, what its layers keep for backward, one of `ops.remake.SAVES`; None: it has none.
+    left: why it still multiplies a map by a gate as it is written; None: it does not.
     """
 
     forward: Callable[..., Tensor]
@@ -101,6 +102,7 @@ class OwnLayers:
     covers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     save: str | None = None
+    left: str | None = None
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers

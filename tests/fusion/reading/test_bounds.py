@@ -1,4 +1,4 @@
-"""Functions with bounds: torch's clamp passes the gradient at its bounds, relu, relu6, hardtanh and hardsigmoid do not."""
+"""Functions with bounds: torch's clamp passes the gradient there, relu, relu6, hardtanh and hardsigmoid do not."""
 
 from __future__ import annotations
 
