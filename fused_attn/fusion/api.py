@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class FusionError(ValueError):
-    """Raised by `fuse(strict=True)`: a known block was left alone."""
+    """Raised by `fuse(strict=True)`: a block, or a product of a map and a gate, was left alone."""
 
 
 def is_own(block: nn.Module) -> bool:
@@ -124,7 +124,8 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
             projection is made again, too. Gradients stay the same to the bit where BatchNorms take the statistics of
             the batch. Tails that are fused already are set to it, too. Inside `torch.compile` this does nothing: there
             the compiler decides what is kept, by its own `torch._functorch.config.activation_memory_budget`.
-        strict: raise where a block of a known class was left alone; of a program, where what looks like a block was.
+        strict: raise where a block of a known class, or a product of a map and a gate, was left alone, naming what
+            `explain` lists as that; of a program, where what looks like a block was.
         qualify: of a model on a GPU, measure what its blocks call on maps of usual sizes, and have each call served by
             what is right and fastest on that card (see `fused_attn.qualify`). It takes seconds, once a card and
             version. Where `torch.distributed` is initialised all ranks take part, so all of them call `fuse`; False

@@ -85,6 +85,8 @@ class _Watch(TorchDispatchMode):
             raise RuntimeError("it is too large")
         name = function.overloadpacket.__name__
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if torch.Tag.nondeterministic_seeded in function.tags and not any(t.is_meta for t in tensors):
+            kwargs = {**kwargs, "device": "meta"}  # torch's random numbers are everybody's
         inputs = tuple(map(self.of, tensors))
         writes = name.endswith("_") and not name.endswith("__")
         out = None if writes else result(name, args, kwargs)

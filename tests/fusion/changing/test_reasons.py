@@ -209,6 +209,28 @@ def test_what_is_left_beside_what_is_fused():
     torch.testing.assert_close(net(x), plain(x))
 
 
+class WithLengths(Base):
+    """As in packages for speech: lengths are of samples that are shorter than their map."""
+
+    def forward(self, x, lengths=None):
+        if lengths is None:
+            pooled = x.mean((2, 3), keepdim=True)
+        else:
+            mask = (torch.arange(x.shape[3]) < lengths[:, None] * x.shape[3])[:, None, None]
+            pooled = (x * mask).sum((2, 3), keepdim=True) / (mask.sum(3, keepdim=True) * x.shape[2])
+        return x * self.excite(pooled)
+
+
+def test_what_it_may_be_given_beside_the_map_is_told():
+    plain = WithLengths().double()
+    net = fuse(copy.deepcopy(plain), strict=True)
+    (row,) = explain(net)
+    assert row.fused and row.reason.endswith("; as it is written when it is given lengths")
+    x, lengths = random(2, C, 7, 9, dtype=torch.float64), torch.tensor([1.0, 0.5])
+    torch.testing.assert_close(net(x), plain(x))
+    assert torch.equal(net(x, lengths), plain(x, lengths)) and torch.equal(net(x, lengths=lengths), plain(x, lengths))
+
+
 class Normalises(nn.Module):
     """Products that are of no gate."""
 
@@ -227,3 +249,15 @@ class Normalises(nn.Module):
 
 def test_what_is_no_gate_is_not_mentioned():
     assert not explain(fuse(Normalises(), strict=True))
+
+
+class Draws(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return (y * self.excite(pool(x))) * (torch.rand(1) < 0.5)
+
+
+def test_no_random_numbers_are_drawn():
+    block, state = Draws(), torch.get_rng_state()
+    assert explain(block)[0].reason == "its gate is computed from another map"
+    assert torch.equal(torch.get_rng_state(), state)
