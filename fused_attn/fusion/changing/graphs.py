@@ -430,6 +430,8 @@ def _gated(seen: Followed, last: fx.Node, left: list[str]) -> Iterator[Found]:
         kind = kind_of_gate(made, rank, samples=value.shape[0]) if is_whole(value) else None
         if value.shape != seen.values[last].shape or kind is None:
             continue
+        if kind == "positions" and any(n.op == "softmax" for n in reached(made.node, value.node)):
+            continue  # the weights of a pool
         pools = {n: value.node for n in reached(made.node) if _is_pool(n, value.node, rank)}
         if pools if kind == "channels" else is_bounded(made) and value.node in reached(made.node):
             options = {"of_channels": kind == "channels"}

@@ -215,7 +215,7 @@ class Recorder(TorchDispatchMode):
                 self._values[other] = None
 
 
-class _Plainly(TorchFunctionMode):
+class Plainly(TorchFunctionMode):
     """Makes tensors of numbers where these can be read, on the CPU: a tensor without data does not say which it is. And
     interpolates by the one operator for it, which torch takes apart on what is no CPU where algorithms are to be
     deterministic."""
@@ -348,7 +348,7 @@ def capture(
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
         try:
-            with OnOneDevice("meta", recorder.moved), _Plainly(), recorder:
+            with OnOneDevice("meta", recorder.moved), Plainly(), recorder:
                 y = acting(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..recipes.names import host_of
-from .capture import _Plainly, never_compiled
+from .capture import Plainly, never_compiled
 from .context import OnOneDevice
 from .reads import is_torch
-from .recognise import _ranks, channel_guesses
+from .recognise import channel_guesses, ranks_of
 from .shapes import result
 from .twin import twin
 
@@ -184,6 +184,8 @@ def _is_given(made: _Made) -> bool:
 
 
 def _is_gate(gate: _Made, x: _Made) -> bool:
+    if _root(gate).op in ("_softmax", "softmax") and gate.shape[1] == 1:  # the weights of a pool
+        return False
     small, large = _inside(gate, x)
     ops = {made.op for made in small}
     if any(_root(made) is _root(x) for made in large):
@@ -293,7 +295,7 @@ def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     count = max(1, len(needed)) if several else 1
     guesses = sorted(channel_guesses(block), reverse=True)  # of maps that are no wider than their layers make them
-    for rank, space, channels in itertools.product(_ranks(block), _SPACES, guesses):
+    for rank, space, channels in itertools.product(ranks_of(block), _SPACES, guesses):
         shape = (_BATCH, channels, *space[:rank])
         yield [shape] * count
         if count == 2:
@@ -331,7 +333,7 @@ def _run(
     given = [torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes]
     for tensor in given:
         watch.put(tensor, _Made("input", (), tuple(tensor.shape), tensor.dtype))
-    with torch.enable_grad(), OnOneDevice("meta"), _Plainly(), watch:
+    with torch.enable_grad(), OnOneDevice("meta"), Plainly(), watch:
         if run is None:
             host_of(type(block)).forward(acting, *given)
         else:

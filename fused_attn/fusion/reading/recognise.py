@@ -121,7 +121,8 @@ def channel_guesses(block: nn.Module) -> list[int]:
     return [*usual, 12, *([2] if 2 in found else [])]
 
 
-def _ranks(block: nn.Module) -> list[int]:
+def ranks_of(block: nn.Module) -> list[int]:
+    """Of the maps that it may take, the likeliest first."""
     names = {type(part).__name__[-2:] for part in block.modules()}
     if "3d" in names:
         return [3]
@@ -131,7 +132,7 @@ def _ranks(block: nn.Module) -> list[int]:
 def captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
     """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
     spaces = (SPACE, EVEN_SPACE) if _may_attend(block) else (SPACE,)
-    for rank in _ranks(block):
+    for rank in ranks_of(block):
         for space, channels in itertools.product(spaces, channel_guesses(block)):
             try:
                 yield rank, channels, capture(block, (BATCH, channels, *space[:rank]))
@@ -182,7 +183,7 @@ def _of_any_rank(block: nn.Module, found: Found, rank: int) -> Found:
     """A channel gate that is the same for maps of one, two and three axes, as one for all."""
     recipe = found.recipe(block)
     others = [r for r in (1, 2, 3) if r != rank]
-    if not isinstance(recipe, ChannelGate) or not set(others) <= set(_ranks(block)):
+    if not isinstance(recipe, ChannelGate) or not set(others) <= set(ranks_of(block)):
         return found
     general = replace(recipe, rank=None)
     for other, channels, captured in captures(block):
