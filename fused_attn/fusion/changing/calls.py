@@ -46,20 +46,6 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, place
     return context.reshape(context.shape[0], *(1,) * (place - 1), context.shape[1], *(1,) * (rank - place - 1))
 
 
-def scale_by(x: Tensor, gate: Tensor, *, of_channels: bool, **around: Any) -> Tensor:
-    """A map times a gate that has as many dimensions: one number a channel, or a position."""
-    return functional.scale(x, gate.flatten(2)[:, :, 0] if of_channels else gate[:, :1], **around)
-
-
-def pool(x: Tensor, *, kind: str, ties: str, total: bool, rank: int) -> Tensor:
-    """A map's mean or maximum as a tensor of `rank` dimensions; total: the sum in place of the mean."""
-    pooled: Any = functional.squeeze(x, kind, ties=ties)
-    if total:
-        pooled = pooled * x.shape[2:].numel()
-    found: Tensor = pooled.reshape(*pooled.shape, *(1,) * (rank - 2))
-    return found
-
-
 class Block:
     """A module of `fused_attn.nn` without parameters of its own: they come with each call, by their names."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from ... import nn as fused_nn
 from ...codes import ACTIVATIONS
 from ...reference.block_attention import folded_affine
 from ..reading import templates
-from ..reading.canonical import Node, Spread, Value
+from ..reading.canonical import Node, Value
 from ..reading.capture import BATCH, SPACE
 from ..reading.context import in_its_own_context
 from ..reading.cores import context_of, crossed, crossed_template
@@ -31,7 +30,6 @@ from ..reading.find import scale_of
 from ..reading.followed import Followed, follow, is_whole
 from ..reading.match import Match, reached, unify
 from ..reading.region import Region, is_number, region
-from ..reading.spans import is_bounded, kind_of_gate
 from ..reading.templates import Template
 from ..reading.trial import Trial
 from . import calls
@@ -47,11 +45,6 @@ _OPS: dict[Callable, str] = {
     calls.cbam_with_batch_norm: "cbam/batch_norm",
 }
 
-#: Those that are a part of a block whose other layers the graph runs itself.
-_PARTS: set[Callable] = {calls.scale_by, calls.pool}
-
-_PRODUCTS = {torch.mul, torch.multiply, operator.mul, operator.imul, torch.ops.aten.mul.Tensor}
-_PRODUCTS |= {torch.ops.aten.mul_.Tensor, "mul", "mul_", "multiply"}
 _ADDS = {torch.add, operator.add, operator.iadd, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
@@ -150,8 +143,6 @@ def rewrite(
         for function, op in _OPS.items()
         if compiled and not enabled and all(backends.is_left_to_compilers(op, device, dtype) for dtype in dtypes)
     }
-    if compiled and device == "cpu":  # whose passes they would break in two
-        skipped |= _PARTS
     autocast = torch.autocast(of_autocast, enabled=enabled, dtype=torch.get_autocast_dtype(of_autocast))
     return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left, skipped))
 
@@ -189,7 +180,6 @@ class Found:
 
     tensors: names of arguments -> canonical values; one that is a dictionary of them, or a tuple, is passed as such.
     around: whether the function takes a BatchNorm before and a sum after it. maps: as tensors; the graph computes them.
-    pools: of a gate that the graph computes itself, the pools of the map in it, and the map.
     unseen: arguments for parameters that are read and make no difference, such as the bias of a softmax's logits.
     """
 
@@ -198,9 +188,8 @@ class Found:
     tensors: dict[str, Any]
     options: dict[str, Any]
     around: bool = True
-    maps: dict[str, Node | fx.Node] = field(default_factory=dict)
+    maps: dict[str, Node] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
-    pools: dict[Node, Node] = field(default_factory=dict)
 
 
 def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipped: set[Callable]) -> bool:
@@ -213,9 +202,6 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipp
     candidates = [_contexts(seen, value)]
     if products and len(value.shape) in (3, 4, 5):
         candidates += [_matches(seen, value) if is_whole(value) else iter(()), _criss_crosses(seen, value)]
-        candidates += [_gated(seen, last, left)]
-    elif value.node in trial.pools or any(n in trial.pools for n in value.node.inputs):
-        candidates += [_pooled(value, trial.pools)]
     reason = ""
     for found in itertools.chain(*candidates):
         if found.function in skipped:
@@ -224,7 +210,6 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipp
             if found.around or not (before or after):
                 why = _try(seen, trial, last, found, before, after)
                 if why is None:
-                    trial.pools |= found.pools
                     return True
                 reason = reason or f"{found.function.__name__}: {why}" if why else reason
     if reason:
@@ -239,10 +224,7 @@ def _try(seen: Followed, trial: Trial, last: fx.Node, found: Found, before: bool
     tensors: Any = fx.node.map_aggregate(found.tensors, lambda n: seen.leaf(n) if isinstance(n, Node) else n)
     leaves: list[Any] = [seen.leaf(n) for n in tree_leaves(found.tensors) if isinstance(n, Node)]
     if found.maps:
-        computed = {
-            name: n if isinstance(n, fx.Node) else next(reversed(seen.holders(n, last)), None)
-            for name, n in found.maps.items()
-        }
+        computed = {name: next(reversed(seen.holders(n, last)), None) for name, n in found.maps.items()}
         tensors, leaves = {**tensors, **computed}, [*leaves, *computed.values()]
     norm = _normalised(seen, last, found.x) if before else None
     end, options = _epilogue(seen, last) if after else (last, {})
@@ -413,67 +395,8 @@ def _criss_crosses(seen: Followed, value: Value) -> Iterator[Found]:
                 yield _self_attention(template, match)
         if found.node.op == "criss_cross":
             query, key, attended = found.node.inputs
-            maps: dict[str, Node | fx.Node] = {"key": key, "value": attended}
+            maps = {"key": key, "value": attended}
             yield Found(functional.criss_cross_attention, query, {}, {}, around=False, maps=maps)
-
-
-def _gated(seen: Followed, last: fx.Node, left: list[str]) -> Iterator[Found]:
-    """A map times a gate that the graph's own layers make: only the product is fused, and the pools of the map."""
-    if last.target not in _PRODUCTS or len(last.args) != 2 or last.kwargs:
-        return
-    for x, gate in (last.args, last.args[::-1]):
-        if not (isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x in seen.values and gate in seen.values):
-            continue
-        gate = _narrow(seen, gate)
-        value, made = seen.values[x], seen.values[gate]
-        rank = len(value.shape) - 2
-        kind = kind_of_gate(made, rank, samples=value.shape[0]) if is_whole(value) else None
-        if value.shape != seen.values[last].shape or kind is None:
-            continue
-        if kind == "positions" and any(n.op == "softmax" for n in reached(made.node, value.node)):
-            continue  # the weights of a pool
-        pools = {n: value.node for n in reached(made.node) if _is_pool(n, value.node, rank)}
-        if pools if kind == "channels" else is_bounded(made) and value.node in reached(made.node):
-            options = {"of_channels": kind == "channels"}
-            yield Found(calls.scale_by, value.node, {}, options, maps={"gate": gate}, pools=pools)
-        elif is_bounded(made) and any(n.op not in ("leaf", "input", "poly", "act") for n in reached(made.node)):
-            left.append(f"{last} multiplies a map by a gate that is not computed from its mean or maximum")
-
-
-def _narrow(seen: Followed, node: fx.Node) -> fx.Node:
-    """What was expanded, of as many dimensions."""
-    for source in node.all_input_nodes[:1]:
-        value, before = seen.values[node], seen.values.get(source)
-        if before is not None and before.node is value.node and len(before.layout) == len(value.layout):
-            bare = tuple(() if isinstance(e, Spread) else e for e in value.layout)
-            return source if before.layout == bare != value.layout else node
-    return node
-
-
-def _is_pool(node: Node, x: Node, rank: int) -> bool:
-    """Whether a node is the mean or the maximum of a map over all positions."""
-    space = tuple(range(len(x.sizes) - rank, len(x.sizes)))
-    return node.op in ("mean", "max") and node.inputs[0] is x and node.attrs[0] == space
-
-
-def _pooled(value: Value, pools: dict[Node, Node]) -> Iterator[Found]:
-    """A pool of a map that is gated, or its sum."""
-    node, total = value.node, False
-    if node not in pools:
-        terms = node.terms if node.op == "poly" else []
-        if len(terms) != 1 or len(terms[0][1]) != 1:
-            return
-        ((factor, ((node, _),)),) = terms
-        x = pools.get(node)
-        if x is None or node.op != "mean" or factor != math.prod(x.sizes[a] for a in node.attrs[0]):
-            return
-        total = True
-    ties = node.attrs[1] if node.op == "max" else "first"
-    kind = "max" if node.op == "max" else "avg"
-    flat = len(value.shape) > 1 and all(n == 1 for n in value.shape[2:])
-    if flat and math.prod(value.shape[:2]) == math.prod(node.sizes):
-        options = {"kind": kind, "ties": ties, "total": total, "rank": len(value.shape)}
-        yield Found(calls.pool, pools[node], {}, options, around=False)
 
 
 def _contexts(seen: Followed, value: Value) -> Iterator[Found]:

@@ -119,6 +119,8 @@ class Recorder(TorchDispatchMode):
             self.remarks.append("runs without gradients in part")
         if torch.Tag.nondeterministic_seeded in function.tags:
             self.remarks.append("draws random numbers")
+            if not any(isinstance(a, Tensor) for a in args):
+                kwargs = {**kwargs, "device": "meta"}  # torch's own are everybody's
         out = self._run(function, name, args, kwargs)
         outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         written = [a for a, s in zip(args, function._schema.arguments, strict=False) if s.is_write] + [

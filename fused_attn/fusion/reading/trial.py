@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .canonical import Node
 from .check import TOLERANCE, TOLERANCE_OF_SIXTHS, Run, random_tensor
 from .followed import MOVES, Followed
 from .region import Region
@@ -34,8 +33,6 @@ class Trial:
     def __init__(self, seen: Followed) -> None:
         self.seen = seen
         self._verdicts: dict[Any, str | None] = {}
-        #: Pools of maps that are gated, and the maps: as far as the graph was looked at, from its end.
-        self.pools: dict[Node, Node] = {}
 
     def why_not(self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, sixths: bool) -> str | None:
         """Why the new nodes do not compute what the block does with its map x; None where they do."""
@@ -129,21 +126,15 @@ def _smaller(own: dict[fx.Node, Any], x: fx.Node, kept: Sequence[int], joined: b
 
     def small(v: Any) -> Any:
         if isinstance(v, Tensor):
-            if not _is_as(v.shape, shape):
-                return v
-            return v.new_empty((batch, v.shape[1], *(min(pair) for pair in zip(space, v.shape[2:], strict=True))))
+            return v.new_empty((batch, v.shape[1], *space)) if _is_as(v.shape, shape) else v
         return numbers.get(v, v) if isinstance(v, int) and not isinstance(v, bool) else v
 
     return _Setting({n: small(v) for n, v in own.items()}, numbers, False)
 
 
 def _is_as(shape: torch.Size, other: torch.Size) -> bool:
-    """Whether it is that of a map of as many samples and as large a space, or of one that is broadcast to such."""
-    return (
-        len(shape) == len(other)
-        and shape[:1] == other[:1]
-        and all(n in (1, m) for n, m in zip(shape[2:], other[2:], strict=True))
-    )
+    """Whether it is that of a map of as many samples and as large a space."""
+    return len(shape) == len(other) and shape[:1] == other[:1] and shape[2:] == other[2:]
 
 
 @dataclass
