@@ -74,7 +74,7 @@ def attention_maps(model: nn.Module, image: Tensor) -> list[AttentionMap]:
 
         return block.register_forward_pre_hook(hook, with_kwargs=True)
 
-    known = [(name, block, recipe) for name, block, found, _ in candidates(model) if (recipe := _recipe(block, found))]
+    known = [(name, block, recipe) for name, block, found, *_ in candidates(model) if (recipe := _recipe(block, found))]
     with contextlib.ExitStack() as stack:
         stack.enter_context(modes_kept(model))
         for name, block, recipe in known:

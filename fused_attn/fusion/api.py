@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class FusionError(ValueError):
-    """Raised by `fuse(strict=True)`: a known block was left alone."""
+    """Raised by `fuse(strict=True)`: a block, or a product of a map and a gate, was left alone."""
 
 
 def is_own(block: nn.Module) -> bool:
@@ -37,12 +37,14 @@ def is_own(block: nn.Module) -> bool:
 
 class Candidate(NamedTuple):
     """A module with its name in the model. found: its `decide`, None where it runs fused already or is one of
-    `fused_attn.nn`. served: it is run by a block around it, as long as that one runs fused."""
+    `fused_attn.nn`. served: it is run by a block around it, as long as that one runs fused. left: why it, or something
+    that its forward multiplies by a gate, is left alone; None: nothing is."""
 
     name: str
     block: nn.Module
     found: Recipe | str | None
     served: bool
+    left: str | None = None
 
 
 def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
@@ -60,10 +62,11 @@ def candidates(model: nn.Module, tails: bool = False) -> Iterator[Candidate]:
         if inside.startswith(parts[False]) and not runs:
             continue
         found = None if runs else decide(module, tails or plan is not None)
-        yield Candidate(
-            name, module, found, inside.startswith(served[True] if runs else (*served[True], *served[False]))
-        )
         recipe = plan.recipe if plan is not None and done else found
+        left = recipe if isinstance(recipe, str) else recipe.left if isinstance(recipe, OwnLayers) else None
+        yield Candidate(
+            name, module, found, inside.startswith(served[True] if runs else (*served[True], *served[False])), left
+        )
         if isinstance(recipe, OwnLayers):
             served[runs] += _within(name, recipe.covers)
         one_op = not (recipe is None or isinstance(recipe, (str, SplitGate, OwnLayers)))
@@ -121,7 +124,8 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
             projection is made again, too. Gradients stay the same to the bit where BatchNorms take the statistics of
             the batch. Tails that are fused already are set to it, too. Inside `torch.compile` this does nothing: there
             the compiler decides what is kept, by its own `torch._functorch.config.activation_memory_budget`.
-        strict: raise where a block of a known class was left alone; of a program, where what looks like a block was.
+        strict: raise where a block of a known class, or a product of a map and a gate, was left alone, naming what
+            `explain` lists as that; of a program, where what looks like a block was.
         qualify: of a model on a GPU, measure what its blocks call on maps of usual sizes, and have each call served by
             what is right and fastest on that card (see `fused_attn.qualify`). It takes seconds, once a card and
             version. Where `torch.distributed` is initialised all ranks take part, so all of them call `fuse`; False
@@ -150,7 +154,7 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     again = any(plan_of(block) is not None for block in model.modules())
     decisions = list(candidates(model, tails))
-    refused = [f"{c.name or '(the model)'}: {c.found}" for c in decisions if isinstance(c.found, str) and not c.served]
+    refused = [f"{c.name or '(the model)'}: {c.left}" for c in decisions if c.left is not None and not c.served]
     if strict and refused:
         raise FusionError("blocks left alone: " + "; ".join(refused))
     _swap(decisions, strict)
@@ -175,7 +179,7 @@ def _qualify(model: nn.Module) -> None:
 
 
 def _swap(decisions: Iterable[Candidate], strict: bool) -> None:
-    for _, block, recipe, _ in reversed(list(decisions)):  # what is inside first: a plan says what is in its block
+    for _, block, recipe, *_ in reversed(list(decisions)):  # what is inside first: a plan says what is in its block
         if recipe is not None and not isinstance(recipe, str):
             try:
                 swap(block, recipe)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +63,17 @@ def explain(model: nn.Module, *, tails: bool = False) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
-    return Report(row for found in candidates(model, tails) if (row := _row(found)) is not None)
+    return Report(row for found in candidates(model, tails) for row in _rows(found))
+
+
+def _rows(candidate: Candidate) -> Iterator[Row]:
+    """Of one module: two where some of what its forward multiplies by a gate is fused."""
+    row = _row(candidate)
+    if row is None:
+        return
+    yield row
+    if candidate.left is not None and not isinstance(candidate.found, str):
+        yield Row(row.name, "", row.host, False, "its own forward", candidate.left)
 
 
 def _row(candidate: Candidate) -> Row | None:
@@ -78,6 +90,8 @@ def _row(candidate: Candidate) -> Row | None:
             return Row(name, "", cls, False, "its own forward", changes(block, plan))
         served, why = _backend(block, _ops(plan.recipe))
         least = "; saves the least" if save_of(block) == "least" else ""
+        given = _given(block)
+        why += f"; as it is written when it is given {' or '.join(given)}" if given else ""
         return Row(name, describe(block, plan.recipe) + least, cls, True, served, why)
     if found is None:
         return None
@@ -85,6 +99,12 @@ def _row(candidate: Candidate) -> Row | None:
     if isinstance(found, str):
         return Row(name, "", cls, False, "its own forward", found)
     return Row(name, describe(block, found), cls, False, "its own forward", f"not fused yet: fused_attn.fuse({call})")
+
+
+def _given(block: nn.Module) -> list[str]:
+    """What a forward may be given beside its map, such as lengths: then it runs as it is written."""
+    parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
+    return [p.name for p in parameters if p.default is None]
 
 
 def _ops(recipe: Recipe) -> tuple[str, ...]:

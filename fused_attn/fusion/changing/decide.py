@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from ..hosts.registry import TAILS, known_class, recognise
+from ..reading.recognise import UNKNOWN
 from ..reading.statistics import gate_of_statistics
 from ..recipes.names import host_of
 from ..recipes.recipe import Recipe
-from .parents import composite_of
+from .parents import composite_of, why_left
 from .plan import why_bound
 from .two_maps import gate_of_two_maps
 
@@ -24,9 +25,20 @@ def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
 def _decide(block: nn.Module, tails: bool) -> Recipe | str | None:
     recipe = recognise(block)
     if recipe is None or isinstance(recipe, str):
-        recipe = composite_of(block) or gate_of_two_maps(block) or gate_of_statistics(block) or recipe
+        recipe = composite_of(block) or gate_of_two_maps(block) or gate_of_statistics(block) or _why(block, recipe)
     if tails and (recipe is None or isinstance(recipe, str)):
         recipe = recognise(block, TAILS) or recipe
     if recipe is None or isinstance(recipe, str):
         return recipe
     return why_bound(block, recipe) or recipe
+
+
+def _why(block: nn.Module, recipe: Recipe | str | None) -> Recipe | str | None:
+    """The reason, or that of a product in its forward where it says less."""
+    left = why_left(block) if _is_vague(recipe) else None
+    return recipe if left is None else left
+
+
+def _is_vague(recipe: Recipe | str | None) -> bool:
+    """Whether a reason says only that a gate is none of the known ones, which any gate may be."""
+    return recipe is None or (isinstance(recipe, str) and recipe.startswith(("computes ", UNKNOWN)))

@@ -28,8 +28,10 @@ from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.context import in_its_own_context
 from ..reading.find import Found
+from ..reading.layers import LISTS
+from ..reading.products import products_left
 from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of, restore
-from ..reading.recognise import has_own_forward, outcome_of
+from ..reading.recognise import UNKNOWN, has_own_forward, is_of_somebody, names_a_gate, outcome_of
 from ..reading.rewritten import check_rewritten
 from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, values_in
 from ..reading.trace import (
@@ -57,40 +59,81 @@ _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNo
 _Single = ChannelGate | SpatialGate | CbamGate | OwnLayers
 
 
-_known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
+class _Looked(NamedTuple):
+    """What is known of a forward: how it runs fused, and why what it multiplies by a gate, or some of it, does not."""
+
+    found: OwnLayers | None = None
+    left: str | None = None
+
+
+_known: weakref.WeakKeyDictionary[type, dict[Hashable, _Looked]] = weakref.WeakKeyDictionary()
 
 
 def composite_of(block: nn.Module) -> OwnLayers | None:
     """How a module runs with the gates in its forward fused into their products; None: it has none, or its forward
     cannot be written anew."""
-    if not has_own_forward(block):
-        return None
-    gates = dict(_gates_of(block))
-    if len(gates) < 2 and not any(gates.values()) and not multiplies(host_of(type(block))):
-        return None
-    if any(host_of(type(part)).__call__ is not nn.Module.__call__ for part in block.modules()):
-        return None
+    return _look(block).found
+
+
+def why_left(block: nn.Module) -> str | None:
+    """Why a map that a module's forward multiplies by a gate is multiplied as it is written; None: there is none."""
+    return _look(block).left
+
+
+def _look(block: nn.Module) -> _Looked:
+    if not (has_own_forward(block) or is_of_somebody(block)):
+        return _Looked()
+    gates = dict(_gates_of(block)) if has_own_forward(block) else {}
+    cls = host_of(type(block))
+    if len(gates) < 2 and not any(gates.values()) and not multiplies(cls):
+        return _Looked()
     try:
         read = reads_of(block, most=sys.maxsize)
     except Exception:  # somebody's module in a way that was not thought of is left alone
-        return None
+        return _Looked()
+    called = next((kind for part in block.modules() if _calls_itself(kind := host_of(type(part)))), None)
+    if called is not None:
+        return _unread(block, read, f"runs a {called.__name__}, which has a __call__ of its own")
     if read.remark is not None:
-        return None
-    known = _known.setdefault(host_of(type(block)), {})
+        return _unread(block, read, read.remark)
+    known = _known.setdefault(cls, {})
     key = read.key, tuple(gates.items())
     if key not in known:
         try:
             found = in_its_own_context(lambda: _without_stores(block, gates, read))
         except Exception:
-            return None
-        known[key] = None if restore(read.watched) else found
+            return _Looked()
+        known[key] = _unread(block, read, "keeps state") if restore(read.watched) else found
     return known[key]
 
 
-def _without_stores(block: nn.Module, gates: dict[str, bool], read: Reads) -> OwnLayers | None:
+def _calls_itself(cls: type) -> bool:
+    return cls.__call__ is not nn.Module.__call__ and cls not in LISTS
+
+
+def _unread(block: nn.Module, read: Reads, why: str) -> _Looked:
+    """Of a module that is not run, so that what it does can only be guessed."""
+    return _Looked(None, why if names_a_gate(block, read) else None)
+
+
+def _without_stores(block: nn.Module, gates: dict[str, bool], read: Reads) -> _Looked:
     with Unstored(read.stores):
-        return _rewritten(block, gates)
-    return None
+        why: list[str] = []
+        found = _rewritten(block, gates, why) if has_own_forward(block) else None
+        left = _left(block, found, why)
+        return _Looked(found if found is None or left is None else replace(found, left=left), left)
+    return _unread(block, read, "keeps state")
+
+
+def _left(block: nn.Module, found: OwnLayers | None, why: list[str]) -> str | None:
+    """Why a product of a map and a gate runs as it is written. why: what kept the forward from being written anew."""
+    if not multiplies(host_of(type(block))):
+        return None
+    products = products_left(block) if found is None else products_left(block, found.forward, found.rank)
+    if products is None:
+        return None
+    reasons = [*(reason for reason in products if reason is not None), *why, UNKNOWN]
+    return reasons[0] if products else None
 
 
 def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
@@ -106,10 +149,10 @@ def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
                 yield path, found.mask
 
 
-def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
-    """With the numbers that its forward may be given beside the map."""
+def _rewritten(block: nn.Module, gates: dict[str, bool], why: list[str]) -> OwnLayers | None:
+    """With the numbers that its forward may be given beside the map. why: gets what keeps it from being found."""
     known: dict[Hashable, Found | None] = {}
-    found = _rewritten_with(block, gates, known)
+    found = _rewritten_with(block, gates, known, why)
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
     if found is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return found
@@ -118,7 +161,7 @@ def _rewritten(block: nn.Module, gates: dict[str, bool]) -> OwnLayers | None:
     for name in defaults if len(defaults) == len(parameters) else ():
         for value in _OPTIONS:
             option = Option(name, [])
-            variant = _rewritten_with(block, gates, known, option, value)
+            variant = _rewritten_with(block, gates, known, [], option, value)
             if variant is not None and (variant.bypassed, variant.covers) == (found.bypassed, found.covers):
                 variants.append((option, variant.forward))
     return replace(found, forward=_with_options(found.forward, defaults, variants), options=tuple(defaults))
@@ -152,6 +195,7 @@ def _rewritten_with(
     block: nn.Module,
     gates: dict[str, bool],
     known: dict[Hashable, Found | None],
+    why: list[str],
     option: Option | None = None,
     value: float = 0.0,
 ) -> OwnLayers | None:
@@ -160,7 +204,7 @@ def _rewritten_with(
     inside = _excitations_of(block, gates)
     for entered, dims in itertools.product((set(), inside) if inside else (set(),), (4, 5, 3)):
         rank = Rank(dims)
-        found = _rewritten_for(block, gates, entered, known, rank, option, value)
+        found = _rewritten_for(block, gates, entered, known, rank, why, option, value)
         if found is not None or (not rank.asked and entered == inside):
             return found
     return None
@@ -183,6 +227,7 @@ def _rewritten_for(
     entered: set[str],
     known: dict[Hashable, Found | None],
     assumed: Rank,
+    why: list[str],
     option: Option | None,
     value: float,
 ) -> OwnLayers | None:
@@ -195,7 +240,8 @@ def _rewritten_for(
             if option is None:
                 return trace_in_mode(block, enters, training, assumed)
             graph, found = trace_with_option(block, enters, training, assumed, option.name, value)
-        except Untraceable:
+        except Untraceable as error:
+            why.append(str(error))
             return None
         guards.extend(found.guards)
         return graph
@@ -209,7 +255,8 @@ def _rewritten_for(
 
     try:
         graphs = [traced(training) for training in (False, True)]
-    except NoTwin:
+    except NoTwin as error:
+        why.append(str(error))
         return None
     evaluates, trains = graphs
     if evaluates is not None and trains is not None and is_same_code(evaluates, trains):
@@ -224,10 +271,13 @@ def _rewritten_for(
     names = [name for name, _ in block.named_modules() if name]
     owned = {path for rewriter in rewriters for path in rewriter.owned}
     skipped = {n for n in names if n in owned or enters(n) or any(f"{n}.".startswith(f"{p}.") for p in covers)}
-    if reads_of(block, map(block.get_submodule, skipped)).remark is not None:
+    remark = reads_of(block, map(block.get_submodule, skipped)).remark
+    if remark is not None:
+        why.append(remark)
         return None
     ranks = {region.rank for region in every} - {None} | ({assumed.dims} if assumed.asked else set())
     if len(ranks) > 1:
+        why.append("its gates are of maps of different ranks")
         return None
     rank = next(iter(ranks), None)
     name = host_of(type(block)).__name__
@@ -235,6 +285,7 @@ def _rewritten_for(
     tolerance = TOLERANCE_OF_SIXTHS if any(region.sixths for region in every) else TOLERANCE
     verdict = check_rewritten(block, forward, (4, 5, 3) if rank is None else (rank,), tolerance, **given)
     if verdict.why_not is not None:
+        why.insert(0, verdict.why_not)
         return None
     if option is not None:
         option.guards.extend(guards)

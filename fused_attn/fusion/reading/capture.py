@@ -119,6 +119,8 @@ class Recorder(TorchDispatchMode):
             self.remarks.append("runs without gradients in part")
         if torch.Tag.nondeterministic_seeded in function.tags:
             self.remarks.append("draws random numbers")
+            if not any(isinstance(a, Tensor) for a in args):
+                kwargs = {**kwargs, "device": "meta"}  # torch's own are everybody's
         out = self._run(function, name, args, kwargs)
         outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         written = [a for a, s in zip(args, function._schema.arguments, strict=False) if s.is_write] + [
@@ -215,7 +217,7 @@ class Recorder(TorchDispatchMode):
                 self._values[other] = None
 
 
-class _Plainly(TorchFunctionMode):
+class Plainly(TorchFunctionMode):
     """Makes tensors of numbers where these can be read, on the CPU: a tensor without data does not say which it is. And
     interpolates by the one operator for it, which torch takes apart on what is no CPU where algorithms are to be
     deterministic."""
@@ -348,7 +350,7 @@ def capture(
         recorder.put(x, graph.leaf("input", "x", shape))
         recorder.protected = {_storage(x)}
         try:
-            with OnOneDevice("meta", recorder.moved), _Plainly(), recorder:
+            with OnOneDevice("meta", recorder.moved), Plainly(), recorder:
                 y = acting(x)
         except (RuntimeError, NotImplementedError) as error:
             if "meta tensor" in str(error) or "Meta" in str(error):

@@ -108,7 +108,7 @@ def two_dense_layers(first: str, second: str) -> dict[str, Any]:
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LISTS = (nn.ParameterList, nn.ParameterDict)
+LISTS = (nn.ParameterList, nn.ParameterDict)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, "timm.layers.norm_act.BatchNormAct2d")
 
 
@@ -126,7 +126,7 @@ def swapped_layer(block: nn.Module, recipe: Recipe) -> str | None:
     for path, kinds in read:
         layer: Any = block.get_submodule(path)
         kind = type(layer)
-        if kind in _LISTS:
+        if kind in LISTS:
             continue
         if path and kind not in kinds and qualified_name(kind) not in kinds:
             return f"{path}.weight belongs to a {kind.__name__}, not to a plain layer"

@@ -162,16 +162,24 @@ def _(graph: Graph, shape: Any, a: Value, slope: float = 0.01) -> Value:
     return graph.act("leaky_relu" if slope == 0.01 else f"leaky_relu {slope}", a)
 
 
-@operator("hardtanh", "clamp")
+@operator("hardtanh")
+def _(graph: Graph, shape: Any, a: Value, low: float = -1.0, high: float = 1.0) -> Value:
+    if (low, high) == (0, 6):
+        return graph.act("relu6", a)
+    return graph.act(f"hardtanh {float(low)} {float(high)}", a)
+
+
+@operator("clamp")
 def _(graph: Graph, shape: Any, a: Value, low: Any = None, high: Any = None) -> Value:
+    """Not relu or relu6: at its bounds it passes the gradient, and these do not."""
     if isinstance(low, Value) or isinstance(high, Value):
         raise Unsupported
-    if low == 0 and high in (None, 6):
-        return graph.act("relu" if high is None else "relu6", a)
+    low, high = (None if n is None else float(n) for n in (low, high))
     return graph.act(f"clamp {low} {high}", a)
 
 
 OPERATORS["clamp_min"] = lambda graph, shape, a, low: OPERATORS["clamp"](graph, shape, a, low)
+OPERATORS["clamp_max"] = lambda graph, shape, a, high: OPERATORS["clamp"](graph, shape, a, None, high)
 
 
 @operator("_softmax")

@@ -310,6 +310,12 @@ def multiplies(cls: type[nn.Module]) -> bool:
     return False
 
 
+def multiplies_itself(function: types.FunctionType) -> bool:
+    """Whether it does so in its own code."""
+    named = _names_of(function.__code__).attributes
+    return any(map(_has_product, _codes(function.__code__))) or bool(named & _PRODUCTS)
+
+
 _PRODUCTS = frozenset(("mul", "mul_", "multiply", "multiply_"))
 
 

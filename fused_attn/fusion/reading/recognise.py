@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Hashable, Iterator
@@ -30,7 +31,7 @@ from .context import in_its_own_context
 from .find import Found, find
 from .layers import swapped_layer
 from .match import reached
-from .reads import Reads, Unstored, own_names, reads_of, restore
+from .reads import Reads, Unstored, is_torch, multiplies_itself, own_names, reads_of, restore
 from .selections import why_no_selection
 
 MAX_PARTS = 60
@@ -60,6 +61,13 @@ def has_own_forward(block: nn.Module) -> bool:
     if "forward" in block.__dict__ or cls.__call__ is not nn.Module.__call__:
         return False
     return takes_one_map(cls) and not isinstance(block, (torch.fx.GraphModule, torch.jit.ScriptModule))
+
+
+def is_of_somebody(block: nn.Module) -> bool:
+    """Whether it is of somebody's class, with a forward of its own, of whatever arguments."""
+    forward: Any = host_of(type(block)).forward
+    plain = inspect.isfunction(forward) and not is_torch(forward) and not is_torch(type(block))
+    return plain and "forward" not in block.__dict__ and not isinstance(block, torch.fx.GraphModule)
 
 
 def outcome_of(block: nn.Module) -> Outcome:
@@ -113,17 +121,18 @@ def channel_guesses(block: nn.Module) -> list[int]:
     return [*usual, 12, *([2] if 2 in found else [])]
 
 
-def _ranks(block: nn.Module) -> list[int]:
+def ranks_of(block: nn.Module) -> list[int]:
+    """Of the maps that it may take, the likeliest first."""
     names = {type(part).__name__[-2:] for part in block.modules()}
     if "3d" in names:
         return [3]
-    return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1]
+    return [2, 3, 1] if "1d" not in names or "2d" in names else [2, 1, 3]
 
 
 def captures(block: nn.Module) -> Iterator[tuple[int, int, Captured | Refused]]:
     """Captures in eval mode for the ranks and channels that it takes: the first that goes through a rank."""
     spaces = (SPACE, EVEN_SPACE) if _may_attend(block) else (SPACE,)
-    for rank in _ranks(block):
+    for rank in ranks_of(block):
         for space, channels in itertools.product(spaces, channel_guesses(block)):
             try:
                 yield rank, channels, capture(block, (BATCH, channels, *space[:rank]))
@@ -174,7 +183,7 @@ def _of_any_rank(block: nn.Module, found: Found, rank: int) -> Found:
     """A channel gate that is the same for maps of one, two and three axes, as one for all."""
     recipe = found.recipe(block)
     others = [r for r in (1, 2, 3) if r != rank]
-    if not isinstance(recipe, ChannelGate) or not set(others) <= set(_ranks(block)):
+    if not isinstance(recipe, ChannelGate) or not set(others) <= set(ranks_of(block)):
         return found
     general = replace(recipe, rank=None)
     for other, channels, captured in captures(block):
@@ -200,6 +209,15 @@ def _may_be_gate(block: nn.Module, read: Reads) -> bool:
     named = read.names | {type(part).__name__ for part in parts}
     gates = _SELECTING if wide else _GATE_NAMES
     return len(wide) < 5 and any(n in named for n in _POOLS) and any(n in named for n in gates)
+
+
+def names_a_gate(block: nn.Module, read: Reads) -> bool:
+    """Whether its own code multiplies, and names a function of gates, as its layers may, and what it calls a pool."""
+    forward: Any = host_of(type(block)).forward
+    named = own_names(forward) | {type(part).__name__ for part in block.children()}
+    named |= {type(part).__name__ for child in block.children() if type(child) is nn.Sequential for part in child}
+    pools = any(n in named or n in read.names for n in _POOLS)
+    return pools and multiplies_itself(forward) and any(n in named for n in _GATE_NAMES)
 
 
 _PRODUCTS = ("bmm", "matmul", "einsum", "baddbmm", "__matmul__")
@@ -374,6 +392,9 @@ def _skeleton(node: Node, exact: bool = False) -> Any:
     return walk(node)
 
 
+#: What is said of a gate where nothing better is known.
+UNKNOWN = "its gate is none that we know"
+
 _GATES = {"sigmoid", "hard_sigmoid", "tanh", "relu6"}
 
 
@@ -416,7 +437,7 @@ def why_not(captured: Captured) -> str | None:
         return "a BatchNorm inside its excitation"
     if not any(n.op in ("mean", "max") for n in inside):
         return "its pool is not global"
-    return "its gate is none that we know"
+    return UNKNOWN
 
 
 def _is_gate(node: Node) -> bool:

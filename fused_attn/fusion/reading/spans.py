@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from ..recipes.run import layer_at
 from .canonical import Spread, Value
 from .capture import Captured
+from .layers import LISTS
 from .match import reached
 from .reads import Reads, Watched
 from .recognise import Outcome, captures, examine
@@ -55,11 +56,12 @@ class Span(nn.Module):
             return
         *outer, last = str(node.target).split(".")
         owner: nn.Module = self
+        held = parent
         for name in outer:
+            held = held.get_submodule(name)
             if owner._modules.get(name) is None:
-                owner._modules[name] = nn.Module()
+                owner._modules[name] = type(held)() if type(held) in LISTS else nn.Module()
             owner = owner.get_submodule(name)
-        held = parent.get_submodule(".".join(outer))
         for place in ("_modules", "_parameters", "_buffers"):
             if last in held.__dict__[place]:
                 owner.__dict__[place][last] = held.__dict__[place][last]
@@ -151,4 +153,4 @@ def is_bounded(value: Value) -> bool:
     return any(n.op == "softmax" or (n.op == "act" and n.attrs[0] in _BOUNDED) for n in reached(value.node))
 
 
-_BOUNDED = ("sigmoid", "hard_sigmoid", "tanh", "relu6", "clamp 0 1", "clamp 0.0 1.0")
+_BOUNDED = ("sigmoid", "hard_sigmoid", "tanh", "relu6", "clamp 0.0 1.0", "clamp 0.0 6.0", "hardtanh 0.0 1.0")

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .capture import contents
+from .layers import LISTS
 from .reads import is_plain
 from .twin import STATE, twin
 
@@ -187,7 +188,9 @@ class _Parameters(dict[str, Any]):
     def __init__(self, trace: _Trace, part: nn.Module) -> None:
         super().__init__(part.__dict__["_parameters"])
         self.trace = trace
-        self.options = [n for n in part.__dict__ if n == "training" or (n not in STATE and n != "_call_impl")]
+        # What a list of parameters has beside these says only how many there are, and their names.
+        held = _OF_LISTS if type(part) in LISTS else STATE
+        self.options = [n for n in part.__dict__ if n == "training" or (n not in held and n != "_call_impl")]
         for name in self.options:
             del part.__dict__[name]
 
@@ -195,6 +198,9 @@ class _Parameters(dict[str, Any]):
         if name in self.options:
             self.trace.refuse("reads an option of one of its parts")
         return super().__contains__(name)
+
+
+_OF_LISTS = {*STATE, "_size", "_keys"}
 
 
 def _guards(code: types.CodeType) -> bool:

@@ -90,6 +90,7 @@ class OwnLayers:
     options: names of what forward takes beside the map, in their order; it raises `Unsuited` for other values.
     maps: names of the maps of a block of several, in their order; it takes no options then.
     save: of a block with tails, what its layers keep for backward, one of `ops.remake.SAVES`; None: it has none.
+    left: why it still multiplies a map by a gate as it is written; None: it does not.
     """
 
     forward: Callable[..., Tensor]
@@ -103,6 +104,7 @@ class OwnLayers:
     options: tuple[str, ...] = ()
     maps: tuple[str, ...] = ()
     save: str | None = None
+    left: str | None = None
 
 
 Recipe = ChannelGate | SpatialGate | CbamGate | SplitGate | OwnLayers

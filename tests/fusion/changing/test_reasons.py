@@ -1,0 +1,263 @@
+"""What multiplies a map by a gate and is not fused: `explain` lists it with the reason, `fuse(strict=True)` raises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fused_attn import explain, fuse
+from fused_attn.fusion import FusionError
+from tests.checks import random
+
+C = 16
+LEFT: dict[str, tuple] = {}
+
+
+def left(reason, inputs=1):
+    def add(cls):
+        LEFT[cls.__name__] = (cls, reason, inputs)
+        return cls
+
+    return add
+
+
+class Base(nn.Module):
+    """A residual block. excite: what makes a gate of (B, C, 1, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv2 = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, C, 3, padding=1)
+        self.excite = nn.Sequential(nn.Conv2d(C, 4, 1), nn.ELU(), nn.Conv2d(4, C, 1), nn.Sigmoid())
+
+
+def pool(x):
+    return x.mean((2, 3), keepdim=True)
+
+
+@left("its gate is computed from another map")
+class OfItsInput(Base):
+    def forward(self, x):
+        return self.conv(x) * self.excite(pool(x)) + x
+
+
+@left("its gate is computed from another map", inputs=2)
+class OfTwoMaps(Base):
+    def forward(self, x, g):
+        return self.conv(x) * self.excite(pool(g))
+
+
+@left("its gate is computed from another map", inputs=2)
+class AttentionGate(Base):
+    def __init__(self):
+        super().__init__()
+        self.psi = nn.Conv2d(C, 1, 1)
+
+    def forward(self, g, x):
+        return x * torch.sigmoid(self.psi(F.relu(self.conv(g) + self.conv2(g))))
+
+
+@left("its gate is computed from another function of its map")
+class OfWhatFollows(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(pool(self.conv2(y)))
+
+
+@left("its gate is computed from more than its map")
+class OfBoth(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(pool(y) + pool(x))
+
+
+@left("its gate is computed from a part of its map")
+class OfAPart(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(pool(y[:, :, 1:]))
+
+
+@left("its map is weighted or masked before it is pooled")
+class Weighted(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(pool(y * (x[:, :1] > 0).to(y.dtype)))
+
+
+@left("detaches a branch")
+class Detached(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(pool(y.detach()))
+
+
+@left("its gate is computed in another dtype than its map has")
+class InAnotherDtype(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * pool(y.float()).sigmoid().to(y.dtype)
+
+
+@left("its pool is no mean and no maximum: std")
+class Deviation(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(y.std((2, 3), keepdim=True))
+
+
+@left("its gate is one number a channel and row")
+class Rows(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(y.mean(3, keepdim=True))
+
+
+@left("switches gradients or autocast")
+class InAContext(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        with torch.autocast("cpu", enabled=False):
+            return y * self.excite(pool(y))
+
+
+@left("branches on a tensor or its sizes")
+class OnSizes(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * self.excite(pool(y)) if y.shape[2] > 5 else y
+
+
+@left("branches on data")
+class OnValues(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        y = y * self.excite(pool(y))
+        return y if y.sum() > 0 else -y
+
+
+@left("keeps state")
+class Keeps(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        self.gate = self.excite(F.adaptive_avg_pool2d(y, 1))
+        return y * self.gate.sigmoid()
+
+
+@left("prints")
+class Prints(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        gate = F.adaptive_avg_pool2d(y, 1).sigmoid()
+        print(gate.shape)
+        return y * gate
+
+
+@left("runs a Own, which has a __call__ of its own")
+class Calls(Base):
+    class Own(nn.Conv2d):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    def __init__(self):
+        super().__init__()
+        self.own = self.Own(C, C, 1)
+
+    def forward(self, x):
+        y = self.own(x)
+        return y * torch.sigmoid(self.conv2(F.adaptive_avg_pool2d(y, 1)))
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_with_the_reason(name, capsys):
+    cls, reason, inputs = LEFT[name]
+    plain = cls().double()
+    rows = explain(nn.Sequential(plain))
+    assert [(row.name, row.fused, row.reason) for row in rows] == [("0", False, reason)]
+    with pytest.raises(FusionError) as raised:
+        fuse(nn.Sequential(plain), strict=True)
+    assert str(raised.value) == f"blocks left alone: 0: {reason}"
+    assert type(plain) is cls
+    net = fuse(copy.deepcopy(plain))
+    given = [random(2, C, 7, 9, dtype=torch.float64, seed=i) for i in range(inputs)]
+    assert torch.equal(net(*given), plain(*given)) and type(net) is cls
+
+
+class Both(Base):
+    """One of whose products is fused."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        y = y * self.excite(pool(y))
+        return y * self.excite(pool(x))
+
+
+def test_what_is_left_beside_what_is_fused():
+    plain = Both().double()
+    reason = "its gate is computed from another map"
+    with pytest.raises(FusionError, match=f"^blocks left alone: 0: {reason}$"):
+        fuse(nn.Sequential(plain), strict=True)
+    net = nn.Sequential(copy.deepcopy(plain))
+    before = explain(net)
+    rows = explain(fuse(net))
+    assert [row.reason for row in before][1:] == [row.reason for row in rows][1:] == [reason]
+    assert [row.fused for row in rows] == [True, False] and [row.fused for row in before] == [False, False]
+    x = random(2, C, 7, 9, dtype=torch.float64)
+    torch.testing.assert_close(net(x), plain(x))
+
+
+class WithLengths(Base):
+    """As in packages for speech: lengths are of samples that are shorter than their map."""
+
+    def forward(self, x, lengths=None):
+        if lengths is None:
+            pooled = x.mean((2, 3), keepdim=True)
+        else:
+            mask = (torch.arange(x.shape[3]) < lengths[:, None] * x.shape[3])[:, None, None]
+            pooled = (x * mask).sum((2, 3), keepdim=True) / (mask.sum(3, keepdim=True) * x.shape[2])
+        return x * self.excite(pooled)
+
+
+def test_what_it_may_be_given_beside_the_map_is_told():
+    plain = WithLengths().double()
+    net = fuse(copy.deepcopy(plain), strict=True)
+    (row,) = explain(net)
+    assert row.fused and row.reason.endswith("; as it is written when it is given lengths")
+    x, lengths = random(2, C, 7, 9, dtype=torch.float64), torch.tensor([1.0, 0.5])
+    torch.testing.assert_close(net(x), plain(x))
+    assert torch.equal(net(x, lengths), plain(x, lengths)) and torch.equal(net(x, lengths=lengths), plain(x, lengths))
+
+
+class Normalises(nn.Module):
+    """Products that are of no gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gamma = nn.Conv2d(C, C, 1), nn.Parameter(torch.ones(C, 1, 1))
+        self.drop, self.embed = nn.Dropout2d(), nn.Linear(C, C)
+
+    def forward(self, x, t=None):
+        y = self.conv(x) * self.gamma
+        y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-6)
+        y = y * torch.sigmoid(self.gamma) * 0.5
+        y = y * torch.empty_like(y[:, :1, :1, :1]).bernoulli_(0.5)
+        return self.drop(x + y) * torch.sigmoid(x)
+
+
+def test_what_is_no_gate_is_not_mentioned():
+    assert not explain(fuse(Normalises(), strict=True))
+
+
+class Draws(Base):
+    def forward(self, x):
+        y = self.conv(x)
+        return (y * self.excite(pool(x))) * (torch.rand(1) < 0.5)
+
+
+def test_no_random_numbers_are_drawn():
+    block, state = Draws(), torch.get_rng_state()
+    assert explain(block)[0].reason == "its gate is computed from another map"
+    assert torch.equal(torch.get_rng_state(), state)
