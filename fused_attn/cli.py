@@ -16,12 +16,14 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     sys.exit(f"fused-attn: {error.name} is not installed; pip install 'fused_attn[bench]'")
 
 import torch
 
 from . import __version__, demo, info, verify, viz
+from .backends import LIBRARY_ERROR, forced
 from .bench import blocks, calls, memory, models
 from .bench.measure import Figure, copy_bandwidth, environment, geometric_means, keep_freed_memory
 from .fusion import explain, fuse
@@ -67,12 +69,17 @@ def progress(total: int) -> Iterator[Any]:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        shown.add_column(column, overflow="fold", justify="left" if i == 0 else "right")
+    """Figures to the right, words to the left; the title on one line, however narrow the table; without columns' names
+    no line for them."""
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    shown = Table(box=None, show_header=any(columns), header_style="underline", pad_edge=False, padding=(0, 2, 0, 0))
+    for column, cells in zip(columns, zip(*rows, strict=True), strict=True) if rows else ():
+        figures = all(re.match(r"[-+]?\d|-$|$", cell) for cell in cells)
+        shown.add_column(column, overflow="fold", justify="right" if figures else "left")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console.print(shown)
+    console.print()
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -654,28 +661,45 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 @main.command("info")
+@click.option("--all", "everything", is_flag=True, help="Every operator, and why no other backend serves it.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def info_command(as_json: bool) -> None:
-    """Versions, devices, what was built, which backend serves what: send it with a bug report."""
+def info_command(everything: bool, as_json: bool) -> None:
+    """Versions, devices, what was built, which backend serves what and why: send it with a bug report."""
     record = {
         "versions": info.versions(),
         "devices": info.devices(),
         "built": info.built(),
+        "families": info.families(),
         "serving": info.serving(),
         "measured": info.measured(),
     }
     if as_json:
         click.echo(json.dumps(record, indent=1))
         return
-    for title, pairs in (("versions", record["versions"]), ("built", record["built"])):
-        table(title, ["", ""], [[k, v] for k, v in pairs.items()])
-    for line in record["devices"]:
-        console.print(line)
-    table(
-        "which backend serves what",
-        ["op", "device", "backend", "others"],
-        [list(row) for row in record["serving"]],
-    )
+    versions, built = dict(record["versions"]), record["built"]
+    facts = [["versions", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "platform")]]
+    facts.append(["platform", versions["platform"]])
+    for name, what in built.items():
+        if everything or name not in ("library", "torch headers") or (name == "library" and LIBRARY_ERROR):
+            facts.append([{"cpu": "C++ kernels", "cuda": "CUDA kernels"}.get(name, name), what])
+    facts += [line.split(": ", 1) for line in record["devices"]]
+    if forced():
+        facts.append(["asked for", f"{forced()} serves every call that it can, others raise (FUSED_ATTN_BACKEND)"])
+    table("what is here", ["", ""], facts)
+    for device in dict.fromkeys(device for device, *_ in record["families"]):
+        # Families that the same serves for the same reason share a row.
+        alike: dict[tuple[str, str], list[str]] = {}
+        for of, family, name, why in record["families"]:
+            if of == device:
+                alike.setdefault((name, why), []).append(family)
+        rows = [["\n".join(found), name, why] for (name, why), found in alike.items()]
+        table(f"what serves each family of blocks on {device}, and why", ["blocks", "by", "why"], rows)
+    if not everything:
+        console.print("--all: every operator, and why no other backend")
+        return
+    for device in ("cpu", "cuda"):
+        rows = [[op, name, others] for op, of, name, others in record["serving"] if of == device]
+        table(f"every operator on {device}, and why not another backend", ["op", "backend", "others"], rows)
     if record["measured"]:
         columns = ["device", "op", "backend", "calls", "why, the first"]
         table("what is known of the devices here", columns, [list(map(str, row)) for row in record["measured"]])
