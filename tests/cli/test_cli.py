@@ -122,14 +122,25 @@ def test_demo_is_quick_and_writes_a_picture(tmp_path):
 
 
 def test_demo_trains_the_same_network(tmp_path, monkeypatch):
-    original, fused = demo.train(steps=3, batch=8)
-    torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
+    original, moved, fused = demo.train(steps=3, batch=8)
+    for other in (moved, fused):
+        torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
+    assert moved.losses != original.losses
     assert [host_class(fused.model.stages[i]).__name__ for i in (3, 7, 11)] == ["SEBlock", "CBAM", "SEBlock"]
     original.seconds, fused.seconds = [0.03, 0.5, 0.03], [0.012, 0.012, 0.001]
-    monkeypatch.setattr(demo, "train", lambda *args, **options: (original, fused))
+    original.losses, fused.losses, moved.losses = [2.0, 1.0, 0.5], [2.0, 1.25, 0.5], [2.0, 1.0, 0.625]
+    original.found = moved.found = torch.tensor([1, 2, 3, 4])
+    fused.found = torch.tensor([1, 2, 0, 0])
+    monkeypatch.setattr(demo, "train", lambda *args, **options: (original, moved, fused))
+    gains = [demo.Gain("CBAM", (8, 32, 16, 16), 0.004, 0.001)]
+    monkeypatch.setattr(demo, "measure_blocks", lambda *args, **options: gains)
     text = run("demo", "--out", str(tmp_path / "demo.png"))
-    assert "a training step of the whole network is 2.50x as fast, fused" in text
-    assert "30.0 ms" in text and "12.0 ms" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "a whole step - 30.00 ms 12.00 ms 2.50x" in lines
+    assert "CBAM 8x32x16x16 4.00 ms 1.00 ms 4.00x" in lines
+    expected = "fused: losses within 2.5e-01 of the original's in the first 10 steps, 2.5e-01 in all; 2 of 4 held-out"
+    assert any(line.startswith(expected) for line in lines), text
+    assert any("original, moved: losses within 1.2e-01" in line and "0 of 4" in line for line in lines), text
 
 
 def test_verify_blocks():
