@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Which torch: any pip requirement, such as TORCH=torch or TORCH='torch==2.12.*'.
+# Which torch: any pip requirement, such as TORCH=torch or TORCH='torch==2.12.*'. The default is not the newest: PyPI has
+# 2.14 and 2.15 with CUDA only, 5 GB once installed, which every clean run would fetch.
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # More words for pytest: make test ARGS='-k fuse'
@@ -34,7 +35,7 @@ export PYTEST_ADDOPTS := -o cache_dir=.cache/pytest
 export RUFF_CACHE_DIR := .cache/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-quick test-long mutants pytest lint typecheck format bench build clean
+.PHONY: help demo docs test test-quick test-long mutants pytest lint typecheck format bench build wheels clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -82,6 +83,10 @@ bench: $(STAMPS)/bench $(STAMPS)/models  ## measure blocks and models against ea
 	$(BIN)/python -m fused_attn bench
 
 build: $(STAMPS)/native  ## compile csrc again where it changed
+
+# CUDA=1 makes the one with the CUDA kernels, too.
+wheels: $(STAMPS)/test  ## an sdist and wheels to publish, audited, in dist/
+	$(BIN)/python -m tools.wheels cpu $(if $(CUDA),cuda)
 
 clean:  ## remove what was built, the environment and the caches
 	rm -rf $(VENV) .cache build dist *.egg-info fused_attn/_native.so fused_attn/_build_info.json

@@ -13,6 +13,7 @@ Environment:
     CUDA_HOME             where nvcc lives, if not on PATH
     FUSED_ATTN_NATIVE     0: leave the native library out
     FUSED_ATTN_CUDA       auto (default): build csrc/cuda if nvcc can; 0: do not; 1: fail if it cannot
+    FUSED_ATTN_PORTABLE   1: need no newer C and C++ libraries than manylinux_2_28 has, wherever it is built
     TORCH_CUDA_ARCH_LIST  default "8.0;9.0a;10.0;12.0" and PTX for newer cards, as far as nvcc knows them
     MAX_JOBS              compilers at a time; default: one a core, while there are 2 GiB of memory for each
 """
@@ -61,6 +62,9 @@ def find_torch() -> tuple[Path, str]:
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
     folders += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
     candidates = [Path(folder, "torch") for folder in folders]
+    # `python -m build` isolates by an environment of its own; that it was started in an activated one, this tells.
+    for activated in filter(None, map(os.environ.get, ("VIRTUAL_ENV", "CONDA_PREFIX"))):
+        candidates += Path(activated).glob("lib/python3*/site-packages/torch")
     if spec := importlib.util.find_spec("torch"):
         candidates += map(Path, spec.submodule_search_locations or [])
     for torch in candidates:
@@ -70,7 +74,10 @@ def find_torch() -> tuple[Path, str]:
         if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
             raise Unavailable(f"torch {version} is too old; {OLDEST} or newer is needed")
         return torch, version
-    raise Unavailable("torch is not in this environment (install torch first, then fused_attn again)")
+    raise Unavailable(
+        "torch is not in this environment (install torch first, then fused_attn again; `python -m build` finds it in an"
+        " activated environment, or with --no-isolation)"
+    )
 
 
 def output_of(command: list[str]) -> str:
@@ -176,6 +183,10 @@ def ninja_file(torch: Path, compiler: list[str], cuda: dict | None) -> str:
         "  description = C++ $in",
     ]
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    if os.environ.get("FUSED_ATTN_PORTABLE") == "1":
+        sources.append(ROOT / "csrc/portable/glibc.cpp")
+        names = dict.fromkeys(re.findall(r"\b__wrap_(\w+)", sources[-1].read_text()))
+        link += [f"-Wl,--wrap={name}" for name in names]
     if cuda:
         options = [f"--threads={min(2, jobs())}"]  # architectures at a time
         options += cuda["gencode"]

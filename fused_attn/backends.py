@@ -84,9 +84,13 @@ LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote about the native library: what was built, with what, and why not more."""
-    path = LIBRARY_PATH.with_name("_build_info.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py wrote about the native library: what was built, with what, and why not more. Empty where there is
+    none that can be read."""
+    try:
+        record = json.loads(LIBRARY_PATH.with_name("_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def load_library() -> str | None:
@@ -97,7 +101,7 @@ def load_library() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except OSError as error:
-        return f"the native library does not load: {error}"
+        return f"the native library does not load: {error.__cause__ or error}"  # torch's own names the file only
     return None
 
 

@@ -17,12 +17,14 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     sys.exit(f"fused-attn: {error.name} is not installed; pip install 'fused_attn[bench]'")
 
 import torch
 
 from . import __version__, demo, info, verify, viz
+from .backends import LIBRARY_ERROR, forced
 from .bench import blocks, calls, memory, models
 from .bench.measure import Figure, copy_bandwidth, environment, geometric_means, keep_freed_memory
 from .fusion import explain, fuse
@@ -68,12 +70,17 @@ def progress(total: int) -> Iterator[Any]:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        shown.add_column(column, overflow="fold", justify="left" if i == 0 else "right")
+    """Figures to the right, words to the left; the title on one line, however narrow the table; without columns' names
+    no line for them."""
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    shown = Table(box=None, show_header=any(columns), header_style="underline", pad_edge=False, padding=(0, 2, 0, 0))
+    for column, cells in zip(columns, zip(*rows, strict=True), strict=True) if rows else ():
+        figures = all(re.match(r"[-+]?\d|-$|$", cell) for cell in cells)
+        shown.add_column(column, overflow="fold", justify="right" if figures else "left")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     console.print(shown)
+    console.print()
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -125,9 +132,9 @@ def main() -> None:
 
 
 @main.command("demo")
-@click.option("--quick", is_flag=True, help="A few steps only.")
+@click.option("--quick", is_flag=True, help="A few steps only: does it run.")
 @click.option(
-    "--steps", type=click.IntRange(1), default=None, help="Training steps. Default: 300, or a minute's worth."
+    "--steps", type=click.IntRange(1), default=None, help="Training steps. Default: 120, in about 20 seconds."
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("fused_attn_demo.png"))
 @click.option(
@@ -137,24 +144,36 @@ def demo_command(quick: bool, steps: int | None, out: Path, weights: Path | None
     """Train a small network on real data with its blocks original and fused; write a picture."""
     need("sklearn")
     need("matplotlib")
-    seconds = 60.0 if steps is None else float("inf")
-    steps = steps or (4 if quick else 300)
-    with progress(steps) as advance:
-        original, fused = demo.train(steps, seconds=seconds, progress=lambda: advance("training both"))
-    steps = len(original.losses)
+    steps = steps or (4 if quick else 120)
+    with demo.one_thread(), progress(steps) as advance:
+        original, moved, fused = demo.train(steps, progress=lambda: advance("training, original and fused"))
+        gains = demo.measure_blocks(original.model, fused.model, budget=0.1 if quick else 1.0)
     rows = [
-        [run.name, f"{run.losses[-1]:.6f}", f"{100 * run.accuracy:.2f} %", f"{1e3 * median(run.seconds):.1f} ms"]
-        for run in (original, fused)
+        [run.name, f"{run.losses[-1]:.4f}", f"{100 * run.accuracy:.1f} %", f"{1e3 * median(run.seconds):.1f} ms"]
+        for run in (original, fused, moved)
     ]
-    table("scikit-learn's digits, the same seed and batches", ["blocks", "last loss", "accuracy", "a step"], rows)
-    differences = [abs(a - b) for a, b in zip(original.losses, fused.losses, strict=True)]
-    console.print(
-        f"losses differ by up to {max(differences[:5]):.1e} in the first 5 steps and {max(differences):.1e} in all"
-        f" {steps}: rounding, which training amplifies"
+    table(
+        f"scikit-learn's digits, {steps} steps from the same weights on the same batches",
+        ["blocks", "last loss", "accuracy", "a step"],
+        rows,
     )
-    console.print(f"a training step of the whole network is {demo.step_ratio(original, fused):.2f}x as fast, fused")
+    for run in (fused, moved):
+        apart, images = run.apart(original), int((run.found != original.found).sum())
+        console.print(
+            f"{run.name}: losses within {max(apart[:10]):.1e} of the original's in the first 10 steps,"
+            f" {max(apart):.1e} in all; {images} of {len(run.found)} held-out images classified otherwise"
+        )
+    console.print("(moved: each weight one unit in the last place higher; training amplifies any rounding as much)\n")
+    rows = [
+        [g.block, "x".join(map(str, g.shape)), *(f"{1e3 * s:.2f} ms" for s in (g.original, g.fused)), f"{g.ratio:.2f}x"]
+        for g in gains
+    ]
+    step = [f"{1e3 * median(run.seconds):.2f} ms" for run in (original, fused)]
+    rows.append(["a whole step", "-", *step, f"{demo.step_ratio(original, fused):.2f}x"])
+    columns = ["forward and backward", "map", "original", "fused", "as fast"]
+    table("times of one thread, medians of runs in turn", columns, rows)
     out.parent.mkdir(parents=True, exist_ok=True)
-    demo.plot(original, fused, out)
+    demo.plot(original, moved, fused, gains, out)
     console.print(f"picture: {out}")
     if weights is not None:
         weights.parent.mkdir(parents=True, exist_ok=True)
@@ -673,28 +692,45 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 @main.command("info")
+@click.option("--all", "everything", is_flag=True, help="Every operator, and why no other backend serves it.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def info_command(as_json: bool) -> None:
-    """Versions, devices, what was built, which backend serves what: send it with a bug report."""
+def info_command(everything: bool, as_json: bool) -> None:
+    """Versions, devices, what was built, which backend serves what and why: send it with a bug report."""
     record = {
         "versions": info.versions(),
         "devices": info.devices(),
         "built": info.built(),
+        "families": info.families(),
         "serving": info.serving(),
         "measured": info.measured(),
     }
     if as_json:
         click.echo(json.dumps(record, indent=1))
         return
-    for title, pairs in (("versions", record["versions"]), ("built", record["built"])):
-        table(title, ["", ""], [[k, v] for k, v in pairs.items()])
-    for line in record["devices"]:
-        console.print(line)
-    table(
-        "which backend serves what",
-        ["op", "device", "backend", "others"],
-        [list(row) for row in record["serving"]],
-    )
+    versions, built = dict(record["versions"]), record["built"]
+    facts = [["versions", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "platform")]]
+    facts.append(["platform", versions["platform"]])
+    for name, what in built.items():
+        if everything or name not in ("library", "torch headers") or (name == "library" and LIBRARY_ERROR):
+            facts.append([{"cpu": "C++ kernels", "cuda": "CUDA kernels"}.get(name, name), what])
+    facts += [line.split(": ", 1) for line in record["devices"]]
+    if forced():
+        facts.append(["asked for", f"{forced()} serves every call that it can, others raise (FUSED_ATTN_BACKEND)"])
+    table("what is here", ["", ""], facts)
+    for device in dict.fromkeys(device for device, *_ in record["families"]):
+        # Families that the same serves for the same reason share a row.
+        alike: dict[tuple[str, str], list[str]] = {}
+        for of, family, name, why in record["families"]:
+            if of == device:
+                alike.setdefault((name, why), []).append(family)
+        rows = [["\n".join(found), name, why] for (name, why), found in alike.items()]
+        table(f"what serves each family of blocks on {device}, and why", ["blocks", "by", "why"], rows)
+    if not everything:
+        console.print("--all: every operator, and why no other backend")
+        return
+    for device in ("cpu", "cuda"):
+        rows = [[op, name, others] for op, of, name, others in record["serving"] if of == device]
+        table(f"every operator on {device}, and why not another backend", ["op", "backend", "others"], rows)
     if record["measured"]:
         columns = ["device", "op", "backend", "calls", "why, the first"]
         table("what is known of the devices here", columns, [list(map(str, row)) for row in record["measured"]])

@@ -24,13 +24,18 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-    """The processor, and every GPU with its compute capability and memory, and what the resident kernels hold there."""
-    found = [f"cpu: {cpu_name()}, {torch.get_num_threads()} threads"]
+    """The processor, and every GPU with its compute capability and memory, and what the resident kernels hold there;
+    why there is none."""
+    threads = torch.get_num_threads()
+    found = [f"cpu: {cpu_name()}, {threads} thread{'s' * (threads != 1)}"]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         memory = f"{p.total_memory / 2**30:.0f} GiB"
         card = f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, {memory}"
         found.append(f"{card}; {held_on(i)}")
+    if len(found) == 1:
+        with_gpus = torch.version.cuda or torch.version.hip
+        found.append("cuda: " + ("torch finds no GPU" if with_gpus else "this torch is built without it"))
     return found
 
 
@@ -48,6 +53,37 @@ def built() -> dict[str, str]:
         else:
             found[part] = f"not built: {details.get('reason')}"
     return found
+
+
+#: What people call the blocks, and the ops that compute them: the first is what most calls are.
+FAMILIES = {
+    "squeeze-excite, ECA, channel": ("channel_gate", "channel_gate/both"),
+    "spatial attention": ("spatial_gate", "spatial_gate/batch_norm"),
+    "CBAM": ("cbam", "cbam/batch_norm"),
+    "BAM, scSE, coordinate, triplet": ("mixed_scale", "axis_pool"),
+    "selective kernels, split": ("select", "select/with", "select/many"),
+    "BatchNorm, gate (tails=True)": ("norm_gate",),
+    "SimAM": ("simam",),
+    "global context": ("context_pool",),
+    "criss-cross attention": ("criss_cross_attention",),
+    "non-local, self-attention": ("position_attention",),
+    "parts of other blocks": ("squeeze", "scale", "scale/space", "channel_pool"),
+}
+IN_WORDS = {"reference": "plain PyTorch", "cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
+
+
+def families() -> list[tuple[str, str, str, str]]:
+    """(device, family, what serves it, why), in words, on the devices that are here."""
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for family, (op, *_) in FAMILIES.items():
+            name, why = backends.default(op, device)
+            if name == "reference" and ": " in why and "; " in why:  # a reason for each of the others: the last one's
+                why = why.rpartition("; ")[2].partition(": ")[2]
+            if "in benchmarks" in why:  # which stored figures, for --all
+                why = why.partition(": ")[0]
+            rows.append((device, family, IN_WORDS[name], why))
+    return rows
 
 
 def serving() -> list[tuple[str, str, str, str]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,13 +278,53 @@ print("same")
 
 
 def test_import_starts_nothing():
-    """No CUDA initialisation, no Triton, none of the shell's packages or host libraries."""
+    """Nothing comes along but the package and the standard library (time is counted in modules here: sympy, which
+    torch.export brings, is two thirds of a second); nothing of torch is replaced; no compiler or other program runs;
+    no CUDA initialisation."""
     code = """
-import sys, torch
-before = set(sys.modules)
+import subprocess, sys, torch
+def refuse(*args, **kwargs):
+    raise AssertionError(args)
+subprocess.Popen.__init__ = refuse
+places = torch, torch.nn, torch.nn.Module, torch.nn.Conv2d, torch.nn.functional, torch.Tensor, torch.autograd.Function
+def found():
+    return [{name: id(value) for name, value in vars(place).items() if name[:2] != "__"} for place in places]
+modules, before = set(sys.modules), found()
 import fused_attn
-new = {m.split(".")[0] for m in set(sys.modules) - before}
-print(sorted(new & {"triton", "click", "rich", "matplotlib", "sklearn", "timm", "torchvision", "monai"}))
+new = set(sys.modules) - modules
+others = {m for m in new if m.split(".")[0] not in {"fused_attn", *sys.stdlib_module_names}}
+heavy = sorted(m for m in others if not m.startswith("torch.") or m.startswith(("torch._dynamo", "torch._inductor",
+               "torch.export", "torch.fx.experimental.symbolic_shapes", "torch._decomp")))
+print(heavy, len(others) < 10, len(new) < 250)
+print([name for b, a in zip(before, found()) for name, value in b.items() if a.get(name) != value])
 print(torch.cuda.is_initialized())
 """
-    assert python(code).splitlines() == ["[]", "False"]
+    assert python(code).splitlines() == ["[] True True", "[]", "False"]
+
+
+@pytest.mark.parametrize("damage", ["library", "record"])
+def test_a_damaged_installation_runs_plain_pytorch_and_says_so_once(damage, tmp_path):
+    """A library that was cut short, as by a full disk; none, with a record that was."""
+    package = Path(fused_attn.__file__).parent
+    leave_out = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+    shutil.copytree(package, tmp_path / "fused_attn", ignore=leave_out)
+    if damage == "library":
+        (tmp_path / "fused_attn/_native.so").write_bytes(b"\x7fELF" + bytes(60))
+    else:
+        (tmp_path / "fused_attn/_build_info.json").write_text('{"cpu": {"bui')
+    code = """
+import torch, fused_attn
+x = torch.randn(2, 32, 5, 5)
+block = fused_attn.nn.SqueezeExcite(32)
+for _ in range(2):
+    block(x)
+model = fused_attn.fuse(torch.nn.Sequential(torch.nn.Conv2d(32, 32, 1), fused_attn.nn.CBAM(32)))
+print(fused_attn.__file__, fused_attn.backends.choose("channel_gate", x), tuple(model(x).shape))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONWARNINGS": "always"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(maxsplit=2) == [str(tmp_path / "fused_attn/__init__.py"), "reference", "(2, 32, 5, 5)\n"]
+    said = [line for line in done.stderr.splitlines() if "fused_attn: the CPU runs plain PyTorch" in line]
+    expected = {"library": "the native library does not load", "record": "was not built: no record of a build"}
+    assert len(said) == 1 and expected[damage] in said[0], done.stderr

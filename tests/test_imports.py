@@ -44,6 +44,7 @@ INSIDE = {
     ("viz", "skimage"): "optional: the sample picture",
     ("demo", "sklearn"): "optional: the digits it learns",
     ("ops.inlined", "torch"): "Inductor takes seconds to import: after somebody else has",
+    ("ops.position_attention", "torch"): "brings sympy, as long as all else: whoever has open sizes has imported it",
     ("reference.norm_gate", "torch"): "torch.distributed is not in every build of torch",
 }
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from .. import backends, qualification
 from ..codes import code
@@ -16,7 +15,7 @@ from ..qualification.calls import typical_calls
 from ..qualification.parent import Job
 from ..reference import CBAM, BilinearAttention
 from .changing.decide import decide
-from .changing.graphs import fuse_exported
+from .changing.graphs import fuse_exported, is_program
 from .changing.plan import intact, plan_of
 from .changing.swap import restore, set_save, swap
 from .recipes.names import host_class
@@ -141,10 +140,10 @@ def fuse(model: Model, *, tails: bool = False, save: str = "all", strict: bool =
     """
     code(SAVES, "save", save)
     program: Any = model
-    if save == "least" and (not tails or isinstance(program, ExportedProgram)):
-        what = "a program" if isinstance(program, ExportedProgram) else "tails=False"
+    if save == "least" and (not tails or is_program(program)):
+        what = "a program" if is_program(program) else "tails=False"
         raise ValueError(f"save: expected 'all', which is all there is of {what}; got 'least'")
-    if isinstance(program, ExportedProgram):
+    if is_program(program):
         left: list[str] = []
         fused: Any = fuse_exported(program, left)
         if strict and left:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from .. import reference
 from ..reference.layout import lies_channels_last
@@ -29,6 +28,8 @@ from .common import (
 
 def _fake(query, key, value, scale):
     shape = query.shape[0], value.shape[1], *query.shape[2:]
+    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+
     same = statically_known_true(sym_eq(tuple(value.shape), shape))  # open sizes stay open
     out = empty_map(value) if same else query.new_empty(shape)
     return out, query.new_empty((query.shape[0], 2, math.prod(query.shape[2:])), dtype=accumulator(query.dtype))

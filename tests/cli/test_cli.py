@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fused_attn import backends, cli, demo, verify
+import fused_attn
+from fused_attn import backends, cli, demo, info, verify
 from fused_attn.bench import blocks
 from fused_attn.bench.measure import Figure, Timing, copy_bandwidth, geometric_means
 from fused_attn.fusion.recipes.names import host_class
@@ -41,12 +43,68 @@ def test_help(command):
     assert "--help" in run(command, "--help")
 
 
-def test_info():
+def test_info(monkeypatch):
+    """One screen of a terminal, if there is no GPU; whole words, no rule or name of a column without need."""
+    monkeypatch.setattr(cli.console, "_width", 80)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     text = run("info")
-    assert torch.__version__ in text and "channel_gate" in text
+    lines = text.splitlines()
+    assert len(lines) <= 25 and all(len(line) <= 80 for line in lines), text
+    assert lines[0].rstrip() == "what is here" and lines[1].startswith("versions  "), text
+    assert f"torch {torch.__version__}" in text
+    for family in info.FAMILIES:
+        assert sum(line.startswith(family) for line in lines) == 1
+    assert "served by" not in text and "on request" not in text
+
+
+def test_info_on_everything():
+    text = run("info", "--all")
+    assert all(text.count(f"\n{op} ") >= 2 for op in backends.OPS)  # on each of two devices
+    assert str(backends.LIBRARY_PATH) in text and "serves cuda tensors only" in text
     record = json.loads(run("info", "--json"))
-    assert set(record) == {"versions", "devices", "built", "serving", "measured"}
-    assert len(record["serving"]) == 2 * len(backends.OPS)  # on each of two devices
+    assert set(record) == {"versions", "devices", "built", "families", "serving", "measured"}
+    assert len(record["serving"]) == 2 * len(backends.OPS)
+
+
+def test_info_says_why_in_words(monkeypatch):
+    """On a card that nothing is known of, and where the library is missing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_VERDICTS", {})
+    why = "the native library does not load: too short"
+    monkeypatch.setattr(backends, "LIBRARY_ERROR", why)
+    monkeypatch.setattr(cli, "LIBRARY_ERROR", why)
+    for op in backends.OPS:
+        monkeypatch.setitem(backends.UNAVAILABLE, ("cpu", op, "cpu"), why)
+    for op in ("squeeze", "scale", "simam"):
+        monkeypatch.setitem(backends.SHIPPED, (op, "cuda"), ("triton", "2.0 to 3.0x: simam in benchmarks"))
+        monkeypatch.setitem(backends.UNAVAILABLE, ("triton", op, "cuda"), None)
+    found = {(device, family): (by, reason) for device, family, by, reason in info.families()}
+    assert found["cpu", "CBAM"] == ("plain PyTorch", why)
+    assert found["cuda", "SimAM"] == ("Triton", "2.0 to 3.0x")
+    assert found["cuda", "non-local, self-attention"] == ("plain PyTorch", "on GPUs torch's own attention serves it")
+    text = run("info")
+    assert text.count(why) == 2, text  # of the library, and once for all families
+    with fused_attn.backend("reference"):
+        assert "reference serves every call" in run("info")
+
+
+def test_every_op_belongs_to_a_family():
+    """One."""
+    assert sorted(itertools.chain(*info.FAMILIES.values())) == sorted(backends.OPS)
+    assert set(info.IN_WORDS) == set(backends.NAMES)
+
+
+@pytest.mark.parametrize("columns", [["", ""], ["block", "times"]])
+def test_tables(columns, monkeypatch, capsys):
+    """A title wider than its table, and than the terminal, stays one line; names of columns only where there are any;
+    brackets are no markup."""
+    monkeypatch.setattr(cli.console, "_width", 40)
+    title = "a title that is longer than the table and the terminal are"
+    cli.table(title, columns, [["SEModule[0]", "1.00x"], ["ECA", "12.00x"]])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    names = ["block         times"] if any(columns) else []
+    assert lines == [title, *names, "SEModule[0]   1.00x", "ECA          12.00x", ""]
 
 
 @pytest.mark.slow  # about 5 s
@@ -64,14 +122,25 @@ def test_demo_is_quick_and_writes_a_picture(tmp_path):
 
 
 def test_demo_trains_the_same_network(tmp_path, monkeypatch):
-    original, fused = demo.train(steps=3, batch=8)
-    torch.testing.assert_close(torch.tensor(fused.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
+    original, moved, fused = demo.train(steps=3, batch=8)
+    for other in (moved, fused):
+        torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(original.losses), rtol=1e-4, atol=1e-4)
+    assert moved.losses != original.losses
     assert [host_class(fused.model.stages[i]).__name__ for i in (3, 7, 11)] == ["SEBlock", "CBAM", "SEBlock"]
     original.seconds, fused.seconds = [0.03, 0.5, 0.03], [0.012, 0.012, 0.001]
-    monkeypatch.setattr(demo, "train", lambda *args, **options: (original, fused))
+    original.losses, fused.losses, moved.losses = [2.0, 1.0, 0.5], [2.0, 1.25, 0.5], [2.0, 1.0, 0.625]
+    original.found = moved.found = torch.tensor([1, 2, 3, 4])
+    fused.found = torch.tensor([1, 2, 0, 0])
+    monkeypatch.setattr(demo, "train", lambda *args, **options: (original, moved, fused))
+    gains = [demo.Gain("CBAM", (8, 32, 16, 16), 0.004, 0.001)]
+    monkeypatch.setattr(demo, "measure_blocks", lambda *args, **options: gains)
     text = run("demo", "--out", str(tmp_path / "demo.png"))
-    assert "a training step of the whole network is 2.50x as fast, fused" in text
-    assert "30.0 ms" in text and "12.0 ms" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "a whole step - 30.00 ms 12.00 ms 2.50x" in lines
+    assert "CBAM 8x32x16x16 4.00 ms 1.00 ms 4.00x" in lines
+    expected = "fused: losses within 2.5e-01 of the original's in the first 10 steps, 2.5e-01 in all; 2 of 4 held-out"
+    assert any(line.startswith(expected) for line in lines), text
+    assert any("original, moved: losses within 1.2e-01" in line and "0 of 4" in line for line in lines), text
 
 
 def test_verify_blocks():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.workers import folder_of_the_run, one_at_a_time
+from tools import wheels
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -140,7 +142,7 @@ def test_sdist_has_what_a_build_and_its_tests_need(built: Path):
     needed = {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     needed |= {".clang-format", "tests/checkpoint_keys.json", "tests/emulate/harness.h", "docs/demo.png"}
     # Tests read more than Python: sources to compile, shapes of checkpoints, pictures and figures that the README has.
-    for folder in ("fused_attn", "csrc", "tests", "benchmarks", "docs", ".ci"):
+    for folder in ("fused_attn", "csrc", "tests", "tools", "benchmarks", "docs", ".ci", ".github"):
         files = [path for path in (source / folder).rglob("*") if path.is_file() and not path.name.endswith(made)]
         assert files, folder
         needed |= {str(path.relative_to(source)) for path in files}
@@ -150,8 +152,8 @@ def test_sdist_has_what_a_build_and_its_tests_need(built: Path):
 
 
 def test_wheel_is_for_every_python(wheel: Path):
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    name = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{name}.whl")
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))).decode()
     requires = re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE)
@@ -267,6 +269,42 @@ def test_without_torch_it_builds_and_says_so(built: Path, tmp_path: Path):
     assert "torch is not in this environment" in printed
     (wheel,) = (tree / "dist").glob("*.whl")
     assert "torch is not in this environment" in build_info(wheel)["cpu"]["reason"]
+
+
+def test_torch_of_the_activated_environment_is_found(built: Path, tmp_path: Path):
+    """`python -m build` runs setup.py in an environment of its own, and says which was activated."""
+    tree = tmp_path / "tree"
+    shutil.copytree(built / "tree", tree, ignore=shutil.ignore_patterns("build", "csrc"))
+    (tree / "csrc").mkdir()
+    (tree / "csrc/library.cpp").write_text("int used() { return 1; }\n")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare", cwd=tmp_path)
+    (site,) = (tmp_path / "bare").glob("lib/python*/site-packages")
+    for found in [*(SITE / name for name in ("setuptools", "_distutils_hack", "ninja")), *SITE.glob("setuptools-*")]:
+        (site / found.name).symlink_to(found)
+    environment = {"PYTHONNOUSERSITE": "1", "VIRTUAL_ENV": sys.prefix, "FUSED_ATTN_CUDA": "0"}
+    printed = run(tmp_path / "bare/bin/python", "setup.py", "build_ext", "--inplace", cwd=tree, **environment)
+    info = json.loads((tree / "fused_attn/_build_info.json").read_text())
+    assert info["torch_headers"] and info["cpu"]["built"], printed
+
+
+def test_published_wheels_are_for_old_systems(built: Path, wheel: Path, tmp_path: Path):
+    """auditwheel agrees that glibc 2.28 is enough; what is not made for it is refused. Nothing of torch is packed."""
+    pytest.importorskip("auditwheel")
+    (sdist,) = (built / "sdist").glob("*.tar.gz")
+    made = wheels.wheel(sdist, "cpu", tmp_path / "raw", built / "tree/build/native")
+    audited = wheels.audit(made, tmp_path / "out")
+    version = wheel.name.split("-")[1]
+    assert audited.name == f"fused_attn-{version}+cpu-py3-none-{wheels.PLATFORM}.whl"
+    assert build_info(audited)["cpu"]["built"] and not build_info(audited)["cuda"]["built"]
+    with zipfile.ZipFile(audited) as archive:
+        assert not [name for name in archive.namelist() if ".so" in name and name != "fused_attn/_native.so"]
+        tag = archive.read(next(n for n in archive.namelist() if n.endswith("/WHEEL"))).decode()
+    assert f"Tag: py3-none-{wheels.PLATFORM}\n" in tag
+    if tuple(map(int, platform.libc_ver()[1].split("."))) > (2, 31):  # whose symbols this build would have
+        with pytest.raises(subprocess.CalledProcessError):
+            wheels.audit(wheel, tmp_path / "refused")
+    python = install(audited, tmp_path / "other")
+    assert "works; CUDA kernels none" in run(python, ROOT / "tools/smoke.py", cwd=tmp_path)
 
 
 def test_cuda_can_be_left_out(built: Path, tmp_path: Path):

@@ -8,13 +8,13 @@ import functools
 import itertools
 import logging
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from ... import backends, functional
@@ -33,6 +33,9 @@ from ..reading.region import Region, is_number, region
 from ..reading.templates import Template
 from ..reading.trial import Trial
 from . import calls
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,12 @@ def backend(
     rewrite(graph, inputs, compiled=backends.forced() is None)
     compiled: Callable = inductor(graph, list(inputs))
     return compiled
+
+
+def is_program(model: object) -> TypeGuard[ExportedProgram]:
+    """Whether it is one of torch.export's, which is not imported for it: that takes as long as all else here."""
+    found = sys.modules.get("torch.export.exported_program")
+    return found is not None and isinstance(model, found.ExportedProgram)
 
 
 def fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram:
