@@ -58,9 +58,10 @@ weights, and writes this page (`--page docs/hosts.md`) from its rows (`--json be
 *gates*: the products of a map and a smaller tensor, spread over it, that both come from the input, in one forward of
 the network as it is, counted by its operators; *fused*: those of them that do not run after `fuse`. *right*: outputs,
 gradients of parameters and inputs, and buffers after a step are the network's own, in float64 (within 30 times what
-eager makes of an input moved by one unit in the last place) and float32 (within 4 times eager's error, on the input or
-on one so moved), in training and evaluation, with `tails=True` and without; *not compared*: products were only counted.
-*tails*: fused operators with a BatchNorm in them, with `tails=True`.
+eager makes of an input moved by one unit in the last place) and float32 (within 4 times eager's error on the input or
+on one so moved, and gradients within a hundredth of the largest: a ReLU may decide otherwise), in training and
+evaluation, with `tails=True` and without; *not compared*: products were only counted. *tails*: fused operators with a
+BatchNorm in them, with `tails=True`.
 """
 
 
