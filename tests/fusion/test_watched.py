@@ -136,6 +136,10 @@ def reading(read: Callable[[Any], Any], init: Callable[[Any], Any] | None = None
     return Block
 
 
+def _named_first(block):
+    return 1.0 if block.name else 2.0
+
+
 class Item:
     factor = 1.0
 
@@ -403,6 +407,25 @@ PLACES: dict[str, Rows] = {
     "getattr by a name in an attribute": Rows(
         lambda s: getattr(s, s.name), lambda s: vars(s).update(name="a", a=1.0, b=2.0), put("name", "b")
     ),
+    "getattr by a name in an attribute, what is there": Rows(
+        lambda s: getattr(s, s.name), lambda s: vars(s).update(name="a", a=1.0, b=2.0), put("a")
+    ),
+    "getattr by a name in an attribute that was read before": Rows(
+        lambda s: _named_first(s) * getattr(s, s.name), lambda s: vars(s).update(name="a", a=1.0), put("a")
+    ),
+    "getattr by a name in an attribute of the class": Rows(
+        lambda s: getattr(s, s.name), lambda s: vars(s).update(a=1.0, b=2.0), of_class("name", "b"), {"name": "a"}
+    ),
+    "getattr by a name in an attribute, of a method": Rows(
+        lambda s: getattr(s, s.name)(), keep("name", lambda: "a"), of_class("a", lambda s: 2.0), {"a": lambda s: 1.0}
+    ),
+    "getattr by a name in a property": Rows(
+        lambda s: getattr(s, s.name), lambda s: vars(s).update(kind="a", a=1.0), put("a"),
+        {"name": property(lambda s: s.kind)},
+    ),
+    "getattr by a name in a tuple in an attribute": Rows(
+        lambda s: getattr(s, s.name[0]), lambda s: vars(s).update(name=("a",), a=1.0), put("a")
+    ),
     "getattr by a name in a dict": Rows(
         lambda s: getattr(s, NAMES["x"]), keep("factor", lambda: 1.0), put("factor")
     ),
@@ -577,6 +600,16 @@ FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Change]] = {
 @pytest.mark.parametrize("what", FUNCTIONS)
 def test_what_is_run(what, monkeypatch):
     check(*FUNCTIONS[what], monkeypatch)
+
+
+def test_what_no_name_asks_for_is_not_read():
+    """A name that an attribute holds is one name, and not any."""
+    makes = reading(lambda s: getattr(s, s.name), lambda s: vars(s).update(name="a", a=1.0))
+    makes.init_weights = lambda self: print(os.environ)
+    model = fuse(randomised(makes()))
+    assert runs_fused(model)
+    model.init_weights = None
+    assert runs_fused(model)
 
 
 def test_what_is_set_on_the_class_that_fuse_made():

@@ -157,7 +157,7 @@ class _Names(NamedTuple):
     """Of a function: the attributes that it names, in strings too; its globals; what it does beside reading; methods
     that change their owner, where that is a global; whether it makes names at run time; attributes that it asks for
     where there may be none; globals with what it names of them, and of that; code, its own or that of functions in it,
-    that sets attributes or items."""
+    that sets attributes or items; attributes that hold names of attributes that it asks for."""
 
     attributes: frozenset[str]
     globals: tuple[str, ...]
@@ -167,6 +167,7 @@ class _Names(NamedTuple):
     asked: frozenset[str]
     chains: frozenset[tuple[str, ...]]
     stores: frozenset[types.CodeType] = frozenset()
+    held: frozenset[str] = frozenset()
 
 
 _STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR"}
@@ -235,6 +236,7 @@ def _names_of(code: types.CodeType) -> _Names:
     remark: str | None = None
     changed: list[tuple[str, str]] = []
     dynamic = False
+    held: set[str] = set()
     for i, step in enumerate(steps):
         name = step.argval
         if step.opname in _GLOBAL_STORES or (step.opname == "STORE_DEREF" and name in code.co_freevars):
@@ -246,7 +248,9 @@ def _names_of(code: types.CodeType) -> _Names:
             remark = remark or _REMARKS.get(name) or ("makes code or names" if name in _AT_RUN_TIME else None)
             dynamic |= name in _DYNAMIC
             if name == "getattr":
-                dynamic |= _is_made(steps[i:])
+                where = _asked_for(code, steps[i:])
+                dynamic |= where is None
+                held |= {where} if where else set()
             if name in ("getattr", "hasattr", "type") and _is_argument(code, steps[i + 1 : i + 3]):
                 remark = remark or "asks what a tensor has or is"
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -268,6 +272,7 @@ def _names_of(code: types.CodeType) -> _Names:
         asked,
         _chains(steps),
         stores,
+        frozenset(held),
     )
     for inner in (c for c in code.co_consts if isinstance(c, types.CodeType)):
         other = _names_of(inner)
@@ -280,6 +285,7 @@ def _names_of(code: types.CodeType) -> _Names:
             found.asked | other.asked,
             found.chains | other.chains,
             found.stores | other.stores,
+            found.held | other.held,
         )
     return found
 
@@ -356,19 +362,28 @@ def _chains(steps: list[dis.Instruction]) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(chain) for chain in found if len(chain) > 1)
 
 
-def _is_made(steps: list[dis.Instruction]) -> bool:
-    """Whether the name that `getattr` is given, of which these instructions are the beginning, is no constant, as far
-    as the two instructions before its call tell."""
+def _asked_for(code: types.CodeType, steps: list[dis.Instruction]) -> str | None:
+    """Where the name that `getattr` is given stands, of which these instructions are the beginning, as far as the two
+    before its call tell: "" if it is a constant, else the attribute of self that it is, or None."""
     depth = 0
     for i, step in enumerate(steps):
         depth += dis.stack_effect(step.opcode, step.arg, jump=False)
         if "JUMP" in step.opname:
-            return True
+            return None
         if step.opname in ("CALL", "CALL_FUNCTION") and depth == 1:
             before = [s for s in steps[1:i] if s.opname not in ("PRECALL", "PUSH_NULL")][-2:]
             name = before[-1] if step.argval == 2 else before[0]
-            return not (name.opname == "LOAD_CONST" and isinstance(name.argval, str) and name.argval.isidentifier())
-    return True
+            if name.opname == "LOAD_ATTR" and step.argval == 2 and _is_self(code, before[0]):
+                return str(name.argval)
+            constant = name.opname == "LOAD_CONST" and isinstance(name.argval, str) and name.argval.isidentifier()
+            return "" if constant else None
+    return None
+
+
+def _is_self(code: types.CodeType, step: dis.Instruction) -> bool:
+    """Whether an instruction loads the first argument, last."""
+    loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    return step.opname.startswith("LOAD_FAST") and code.co_argcount > 0 and loaded[-1] == code.co_varnames[0]
 
 
 def _is_argument(code: types.CodeType, steps: list[dis.Instruction]) -> bool:
@@ -530,9 +545,12 @@ class _Reader:
         self.names: dict[str, None] = {}
         self.asked: dict[str, None] = {}  # of these, those that may be no attribute
         self.everything = False
+        self.held: set[str] = set()  # attributes that hold names of attributes that are asked for
+        self.strings: dict[str, dict[str, None]] = {}  # what attributes hold, where it is a string
+        self.others: set[str] = set()  # attributes that hold anything else
         self.owners: list[Any] = []
-        self.seen: set[int] = set()
-        self.keep: list[Any] = []  # what `seen` has by id
+        self.seen: dict[int, int] = {}  # where in `keep` it is, by id
+        self.keep: list[Any] = []
         self.done: set[tuple[int, str]] = set()
 
     # The walk
@@ -558,6 +576,9 @@ class _Reader:
                 self.remarks.append(TOO_MANY)
                 break
             done = len(self.done)
+            for name in sorted(self.held):
+                self.names.update(self.strings.get(name, {}))
+                self.everything |= name in self.others
             for owner in (*self.modules, *list(self.owners)):
                 for name in self._names_for(owner):
                     if (id(owner), name) not in self.done:
@@ -662,6 +683,7 @@ class _Reader:
         for base in {cls: None, **dict.fromkeys(bases)}:  # those that it may call by super() too
             if base in (cls, *bases[1:]) and base is not nn.Module:
                 self._watch_method(base, name)
+        self.others.add(name)
         if owner is not cls and not isinstance(value, property):
             self.entries[2].append(((id(owner), name), (self._owner(owner), name)))
         for _, function in found:
@@ -683,6 +705,10 @@ class _Reader:
 
     def _value(self, owner: Any, name: str, value: Any) -> None:
         self.key.append(name)
+        if isinstance(value, str):
+            self.strings.setdefault(name, {})[value] = None
+        elif value is not None:
+            self.others.add(name)
         if is_plain(value):
             self._member(value)
             self.key.append((type(value).__name__, value))
@@ -701,8 +727,7 @@ class _Reader:
         """What an enumeration's members have beside their names, which may read more."""
         if not isinstance(value, enum.Enum) or id(value) in self.seen:
             return
-        self.seen.add(id(value))
-        self.keep.append(value)
+        self._keep(value)
         if not is_plain(value.value):
             self._visit(value.value)
         for cls in (c for c in type(value).__mro__ if not _is_library(c.__module__)):
@@ -711,15 +736,18 @@ class _Reader:
                     self._watch_method(cls, name)
                     self._visit(member.fget if isinstance(member, property) else member)
 
+    def _keep(self, value: Any) -> None:
+        self.seen[id(value)] = len(self.keep)
+        self.keep.append(value)
+
     def _visit(self, value: Any, name: str = "") -> None:
         if is_plain(value):
             self._member(value)
             self.key.append((type(value).__name__, value))
         elif id(value) in self.seen:
-            self.key.append(next(i for i, v in enumerate(self.keep) if v is value))
+            self.key.append(self.seen[id(value)])
         else:
-            self.seen.add(id(value))
-            self.keep.append(value)
+            self._keep(value)
             self._new(value, name)
 
     def _new(self, value: Any, name: str) -> None:
@@ -825,6 +853,7 @@ class _Reader:
         self.names.update(dict.fromkeys(sorted(names.attributes)))
         self.asked.update(dict.fromkeys(sorted(names.asked)))
         self.everything |= names.dynamic
+        self.held |= names.held
         if vars(function):
             self.owners.append(function)
         space = _namespace(function)
