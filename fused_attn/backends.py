@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _torch_module
 
 from . import ops as ops  # defines the operators, before the library registers kernels for them
 from .ops.common import OPERATORS
@@ -161,11 +162,48 @@ _in_dynamo, _is_exporting = torch.compiler.is_dynamo_compiling, torch.compiler.i
 _in_functorch, _jit_tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
+#: Hooks for the calls of all modules, as counters of operations set them.
+_PRE_HOOKS, _HOOKS = _torch_module._global_forward_pre_hooks, _torch_module._global_forward_hooks
+_BACKWARD_PRE_HOOKS, _BACKWARD_HOOKS = _torch_module._global_backward_pre_hooks, _torch_module._global_backward_hooks
+
+
+class _Exported:
+    """Whether `torch.export` finds the operators, or what they stand for: how many want these now."""
+
+    operators: int = 0
+    counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def keep_operators() -> Iterator[None]:
+    """Within the context (process-wide) `torch.export` keeps the fused operators in its programs.
+
+    Without it what leaves PyTorch or the process is PyTorch's own operators, which run anywhere: a program with ours
+    runs where `import fused_attn`, or `torch.ops.load_library` of its native library, came first. ONNX has none of them
+    in any case.
+    """
+    with _Exported.counting:
+        _Exported.operators += 1
+    try:
+        yield
+    finally:
+        with _Exported.counting:
+            _Exported.operators -= 1
+
+
 def is_ordinary(x: Tensor) -> bool:
     """Whether the operators may serve a call on x: it is no subclass, which may carry more than its numbers, and none
     of `torch.func`'s transforms, forward-mode differentiation and `torch.jit.trace`, which see through plain PyTorch
-    only, is active here. `torch.compile` traces it."""
-    return type(x) in PLAIN and forward_ad._current_level < 0 and not _in_functorch() and _jit_tracing() is None
+    only, is active here, nor an export to where there are none, and nobody listens to all modules, whose layers would
+    be bypassed. `torch.compile` traces it."""
+    return (
+        type(x) in PLAIN
+        and forward_ad._current_level < 0
+        and not _in_functorch()
+        and _jit_tracing() is None
+        and (not _is_exporting() or _Exported.operators > 0)
+        and not (_PRE_HOOKS or _HOOKS or _BACKWARD_PRE_HOOKS or _BACKWARD_HOOKS)
+    )
 
 
 def autocasts(x: Tensor) -> bool:

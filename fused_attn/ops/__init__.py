@@ -6,6 +6,7 @@ from .channel_gate import channel_gate
 from .channel_pool import channel_pool
 from .context_pool import context_gate, context_pool, context_pool_with_map
 from .criss_cross_attention import criss_cross_attention
+from .formulas import tell_counter
 from .mixed_scale import mixed_scale
 from .norm_gate import norm_gate
 from .position_attention import by_torch as position_attention_by_torch
@@ -39,3 +40,5 @@ __all__ = [
     "spatial_logits",
     "squeeze",
 ]
+
+tell_counter()

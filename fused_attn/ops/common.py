@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from . import resident
+from . import formulas, resident
 from .inlined import tell_inductor
 
 LIBRARY = torch.library.Library("fused_attn", "DEF")
@@ -35,6 +35,9 @@ OPERATORS: dict[str, list[str]] = {}
 
 #: By operator, the functions of `fused_attn.kernels` that were called already.
 KERNELS: dict[str, Callable[..., Any]] = {}
+
+#: By operator, the fake kernel.
+FAKES: dict[str, Callable[..., Any]] = {}
 
 #: One overload a backend.
 Overloads = dict[str, torch._ops.OpOverload]
@@ -63,6 +66,7 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None, *,
     """
     module = module or name.removesuffix("_backward")
     OPERATORS.setdefault(module, []).append(name)
+    FAKES[name] = fake
 
     def triton_kernel(*args):
         kernel = KERNELS.get(name)
@@ -72,6 +76,7 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None, *,
 
     def fake_kernel(*args):
         tell_inductor()
+        formulas.tell_counter()
         return fake(*args)
 
     tags = (torch.Tag.pt2_compliant_tag, *((torch.Tag.flexible_layout,) if any_layout else ()))
@@ -126,6 +131,13 @@ def apply_of(node: type[torch.autograd.Function]) -> Callable[..., Any]:
         return at_once(*arguments)
 
     return apply
+
+
+def stand_for(overloads: Overloads, formula: formulas.Formula, backward: Overloads | None = None) -> None:
+    """The operators compute that, where they are written out or counted. backward: what computes its gradients."""
+    for backend, op in overloads.items():
+        formulas.write_out(op, formula, FAKES[op._opname])
+        formulas.count_flops(op, None if backward is None else backward[backend], formula)
 
 
 class _Rule(NamedTuple):
@@ -237,6 +249,7 @@ def differentiable(
     backward: Overloads,
     keep: Keep,
     gradients: Gradients,
+    formula: formulas.Formula,
     *,
     outputs: int = 1,
     shown: Callable[[Any], Any] = first,
@@ -248,6 +261,7 @@ def differentiable(
 
     Args:
         backward: the operator that `gradients` calls.
+        formula: from the operator's arguments to its first result, or the first ones, in plain PyTorch.
         outputs: how many of the leading results have gradients.
         shown: from the results to what `call` returns; `keep` marks what of that has no gradient. told: gets that
             before anything is kept for the backward, where a checkpoint's recomputation may end.
@@ -261,6 +275,7 @@ def differentiable(
         require = functools.partial(resident.require, any_overload._opname)
     register_gradients(overloads, keep, gradients, outputs, require)
     differentiable_once(backward)
+    stand_for(overloads, formula, backward)
     arguments = any_overload._schema.arguments
     count, listed = len(arguments) - _codes_of(any_overload), str(arguments[0].type) == "List[Tensor]"
 
@@ -322,6 +337,7 @@ def differentiable_by_reference(overloads: Overloads, function: Callable[..., Se
         return None, *differentiable_backward(of_tensors, inputs, ctx.needs_input_grad[1:], given)
 
     register_gradients(overloads, keep, gradients, outputs)
+    stand_for(overloads, function)
 
 
 def differentiable_once(overloads: Overloads) -> None:
