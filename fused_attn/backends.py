@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import threading
 import warnings
@@ -27,8 +26,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _torch_module
 
-from . import ops as ops  # defines the operators, before the library registers kernels for them
-from .ops.common import OPERATORS
+from . import ops as ops  # defines the operators
+from .native import LIBRARY_ERROR, build_record
+from .native import LIBRARY_PATH as LIBRARY_PATH
+from .ops.common import OPERATORS, OUTDATED
 from .verdicts import BACKENDS, Question, Shape, Verdict, class_of, room_for, say_once, shipped_of_type
 
 NAMES = BACKENDS
@@ -80,26 +81,6 @@ MISSING: dict[tuple[str, str], str] = {
     **{(name, "select/many"): "the kernels hold at most 8 branches" for name in ("cpu", "triton", "cuda")},
 }
 
-LIBRARY_PATH = Path(__file__).with_name("_native.so")
-
-
-def build_record() -> dict[str, Any]:
-    """What setup.py wrote about the native library: what was built, with what, and why not more."""
-    path = LIBRARY_PATH.with_name("_build_info.json")
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def load_library() -> str | None:
-    """Load the native library; None, or why there is none."""
-    if not LIBRARY_PATH.exists():
-        reason = build_record().get("cpu", {}).get("reason") or "no record of a build"
-        return f"the native library was not built: {reason}"
-    try:
-        torch.ops.load_library(str(LIBRARY_PATH))
-    except OSError as error:
-        return f"the native library does not load: {error}"
-    return None
-
 
 def _reason(name: str, op: str, device: str) -> str | None:
     """Why a backend cannot serve an op on a device type; None where it can."""
@@ -130,13 +111,12 @@ def _has_kernel(name: str, op: str) -> bool:
     """Whether the native library that was loaded registered the backend's kernels for the op: "cpu" has one for each of
     its operators, "cuda" for those of whole blocks."""
     return (all if name == "cpu" else any)(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{operator}.{name}", name.upper())
+        operator not in OUTDATED
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{operator}.{name}", name.upper())
         for operator in OPERATORS[op.partition("/")[0]]
     )
 
 
-#: Why there is no native library here, or None.
-LIBRARY_ERROR = load_library()
 if LIBRARY_ERROR is not None:
     warnings.warn(f"fused_attn: the CPU runs plain PyTorch, because {LIBRARY_ERROR}", stacklevel=2)
 
