@@ -1,5 +1,5 @@
-// Registers the CPU implementations. Schemas and fake kernels are defined in Python (fused_attn/ops), so that
-// they exist without this library; csrc/cuda registers its own.
+// Registers the CPU implementations; csrc/cuda registers its own. The schemas are in schemas.cpp, and in Python
+// (fused_attn/ops), with the fake kernels, for where this library is not.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/map.h"

@@ -1,7 +1,7 @@
 """fused_attn: the attention blocks of convolutional networks, fused, with one line: `fuse(model)`."""
 
 from . import functional, nn, reference
-from .backends import backend
+from .backends import backend, keep_operators
 from .fusion import explain, fuse, unfuse
 from .qualify import qualify
 from .warmup import warmup
@@ -14,6 +14,7 @@ __all__ = [
     "explain",
     "functional",
     "fuse",
+    "keep_operators",
     "nn",
     "qualify",
     "reference",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import threading
 import warnings
@@ -25,9 +24,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _torch_module
 
-from . import ops as ops  # defines the operators, before the library registers kernels for them
-from .ops.common import OPERATORS
+from . import ops as ops  # defines the operators
+from .native import LIBRARY_ERROR, build_record
+from .native import LIBRARY_PATH as LIBRARY_PATH
+from .ops.common import OPERATORS, OUTDATED
 from .verdicts import BACKENDS, Question, Shape, Verdict, class_of, room_for, say_once, shipped_of_type
 
 NAMES = BACKENDS
@@ -80,30 +82,6 @@ MISSING: dict[tuple[str, str], str] = {
     **{(name, "select/many"): "the kernels hold at most 8 branches" for name in ("cpu", "triton", "cuda")},
 }
 
-LIBRARY_PATH = Path(__file__).with_name("_native.so")
-
-
-def build_record() -> dict[str, Any]:
-    """What setup.py wrote about the native library: what was built, with what, and why not more. Empty where there is
-    none that can be read."""
-    try:
-        record = json.loads(LIBRARY_PATH.with_name("_build_info.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def load_library() -> str | None:
-    """Load the native library; None, or why there is none."""
-    if not LIBRARY_PATH.exists():
-        reason = build_record().get("cpu", {}).get("reason") or "no record of a build"
-        return f"the native library was not built: {reason}"
-    try:
-        torch.ops.load_library(str(LIBRARY_PATH))
-    except OSError as error:
-        return f"the native library does not load: {error.__cause__ or error}"  # torch's own names the file only
-    return None
-
 
 def _reason(name: str, op: str, device: str) -> str | None:
     """Why a backend cannot serve an op on a device type; None where it can."""
@@ -134,13 +112,12 @@ def _has_kernel(name: str, op: str) -> bool:
     """Whether the native library that was loaded registered the backend's kernels for the op: "cpu" has one for each of
     its operators, "cuda" for those of whole blocks."""
     return (all if name == "cpu" else any)(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{operator}.{name}", name.upper())
+        operator not in OUTDATED
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_attn::{operator}.{name}", name.upper())
         for operator in OPERATORS[op.partition("/")[0]]
     )
 
 
-#: Why there is no native library here, or None.
-LIBRARY_ERROR = load_library()
 if LIBRARY_ERROR is not None:
     warnings.warn(f"fused_attn: the CPU runs plain PyTorch, because {LIBRARY_ERROR}", stacklevel=2)
 
@@ -166,11 +143,48 @@ _in_dynamo, _is_exporting = torch.compiler.is_dynamo_compiling, torch.compiler.i
 _in_functorch, _jit_tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
+#: Hooks for the calls of all modules, as counters of operations set them.
+_PRE_HOOKS, _HOOKS = _torch_module._global_forward_pre_hooks, _torch_module._global_forward_hooks
+_BACKWARD_PRE_HOOKS, _BACKWARD_HOOKS = _torch_module._global_backward_pre_hooks, _torch_module._global_backward_hooks
+
+
+class _Exported:
+    """Whether `torch.export` finds the operators, or what they stand for: how many want these now."""
+
+    operators: int = 0
+    counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def keep_operators() -> Iterator[None]:
+    """Within the context (process-wide) `torch.export` keeps the fused operators in its programs.
+
+    Without it what leaves PyTorch or the process is PyTorch's own operators, which run anywhere: a program with ours
+    runs where `import fused_attn`, or `torch.ops.load_library` of its native library, came first. ONNX has none of them
+    in any case.
+    """
+    with _Exported.counting:
+        _Exported.operators += 1
+    try:
+        yield
+    finally:
+        with _Exported.counting:
+            _Exported.operators -= 1
+
+
 def is_ordinary(x: Tensor) -> bool:
     """Whether the operators may serve a call on x: it is no subclass, which may carry more than its numbers, and none
     of `torch.func`'s transforms, forward-mode differentiation and `torch.jit.trace`, which see through plain PyTorch
-    only, is active here. `torch.compile` traces it."""
-    return type(x) in PLAIN and forward_ad._current_level < 0 and not _in_functorch() and _jit_tracing() is None
+    only, is active here, nor an export to where there are none, and nobody listens to all modules, whose layers would
+    be bypassed. `torch.compile` traces it."""
+    return (
+        type(x) in PLAIN
+        and forward_ad._current_level < 0
+        and not _in_functorch()
+        and _jit_tracing() is None
+        and (not _is_exporting() or _Exported.operators > 0)
+        and not (_PRE_HOOKS or _HOOKS or _BACKWARD_PRE_HOOKS or _BACKWARD_HOOKS)
+    )
 
 
 def autocasts(x: Tensor) -> bool:

@@ -7,7 +7,8 @@ rounded once, at the output. Under autocast x keeps its dtype and parameters are
 Results are deterministic to the bit. Backward keeps x, O(B * C) numbers, O(B * positions) where channels are
 pooled, and y where a ReLU follows (the residual for other activations); with `create_graph=True` it runs the
 reference, which costs what eager costs. The reference runs, too, under torch.func's transforms, forward-mode
-differentiation and torch.jit.trace, and where an argument is a subclass of Tensor, whatever backend was asked for.
+differentiation, torch.jit.trace, torch.export (but see `fused_attn.keep_operators`) and hooks on all modules, and
+where an argument is a subclass of Tensor, whatever backend was asked for.
 
 Options are names: activations in `fused_attn.codes.ACTIVATIONS`; pool "avg", "max", "avgmax" or "both"; ties
 "first" (the gradient of a maximum goes to the first that has it, as in adaptive_max_pool and max(dim)) or "even"

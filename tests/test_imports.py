@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1] / "fused_attn"
 #: From the ground up; a module is on the floor of its longest prefix here. What a floor's modules import of the package
 #: is on their own floor or below.
 FLOORS = (
-    ("codes", "hosts", "equivalence", "timing", "verdicts"),  # names, and how results, times and backends are judged
+    # Names, the native library, and how results, times and backends are judged.
+    ("codes", "hosts", "native", "equivalence", "timing", "verdicts"),
     ("reference",),
     ("ops",),
     ("kernels",),  # above the ops, whose schemas they serve: an op finds its kernels by name when it first runs
@@ -43,6 +44,7 @@ INSIDE = {
     ("viz", "matplotlib"): "optional: pictures",
     ("viz", "skimage"): "optional: the sample picture",
     ("demo", "sklearn"): "optional: the digits it learns",
+    ("ops.formulas", "torch"): "the counter of operations imports Triton: after somebody else has",
     ("ops.inlined", "torch"): "Inductor takes seconds to import: after somebody else has",
     ("ops.position_attention", "torch"): "brings sympy, as long as all else: whoever has open sizes has imported it",
     ("reference.norm_gate", "torch"): "torch.distributed is not in every build of torch",

@@ -77,21 +77,11 @@ def covariance(x: Tensor, count: int | None = None) -> Tensor:
     return _covariance(*_centred(x), count)
 
 
-def _windows(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The windows of an adaptive pool along an axis, as the (count, size) matrix of their means."""
-    i, j = torch.arange(count, device=device)[:, None], torch.arange(size, device=device)
-    inside = (j >= i * size // count) & (j < ((i + 1) * size + count - 1) // count)
-    return inside.to(dtype) / inside.sum(1, keepdim=True)
-
-
 def mean_of_windows(x: Tensor, height: int, width: int) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool2d`; two products with matrices where its gradient raises."""
     if not torch_has_no_deterministic(x):
         return reference.gsop.mean_of_windows(x, height, width)
-    dtype = accumulator(x.dtype)
-    rows = _windows(x.shape[2], height, dtype, x.device)
-    columns = _windows(x.shape[3], width, dtype, x.device)
-    return (rows @ x.to(dtype) @ columns.T).to(x.dtype)
+    return reference.gsop.products_with_windows(x.to(accumulator(x.dtype)), height, width).to(x.dtype)
 
 
 def reduced_to_side(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:

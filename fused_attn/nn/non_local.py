@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, reference
-from ..backends import is_small
+from ..backends import is_ordinary, is_small
 from ..reference.non_local import concatenation_attention as matrix_concatenation_attention
 from ..reference.non_local import dot_attention as matrix_dot_attention
 from ..reference.non_local import project as project_a_map
@@ -39,7 +39,8 @@ def concatenation_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor
     query * S0 + S1, where S0 and S1 are the sums of the first values and of the first keys times values: one sort, two
     running sums and a look-up. Time and memory, in backward too, are linear in positions (but for the sort).
     """
-    if is_small(value, query.numel() * math.prod(key.shape[1:]) * 4):  # the matrix costs less than the sort
+    # Where the matrix costs less than the sort, and for those who may not know one.
+    if not is_ordinary(value) or is_small(value, query.numel() * math.prod(key.shape[1:]) * 4):
         return matrix_concatenation_attention(query, key, value)
     dtype = torch.promote_types(value.dtype, torch.float32)
     queries = query.flatten(1).to(dtype)

@@ -7,6 +7,7 @@ from .channel_pool import channel_pool
 from .context_pool import context_gate, context_pool, context_pool_with_map
 from .criss_cross_attention import criss_cross_attention
 from .energy_gate import energy_gate
+from .formulas import tell_counter
 from .mixed_scale import mixed_scale
 from .moments_gate import moments_gate
 from .norm_gate import norm_gate
@@ -43,3 +44,5 @@ __all__ = [
     "spatial_logits",
     "squeeze",
 ]
+
+tell_counter()

@@ -16,6 +16,7 @@ from .common import (
     needs_node,
     register_gradients,
     shape_of,
+    stand_for,
     wants_graph,
 )
 from .squeeze import TIE_NAMES
@@ -105,11 +106,18 @@ class _AxisPool(torch.autograd.Function):
 _apply_axis_pool = apply_of(_AxisPool)
 
 
-def _differentiable(ctx, x, grads):
-    maxima, channels, ties = ctx.codes
+def _with_map(x, maxima, channels, ties):
+    return reference.axis_pool_with_map(x, maxima=bool(maxima), channels=bool(channels), ties=TIE_NAMES[ties])
 
+
+def _formula(x, *codes):
+    _, *pools = _with_map(x, *codes)
+    return pools if len(pools) == len(_POOLS) else (*pools, x.new_empty(0))
+
+
+def _differentiable(ctx, x, grads):
     def function(x):
-        outputs = reference.axis_pool_with_map(x, maxima=bool(maxima), channels=bool(channels), ties=TIE_NAMES[ties])
+        outputs = _with_map(x, *ctx.codes)
         return [o * 1 if o is x else o for o, g in zip(outputs, grads, strict=False) if g is not None]
 
     return differentiable_backward(function, (x,), (True,), [g for g in grads if g is not None])[0]
@@ -123,4 +131,5 @@ def axis_pool(backend, x, maxima, channels, ties) -> tuple[Tensor, ...]:
 
 
 register_gradients(FORWARD, _keep, _gradients, 3)
+stand_for(FORWARD, _formula, BACKWARD)
 differentiable_once(BACKWARD)

@@ -155,6 +155,7 @@ cbam = differentiable(
     BACKWARD,
     _keep,
     _gradients,
+    _formula,
     shown=first_and_last,
     resident_clusters=resident_clusters,
 )

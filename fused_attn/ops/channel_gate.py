@@ -213,4 +213,4 @@ def _differentiable(ctx, inputs, y, grad):
 
 
 #: channel_gate(backend, *arguments): the gated map, in x's dtype and layout; `arguments` as in the operator's schema.
-channel_gate = differentiable(FORWARD, BACKWARD, _keep, _gradients, resident_clusters=resident_clusters)
+channel_gate = differentiable(FORWARD, BACKWARD, _keep, _gradients, _formula, resident_clusters=resident_clusters)

@@ -7,6 +7,7 @@ import torch
 from ..reference.channel_pool import channel_max
 from ..reference.squeeze import prologue
 from .common import (
+    affine_or_none,
     below,
     define,
     differentiable,
@@ -40,6 +41,16 @@ BACKWARD = define(
 )
 
 
+def _pools(x, affine_weight, affine_bias, pre_activation, mean_first, peak_of):
+    u = prologue(x, affine_or_none(affine_weight, affine_bias), ACTIVATION_NAMES[pre_activation])
+    pools = peak_of(u), u.mean(1, keepdim=True)
+    return torch.cat(pools[::-1] if mean_first else pools, 1)
+
+
+def _formula(x, affine_weight, affine_bias, pre_activation, mean_first, ties):
+    return _pools(x, affine_weight, affine_bias, pre_activation, mean_first, lambda u: channel_max(u, "even"))
+
+
 def _keep(ctx, inputs, results):
     x, affine_weight, affine_bias = inputs
     pre_activation, _, ties = ctx.codes
@@ -63,14 +74,14 @@ def _gradients(ctx, grad):
 def _differentiable(ctx, inputs, index, grad):
     pre_activation, mean_first, ties = ctx.codes
 
+    def peak_of(u):
+        return channel_max(u, "even") if ties == EVEN else u.gather(1, index.long().unsqueeze(1))
+
     def function(x, weight, bias):
-        u = prologue(x, None if weight is None else (weight, bias), ACTIVATION_NAMES[pre_activation])
-        peak = channel_max(u, "even") if ties == EVEN else u.gather(1, index.long().unsqueeze(1))
-        pools = peak, u.mean(1, keepdim=True)
-        return torch.cat(pools[::-1] if mean_first else pools, 1)
+        return _pools(x, weight, bias, pre_activation, mean_first, peak_of)
 
     return differentiable_backward(function, inputs, ctx.needs_input_grad[1:], grad)
 
 
 #: channel_pool(backend, *arguments): (B, 2, *spatial), contiguous, in x's dtype; `arguments` as in the schema.
-channel_pool = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+channel_pool = differentiable(FORWARD, BACKWARD, _keep, _gradients, _formula)

@@ -1,7 +1,8 @@
 """What every op file needs: definition of an operator's overloads, its gradients, layouts, and double backward.
 
 The schema and the fake kernel are defined here in Python, so that both exist where the native library does
-not. The native library registers `.cpu` and `.cuda`; `.triton` imports its kernel at the first call.
+not; where it does, the schemas are its own, which are the same (csrc/schemas.cpp). The native library registers `.cpu`
+and `.cuda`; `.triton` imports its kernel at the first call.
 
 Every operator has an Autograd kernel, so that a program which holds it (exported, compiled, traced) has the gradients
 of the function that it came from. That kernel is Python and costs as much as a small map; a caller in Python makes
@@ -24,10 +25,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from . import resident
+from .. import native  # noqa: F401 (it defines its operators first)
+from . import formulas, resident
 from .inlined import tell_inductor
 
-LIBRARY = torch.library.Library("fused_attn", "DEF")
+LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 BACKENDS = ("cpu", "triton", "cuda")
 
 #: What `fused_attn.backends.OPS` calls an op -> the operators that it is made of.
@@ -35,6 +37,12 @@ OPERATORS: dict[str, list[str]] = {}
 
 #: By operator, the functions of `fused_attn.kernels` that were called already.
 KERNELS: dict[str, Callable[..., Any]] = {}
+
+#: By operator, the fake kernel.
+FAKES: dict[str, Callable[..., Any]] = {}
+
+#: Operators of which the native library has another schema: one that was built from other sources.
+OUTDATED: set[str] = set()
 
 #: One overload a backend.
 Overloads = dict[str, torch._ops.OpOverload]
@@ -44,10 +52,20 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
+
+def is_defined(name: str, overload: str) -> str | None:
+    """The schema of an operator that the native library defines."""
+    try:
+        return str(torch._C._get_schema(f"fused_attn::{name}", overload))
+    except RuntimeError:
+        return None
+
+
 #: From whether the native library makes its tensors by torch's `empty`, which fills them with NaN where
 #: `torch.utils.deterministic` says so, and not past it, which is faster; to whether it did before.
 FRESH_MEMORY = "fresh_memory"
-LIBRARY.define(f"{FRESH_MEMORY}(bool by_torch) -> bool")
+if not is_defined(FRESH_MEMORY, ""):
+    LIBRARY.define(f"{FRESH_MEMORY}(bool by_torch) -> bool")
 
 Keep = Callable[[Any, Sequence[Any], Any], None]
 Gradients = Callable[..., tuple[Tensor | None, ...]]
@@ -63,6 +81,7 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None, *,
     """
     module = module or name.removesuffix("_backward")
     OPERATORS.setdefault(module, []).append(name)
+    FAKES[name] = fake
 
     def triton_kernel(*args):
         kernel = KERNELS.get(name)
@@ -72,17 +91,25 @@ def define(name: str, schema: str, fake: Callable, module: str | None = None, *,
 
     def fake_kernel(*args):
         tell_inductor()
+        formulas.tell_counter()
         return fake(*args)
 
     tags = (torch.Tag.pt2_compliant_tag, *((torch.Tag.flexible_layout,) if any_layout else ()))
     for backend in BACKENDS:
-        LIBRARY.define(f"{name}.{backend}{schema}", tags=tags)
+        defined = is_defined(name, backend)
+        if not defined:
+            LIBRARY.define(f"{name}.{backend}{schema}", tags=tags)
+        elif str(torch._C.parse_schema(f"fused_attn::{name}.{backend}{schema}")) != defined:
+            OUTDATED.add(name)
         torch.library.register_fake(f"fused_attn::{name}.{backend}", fake_kernel, lib=LIBRARY)
     LIBRARY.impl(f"{name}.triton", triton_kernel, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
         LIBRARY.impl(f"{name}.triton", triton_kernel, "CPU")
     packet = getattr(torch.ops.fused_attn, name)
-    return {backend: getattr(packet, backend) for backend in BACKENDS}
+    overloads: Overloads = {backend: getattr(packet, backend) for backend in BACKENDS}
+    for overload in overloads.values():
+        overload._tags = list(tags)  # the library's definitions have none: the stable ABI of torch 2.10 takes none
+    return overloads
 
 
 def kernel_of(module: str, name: str) -> Callable[..., Any]:
@@ -126,6 +153,13 @@ def apply_of(node: type[torch.autograd.Function]) -> Callable[..., Any]:
         return at_once(*arguments)
 
     return apply
+
+
+def stand_for(overloads: Overloads, formula: formulas.Formula, backward: Overloads | None = None) -> None:
+    """The operators compute that, where they are written out or counted. backward: what computes its gradients."""
+    for backend, op in overloads.items():
+        formulas.write_out(op, formula, FAKES[op._opname])
+        formulas.count_flops(op, None if backward is None else backward[backend], formula)
 
 
 class _Rule(NamedTuple):
@@ -237,6 +271,7 @@ def differentiable(
     backward: Overloads,
     keep: Keep,
     gradients: Gradients,
+    formula: formulas.Formula,
     *,
     outputs: int = 1,
     shown: Callable[[Any], Any] = first,
@@ -248,6 +283,7 @@ def differentiable(
 
     Args:
         backward: the operator that `gradients` calls.
+        formula: from the operator's arguments to its first result, or the first ones, in plain PyTorch.
         outputs: how many of the leading results have gradients.
         shown: from the results to what `call` returns; `keep` marks what of that has no gradient. told: gets that
             before anything is kept for the backward, where a checkpoint's recomputation may end.
@@ -261,6 +297,7 @@ def differentiable(
         require = functools.partial(resident.require, any_overload._opname)
     register_gradients(overloads, keep, gradients, outputs, require)
     differentiable_once(backward)
+    stand_for(overloads, formula, backward)
     arguments = any_overload._schema.arguments
     count, listed = len(arguments) - _codes_of(any_overload), str(arguments[0].type) == "List[Tensor]"
 
@@ -322,6 +359,7 @@ def differentiable_by_reference(overloads: Overloads, function: Callable[..., Se
         return None, *differentiable_backward(of_tensors, inputs, ctx.needs_input_grad[1:], given)
 
     register_gradients(overloads, keep, gradients, outputs)
+    stand_for(overloads, function)
 
 
 def differentiable_once(overloads: Overloads) -> None:

@@ -168,7 +168,7 @@ def _scaled(backend, x, gate):
 
 
 #: context_pool(backend, x, weight, bias): (B, C) in x's dtype.
-context_pool = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+context_pool = differentiable(FORWARD, BACKWARD, _keep, _gradients, reference.context_pool)
 
 
 def context_pool_with_map(backend, x, weight, bias) -> tuple[Tensor, Tensor]:

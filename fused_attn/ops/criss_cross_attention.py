@@ -61,4 +61,4 @@ def _gradients(ctx, grad):
 
 
 #: criss_cross_attention(backend, query, key, value): (B, E, H, W), in the value's layout.
-criss_cross_attention = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+criss_cross_attention = differentiable(FORWARD, BACKWARD, _keep, _gradients, reference.criss_cross_attention)

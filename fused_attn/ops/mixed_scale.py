@@ -43,6 +43,11 @@ BACKWARD = define(
 )
 
 
+def _formula(*arguments):
+    *inputs, combine = arguments
+    return _reference(combine)(*inputs)
+
+
 def _keep(ctx, inputs, y):
     ctx.save_for_backward(*inputs)
 
@@ -67,4 +72,4 @@ def _reference(combine: int):
 
 #: mixed_scale(backend, x, channel, spatial, rows, columns, combine): the scaled map, in x's dtype and layout; channel
 #: is (B, C).
-mixed_scale = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=as_it_is)
+mixed_scale = differentiable(FORWARD, BACKWARD, _keep, _gradients, _formula, shown=as_it_is)

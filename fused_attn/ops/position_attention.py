@@ -8,6 +8,7 @@ grad_v = p^T g. The matrix p is made again block by block, from each row's large
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -52,6 +53,10 @@ BACKWARD = define(
 )
 
 
+def _formula(query, key, value, scale):
+    return reference.position_attention(query, key, value, scale=scale)
+
+
 def _keep(ctx, inputs, results):
     ctx.save_for_backward(*inputs, *results)
 
@@ -60,10 +65,7 @@ def _gradients(ctx, grad):
     query, key, value, out, state = ctx.saved_tensors
     (scale,) = ctx.codes
     if wants_graph():
-
-        def function(query, key, value):
-            return reference.position_attention(query, key, value, scale=scale)
-
+        function = functools.partial(_formula, scale=scale)
         grads = differentiable_backward(function, (query, key, value), ctx.needs_input_grad[1:], grad)
     else:
         grads = below(BACKWARD[ctx.backend], grad, query, key, value, out, state, scale)
@@ -72,7 +74,7 @@ def _gradients(ctx, grad):
 
 #: position_attention(backend, query, key, value, scale): (B, E, *positions of the query), in the value's layout where
 #: it has as many positions.
-position_attention = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+position_attention = differentiable(FORWARD, BACKWARD, _keep, _gradients, _formula)
 
 
 def _by_torch(inputs, scale):

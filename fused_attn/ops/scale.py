@@ -148,4 +148,4 @@ def _differentiable(ctx, inputs, y, grad):
 
 #: scale(backend, x, gate, affine_weight, affine_bias, residual, pre_activation, post_activation): the scaled map, in
 #: x's dtype and layout.
-scale = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=as_it_is)
+scale = differentiable(FORWARD, BACKWARD, _keep, _gradients, scaled, shown=as_it_is)

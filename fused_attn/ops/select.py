@@ -225,8 +225,13 @@ def _reference(codes):
     return function
 
 
+def _formula(branches, *arguments):
+    inputs, codes = arguments[:6], arguments[6:]
+    return _reference(codes)(*branches, *inputs)
+
+
 #: select(backend, branches, *parameters_and_codes): y; the arguments as in the operator's schema.
-select = differentiable(FORWARD, BACKWARD, _keep, _gradients, resident_clusters=resident_clusters)
+select = differentiable(FORWARD, BACKWARD, _keep, _gradients, _formula, resident_clusters=resident_clusters)
 
 
 class _Squeeze(torch.autograd.Function):

@@ -24,6 +24,10 @@ FORWARD = define("simam", "(Tensor x, float e_lambda) -> (Tensor y, Tensor state
 BACKWARD = define("simam_backward", "(Tensor grad, Tensor x, Tensor state) -> Tensor", _fake_backward)
 
 
+def _formula(x, e_lambda):
+    return reference.simam(x, e_lambda=e_lambda)
+
+
 def _keep(ctx, inputs, results):
     ctx.save_for_backward(*inputs, results[1])
 
@@ -31,15 +35,11 @@ def _keep(ctx, inputs, results):
 def _gradients(ctx, grad):
     x, state = ctx.saved_tensors
     if wants_graph():
-
-        def function(x):
-            return reference.simam(x, e_lambda=ctx.codes[0])
-
-        (grad_x,) = differentiable_backward(function, (x,), ctx.needs_input_grad[1:], grad)
+        (grad_x,) = differentiable_backward(lambda x: _formula(x, *ctx.codes), (x,), ctx.needs_input_grad[1:], grad)
     else:
         grad_x = below(BACKWARD[ctx.backend], grad, x, state)
     return None, grad_x
 
 
 #: simam(backend, x, e_lambda): the gated map, in x's dtype and layout.
-simam = differentiable(FORWARD, BACKWARD, _keep, _gradients)
+simam = differentiable(FORWARD, BACKWARD, _keep, _gradients, _formula)

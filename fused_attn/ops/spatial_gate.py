@@ -178,6 +178,7 @@ spatial_gate = differentiable(
     BACKWARD,
     _keep,
     _gradients,
+    _formula,
     shown=first_and_last,
     resident_clusters=resident_clusters,
 )

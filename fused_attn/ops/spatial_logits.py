@@ -42,4 +42,4 @@ def _gradients(ctx, grad):
 
 
 #: spatial_logits(backend, pooled, weight, bias): (B, 1, *spatial), contiguous, in pooled's dtype.
-spatial_logits = differentiable(FORWARD, BACKWARD, _keep, _gradients, shown=as_it_is)
+spatial_logits = differentiable(FORWARD, BACKWARD, _keep, _gradients, reference.spatial_logits, shown=as_it_is)

@@ -11,6 +11,7 @@ from ..codes import ACTIVATIONS, POOLS, TIES
 from ..reference.squeeze import Affine, global_max, prologue, space
 from .common import (
     accumulator,
+    affine_or_none,
     below,
     define,
     differentiable,
@@ -65,6 +66,12 @@ def pooled(x: Tensor, pool: str, *, affine: Affine | None = None, pre_activation
     return (avg, peak) if pool == "avgmax" else peak if avg is None else avg
 
 
+def _formula(x, affine_weight, affine_bias, pre_activation, pool, ties):
+    u = prologue(x, affine_or_none(affine_weight, affine_bias), ACTIVATION_NAMES[pre_activation])
+    none = x.new_empty(0)
+    return none if pool == MAX else u.mean(space(u)), none if pool == AVG else u.amax(space(u))
+
+
 def _keep(ctx, inputs, results):
     x, affine_weight, affine_bias = inputs
     pre_activation, pool, ties = ctx.codes
@@ -105,4 +112,4 @@ def _differentiable(ctx, inputs, grad_avg, grad_max):
 
 #: squeeze(backend, x, affine_weight, affine_bias, pre_activation, pool, ties): (avg, max), each (B, C) in x's dtype;
 #: the one that `pool` does not ask for has size (0,).
-squeeze = differentiable(FORWARD, BACKWARD, _keep, _gradients, outputs=2, shown=lambda results: results[:2])
+squeeze = differentiable(FORWARD, BACKWARD, _keep, _gradients, _formula, outputs=2, shown=lambda results: results[:2])

@@ -26,8 +26,24 @@ def covariance(x: Tensor, count: int | None = None) -> Tensor:
     return x @ x.transpose(1, 2) / count - s @ s.transpose(1, 2)
 
 
+def windows(size: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The windows of an adaptive pool along an axis, as the (count, size) matrix of their means."""
+    i, j = torch.arange(count, device=device)[:, None], torch.arange(size, device=device)
+    inside = (j >= i * size // count) & (j < ((i + 1) * size + count - 1) // count)
+    return inside.to(dtype) / inside.sum(1, keepdim=True)
+
+
+def products_with_windows(x: Tensor, height: int, width: int) -> Tensor:
+    """The same as `mean_of_windows` by two products with matrices, in x's dtype."""
+    rows = windows(x.shape[2], height, x.dtype, x.device)
+    return rows @ x @ windows(x.shape[3], width, x.dtype, x.device).T
+
+
 def mean_of_windows(x: Tensor, height: int, width: int) -> Tensor:
-    """`torch.nn.functional.adaptive_avg_pool2d`, which makes maps larger, too."""
+    """`torch.nn.functional.adaptive_avg_pool2d`, which makes maps larger, too. ONNX has none for maps of any size."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if exporting and torch.onnx.is_in_onnx_export():
+        return products_with_windows(x, height, width)
     return F.adaptive_avg_pool2d(x, (height, width))
 
 

@@ -16,7 +16,9 @@ Excitation = Callable[[Tensor], Tensor]
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,) or (B, C) shaped to multiply x, (B, C, *spatial)."""
-    return values.reshape(*values.shape[:-1], values.shape[-1], *(1 for _ in range(x.dim() - 2)))
+    for _ in range(x.dim() - 2):
+        values = values.unsqueeze(-1)
+    return values
 
 
 def space(x: Tensor) -> tuple[int, ...]:

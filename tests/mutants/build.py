@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         name="reason-read-from-the-wrong-level-of-the-record",
-        file="fused_attn/backends.py",
+        file="fused_attn/native.py",
         old='reason = build_record().get("cpu", {}).get("reason") or "no record of a build"',
         new='reason = build_record().get("reason") or "no record of a build"',
         tests="tests/packaging/test_install.py -k test_without_compiler_it_installs_warns_once_and_says_why",

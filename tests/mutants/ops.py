@@ -251,7 +251,7 @@ MUTANTS = [
         new='    if pooled.device.type != "cpu":',
         tests=(
             "tests/compose/test_compose.py tests/test_backends.py"
-            ' -k "test_export_of_the_reference_is_plain_aten or test_reference_is_plain_pytorch"'
+            ' -k "test_export_is_plain_aten or test_reference_is_plain_pytorch"'
         ),
     ),
     Mutant(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.export import Dim, export
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fused_attn import functional, reference
-from fused_attn.backends import backend, choose
+from fused_attn.backends import backend, choose, keep_operators
 from fused_attn.ops.common import BACKENDS, OPERATORS
 from tests.checks import Inputs, random
 from tests.ops.test_every_op import ALL, SHAPE, Calls, gradients_for, leaves_of, variants
@@ -52,15 +53,17 @@ class Module(nn.Module):
 
 
 def exported(module: nn.Module, tensors: list[Tensor]) -> Callable:
-    return export(module, tuple(tensors)).module()
+    with keep_operators():
+        return export(module, tuple(tensors)).module()
 
 
 def exported_by_dynamo(module: nn.Module, tensors: list[Tensor]) -> Callable:
-    return export(module, tuple(tensors), strict=True).module()
+    with keep_operators():
+        return export(module, tuple(tensors), strict=True).module()
 
 
 def exported_without_gradients(module: nn.Module, tensors: list[Tensor]) -> Callable:
-    with torch.no_grad():
+    with torch.no_grad(), keep_operators():
         return export(module, tuple(t.detach() for t in tensors)).module()
 
 
@@ -330,7 +333,9 @@ def test_export_with_open_sizes(name, strict):
     fixed = tuple(k for k, found in axes.items() if not found)
     module, original = (Module(name, inputs, post, fixed=fixed, module=m) for m in (functional, reference))
     shapes = (tuple(axes[k] for k in module.names),)
-    program = export(module, tuple(inputs[k] for k in module.names), dynamic_shapes=shapes, strict=strict).module()
+    given = tuple(inputs[k] for k in module.names)
+    with keep_operators():
+        program = export(module, given, dynamic_shapes=shapes, strict=strict).module()
     assert operators_in(program)
     for sizes in ((3, 9, 4), (4, 13, 17), SHAPE[:1] + SHAPE[2:]):
         size_of = dict(zip(OPEN.values(), sizes, strict=True))
@@ -541,3 +546,19 @@ def test_a_map_whose_values_are_needed_is_not_written_over():
     y.neg_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
+
+
+@needs_operators
+@pytest.mark.parametrize("name", ALL)
+def test_written_out(name):
+    """As ONNX's exporter asks for it: PyTorch's own operators, which compute the same."""
+    post, inputs = list(variants(name))[-2 if "residual" in ALL[name].inputs else -1]
+    tensors = tuple(v for v in inputs.values() if v is not None)
+    with torch.no_grad(), keep_operators():
+        program = export(Module(name, inputs, post), tensors)
+    assert operators_in(program.graph_module)
+    written = program.run_decompositions(dict(decomposition_table))
+    assert not operators_in(written.graph_module)
+    expected = Module(name, inputs, post, module=reference)(*tensors)
+    for mine, theirs in zip(tree_leaves(written.module()(*tensors)), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)

@@ -95,7 +95,8 @@ def _fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram
     args, kwargs = tree_unflatten(sizes, tree_structure(program.example_inputs))
     shapes = (*args, *kwargs.values())
     try:
-        return torch.export.export(module, *program.example_inputs, dynamic_shapes=shapes, strict=False)
+        with backends.keep_operators():
+            return torch.export.export(module, *program.example_inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         left.append(f"the fused program cannot be exported: {type(error).__name__}: {error}")
         return program

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _torch_module
 
 from ...backends import is_ordinary
 from ..reading.reads import asks_for_its_class, token
@@ -22,14 +21,6 @@ from ..recipes.recipe import OwnLayers, Recipe
 from ..recipes.run import Unsuited, run
 from .decide import decide
 from .plan import PLAN, Plan, intact, is_mixed, make_plan, parameters_in, plan_of
-
-#: Hooks for the calls of all modules, which layers that are bypassed would not get.
-_EVERYBODYS = (
-    _torch_module._global_forward_hooks,
-    _torch_module._global_forward_pre_hooks,
-    _torch_module._global_backward_hooks,
-    _torch_module._global_backward_pre_hooks,
-)
 
 #: By the host's token: a class lives as long as an instance of it, and keeps its host's alive no longer.
 _CLASSES: weakref.WeakValueDictionary[int | None, type[nn.Module]] = weakref.WeakValueDictionary()
@@ -66,7 +57,6 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
             and plan.recipe.rank in (None, x.dim())
             and is_ordinary(x)
             and all(isinstance(m, Tensor) and is_ordinary(m) for m in args[1 : len(maps)])
-            and not any(_EVERYBODYS)
             and intact(self, plan)
         ):
             return as_written(self, *args, **kwargs)
