@@ -881,11 +881,13 @@ struct Block {
 };
 
 template <class Io, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, 2) channel_gate_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, Io::kGeneral ? 1 : 2)
+    channel_gate_kernel(const __grid_constant__ Call call) {
     Block<Io, kChannelsLast>(call).forward();
 }
 template <class Io, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, 2) channel_gate_backward_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, Io::kGeneral ? 1 : 2)
+    channel_gate_backward_kernel(const __grid_constant__ Call call) {
     Block<Io, kChannelsLast>(call).backward();
 }
 
