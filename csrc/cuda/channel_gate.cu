@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chann
         job.to = grads[which].data_ptr();
         job.dtype = dtype_code(grads[which].scalar_type());
     };
-    run_parameter_grads(p, parameter_grads(call, p.batch, p.affine_rows(), wanted, target), stream);
+    run_parameter_grads(p, parameter_grads(call, p.batch, p.ranks, p.affine_rows(), wanted, target), stream);
     return {grad_x, grad_residual, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }
 

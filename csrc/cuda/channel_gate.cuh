@@ -47,6 +47,7 @@ struct Call {
     int32_t* index = nullptr;
     Small weight1, bias1, weight2, bias2, affine_weight, affine_bias;
     void *grad_z2 = nullptr, *grad_z1 = nullptr;  // (B, C), (B, H); with both pools (B, 2, H)
+    void* tap_sums = nullptr;                     // (B * ranks, taps + 1): parts of the gradients of weight1 and bias1
     void *affine_weight_sums = nullptr,
          *affine_bias_sums = nullptr;  // (B, C), or (B, ranks, C) in channels_last
     int dtype = kFloat32, itemsize = 4;
@@ -330,57 +331,126 @@ struct Block {
     }
 
     // finish(r, sum over i < columns of weight[r * stride + start + i] * vector[i]): neighbouring lanes share
-    // a row.
+    // a row, and have several rows at once, each 16 bytes a load where rows begin at such places.
     template <class Finish>
     __device__ __forceinline__ void product(const Small& weight, int rows_, int64_t stride, int64_t start, int columns,
                                             const Acc* vector, Finish finish) const {
-        int lanes = 1;
-        while (lanes < 32 && lanes < columns) lanes *= 2;
-        const int a_warp = 32 / lanes, lane = thread % lanes;
-#pragma unroll 1
-        for (int first = thread / 32 * a_warp; first < rows_; first += threads / 32 * a_warp) {
-            const int r = first + thread % 32 / lanes;
-            Sum<Acc> total;
-            if (r < rows_) {
-                total.sum = with_data(weight, [&](auto* w) {
-                    Acc sum = 0;
-                    w += r * stride + start;
-#pragma unroll 4
-                    for (int i = lane; i < columns; i += lanes) sum += static_cast<Acc>(widen(w[i])) * vector[i];
-                    return sum;
-                });
+        with_data(weight, [&](auto* w) {
+            constexpr int N = 16 / sizeof(*w);
+            if (columns >= N && in_blocks(w + start, stride * sizeof(*w))) {
+                product_of<N>(w + start, rows_, stride, columns, vector, finish);
+            } else {
+                product_of<1>(w + start, rows_, stride, columns, vector, finish);
             }
-            merge_lanes(total, lanes);
-            if (r < rows_ && lane == 0) finish(r, total.sum);
+        });
+    }
+    // Whether rows so many bytes apart, from `first` on, begin at 16-byte blocks.
+    static __device__ __forceinline__ bool in_blocks(const void* first, int64_t apart) {
+        return reinterpret_cast<uintptr_t>(first) % 16 == 0 && apart % 16 == 0;
+    }
+    template <int N, class T, class Finish>
+    __device__ __forceinline__ void product_of(const T* weight, int rows_, int64_t stride, int columns,
+                                               const Acc* vector, Finish finish) const {
+        constexpr int kRows = 2;
+        int lanes = 1;
+        while (lanes < 32 && lanes * N < columns) lanes *= 2;
+        const int a_warp = 32 / lanes, lane = thread % lanes, whole = columns / N * N;
+        const bool aligned = reinterpret_cast<uintptr_t>(vector) % 16 == 0;
+#pragma unroll 1
+        for (int first = thread / 32 * a_warp * kRows; first < rows_; first += threads / 32 * a_warp * kRows) {
+            const int r = first + thread % 32 / lanes;
+            const T* row[kRows];
+            Sum<Acc> total[kRows];
+#pragma unroll
+            for (int k = 0; k < kRows; ++k) row[k] = weight + min(r + k * a_warp, rows_ - 1) * stride;
+#pragma unroll 1
+            for (int i = lane * N; i < whole; i += lanes * N) {
+                Elements<T, N> some[kRows];
+#pragma unroll
+                for (int k = 0; k < kRows; ++k) some[k] = *reinterpret_cast<const Elements<T, N>*>(row[k] + i);
+                Acc values[N];
+                load_table<N>(vector, i, aligned, values);
+#pragma unroll
+                for (int k = 0; k < kRows; ++k)
+#pragma unroll
+                    for (int e = 0; e < N; ++e) total[k].sum += static_cast<Acc>(widen(some[k].at[e])) * values[e];
+            }
+            const int i = whole + lane;
+            if (N > 1 && i < columns) {  // fewer than the lanes there are, or those of one lane
+#pragma unroll 1
+                for (int j = i; j < columns; j += lanes)
+#pragma unroll
+                    for (int k = 0; k < kRows; ++k) total[k].sum += static_cast<Acc>(widen(row[k][j])) * vector[j];
+            }
+#pragma unroll
+            for (int k = 0; k < kRows; ++k) merge_lanes(total[k], lanes);
+#pragma unroll 1
+            for (int k = lane; k < kRows; k += lanes) {  // all lanes have all sums
+                Acc sum = total[0].sum;
+#pragma unroll
+                for (int other = 1; other < kRows; ++other) sum = k == other ? total[other].sum : sum;
+                if (r + k * a_warp < rows_) finish(r + k * a_warp, sum);
+            }
         }
     }
-    // finish(i, sum over r < rows of weight[r * stride + start + i] * vector[r]): neighbouring threads,
-    // neighbouring i; groups of threads take every n-th row. All threads of the block call it.
+    // finish(i, sum over r < rows of weight[r * stride + start + i] * vector[r]). All threads of the block call it.
     template <class Finish>
     __device__ __forceinline__ void transposed_product(const Small& weight, int rows_, int64_t stride, int64_t start,
                                                        int columns, const Acc* vector, Finish finish) const {
-        Acc* const fold = at(call.carve.fold);
-#pragma unroll 1
-        for (int first = 0; first < columns; first += threads) {
-            const int width = min(columns - first, threads), groups = threads / width;
-            const int group = thread / width, i = thread % width;
-            Acc sum = 0;
-            if (group < groups) {
-                sum = with_data(weight, [&](auto* w) {
-                    Acc partial = 0;
-                    w += start + first + i;
-#pragma unroll 4
-                    for (int r = group; r < rows_; r += groups)
-                        partial += static_cast<Acc>(widen(w[r * stride])) * vector[r];
-                    return partial;
-                });
+        with_data(weight, [&](auto* w) {
+            constexpr int N = 16 / sizeof(*w);
+            if (columns % N == 0 && in_blocks(w + start, stride * sizeof(*w))) {
+                transposed_product_of<N>(w + start, rows_, stride, columns, vector, finish);
+            } else {
+                transposed_product_of<1>(w + start, rows_, stride, columns, vector, finish);
             }
-            fold[thread] = sum;
-            block_barrier();
-            if (thread < width) {
+        });
+    }
+    // Of a warp's lanes kLanes share a row, of N neighbouring columns each; the others have other rows, and so have the
+    // warps of a team, which share these columns.
+    template <int N, class T, class Finish>
+    __device__ __forceinline__ void transposed_product_of(const T* weight, int rows_, int64_t stride, int columns,
+                                                          const Acc* vector, Finish finish) const {
+        constexpr int kLanes = N > 1 ? 4 : 32, kWidth = kLanes * N, kAtOnce = 32 / kLanes;
+        Acc* const fold = at(call.carve.fold);
+        const int tiles = (columns + kWidth - 1) / kWidth, team = max(1, threads / 32 / max(tiles, 1));
+        const int warp = thread / 32, member = warp % team, lane = thread % kLanes;
 #pragma unroll 1
-                for (int g = 1; g < groups; ++g) sum += fold[g * width + thread];
-                finish(first + thread, sum);
+        for (int tile = warp / team; tile < tiles; tile += max(threads / 32 / team, 1)) {
+            const int column = tile * kWidth + lane * N;
+            Acc sums[N] = {};
+            if (column < columns) {
+#pragma unroll 4
+                for (int r = member * kAtOnce + thread % 32 / kLanes; r < rows_; r += team * kAtOnce) {
+                    const auto some = *reinterpret_cast<const Elements<T, N>*>(weight + r * stride + column);
+#pragma unroll
+                    for (int e = 0; e < N; ++e) sums[e] += static_cast<Acc>(widen(some.at[e])) * vector[r];
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < N; ++e) {
+#pragma unroll
+                for (int mask = kLanes; mask < 32; mask *= 2) sums[e] += shuffle_xor(sums[e], mask);
+            }
+            if (column < columns && thread % 32 < kLanes) {
+#pragma unroll
+                for (int e = 0; e < N; ++e) {
+                    if (team > 1) {
+                        fold[member * tiles * kWidth + column + e] = sums[e];
+                    } else {
+                        finish(column + e, sums[e]);
+                    }
+                }
+            }
+        }
+        block_barrier();
+        if (team > 1) {
+#pragma unroll 1
+            for (int i = thread; i < columns; i += threads) {
+                Acc sum = fold[i];
+#pragma unroll 1
+                for (int m = 1; m < team; ++m) sum += fold[m * tiles * kWidth + i];
+                finish(i, sum);
             }
             block_barrier();
         }
@@ -534,10 +604,32 @@ struct Block {
                 }
                 result[c] = sum;
             }
+            sum_taps(grad_logits);
         }
         if (call.both())
 #pragma unroll 1
             for (int c = thread; c < own; c += threads) result[call.carve.share + c] = result[c];
+    }
+
+    // This block's part of the gradients of a convolution's taps and bias: a tap a warp.
+    __device__ __forceinline__ void sum_taps(const Acc* grad_logits) const {
+        Acc* const sums = static_cast<Acc*>(call.tap_sums) + (sample * ranks + rank) * (call.taps + 1);
+#pragma unroll 1
+        for (int k = thread / 32; k <= call.taps; k += threads / 32) {
+            Sum<Acc> part;
+#pragma unroll 2
+            for (int c = thread % 32; c < own; c += 32) {
+                const int other = k < call.taps ? neighbour(first_channel + c, k - call.taps / 2) : -1;
+                Acc descriptor = k < call.taps ? Acc(0) : static_cast<Acc>(call.branches());
+                if (other >= 0) {
+                    descriptor = state()[other];
+                    if (call.both()) descriptor += state()[2 * call.channels + call.hidden + other];
+                }
+                part.sum += grad_logits[c] * descriptor;
+            }
+            merge_lanes(part, 32);
+            if (thread % 32 == 0) sums[k] = part.sum;
+        }
     }
 
     // Descriptors of the channels owned, to shared memory and to state; with a maximum its index and value
@@ -789,30 +881,31 @@ struct Block {
 };
 
 template <class Io, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, 1) channel_gate_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, Io::kGeneral ? 1 : 2)
+    channel_gate_kernel(const __grid_constant__ Call call) {
     Block<Io, kChannelsLast>(call).forward();
 }
 template <class Io, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, 1) channel_gate_backward_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, Io::kGeneral ? 1 : 2)
+    channel_gate_backward_kernel(const __grid_constant__ Call call) {
     Block<Io, kChannelsLast>(call).backward();
 }
 
-// One parameter's gradient: to[i, j] = sum over rows b, in order, of left[b, i] * activation(right[b, j]);
-// without `right` of left[b, i]; the same of left2 and right2 is added where they are given. With groups > 1, of a
-// grouped layer: columns i of a group of `left` meet the width_right columns j of the same group. `tall`: many rows,
-// one block a column of `left`. With taps > 0 a convolution's: to[k] = sum over b, c of left[b, c] *
-// right[b, c + k - taps / 2], one block a tap. left and right are rows of Acc with the given strides.
+// One parameter's gradient: to[i, j] = sum over rows b, in order, of left[b, i] * activation(right[b, j]); the same of
+// left2 and right2 is added where they are given. With groups > 1, of a grouped layer: columns i of a group of `left`
+// meet the width_right columns j of the same group. Without `right` to[i] is the sum over rows of left[b, i]: threads
+// of a block share the rows. left and right are rows of Acc with the given strides.
 struct ParameterGrad {
     void* to = nullptr;
     int dtype = kFloat32;
     const void *left = nullptr, *right = nullptr;
     int64_t left_stride = 0, right_stride = 0, rows = 0;
-    int width_left = 0, width_right = 1, activation = 0, taps = 0;
-    bool circular = false, tall = false;
+    int width_left = 0, width_right = 1, activation = 0;
     const void *left2 = nullptr, *right2 = nullptr;
     int groups = 1;
 };
 struct ParameterGrads {
+    static constexpr int kColumns = 32;  // of a block that only sums rows
     ParameterGrad of[8];
     int count = 0;
 
@@ -821,8 +914,8 @@ struct ParameterGrads {
         int64_t most = 1;
         for (int i = 0; i < count; ++i) {
             const int64_t elements = int64_t(of[i].width_left) * of[i].width_right;
-            const int64_t blocks = of[i].tall ? elements : (elements + threads - 1) / threads;
-            most = std::max(most, of[i].taps ? of[i].taps : blocks);
+            const int a_block = of[i].right ? threads : kColumns;
+            most = std::max(most, (elements + a_block - 1) / a_block);
         }
         return most;
     }
@@ -831,7 +924,7 @@ struct ParameterGrads {
 // The gradients of weight1, bias1, weight2, bias2, affine_weight, affine_bias (those wanted) after backward's
 // kernel; target(which, grad) says where each goes.
 template <class Target>
-ParameterGrads parameter_grads(const Call& call, int64_t batch, int64_t affine_rows, const bool (&wanted)[6],
+ParameterGrads parameter_grads(const Call& call, int64_t batch, int ranks, int64_t affine_rows, const bool (&wanted)[6],
                                Target target) {
     const bool two = call.layers == 2, both = call.pool == kBoth;
     const int64_t item = call.itemsize == 8 ? 8 : 4, width = call.state_width;
@@ -851,9 +944,11 @@ ParameterGrads parameter_grads(const Call& call, int64_t batch, int64_t affine_r
     all[0].right = state;
     all[0].right2 = maximum;
     all[0].width_right = channels;
-    all[0].taps = call.taps;
-    all[1].taps = call.taps ? 1 : 0;
-    all[0].circular = call.layer == kCircular;
+    if (call.taps) {
+        const char* const sums = static_cast<const char*>(call.tap_sums);
+        all[0] = {nullptr, 0, sums, nullptr, call.taps + 1, 0, batch * ranks, call.taps};
+        all[1] = {nullptr, 0, sums + call.taps * item, nullptr, call.taps + 1, 0, batch * ranks, 1};
+    }
     all[2] = all[3] = {nullptr, 0, call.grad_z2, nullptr, channels, width, batch, channels};
     all[2].right = z1;
     all[2].right2 = both ? maximum + channels * item : nullptr;
@@ -889,54 +984,44 @@ __global__ void __launch_bounds__(256) parameter_grad_kernel(const __grid_consta
             }
         });
     };
-    if (g.taps == 0 && !g.tall) {
+    if (right) {
         const int64_t i = block_index() * thread_count() + thread_rank();
         if (i >= int64_t(g.width_left) * g.width_right) return;
         const int64_t l = i / g.width_right;
         const int64_t r = i % g.width_right + l / (g.width_left / g.groups) * g.width_right;
         Acc sum = 0;
+        left += l;
+        right += r;
+        if (left2) {
+            left2 += l;
+            right2 += r;
+        }
 #pragma unroll 4
         for (int64_t b = 0; b < g.rows; ++b) {
-            const Acc value = left[b * g.left_stride + l];
-            sum += right ? value * activate(g.activation, right[b * g.right_stride + r]) : value;
-            if (left2) {
-                const Acc second = left2[b * g.left_stride + l];
-                sum += right ? second * activate(g.activation, right2[b * g.right_stride + r]) : second;
-            }
+            sum += left[b * g.left_stride] * activate(g.activation, right[b * g.right_stride]);
+            if (left2) sum += left2[b * g.left_stride] * activate(g.activation, right2[b * g.right_stride]);
         }
         store(i, sum);
         return;
     }
-    const int64_t tap = block_index();
-    if (tap >= (g.tall ? g.width_left : g.taps)) return;
+    constexpr int kColumns = ParameterGrads::kColumns;
+    const int64_t column = block_index() * kColumns + thread_rank() % kColumns;
+    const int teams = thread_count() / kColumns;
+    if (block_index() * kColumns >= g.width_left) return;
     Acc* const fold = reinterpret_cast<Acc*>(shared_memory());
-    const int channels = g.width_left;
-    Sum<Acc> part;
-    if (g.tall) {
-#pragma unroll 1
-        for (int64_t b = thread_rank(); b < g.rows; b += thread_count()) part.sum += left[b * g.left_stride + tap];
-    } else {
-#pragma unroll 1
-        for (int64_t i = thread_rank(); i < g.rows * channels; i += thread_count()) {
-            const int64_t b = i / channels;
-            const int c = static_cast<int>(i % channels);
-            int64_t other = c + tap - g.taps / 2;
-            if (g.circular) other = (other % channels + channels) % channels;
-            if (!right) {
-                part.sum += left[b * g.left_stride + c] * (left2 ? 2 : 1);
-            } else if (other >= 0 && other < channels) {
-                Acc sum = right[b * g.right_stride + other];
-                if (right2) sum += right2[b * g.right_stride + other];
-                part.sum += left[b * g.left_stride + c] * sum;
-            }
+    Acc sum = 0;
+    if (column < g.width_left) {
+#pragma unroll 4
+        for (int64_t b = thread_rank() / kColumns; b < g.rows; b += teams) {
+            sum += left[b * g.left_stride + column];
+            if (left2) sum += left2[b * g.left_stride + column];
         }
     }
-    merge_lanes(part, 32);
-    if (thread_rank() % 32 == 0) fold[thread_rank() / 32] = part.sum;
+    fold[thread_rank()] = sum;
     block_barrier();
-    if (thread_rank() == 0) {
-        for (int w = 1; w < thread_count() / 32; ++w) part.sum += fold[w];
-        store(tap, part.sum);
+    if (thread_rank() < kColumns && column < g.width_left) {
+        for (int team = 1; team < teams; ++team) sum += fold[team * kColumns + thread_rank()];
+        store(column, sum);
     }
 }
 

@@ -116,6 +116,7 @@ inline KernelLimits prepare(const void* kernel, int device) {
     KernelLimits limits;
     limits.processors = attribute(device, cudaDevAttrMultiProcessorCount);
     limits.shared = attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    limits.pairs = built.numRegs * kThreads * 2 <= attribute(device, cudaDevAttrMaxRegistersPerMultiprocessor);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared)),
           "shared memory of a block");
     // Code for older devices knows of no clusters (cluster.cuh), whatever it runs on.

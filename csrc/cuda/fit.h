@@ -272,11 +272,14 @@ inline SelectCarve carve(const SelectExtent& extent, int ranks) {
 
 // ---- the cluster ----
 
-// What a device gives a kernel: bytes of shared memory a block may have, blocks a cluster may have.
+// What a device gives a kernel: bytes of shared memory a block may have, blocks a cluster may have, whether the
+// registers are enough for two blocks of a multiprocessor.
 struct Limits {
     int64_t shared = 0;
     int cluster = 1;
+    bool pairs = false;
 };
+constexpr int64_t kReserved = 1024;  // bytes that a further block of a multiprocessor takes for itself
 
 // The smallest cluster whose shared memory holds a sample of so many bytes, with all else that a block needs
 // bytes(ranks) a block; 0: none does, it must stream.
@@ -286,13 +289,22 @@ int smallest_cluster(const Limits& limits, int64_t sample, Bytes bytes) {
         if (sample <= ranks * limits.shared && bytes(ranks) <= limits.shared) return ranks;
     return 0;
 }
-// The cluster of a launch for `batch` samples: more blocks than the smallest one has where there are few samples, while
-// all of them run at once and keep a few KiB to work on.
+// The cluster of a launch for `batch` samples: more blocks than the smallest one has where two blocks then share a
+// multiprocessor, so that one copies or stores its sample while the other one computes; and where there are few
+// samples, while all of them run at once and keep a few KiB to work on.
 template <class Bytes>
 int cluster_for(const Limits& limits, int processors, int64_t batch, int64_t sample, Bytes bytes) {
     int ranks = smallest_cluster(limits, sample, bytes);
-    while (ranks > 0 && 2 * ranks <= std::min(8, limits.cluster) && batch * 2 * ranks <= processors &&
-           sample / (2 * ranks) >= 8192 && bytes(2 * ranks) <= limits.shared)
+    const int most = std::min(8, limits.cluster);  // larger ones are seldom placed
+    const auto in_pairs = [&](int blocks) { return 2 * bytes(blocks) + kReserved <= limits.shared; };
+    for (int blocks = ranks; limits.pairs && ranks > 0 && blocks <= most && batch * blocks > processors; blocks *= 2) {
+        if (in_pairs(blocks)) {
+            ranks = blocks;
+            break;
+        }
+    }
+    while (ranks > 0 && 2 * ranks <= most && batch * 2 * ranks <= processors && sample / (2 * ranks) >= 8192 &&
+           bytes(2 * ranks) <= limits.shared)
         ranks *= 2;
     return ranks;
 }

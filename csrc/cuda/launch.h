@@ -175,6 +175,7 @@ struct Prepared {
         call.grad_residual = static_cast<char*>(grad_residual.data_ptr());
         call.grad_z2 = scratch(call.layers > 0, batch, call.channels);
         call.grad_z1 = scratch(call.layers == 2, batch, (call.pool == kBoth ? 2 : 1) * call.hidden);
+        call.tap_sums = scratch(call.taps > 0, batch * ranks, call.taps + 1);
         call.affine_weight_sums = scratch(extent.affine, affine_rows(), call.channels);
         call.affine_bias_sums = scratch(extent.affine, affine_rows(), call.channels);
     }
@@ -203,7 +204,7 @@ void run_parameter_grads(const Prepared& p, const ParameterGrads& jobs, cudaStre
     if (jobs.count == 0) return;
     constexpr int kReduceThreads = 256;
     const dim3 grid(static_cast<unsigned>(jobs.blocks(kReduceThreads)), static_cast<unsigned>(jobs.count));
-    const uint32_t bytes = kReduceThreads / 32 * 8;
+    const uint32_t bytes = kReduceThreads * (p.acc == ScalarType::Double ? 8 : 4);
     if (p.acc == ScalarType::Double) {
         launch(parameter_grad_kernel<double>, jobs, grid, kReduceThreads, 1, bytes, stream);
     } else {

@@ -565,7 +565,7 @@ ParameterGrads parameter_grads(const SpaceCall& call, int64_t batch, int ranks, 
                                const bool (&wanted)[8], Target target) {
     bool of_sample[6];
     std::copy_n(wanted, 6, of_sample);
-    ParameterGrads grads = parameter_grads(call.sample, batch, affine_rows, of_sample, target);
+    ParameterGrads grads = parameter_grads(call.sample, batch, ranks, affine_rows, of_sample, target);
     const int item = call.sample.itemsize == 8 ? 8 : 4, taps = 2 * call.grid.taps();
     for (int i = 6; i < 8; ++i) {
         if (!wanted[i]) continue;
@@ -574,7 +574,6 @@ ParameterGrads parameter_grads(const SpaceCall& call, int64_t batch, int ranks, 
         grad.left_stride = taps + 1;
         grad.rows = batch * ranks;
         grad.width_left = i == 7 ? 1 : taps;
-        grad.tall = true;
         target(i, grad);
     }
     return grads;

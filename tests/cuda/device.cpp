@@ -73,6 +73,7 @@ void run(const char* scenario, const char* library) {
             if (says("largest")) m.largest = value;
             if (says("room")) m.room = value;
             if (says("ptx")) m.ptx = value;
+            if (says("registers")) m.registers = value;
             if (says("non_portable")) m.non_portable = value != 0;
             if (says("clusters")) m.devices[1].clusters = value != 0;
             if (says("shared")) m.devices[1].shared = value;

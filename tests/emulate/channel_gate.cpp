@@ -26,7 +26,7 @@ int main(int, char** arguments) {
 
     bool wanted[6];
     for (int i = 0; i < 6; ++i) wanted[i] = tensors.count(kParameters[i]) != 0;
-    launch_parameter_grads(parameter_grads(call, value("batch"), affine_rows, wanted,
+    launch_parameter_grads(parameter_grads(call, value("batch"), value("ranks"), affine_rows, wanted,
                                            [](int i, ParameterGrad& g) { target(kParameters[i], g); }),
                            extent);
     write_results();

@@ -121,6 +121,7 @@ int64_t prepare_backward(Call& call, const Extent& extent) {
         call.residual = nullptr;
     }
     if (call.layers) call.grad_z2 = output("grad_z2", batch * call.channels, acc_dtype, acc);
+    if (call.taps) call.tap_sums = output("channel_tap_sums", batch * value("ranks") * (call.taps + 1), acc_dtype, acc);
     if (call.layers == 2) call.grad_z1 = output("grad_z1", batch * extent.branches() * call.hidden, acc_dtype, acc);
     if (extent.affine) {
         call.affine_weight_sums = output("affine_weight_sums", rows * call.channels, acc_dtype, acc);
@@ -168,7 +169,7 @@ void target(const char* name, ParameterGrad& grad) {
 void launch_parameter_grads(const ParameterGrads& grads, const Extent& extent) {
     if (grads.count == 0) return;
     const int threads = value("threads");
-    machine::launch(grads.blocks(threads), grads.count, 1, threads, threads / 32 * 8, [&] {
+    machine::launch(grads.blocks(threads), grads.count, 1, threads, threads * 8, [&] {
         extent.acc() == 8 ? parameter_grad_kernel<double>(grads) : parameter_grad_kernel<float>(grads);
     });
 }

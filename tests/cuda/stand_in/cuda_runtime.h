@@ -19,6 +19,7 @@ enum cudaError_t {
 };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrMaxRegistersPerMultiprocessor = 82,
     cudaDevAttrComputeCapabilityMajor = 75,
     cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
@@ -36,7 +37,7 @@ struct dim3 {
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct cudaFuncAttributes {
-    int ptxVersion;
+    int ptxVersion, numRegs;
 };
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
@@ -64,6 +65,7 @@ struct Machine {
     std::mutex mutex;
     int driver = 13000, runtime = 13000;
     std::map<int, Device> devices = {{0, {}}, {1, {}}};
+    int registers = 64;        // of every kernel's threads
     int ptx = 90;              // of every kernel; 0: there is no code for the device
     int largest = 16;          // the largest cluster that may be asked for
     int room = 16;             // the largest cluster that finds a place
@@ -130,6 +132,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int 
         case cudaDevAttrMultiProcessorCount:
             *value = d.processors;
             break;
+        case cudaDevAttrMaxRegistersPerMultiprocessor:
+            *value = 65536;
+            break;
         case cudaDevAttrComputeCapabilityMajor:
             *value = d.capability / 10;
             break;
@@ -149,6 +154,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
     stand_in::Machine& m = stand_in::machine();
     const stand_in::Lock lock(m.mutex);
     attributes->ptxVersion = m.ptx;
+    attributes->numRegs = m.registers;
     return m.done("attributes", m.ptx ? cudaSuccess : cudaErrorNoKernelImageForDevice);
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value) {
