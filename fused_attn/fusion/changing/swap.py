@@ -38,18 +38,22 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
 
     functions = _fused_functions(host)
     views = bool(functions) or asks_for_its_class(host)
+    taken = _taken(host)
 
     def as_written(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return host.forward(_as_host(self, host) if views else self, *args, **kwargs)
 
     def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan: Plan | None = self.__dict__.get(PLAN)
+        given = args, kwargs
         maps = plan.recipe.maps if plan is not None and isinstance(plan.recipe, OwnLayers) else ()
         if maps:
             args, kwargs = _in_order(maps, args, kwargs)
+        elif plan is not None and (kwargs or len(args) != 1):
+            args, kwargs = _without_defaults(taken, plan.recipe, args, kwargs)
         options = None if plan is None else _options(plan.recipe, args, kwargs)
         if plan is None or options is None:
-            return as_written(self, *args, **kwargs)
+            return as_written(self, *given[0], **given[1])
         x = args[0]
         # What is no tensor is torch.fx's proxy, or an error that is the host's to raise.
         if not (
@@ -59,14 +63,14 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
             and all(isinstance(m, Tensor) and is_ordinary(m) for m in args[1 : len(maps)])
             and intact(self, plan)
         ):
-            return as_written(self, *args, **kwargs)
+            return as_written(self, *given[0], **given[1])
         if isinstance(plan.recipe, OwnLayers) and is_mixed(plan, x):
-            return as_written(self, *args, **kwargs)
+            return as_written(self, *given[0], **given[1])
         try:
             return run(self, plan.recipe, parameters_in(self, plan), x, *(args[1:] if maps else ()), **options)
         except (TypeError, ValueError) as error:  # a map that the host may take and the fused function does not
             if plan.again or isinstance(error, Unsuited):
-                return as_written(self, *args, **kwargs)
+                return as_written(self, *given[0], **given[1])
             raise
 
     def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -110,9 +114,44 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
     return made
 
 
+def _taken(host: type[nn.Module]) -> tuple[tuple[str, Any], ...]:
+    """What a forward takes by position or name, the map first, with the defaults that it has."""
+    try:
+        parameters = list(inspect.signature(host.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ()
+    either, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    if not parameters or parameters[0].kind is not either:
+        return ()
+    return tuple((p.name, p.default) for p in parameters if p.kind in (either, by_name))
+
+
+def _without_defaults(
+    taken: tuple[tuple[str, Any], ...], recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with the map by position and the rest by name, without what is the default anyway (lengths=None): a
+    block was recognised by what it computes then. What a recipe has options for is its own to read."""
+    if not taken or len(args) > len(taken):
+        return args, kwargs
+    options = recipe.options if isinstance(recipe, OwnLayers) else ()
+    named = {**dict(zip((name for name, _ in taken), args, strict=False)), **kwargs}
+    if len(named) < len(args) + len(kwargs) or taken[0][0] not in named:
+        return args, kwargs
+    x = named.pop(taken[0][0])
+    for name, default in taken[1:]:
+        if name in named and name not in options and _is_default(named[name], default):
+            del named[name]
+    return (x,), named
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if value is None or default is None:
+        return value is default
+    return type(value) is type(default) and isinstance(value, (bool, int, float, str)) and bool(value == default)
+
+
 def _options(recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """What a block is called with beside its map; None where it runs as it is written. The map is the first: by
-    keyword, hosts name it differently."""
+    """What a block is called with beside its map; None where it runs as it is written."""
     if isinstance(recipe, OwnLayers) and recipe.maps:
         return kwargs if len(args) == len(recipe.maps) and not kwargs else None
     if len(args) == 1 and not kwargs:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fused_attn import explain, fuse
 from fused_attn.fusion import FusionError
 from tests.checks import random
+from tests.fusion.counting import FusedOperators
 
 C = 16
 LEFT: dict[str, tuple] = {}
@@ -229,6 +230,21 @@ def test_what_it_may_be_given_beside_the_map_is_told():
     x, lengths = random(2, C, 7, 9, dtype=torch.float64), torch.tensor([1.0, 0.5])
     torch.testing.assert_close(net(x), plain(x))
     assert torch.equal(net(x, lengths), plain(x, lengths)) and torch.equal(net(x, lengths=lengths), plain(x, lengths))
+
+
+@pytest.mark.parametrize("how", ["position", "name", "all by name"])
+def test_what_is_given_and_is_the_default_changes_nothing(how):
+    """As ECAPA-TDNN calls its blocks: with the lengths that it was given, which may be None."""
+    net = fuse(WithLengths().double(), strict=True)
+    x = random(2, C, 7, 9, dtype=torch.float64)
+    with FusedOperators() as ran:
+        y = net(x, None) if how == "position" else net(x, lengths=None) if how == "name" else net(lengths=None, x=x)
+    assert ran.count
+    torch.testing.assert_close(y, net(x))
+    with pytest.raises(TypeError):
+        net(x, None, x=x)
+    with pytest.raises(TypeError):
+        net(x, None, None)
 
 
 class Normalises(nn.Module):
