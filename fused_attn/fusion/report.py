@@ -90,8 +90,8 @@ def _row(candidate: Candidate) -> Row | None:
             return Row(name, "", cls, False, "its own forward", changes(block, plan))
         served, why = _backend(block, _ops(plan.recipe))
         least = "; saves the least" if save_of(block) == "least" else ""
-        given = _given(block)
-        why += f"; as it is written when it is given {' or '.join(given)}" if given else ""
+        given = _given(block, plan.recipe)
+        why += f"; as it is written where {' or '.join(given)} is not the default" if given else ""
         return Row(name, describe(block, plan.recipe) + least, cls, True, served, why)
     if found is None:
         return None
@@ -101,10 +101,11 @@ def _row(candidate: Candidate) -> Row | None:
     return Row(name, describe(block, found), cls, False, "its own forward", f"not fused yet: fused_attn.fuse({call})")
 
 
-def _given(block: nn.Module) -> list[str]:
-    """What a forward may be given beside its map, such as lengths: then it runs as it is written."""
+def _given(block: nn.Module, recipe: Recipe) -> list[str]:
+    """What a forward may be given beside its maps, such as lengths: then it runs as it is written."""
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
-    return [p.name for p in parameters if p.default is None]
+    known = (*recipe.options, *recipe.maps) if isinstance(recipe, OwnLayers) else ()
+    return [p.name for p in parameters if p.default is not p.empty and p.name not in known]
 
 
 def _ops(recipe: Recipe) -> tuple[str, ...]:
