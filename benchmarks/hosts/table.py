@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from .networks import networks
+
 Rows = dict[str, dict[str, Any]]
 
 
@@ -67,7 +69,11 @@ BatchNorm in them, with `tails=True`.
 
 def page(rows: Rows) -> str:
     gates, fused, left = totals(rows)
-    lines = [HEAD, f"**{fused} of {gates} products are fused ({100 * fused / max(gates, 1):.1f} %).**", ""]
+    share = f"**{fused} of {gates} products are fused ({100 * fused / max(gates, 1):.1f} %)**"
+    known = networks()
+    missing = len(known.keys() - rows.keys())
+    rest = f" {missing} of the {len(known)} networks that it knows have not been run." if missing else ""
+    lines = [HEAD, f"{share} in {len(rows)} networks.{rest}", ""]
     lines += ["| network | version | gates | fused | tails | right |", "| --- | --- | --- | --- | --- | --- |"]
     for name, row in rows.items():
         if "failed" in row:
