@@ -92,6 +92,8 @@ def _row(candidate: Candidate) -> Row | None:
         least = "; saves the least" if save_of(block) == "least" else ""
         given = _given(block)
         why += f"; as it is written when it is given {' or '.join(given)}" if given else ""
+        lacking = _lacking(block)
+        why += f"; as it is written without {' or '.join(lacking)}" if lacking else ""
         return Row(name, describe(block, plan.recipe) + least, cls, True, served, why)
     if found is None:
         return None
@@ -103,8 +105,18 @@ def _row(candidate: Candidate) -> Row | None:
 
 def _given(block: nn.Module) -> list[str]:
     """What a forward may be given beside its map, such as lengths: then it runs as it is written."""
+    plan = plan_of(block)
+    maps = plan.recipe.maps if plan is not None and isinstance(plan.recipe, OwnLayers) else ()
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
-    return [p.name for p in parameters if p.default is None]
+    return [p.name for p in parameters if p.default is None and p.name not in maps]
+
+
+def _lacking(block: nn.Module) -> list[str]:
+    """Maps that a forward needs not be given: without them it runs as it is written."""
+    plan = plan_of(block)
+    maps = plan.recipe.maps if plan is not None and isinstance(plan.recipe, OwnLayers) else ()
+    parameters = inspect.signature(host_of(type(block)).forward).parameters
+    return [name for name in maps if parameters[name].default is None]
 
 
 def _ops(recipe: Recipe) -> tuple[str, ...]:

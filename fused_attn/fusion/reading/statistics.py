@@ -111,10 +111,12 @@ _COUNTS = {"GlobalResponseNorm": 2, "GatedChannelTransformation": 3}
 @dataclass(frozen=True)
 class StyleGate:
     """What SRM runs. weights: path of its convolution over mean and deviation, or of the parameter (C, 2) in its place.
-    norm: path of its BatchNorm."""
+    norm: path of its BatchNorm. eps, correction: of its deviation, as in `style`."""
 
     weights: str
     norm: str
+    eps: float = 0.0
+    correction: int = 1
     form = "SRM"
     last = False
 
@@ -124,7 +126,7 @@ class StyleGate:
             x = x.to(torch.promote_types(x.dtype, weights.dtype))  # as the block's own product does
 
         def excitation(mean: Tensor, variance: Tensor) -> Tensor:
-            z = style(mean, variance, math.prod(x.shape[2:]), x.dtype)
+            z = style(mean, variance, math.prod(x.shape[2:]), x.dtype, self.eps, self.correction)
             z = weights(z) if isinstance(weights, nn.Module) else (z * weights).sum(2, keepdim=True)
             z = norm(z.reshape(*z.shape, *(1,) * NORMS.index(type(norm))))
             return z.sigmoid().flatten(1)
@@ -139,7 +141,20 @@ Gate = EnergyGate | StyleGate
 #: What may be in the graph of such a forward: each smooth where a norm is not 0, so that formulas that agree on random
 #: maps are the same.
 _NAMES = {
-    *("norm", "vector_norm", "linalg_vector_norm", "mean", "std", "sum", "pow", "square", "sqrt", "rsqrt", "tanh"),
+    *(
+        "norm",
+        "vector_norm",
+        "linalg_vector_norm",
+        "mean",
+        "std",
+        "var",
+        "sum",
+        "pow",
+        "square",
+        "sqrt",
+        "rsqrt",
+        "tanh",
+    ),
     *("add", "sub", "mul", "truediv", "div", "addcmul", "multiply", "divide", "sigmoid", "cat", "stack"),
     *("getattr", "getitem", "size", "view", "reshape", "flatten", "unsqueeze", "squeeze", "expand_as", "expand"),
     "unpacked",
@@ -163,7 +178,8 @@ def _attempts(block: nn.Module, floats: Collection[float]) -> Iterator[Gate]:
     weights = [n for n, part in block._modules.items() if type(part) is nn.Conv1d and part.kernel_size == (2,)]
     weights += [n for n, p in parameters.items() if p.dim() == 2 and p.shape[1] == 2]
     if len(norms) == len(weights) == 1:
-        yield StyleGate(weights[0], norms[0])
+        for eps, correction in itertools.product((0.0, *floats), (1, 0)):
+            yield StyleGate(weights[0], norms[0], eps, correction)
 
 
 def _found(block: nn.Module) -> OwnLayers | None:

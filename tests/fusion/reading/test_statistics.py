@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -107,6 +108,27 @@ class Styles(nn.Module):
         return x * self.activation(self.bn(z))
 
 
+class Exits(GCT):
+    """The authors': a branch for what is no option prints and ends the program."""
+
+    def forward(self, x):
+        if self.mode == "l2":
+            return super().forward(x)
+        else:
+            print("Unknown mode!")
+            sys.exit()
+
+
+class WithEps(Styles):
+    """The authors': to the variance a number is added."""
+
+    def _pooled(self, x, eps=1e-5):
+        n, c, _, _ = x.size()
+        mean = x.view(n, c, -1).mean(dim=2, keepdim=True)
+        variance = x.view(n, c, -1).var(dim=2, keepdim=True) + eps
+        return torch.cat((mean, variance.sqrt()), dim=2)
+
+
 class Biased(SRMLayer):
     """The deviation without Bessel's correction."""
 
@@ -130,8 +152,11 @@ FOUND = {
     "timm": (timm_norm, (3, 6, 5, 8), RESPONSE),
     "timm, channels first": (lambda: timm_norm(channels_last=False), (3, 8, 6, 5), RESPONSE),
     "transformation": (lambda: GCT(8), (3, 8, 6, 5), TRANSFORMATION),
+    "transformation, authors": (lambda: Exits(8), (3, 8, 6, 5), TRANSFORMATION),
     "style": (lambda: SRMLayer(8), (3, 8, 6, 5), STYLE),
     "style, authors": (lambda: Styles(8), (3, 8, 6, 5), STYLE),
+    "style, authors, eps": (lambda: WithEps(8), (3, 8, 6, 5), STYLE),
+    "style, without correction": (lambda: Biased(8), (3, 8, 6, 5), STYLE),
     "reference, style": (lambda: reference.SRM(8), (3, 8, 6, 5), STYLE),
     "reference": (lambda: reference.GlobalResponseNorm(8), (3, 8, 6, 5), RESPONSE),
 }
@@ -223,7 +248,18 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, 1e-6)
 
 
-LEFT = [Biased, Clamped, Branches, OtherNorm, Detached, LayerNorm, lambda n: GCT(n, mode="l1")]
+def test_a_mode_that_ends_the_program_still_does(capsys):
+    """Chosen before fuse and behind it; fuse itself does not run on to there."""
+    chosen, changed = fuse(Exits(8, mode="l0")), fuse(Exits(8))
+    assert "prints" in explain(chosen)[0].reason and capsys.readouterr().out == ""
+    changed.mode = "l0"
+    for block in (chosen, changed):
+        with pytest.raises(SystemExit):
+            block(random(2, 8, 5, 5))
+        assert capsys.readouterr().out == "Unknown mode!\n"
+
+
+LEFT = [Clamped, Branches, OtherNorm, Detached, LayerNorm, lambda n: GCT(n, mode="l1")]
 
 
 @pytest.mark.parametrize("make", LEFT, ids=lambda make: make.__name__)
