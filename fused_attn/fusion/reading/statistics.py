@@ -12,11 +12,14 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ... import functional
+from ...backends import is_small
+from ...nn.response_norm import is_small_norm, is_small_transformation
 from ...reference.block_attention import NORMS
 from ...reference.response_norm import root
 from ...reference.srm import style
@@ -138,6 +141,25 @@ class StyleGate:
 
 Gate = EnergyGate | StyleGate
 
+
+@dataclass(frozen=True)
+class _WhereLarge:
+    """What a block runs but for maps on which it is faster as it is written."""
+
+    gate: Gate
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        if _IS_SMALL[self.gate.form](x):
+            raise Unsuited("x: is small")
+        return self.gate(block, x)
+
+
+_IS_SMALL: dict[str, Callable[[Any], bool]] = {
+    "GlobalResponseNorm": is_small_norm,
+    "GatedChannelTransformation": is_small_transformation,
+    "SRM": is_small,
+}
+
 #: What may be in the graph of such a forward: each smooth where a norm is not 0, so that formulas that agree on random
 #: maps are the same.
 _NAMES = {
@@ -235,9 +257,10 @@ def _checked(block: nn.Module, gate: Gate, dims: int) -> OwnLayers | None:
     if why is not None or not _same_dtypes(block, gate, shapes[0][0]):
         return None
     if isinstance(gate, EnergyGate):
-        return OwnLayers(gate, gate.form, ("select/energy", "scale"), rank=dims)
+        return OwnLayers(_WhereLarge(gate), gate.form, ("select/energy", "scale"), rank=dims)
     bypassed = paths_but(block, gate.weights, gate.norm)
-    return OwnLayers(gate, gate.form, ("norm_gate/moments", "scale"), rank=dims, bypassed=bypassed)
+    functions = "norm_gate/moments", "scale"
+    return OwnLayers(_WhereLarge(gate), gate.form, functions, rank=dims, bypassed=bypassed)
 
 
 def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...]) -> bool:

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attn import explain, fuse, reference
+from fused_attn.backends import _Small
 from fused_attn.hosts import define_torchvision_operators
 from tests.checks import assert_same_block, random, randomised
+from tests.fusion.counting import FusedOperators
 
 RESPONSE, TRANSFORMATION, STYLE = "GlobalResponseNorm", "GatedChannelTransformation", "SRM"
 
@@ -199,6 +201,22 @@ def test_an_option_that_is_changed_counts():
     original.epsilon = fused.epsilon = 10.0
     torch.testing.assert_close(fused(x), original(x))
     assert not explain(fused)[0].fused
+
+
+def test_small_maps_run_as_written_on_the_processor(monkeypatch):
+    """Where the block is faster so: without gradients up to larger maps than with them."""
+    monkeypatch.setattr(_Small, "most", 1 << 14)
+    fused = fuse(randomised(GCT(64)).float())
+    for space, inference, training in ((16, 0, 0), (72, 0, 2), (130, 2, 2)):
+        x = random(1, 64, space, space)
+        for enabled, count in ((False, inference), (True, training)):
+            with torch.set_grad_enabled(enabled), FusedOperators() as operators:
+                fused(x)
+            assert operators.count == count
+    norm = fuse(randomised(GRN(64)).float())
+    with torch.no_grad(), FusedOperators() as operators:
+        norm(random(1, 72, 72, 64))
+    assert operators.count == 2
 
 
 def test_networks_of_timm():
