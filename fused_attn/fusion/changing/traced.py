@@ -21,7 +21,8 @@ class Layer(NamedTuple):
     guards compare them.
 
     names: of its children, in order; None where nobody would ask. lacking: attributes that it does not have. absent:
-    those that it has from its class, as its forward. empty and filled: parameters and buffers that are None, and that are not.
+    those that it has from its class, as its forward. empty and filled: parameters and buffers that are None, and that
+    are not.
     """
 
     way: tuple[str, ...]
