@@ -307,7 +307,9 @@ def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
         if rank < 3 and count == 1:
             yield [(_BATCH, *space[:rank], channels)]
     if several and (count == 2 or (count == 1 and len(places) == 2 and places[1].default is None)):
-        yield from _pairs(ranks_of(block), guesses)
+        kinds = {type(part).__name__[-2:] for part in block.modules()}
+        ranks = [rank for rank in ranks_of(block) if f"{rank}d" in kinds] or ranks_of(block)
+        yield from _pairs(ranks, guesses)
 
 
 def _pairs(ranks: list[int], guesses: list[int]) -> Iterator[list[tuple[int, ...]]]:
