@@ -17,6 +17,7 @@ from .api import Candidate, candidates, is_own
 from .changing.plan import changes, intact, plan_of
 from .changing.swap import save_of
 from .hosts.registry import TAILS, known_class
+from .reading.statistics import WhereLarge
 from .recipes.describe import describe
 from .recipes.names import class_name, host_of
 from .recipes.own import own_functions
@@ -92,6 +93,7 @@ def _row(candidate: Candidate) -> Row | None:
         least = "; saves the least" if save_of(block) == "least" else ""
         given = _given(block)
         why += f"; as it is written when it is given {' or '.join(given)}" if given else ""
+        why += "; as it is written on small maps" if _is_for_large(block, plan.recipe) else ""
         lacking = _lacking(block)
         why += f"; as it is written without {' or '.join(lacking)}" if lacking else ""
         return Row(name, describe(block, plan.recipe) + least, cls, True, served, why)
@@ -109,6 +111,13 @@ def _given(block: nn.Module) -> list[str]:
     maps = plan.recipe.maps if plan is not None and isinstance(plan.recipe, OwnLayers) else ()
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
     return [p.name for p in parameters if p.default is None and p.name not in maps]
+
+
+def _is_for_large(block: nn.Module, recipe: Recipe) -> bool:
+    """Whether a block is on the CPU and runs as it is written on small maps there."""
+    tensor = next(block.parameters(), None)
+    large = isinstance(recipe, OwnLayers) and isinstance(recipe.forward, WhereLarge)
+    return large and tensor is not None and tensor.is_cpu
 
 
 def _lacking(block: nn.Module) -> list[str]:

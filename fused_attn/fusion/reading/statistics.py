@@ -143,7 +143,7 @@ Gate = EnergyGate | StyleGate
 
 
 @dataclass(frozen=True)
-class _WhereLarge:
+class WhereLarge:
     """What a block runs but for maps on which it is faster as it is written."""
 
     gate: Gate
@@ -163,20 +163,8 @@ _IS_SMALL: dict[str, Callable[[Any], bool]] = {
 #: What may be in the graph of such a forward: each smooth where a norm is not 0, so that formulas that agree on random
 #: maps are the same.
 _NAMES = {
-    *(
-        "norm",
-        "vector_norm",
-        "linalg_vector_norm",
-        "mean",
-        "std",
-        "var",
-        "sum",
-        "pow",
-        "square",
-        "sqrt",
-        "rsqrt",
-        "tanh",
-    ),
+    *("norm", "vector_norm", "linalg_vector_norm", "mean", "std", "var", "sum"),
+    *("pow", "square", "sqrt", "rsqrt", "tanh"),
     *("add", "sub", "mul", "truediv", "div", "addcmul", "multiply", "divide", "sigmoid", "cat", "stack"),
     *("getattr", "getitem", "size", "view", "reshape", "flatten", "unsqueeze", "squeeze", "expand_as", "expand"),
     "unpacked",
@@ -257,10 +245,10 @@ def _checked(block: nn.Module, gate: Gate, dims: int) -> OwnLayers | None:
     if why is not None or not _same_dtypes(block, gate, shapes[0][0]):
         return None
     if isinstance(gate, EnergyGate):
-        return OwnLayers(_WhereLarge(gate), gate.form, ("select/energy", "scale"), rank=dims)
+        return OwnLayers(WhereLarge(gate), gate.form, ("select/energy", "scale"), rank=dims)
     bypassed = paths_but(block, gate.weights, gate.norm)
     functions = "norm_gate/moments", "scale"
-    return OwnLayers(_WhereLarge(gate), gate.form, functions, rank=dims, bypassed=bypassed)
+    return OwnLayers(WhereLarge(gate), gate.form, functions, rank=dims, bypassed=bypassed)
 
 
 def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...]) -> bool:

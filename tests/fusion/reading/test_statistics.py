@@ -207,6 +207,7 @@ def test_small_maps_run_as_written_on_the_processor(monkeypatch):
     """Where the block is faster so: without gradients up to larger maps than with them."""
     monkeypatch.setattr(_Small, "most", 1 << 14)
     fused = fuse(randomised(GCT(64)).float())
+    assert explain(fused)[0].reason.endswith("; as it is written on small maps")
     for space, inference, training in ((16, 0, 0), (72, 0, 2), (130, 2, 2)):
         x = random(1, 64, space, space)
         for enabled, count in ((False, inference), (True, training)):
