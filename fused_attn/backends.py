@@ -244,15 +244,16 @@ class _Small:
     most: int = 1 << 14
 
 
-def is_small(x: Any, bytes_made: int = 0) -> bool:
+def is_small(x: Any, bytes_made: int = 0, most: int = 0) -> bool:
     """Whether x is so small a map that plain PyTorch serves blocks better that are not one operator here: in eager mode
     on the CPU, NCHW (the result of others may lie otherwise than they do, and torch 2.13's BatchNorm may have wrong
     gradients), in dtypes where that rounds no worse, unless a backend was asked for. bytes_made: of what is made on the
-    way."""
+    way. most: bytes up to which a kind of block is faster so, where that is more than of others."""
+    most = max(_Small.most, most) if _Small.most > 0 else _Small.most
     return (
         not _in_dynamo()
         and type(x) in _VALUED
-        and x.nbytes <= _Small.most >= bytes_made
+        and x.nbytes <= most >= bytes_made
         and x.dtype in _WIDE
         and x.is_cpu
         and x.is_contiguous()

@@ -17,6 +17,7 @@ from .api import Candidate, candidates, is_own
 from .changing.plan import changes, intact, plan_of
 from .changing.swap import save_of
 from .hosts.registry import TAILS, known_class
+from .reading.statistics import WhereLarge
 from .recipes.describe import describe
 from .recipes.names import class_name, host_of
 from .recipes.own import own_functions
@@ -92,6 +93,9 @@ def _row(candidate: Candidate) -> Row | None:
         least = "; saves the least" if save_of(block) == "least" else ""
         given = _given(block, plan.recipe)
         why += f"; as it is written where {' or '.join(given)} is not the default" if given else ""
+        why += "; as it is written on small maps" if _is_for_large(block, plan.recipe) else ""
+        lacking = _lacking(block, plan.recipe)
+        why += f"; as it is written without {' or '.join(lacking)}" if lacking else ""
         return Row(name, describe(block, plan.recipe) + least, cls, True, served, why)
     if found is None:
         return None
@@ -106,6 +110,20 @@ def _given(block: nn.Module, recipe: Recipe) -> list[str]:
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
     known = (*recipe.options, *recipe.maps) if isinstance(recipe, OwnLayers) else ()
     return [p.name for p in parameters if p.default is not p.empty and p.name not in known]
+
+
+def _is_for_large(block: nn.Module, recipe: Recipe) -> bool:
+    """Whether a block is on the CPU and runs as it is written on small maps there."""
+    tensor = next(block.parameters(), None)
+    large = isinstance(recipe, OwnLayers) and isinstance(recipe.forward, WhereLarge)
+    return large and tensor is not None and tensor.is_cpu
+
+
+def _lacking(block: nn.Module, recipe: Recipe) -> list[str]:
+    """Maps that a forward needs not be given: without them it runs as it is written."""
+    maps = recipe.maps if isinstance(recipe, OwnLayers) else ()
+    parameters = inspect.signature(host_of(type(block)).forward).parameters
+    return [name for name in maps if parameters[name].default is None]
 
 
 def _ops(recipe: Recipe) -> tuple[str, ...]:

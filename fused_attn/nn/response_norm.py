@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from .. import functional, reference
-from .small import eager_where_small
+from .small import eager_where_small, up_to
+
+#: Without gradients plain PyTorch passes over the map as often as the operators do, and its passes over maps in a
+#: processor's cache cost no more than those operators' calls.
+is_small_norm, is_small_transformation = up_to(1 << 20, 1 << 19), up_to(1 << 22, 1 << 20)
 
 
-@eager_where_small()
+@eager_where_small(is_small_norm)
 class GlobalResponseNorm(reference.GlobalResponseNorm):
     """Global response normalisation: x + weight * (x * n) + bias, n each channel's norm over the mean of all channels'.
 
@@ -34,7 +38,7 @@ class GlobalResponseNorm(reference.GlobalResponseNorm):
     _energy_gate = staticmethod(functional.energy_gate)
 
 
-@eager_where_small()
+@eager_where_small(is_small_transformation)
 class GatedChannelTransformation(reference.GatedChannelTransformation):
     """Gated channel transformation: x * (1 + tanh(gamma * e / rms(e) + beta)), e = alpha * the norm of each channel.
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..backends import is_small
 
 Block = TypeVar("Block", bound=type[nn.Module])
+
+
+def up_to(inference: int, training: int) -> Callable[[Any], bool]:
+    """Which maps of so many bytes are small, without gradients and with them."""
+    return lambda x: is_small(x, most=training if torch.is_grad_enabled() else inference)
 
 
 def eager_where_small(

@@ -48,7 +48,12 @@ class SRM(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def style(mean: Tensor, variance: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Mean and deviation of this many values, with Bessel's correction, (B, C, 2) in this dtype."""
-    deviation = root(variance * count / (count - 1)) if count > 1 else variance * math.nan
+def style(
+    mean: Tensor, variance: Tensor, count: int, dtype: torch.dtype, eps: float = 0.0, correction: int = 1
+) -> Tensor:
+    """Mean and deviation of this many values, (B, C, 2) in this dtype. eps: is added to the variance. correction: 1,
+    Bessel's, or 0."""
+    if correction:
+        variance = variance * count / (count - 1) if count > 1 else variance * math.nan
+    deviation = root(variance) if eps == 0 else (variance + eps).sqrt()
     return torch.stack([mean, deviation], 2).to(dtype)

@@ -11,7 +11,7 @@ from ..recipes.names import host_of
 from ..recipes.recipe import Recipe
 from .parents import composite_of, why_left
 from .plan import why_bound
-from .two_maps import gate_of_two_maps
+from .two_maps import gate_of_two_maps, why_not_written_anew
 
 
 def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
@@ -36,7 +36,7 @@ def _decide(block: nn.Module, tails: bool) -> Recipe | str | None:
 def _why(block: nn.Module, recipe: Recipe | str | None) -> Recipe | str | None:
     """The reason, or that of a product in its forward where it says less."""
     left = why_left(block) if _is_vague(recipe) else None
-    return recipe if left is None else left
+    return recipe if left is None else why_not_written_anew(block) or left
 
 
 def _is_vague(recipe: Recipe | str | None) -> bool:

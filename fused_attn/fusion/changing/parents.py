@@ -117,12 +117,13 @@ def _unread(block: nn.Module, read: Reads, why: str) -> _Looked:
 
 
 def _without_stores(block: nn.Module, gates: dict[str, bool], read: Reads) -> _Looked:
-    with Unstored(read.stores):
+    unstored = Unstored(read.stores)
+    with unstored:
         why: list[str] = []
         found = _rewritten(block, gates, why) if has_own_forward(block) else None
         left = _left(block, found, why)
         return _Looked(found if found is None or left is None else replace(found, left=left), left)
-    return _unread(block, read, "keeps state")
+    return _unread(block, read, unstored.why)
 
 
 def _left(block: nn.Module, found: OwnLayers | None, why: list[str]) -> str | None:

@@ -334,6 +334,7 @@ def _seen(block: nn.Module, plan: Plan) -> bool:
             if hasattr(part, name):
                 return False
         for name in absent:
+            getattr(part, name, None)  # which is guarded, where torch does not guard what a dictionary has not
             if name in part.__dict__:
                 return False
         for name in empty:
@@ -375,6 +376,8 @@ def _changed(block: nn.Module, watched: Watched) -> str | None:
         if getattr(_of(block, owner), name, MISSING) is not value:
             return name
     for parent, name in absent:
+        if compiling:
+            getattr(_of(block, parent), name, None)  # as in `_seen`
         if name in _of(block, parent).__dict__:
             return name
     for parent, name in empty:

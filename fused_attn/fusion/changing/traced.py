@@ -21,7 +21,8 @@ class Layer(NamedTuple):
     guards compare them.
 
     names: of its children, in order; None where nobody would ask. lacking: attributes that it does not have. absent:
-    those that it has from its class. empty and filled: parameters and buffers that are None, and that are not.
+    those that it has from its class, as its forward. empty and filled: parameters and buffers that are None, and that
+    are not.
     """
 
     way: tuple[str, ...]
@@ -86,7 +87,7 @@ def traced(block: nn.Module, watched: Watched) -> Traced:
                 children if children or not is_torch(type(module)) else None,
                 tuple((name, value) for name, value in values if value is not MISSING),
                 tuple(name for name, value in values if value is MISSING),
-                tuple(absent.get(way, [])),
+                tuple(dict.fromkeys((*absent.get(way, []), "forward"))),
                 tuple(empty.get(way, [])),
                 tuple(filled.get(way, [])),
             )

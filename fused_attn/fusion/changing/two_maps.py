@@ -33,12 +33,23 @@ from ..recipes.names import host_of
 from ..recipes.recipe import OwnLayers
 from ..recipes.run import layer_at
 
-_known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | str | None]] = weakref.WeakKeyDictionary()
 
 
 def gate_of_two_maps(block: nn.Module) -> OwnLayers | None:
     """How a module of two maps runs with the products in its forward fused; None: it has none, or its forward cannot be
     written anew."""
+    found = _look(block)
+    return found if isinstance(found, OwnLayers) else None
+
+
+def why_not_written_anew(block: nn.Module) -> str | None:
+    """What keeps the forward of a module of two maps from being written anew; None: nothing, or it is none."""
+    found = _look(block)
+    return found if isinstance(found, str) else None
+
+
+def _look(block: nn.Module) -> OwnLayers | str | None:
     names = _names_of_maps(block)
     if names is None or not multiplies(host_of(type(block))):
         return None
@@ -49,14 +60,14 @@ def gate_of_two_maps(block: nn.Module) -> OwnLayers | None:
     except Exception:  # somebody's module in a way that was not thought of is left alone
         return None
     if read.remark is not None:
-        return None
+        return read.remark
     known = _known.setdefault(host_of(type(block)), {})
     if read.key not in known:
         try:
             found = in_its_own_context(lambda: _without_stores(block, names, read))
         except Exception:
             return None
-        known[read.key] = None if restore(read.watched) else found
+        known[read.key] = "keeps state" if restore(read.watched) else found
     return known[read.key]
 
 
@@ -77,38 +88,34 @@ def _names_of_maps(block: nn.Module) -> tuple[str, str] | None:
     return first.name, second.name
 
 
-def _without_stores(block: nn.Module, names: tuple[str, str], read: Reads) -> OwnLayers | None:
-    with Unstored(read.stores):
+def _without_stores(block: nn.Module, names: tuple[str, str], read: Reads) -> OwnLayers | str | None:
+    unstored = Unstored(read.stores)
+    with unstored:
         for dims in (4, 5, 3):
             rank = Rank(dims)
             found = _rewritten(block, names, rank)
-            if found is not None or not rank.asked:
-                return found
-    return None
+            if isinstance(found, OwnLayers) or not rank.asked:
+                break
+        return found
+    return unstored.why
 
 
-def _rewritten(block: nn.Module, names: tuple[str, str], rank: Rank) -> OwnLayers | None:
+def _rewritten(block: nn.Module, names: tuple[str, str], rank: Rank) -> OwnLayers | str | None:
     def enters(path: str) -> bool:
         return type(block.get_submodule(path)) is nn.Sequential
 
-    def traced(training: bool) -> fx.Graph | None:
-        try:
-            return trace_two_maps(block, enters, training, rank, names[1])
-        except Untraceable:
-            return None
-
     try:
-        graphs = [traced(training) for training in (False, True)]
-        if graphs[0] is None or graphs[1] is None:
-            return None
+        graphs = [trace_two_maps(block, enters, training, rank, names[1]) for training in (False, True)]
         if is_same_code(graphs[0], graphs[1]):
             graphs.pop()
         sizes = _sizes_of(block, graphs[0], rank)
+    except Untraceable as error:
+        return str(error)
     except NoTwin:
         return None
     if sizes is None:
         return None
-    rewriters = [_Rewriter(block, graph, sizes) for graph in graphs if graph is not None]
+    rewriters = [_Rewriter(block, graph, sizes) for graph in graphs]
     for rewriter in rewriters:
         if not rewriter.rewrite():
             return None
@@ -244,15 +251,23 @@ def _shapes_of(block: nn.Module, graph: fx.Graph, sizes: Sizes) -> dict[fx.Node,
 # The graph
 
 
-def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """x * gate, of which one has a number a channel or position of the other."""
+def gated(x: Tensor, gate: Tensor, widened: Tensor) -> Tensor:
+    """x * widened. gate: what that was widened from, which has a number a channel or position of x."""
     fits = gate.dim() == x.dim() and torch.promote_types(x.dtype, gate.dtype) == x.dtype
-    if not (fits and is_ordinary(x) and is_ordinary(gate)):
-        return x * gate
+    if not (fits and (widened is gate or widened.shape == x.shape) and is_ordinary(x) and is_ordinary(gate)):
+        return x * widened
     try:
         return functional.scale(x, gate)
     except (TypeError, ValueError):  # maps that the product may take and the fused function does not
-        return x * gate
+        return x * widened
+
+
+def repeated(gate: Tensor, *times: Any) -> Tensor:
+    """gate.repeat(*times), without a copy of it where that repeats single numbers."""
+    given = times if times and isinstance(times[0], int) else tuple(times[0])
+    if len(given) == gate.dim() and all(n == 1 or (m == 1 and n > 0) for m, n in zip(gate.shape, given, strict=True)):
+        return gate.expand([m * n for m, n in zip(gate.shape, given, strict=True)])
+    return gate.repeat(*times)
 
 
 def _summed(path: str) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
@@ -267,7 +282,7 @@ def _summed(path: str) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     return summed
 
 
-#: Methods by which a gate gets the shape of its map, which the product needs not.
+#: Methods by which a gate gets the shape of its map.
 _WIDENED = {"expand", "expand_as", "repeat"}
 _PRODUCTS: set[Any] = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 _SUMS: set[Any] = {operator.add, torch.add, "add", IN_PLACE["iadd"], "add_"}
@@ -314,12 +329,17 @@ class _Rewriter:
         for x, gate in (node.args, node.args[::-1]):
             if not (isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x is not gate):
                 continue
+            widened = gate
             while gate.op == "call_method" and gate.target in _WIDENED:
                 gate = gate.all_input_nodes[0]
             kind = self._kind(x, gate)
             if kind is not None and self._is_gate(gate):
                 self.gates.append(kind)
-                self._put(node, gated, (x, gate))
+                self._put(node, gated, (x, gate, widened))
+                while widened is not gate:
+                    if widened.target == "repeat" and len(widened.users) == 1 and not widened.kwargs:
+                        widened.op, widened.target = "call_function", repeated
+                    widened = widened.all_input_nodes[0]
                 return
 
     def _kind(self, x: fx.Node, gate: fx.Node) -> str | None:

@@ -29,7 +29,10 @@ def in_its_own_context(function: Callable[[], T]) -> T:
 def _inner(function: Callable[[], T]) -> T:
     _inside.already = True
     with unforced():
-        return function()
+        try:
+            return function()
+        except SystemExit as error:  # of somebody's code on a map that it does not take; the program goes on
+            raise RuntimeError("it exits") from error
 
 
 class OnOneDevice(TorchFunctionMode):

@@ -30,6 +30,8 @@ from .twin import twin
 
 #: Of a map that is tried, by rank; the second for networks that halve it several times.
 _SPACES = ((13, 11, 9), (64, 96, 32))
+#: By how much two maps are coarser than the finer of them.
+_COARSER = ((1, 1), (2, 1), (1, 2))
 _BATCH = 2
 #: Operators up to which a module is looked at.
 _MOST = 20_000
@@ -292,7 +294,8 @@ def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of what it may take."""
     forward: Any = host_of(type(block)).forward
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in places if p.default is p.empty]
     count = max(1, len(needed)) if several else 1
     guesses = sorted(channel_guesses(block), reverse=True)  # of maps that are no wider than their layers make them
     for rank, space, channels in itertools.product(ranks_of(block), _SPACES, guesses):
@@ -303,6 +306,17 @@ def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
             yield [shape, (_BATCH, 1, *space[:rank])]
         if rank < 3 and count == 1:
             yield [(_BATCH, *space[:rank], channels)]
+    if several and (count == 2 or (count == 1 and len(places) == 2 and places[1].default is None)):
+        kinds = {type(part).__name__[-2:] for part in block.modules()}
+        ranks = [rank for rank in ranks_of(block) if f"{rank}d" in kinds] or ranks_of(block)
+        yield from _pairs(ranks, guesses)
+
+
+def _pairs(ranks: list[int], guesses: list[int]) -> Iterator[list[tuple[int, ...]]]:
+    """Of two maps of any channels, one of them coarser by a step."""
+    for rank, steps, channels in itertools.product(ranks, _COARSER, itertools.product(guesses, guesses)):
+        space = _SPACES[1][:rank]
+        yield [(_BATCH, c, *(n // step for n in space)) for c, step in zip(channels, steps, strict=True)]
 
 
 class _Empty(dict[int, Tensor | None]):

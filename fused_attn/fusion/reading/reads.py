@@ -53,7 +53,7 @@ class Watched(NamedTuple):
 class Reads(NamedTuple):
     """remark: what the code does beside computing, or reads and cannot be watched; None: nothing. key: equal for blocks
     that compute the same function of their input and parameters. names: all that the code names. stores: code that sets
-    attributes or items where it comes to that; with_stores: remark, or what is then to be said."""
+    attributes or items, prints or exits where it comes to that."""
 
     watched: Watched
     remark: str | None
@@ -101,13 +101,14 @@ class _Stored(BaseException):
 
 
 class Unstored:
-    """While it is entered, on this thread, nothing is run on that sets attributes or items: where this code comes to
-    that, everything ends up to here. It may set attributes of tensors: these are made on the way, or the map, which
-    `capture` looks at afterwards."""
+    """While it is entered, on this thread, nothing is run on that sets attributes or items, prints or exits: where this
+    code comes to that, everything ends up to here. It may set attributes of tensors: these are made on the way, or the
+    map, which `capture` looks at afterwards."""
 
     def __init__(self, code: frozenset[types.CodeType]) -> None:
-        #: Where it does so, and the variable that is then changed, if that is one.
         self.places = {c: dict(_stores_in(c)) for c in code}
+        #: What it came to.
+        self.why = "keeps state"
 
     def __enter__(self) -> Unstored:
         self.before = sys.gettrace()
@@ -129,18 +130,22 @@ class Unstored:
     def _stepped(self, frame: types.FrameType, event: str, _: Any) -> Any:
         places = self.places[frame.f_code]
         at = places.get(frame.f_lasti) if event == "opcode" else None
-        if at is not None and type(frame.f_locals.get(at)) is not Tensor:
+        if at is not None and type(frame.f_locals.get(at[0])) is not Tensor:
+            self.why = at[1]
             raise _Stored
         return self._stepped
 
 
-def _stores_in(code: types.CodeType) -> Iterator[tuple[int, str]]:
+def _stores_in(code: types.CodeType) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Where it does what must not be done: the variable that is changed there, if that is one, and what to say."""
     before = None
     for step in dis.get_instructions(code):
-        if step.opname in _STORES:
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in _STOPS:
+            yield step.offset, ("", _STOPS[step.argval])
+        elif step.opname in _STORES:
             loaded = before is not None and before.opname.startswith("LOAD_FAST") and "ATTR" in step.opname
             names = before.argval if loaded and before is not None else ""
-            yield step.offset, names[-1] if isinstance(names, tuple) else names
+            yield step.offset, (names[-1] if isinstance(names, tuple) else names, "keeps state")
         before = step
 
 
@@ -157,7 +162,7 @@ class _Names(NamedTuple):
     """Of a function: the attributes that it names, in strings too; its globals; what it does beside reading; methods
     that change their owner, where that is a global; whether it makes names at run time; attributes that it asks for
     where there may be none; globals with what it names of them, and of that; code, its own or that of functions in it,
-    that sets attributes or items; attributes that hold names of attributes that it asks for."""
+    that sets attributes or items, prints or exits; attributes that hold names of attributes that it asks for."""
 
     attributes: frozenset[str]
     globals: tuple[str, ...]
@@ -171,6 +176,8 @@ class _Names(NamedTuple):
 
 
 _STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR"}
+#: Globals that code must not come to, which it may have in a branch for what is no option: `print(...); sys.exit()`.
+_STOPS = {"print": "prints", "sys": "calls sys", **dict.fromkeys(("exit", "quit", "SystemExit"), "exits")}
 _GLOBAL_STORES = {"STORE_GLOBAL", "DELETE_GLOBAL"}
 _MUTATORS = {"append", "extend", "insert", "setdefault", "pop", "popitem", "clear", "remove", "appendleft", "popleft"}
 _CHANGING = _MUTATORS | {"add", "discard", "update"}
@@ -179,7 +186,7 @@ _MAKERS = {"list", "dict", "set", "OrderedDict", "defaultdict", "deque"}
 _DYNAMIC = {"vars", "locals", "attrgetter", "methodcaller", "__dict__", "__getattribute__"}
 #: What says more of a tensor, or of the moment, than what is computed; and what happens beside the computation.
 _REMARKS = {
-    **dict.fromkeys(("print", "pprint"), "prints"),
+    **dict.fromkeys(("pprint",), "prints"),
     **dict.fromkeys(("open",), "opens a file"),
     **dict.fromkeys(("input", "breakpoint"), "reads input"),
     **dict.fromkeys(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"), "asks whether gradients are on"),
@@ -262,7 +269,7 @@ def _names_of(code: types.CodeType) -> _Names:
         elif _catches(steps, i):
             remark = remark or "catches exceptions"
     asked = strings if dynamic or {"getattr", "hasattr"} & set(used) else frozenset()
-    stores = frozenset((code,)) if any(step.opname in _STORES for step in steps) else frozenset()
+    stores = frozenset((code,)) if any(True for _ in _stores_in(code)) else frozenset()
     found = _Names(
         frozenset(attributes),
         tuple(dict.fromkeys(used)),
@@ -865,13 +872,17 @@ class _Reader:
                 self.remarks.append("keeps state")
             if not keeps:
                 self.stores |= names.stores
+            elif stops := [_STOPS[name] for name in names.globals if name in _STOPS]:
+                self.remarks.append(stops[0])
         for name in names.globals:
             value = getattr(space, name, MISSING)
+            if name in _STOPS and not keeps and not _is_library(module):  # what stands behind it is not come to
+                continue
             if isinstance(value, types.ModuleType):  # such as torch: what is read of it is watched, if anything
                 self._visit(value)
             elif value is not MISSING:
                 self._value(space, name, value)
-        for chain in sorted(names.chains):
+        for chain in sorted(c for c in names.chains if c[0] not in _STOPS):
             self._chain(getattr(space, chain[0], None), chain[1:])
         for cell in function.__closure__ or ():
             try:

@@ -89,9 +89,10 @@ def outcome_of(block: nn.Module) -> Outcome:
 
 
 def _without_stores(block: nn.Module, read: Reads) -> Outcome:
-    with Unstored(read.stores):
+    unstored = Unstored(read.stores)
+    with unstored:
         return examine(block, read)
-    return examine(block, read._replace(remark="keeps state"))
+    return examine(block, read._replace(remark=unstored.why))
 
 
 def recipe_of(block: nn.Module) -> Recipe | str | None:
@@ -212,11 +213,13 @@ def _may_be_gate(block: nn.Module, read: Reads) -> bool:
 
 
 def names_a_gate(block: nn.Module, read: Reads) -> bool:
-    """Whether its own code multiplies, and names a function of gates, as its layers may, and what it calls a pool."""
+    """Whether its own code multiplies, and names a function of gates, as its layers may, and what it calls a pool,
+    which a gate of two maps needs not."""
     forward: Any = host_of(type(block)).forward
     named = own_names(forward) | {type(part).__name__ for part in block.children()}
     named |= {type(part).__name__ for child in block.children() if type(child) is nn.Sequential for part in child}
-    pools = any(n in named or n in read.names for n in _POOLS)
+    needed = [p for p in inspect.signature(forward).parameters.values() if p.default is p.empty]
+    pools = len(needed) == 3 or any(n in named or n in read.names for n in _POOLS)
     return pools and multiplies_itself(forward) and any(n in named for n in _GATE_NAMES)
 
 

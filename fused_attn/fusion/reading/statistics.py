@@ -12,11 +12,14 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ... import functional
+from ...backends import is_small
+from ...nn.response_norm import is_small_norm, is_small_transformation
 from ...reference.block_attention import NORMS
 from ...reference.response_norm import root
 from ...reference.srm import style
@@ -111,10 +114,12 @@ _COUNTS = {"GlobalResponseNorm": 2, "GatedChannelTransformation": 3}
 @dataclass(frozen=True)
 class StyleGate:
     """What SRM runs. weights: path of its convolution over mean and deviation, or of the parameter (C, 2) in its place.
-    norm: path of its BatchNorm."""
+    norm: path of its BatchNorm. eps, correction: of its deviation, as in `style`."""
 
     weights: str
     norm: str
+    eps: float = 0.0
+    correction: int = 1
     form = "SRM"
     last = False
 
@@ -124,7 +129,7 @@ class StyleGate:
             x = x.to(torch.promote_types(x.dtype, weights.dtype))  # as the block's own product does
 
         def excitation(mean: Tensor, variance: Tensor) -> Tensor:
-            z = style(mean, variance, math.prod(x.shape[2:]), x.dtype)
+            z = style(mean, variance, math.prod(x.shape[2:]), x.dtype, self.eps, self.correction)
             z = weights(z) if isinstance(weights, nn.Module) else (z * weights).sum(2, keepdim=True)
             z = norm(z.reshape(*z.shape, *(1,) * NORMS.index(type(norm))))
             return z.sigmoid().flatten(1)
@@ -136,10 +141,30 @@ class StyleGate:
 
 Gate = EnergyGate | StyleGate
 
+
+@dataclass(frozen=True)
+class WhereLarge:
+    """What a block runs but for maps on which it is faster as it is written."""
+
+    gate: Gate
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        if _IS_SMALL[self.gate.form](x):
+            raise Unsuited("x: is small")
+        return self.gate(block, x)
+
+
+_IS_SMALL: dict[str, Callable[[Any], bool]] = {
+    "GlobalResponseNorm": is_small_norm,
+    "GatedChannelTransformation": is_small_transformation,
+    "SRM": is_small,
+}
+
 #: What may be in the graph of such a forward: each smooth where a norm is not 0, so that formulas that agree on random
 #: maps are the same.
 _NAMES = {
-    *("norm", "vector_norm", "linalg_vector_norm", "mean", "std", "sum", "pow", "square", "sqrt", "rsqrt", "tanh"),
+    *("norm", "vector_norm", "linalg_vector_norm", "mean", "std", "var", "sum"),
+    *("pow", "square", "sqrt", "rsqrt", "tanh"),
     *("add", "sub", "mul", "truediv", "div", "addcmul", "multiply", "divide", "sigmoid", "cat", "stack"),
     *("getattr", "getitem", "size", "view", "reshape", "flatten", "unsqueeze", "squeeze", "expand_as", "expand"),
     "unpacked",
@@ -163,7 +188,8 @@ def _attempts(block: nn.Module, floats: Collection[float]) -> Iterator[Gate]:
     weights = [n for n, part in block._modules.items() if type(part) is nn.Conv1d and part.kernel_size == (2,)]
     weights += [n for n, p in parameters.items() if p.dim() == 2 and p.shape[1] == 2]
     if len(norms) == len(weights) == 1:
-        yield StyleGate(weights[0], norms[0])
+        for eps, correction in itertools.product((0.0, *floats), (1, 0)):
+            yield StyleGate(weights[0], norms[0], eps, correction)
 
 
 def _found(block: nn.Module) -> OwnLayers | None:
@@ -219,9 +245,10 @@ def _checked(block: nn.Module, gate: Gate, dims: int) -> OwnLayers | None:
     if why is not None or not _same_dtypes(block, gate, shapes[0][0]):
         return None
     if isinstance(gate, EnergyGate):
-        return OwnLayers(gate, gate.form, ("select/energy", "scale"), rank=dims)
+        return OwnLayers(WhereLarge(gate), gate.form, ("select/energy", "scale"), rank=dims)
     bypassed = paths_but(block, gate.weights, gate.norm)
-    return OwnLayers(gate, gate.form, ("norm_gate/moments", "scale"), rank=dims, bypassed=bypassed)
+    functions = "norm_gate/moments", "scale"
+    return OwnLayers(WhereLarge(gate), gate.form, functions, rank=dims, bypassed=bypassed)
 
 
 def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...]) -> bool:

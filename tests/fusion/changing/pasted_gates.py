@@ -142,6 +142,33 @@ class Reduced(nn.Module):
 # What is left alone
 
 
+class MaybeSkip(nn.Module):
+    """A map that may be given beside the first, or not."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, skip=None):
+        if skip is None:
+            return x
+        return skip * torch.sigmoid(self.conv(x + skip))[:, :1]
+
+
+class Widened(nn.Module):
+    """A gate that gets the channels that are in the code."""
+
+    def __init__(self, channels, how):
+        super().__init__()
+        self.conv, self.channels, self.how = nn.Conv2d(channels, 1, 1), channels, how
+
+    def forward(self, g, x):
+        gate = torch.sigmoid(self.conv(g))
+        if self.how == "repeat":
+            return x * gate.repeat(1, self.channels, 1, 1)
+        return x * gate.expand(-1, self.channels, -1, -1)
+
+
 class BySize(nn.Module):
     """Asks for the size of a map, and does something else then."""
 

@@ -94,6 +94,34 @@ def test_changed_after_a_compilation(name, monkeypatch):
     torch.testing.assert_close(compiled(X), original(X))
 
 
+class Gate(nn.Module):
+    """None of whose layers runs in the fused block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(self.pool(x))
+
+
+@pytest.mark.parametrize("path", ["pool", "fc", "fc.0", "fc.1", "fc.3"])
+@torch.no_grad()
+def test_a_forward_that_is_put_on_a_layer_after_a_compilation(path):
+    original = randomised(Gate()).double()
+    model = fuse(copy.deepcopy(original))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with FusedOperators() as seen:
+        torch.testing.assert_close(compiled(X), original(X))
+    assert seen.count
+    for block in (model, original):
+        layer = block.get_submodule(path)
+        layer.forward = lambda x, run=layer.forward: 3 * run(x)  # type: ignore[method-assign]
+    torch.testing.assert_close(compiled(X), original(X))
+
+
 def guards(module: nn.Module, x: Tensor) -> int:
     """How many guards stand before the code that is compiled for a call."""
     torch._dynamo.reset()

@@ -68,6 +68,31 @@ def test_maps_by_keyword_and_in_another_order():
         fused(g, x, mask=None)
 
 
+def test_a_map_that_may_be_left_out():
+    """Without it the block runs as it is written, and `explain` says so."""
+    original = randomised(pasted.MaybeSkip(6)).eval()
+    fused = fuse(copy.deepcopy(original))
+    (row,) = explain(fused)
+    assert row.fused and row.reason.endswith("; as it is written without skip")
+    x, skip = random(2, 6, 8, 6, dtype=torch.float64), random(2, 6, 8, 6, dtype=torch.float64)
+    for args, kwargs in (((x,), {}), ((x, skip), {}), ((x,), {"skip": skip})):
+        torch.testing.assert_close(fused(*args, **kwargs), original(*args, **kwargs), rtol=1e-9, atol=1e-11)
+
+
+def test_what_widens_a_gate_widens_the_result():
+    """Where the map has fewer channels than it was recognised for, or a gate of more samples."""
+    for how in ("repeat", "expand"):
+        original = randomised(pasted.Widened(6, how)).eval()
+        fused = fuse(copy.deepcopy(original))
+        assert explain(fused)[0].fused
+        g = random(2, 6, 8, 6, dtype=torch.float64)
+        for shape in ((2, 6, 8, 6), (2, 1, 8, 6), (1, 6, 8, 6), (1, 1, 8, 6)):
+            x = random(*shape, dtype=torch.float64)
+            torch.testing.assert_close(fused(g, x), original(g, x), rtol=1e-9, atol=1e-11)
+        with pytest.raises(RuntimeError, match="size"):
+            fused(g, random(2, 5, 8, 6, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_runs_fused(layout):
     """By the operators, in the layout of the maps."""
@@ -127,10 +152,18 @@ def test_a_hook_and_a_layer_that_is_put_in_count():
     assert not next(iter(explain(fused))).fused
 
 
-@pytest.mark.parametrize("make", [pasted.BySize, pasted.Keeps, pasted.Product], ids=lambda cls: cls.__name__)
-def test_is_left_alone(make):
+@pytest.mark.parametrize(
+    ("make", "reasons"),
+    [
+        (pasted.BySize, ["branches on a tensor or its sizes"]),
+        (pasted.Keeps, ["keeps state"]),
+        (pasted.Product, []),
+    ],
+    ids=lambda of: getattr(of, "__name__", ""),
+)
+def test_is_left_alone(make, reasons):
     block = make(6)
-    assert not explain(fuse(block)) and type(block) is make
+    assert [row.reason for row in explain(fuse(block))] == reasons and type(block) is make
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

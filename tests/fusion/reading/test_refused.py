@@ -194,6 +194,22 @@ def test_left_alone_with_the_reason(name, capsys):
         assert torch.equal(block(x.clone()), expected)
 
 
+class Raises(Base):
+    """Ends the program, by this error, for some maps."""
+
+    def forward(self, x):
+        if x.dim() != 4:
+            raise ERROR
+        return x * self.gate(x)
+
+
+ERROR = SystemExit(3)
+
+
+def test_a_block_that_ends_the_program_does_not_end_fuse():
+    fuse(Raises())
+
+
 def test_hooks_are_not_called_and_keep_a_block_from_being_fused():
     block, calls = SEBlock(32), []
     block.fc[0].register_forward_hook(lambda *_: calls.append(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_attn import explain, fuse, reference
+from fused_attn.backends import _Small
 from fused_attn.hosts import define_torchvision_operators
 from tests.checks import assert_same_block, random, randomised
+from tests.fusion.counting import FusedOperators
 
 RESPONSE, TRANSFORMATION, STYLE = "GlobalResponseNorm", "GatedChannelTransformation", "SRM"
 
@@ -107,6 +110,27 @@ class Styles(nn.Module):
         return x * self.activation(self.bn(z))
 
 
+class Exits(GCT):
+    """The authors': a branch for what is no option prints and ends the program."""
+
+    def forward(self, x):
+        if self.mode == "l2":
+            return super().forward(x)
+        else:
+            print("Unknown mode!")
+            sys.exit()
+
+
+class WithEps(Styles):
+    """The authors': to the variance a number is added."""
+
+    def _pooled(self, x, eps=1e-5):
+        n, c, _, _ = x.size()
+        mean = x.view(n, c, -1).mean(dim=2, keepdim=True)
+        variance = x.view(n, c, -1).var(dim=2, keepdim=True) + eps
+        return torch.cat((mean, variance.sqrt()), dim=2)
+
+
 class Biased(SRMLayer):
     """The deviation without Bessel's correction."""
 
@@ -130,8 +154,11 @@ FOUND = {
     "timm": (timm_norm, (3, 6, 5, 8), RESPONSE),
     "timm, channels first": (lambda: timm_norm(channels_last=False), (3, 8, 6, 5), RESPONSE),
     "transformation": (lambda: GCT(8), (3, 8, 6, 5), TRANSFORMATION),
+    "transformation, authors": (lambda: Exits(8), (3, 8, 6, 5), TRANSFORMATION),
     "style": (lambda: SRMLayer(8), (3, 8, 6, 5), STYLE),
     "style, authors": (lambda: Styles(8), (3, 8, 6, 5), STYLE),
+    "style, authors, eps": (lambda: WithEps(8), (3, 8, 6, 5), STYLE),
+    "style, without correction": (lambda: Biased(8), (3, 8, 6, 5), STYLE),
     "reference, style": (lambda: reference.SRM(8), (3, 8, 6, 5), STYLE),
     "reference": (lambda: reference.GlobalResponseNorm(8), (3, 8, 6, 5), RESPONSE),
 }
@@ -174,6 +201,23 @@ def test_an_option_that_is_changed_counts():
     original.epsilon = fused.epsilon = 10.0
     torch.testing.assert_close(fused(x), original(x))
     assert not explain(fused)[0].fused
+
+
+def test_small_maps_run_as_written_on_the_processor(monkeypatch):
+    """Where the block is faster so: without gradients up to larger maps than with them."""
+    monkeypatch.setattr(_Small, "most", 1 << 14)
+    fused = fuse(randomised(GCT(64)).float())
+    assert explain(fused)[0].reason.endswith("; as it is written on small maps")
+    for space, inference, training in ((16, 0, 0), (72, 0, 2), (130, 2, 2)):
+        x = random(1, 64, space, space)
+        for enabled, count in ((False, inference), (True, training)):
+            with torch.set_grad_enabled(enabled), FusedOperators() as operators:
+                fused(x)
+            assert operators.count == count
+    norm = fuse(randomised(GRN(64)).float())
+    with torch.no_grad(), FusedOperators() as operators:
+        norm(random(1, 72, 72, 64))
+    assert operators.count == 2
 
 
 def test_networks_of_timm():
@@ -223,7 +267,18 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, 1e-6)
 
 
-LEFT = [Biased, Clamped, Branches, OtherNorm, Detached, LayerNorm, lambda n: GCT(n, mode="l1")]
+def test_a_mode_that_ends_the_program_still_does(capsys):
+    """Chosen before fuse and behind it; fuse itself does not run on to there."""
+    chosen, changed = fuse(Exits(8, mode="l0")), fuse(Exits(8))
+    assert "prints" in explain(chosen)[0].reason and capsys.readouterr().out == ""
+    changed.mode = "l0"
+    for block in (chosen, changed):
+        with pytest.raises(SystemExit):
+            block(random(2, 8, 5, 5))
+        assert capsys.readouterr().out == "Unknown mode!\n"
+
+
+LEFT = [Clamped, Branches, OtherNorm, Detached, LayerNorm, lambda n: GCT(n, mode="l1")]
 
 
 @pytest.mark.parametrize("make", LEFT, ids=lambda make: make.__name__)
