@@ -304,14 +304,20 @@ print(torch.cuda.is_initialized())
     assert python(code).splitlines() == ["[] True True", "[]", "False"]
 
 
-@pytest.mark.parametrize("damage", ["library", "record"])
+@pytest.mark.parametrize("damage", ["library", "half", "record"])
 def test_a_damaged_installation_runs_plain_pytorch_and_says_so_once(damage, tmp_path):
-    """A library that was cut short, as by a full disk; none, with a record that was."""
+    """A library that is none, or was cut short, as by a full disk, where the system's loader would end the process; no
+    library, with a record that was."""
     package = Path(fused_attn.__file__).parent
     leave_out = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
     shutil.copytree(package, tmp_path / "fused_attn", ignore=leave_out)
     if damage == "library":
         (tmp_path / "fused_attn/_native.so").write_bytes(b"\x7fELF" + bytes(60))
+    elif damage == "half":
+        if not backends.LIBRARY_PATH.exists():
+            pytest.skip("no native library on this machine")
+        whole = backends.LIBRARY_PATH.read_bytes()
+        (tmp_path / "fused_attn/_native.so").write_bytes(whole[: len(whole) // 2])
     else:
         (tmp_path / "fused_attn/_build_info.json").write_text('{"cpu": {"bui')
     code = """
@@ -328,5 +334,9 @@ print(fused_attn.__file__, fused_attn.backends.choose("channel_gate", x), tuple(
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(maxsplit=2) == [str(tmp_path / "fused_attn/__init__.py"), "reference", "(2, 32, 5, 5)\n"]
     said = [line for line in done.stderr.splitlines() if "fused_attn: the CPU runs plain PyTorch" in line]
-    expected = {"library": "the native library does not load", "record": "was not built: no record of a build"}
+    expected = {
+        "library": "does not load",
+        "half": "cut short; install it again",
+        "record": "was not built: no record of a build",
+    }
     assert len(said) == 1 and expected[damage] in said[0], done.stderr

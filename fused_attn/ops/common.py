@@ -49,6 +49,7 @@ Overloads = dict[str, torch._ops.OpOverload]
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _in_dynamo = torch.compiler.is_dynamo_compiling
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_vmapped = torch._C._functorch.is_batchedtensor
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -465,9 +466,9 @@ def needs_node(*tensors: Tensor | None) -> bool:
 
 def wants_graph(*grads: Tensor | None) -> bool:
     """Inside a backward: whether what it does is seen through, and so has to be plain PyTorch: differentiated by
-    `create_graph=True` or by dual numbers, or mapped over by `is_grads_batched=True`: these, where an operator
-    has a list of tensors, which torch does not map over."""
+    `create_graph=True` or by dual numbers, or mapped over, by `is_grads_batched=True` or by `torch.func.vmap`: these,
+    where it writes in place or an operator has a list of tensors, which torch does not map over."""
     if torch.compiler.is_compiling():
         return False
     seen = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    return seen or any(g is not None and _is_batched(g) for g in grads)
+    return seen or any(g is not None and (_is_batched(g) or _is_vmapped(g)) for g in grads)

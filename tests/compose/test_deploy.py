@@ -60,6 +60,24 @@ assert "fused_attn" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
 
 
+@pytest.mark.slow
+def test_a_compiled_package_without_this_one(tmp_path):
+    """Of AOTInductor."""
+    block = fuse(reference.SimAM(3)).eval()
+    with torch.no_grad(), keep_operators():
+        program = torch.export.export(block, (X,))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    code = f"""
+import sys, torch
+torch.ops.load_library({str(backends.LIBRARY_PATH)!r})
+x = torch.arange(2.0 * 3 * 9 * 8).view(2, 3, 9, 8) / 432
+y = torch._inductor.aoti_load_package("model.pt2")(x)
+assert abs(y.sum().item() - {block(X).sum().item()}) < 1e-3
+assert "fused_attn" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
 def test_this_package_after_the_library():
     """Nothing is defined twice, and the operators are what they are in the other order."""
     code = f"""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn.nn
@@ -166,6 +167,19 @@ def test_an_exported_program_is_the_originals():
     for strict in (False, True):
         programs = [torch.export.export(m, (x,), strict=strict, dynamic_shapes=(OPEN,)) for m in (model, plain)]
         assert nodes(programs[0]) == nodes(programs[1])
+
+
+def test_what_runs_as_it_was_written_is_read_by_dynamo():
+    """Exported, and compiled where a layer is no longer what it was."""
+    plain, x = randomised(reference.SKConv(8, groups=4)).eval(), random(2, 8, 10, 9, dtype=torch.float64)
+    block = fuse(copy.deepcopy(plain))
+    program = torch.export.export(block, (x,), strict=True)
+    assert not any("fused_attn" in name for name in nodes(program))
+    torch.testing.assert_close(program.module()(x), plain(x), rtol=1e-9, atol=1e-10)
+    for one in (plain, block):
+        prune.l1_unstructured(one.conv[0][0], "weight", 0.5)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-9, atol=1e-10)
 
 
 @needs_operators

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 
 from fused_attn import explain, fuse, reference, unfuse
 from fused_attn import nn as fused_nn
@@ -1067,3 +1068,15 @@ def test_another_layer_in_a_block_of_this_library(name, what):
             actual = run(fuse(copy.deepcopy(original)))
             assert (actual is None) == (expected is None), path
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9, msg=lambda m, path=path: f"{path}: {m}")
+
+
+@pytest.mark.parametrize("name", ["SqueezeExcite", "CBAM", "SKConv"])
+def test_no_buffer_of_a_parametrisation_changes(name):
+    """Spectral norm goes a step on when a weight is read in training."""
+    block = getattr(reference, name)(C).train()
+    for layer in [layer for layer in block.modules() if type(layer) in (nn.Linear, nn.Conv2d)]:
+        spectral_norm(layer)
+    before = copy.deepcopy(block.state_dict())
+    explain(fuse(block))
+    for key, value in unfuse(block).state_dict().items():
+        assert torch.equal(value, before[key]), key

@@ -41,7 +41,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
     taken = _taken(host)
 
     def as_written(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return host.forward(_as_host(self, host) if views else self, *args, **kwargs)
+        return host.forward(_as_host(self, host, made) if views else self, *args, **kwargs)
 
     def call(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan: Plan | None = self.__dict__.get(PLAN)
@@ -202,18 +202,18 @@ def _with_resort(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callab
     return function
 
 
-def _as_host(block: nn.Module, host: type[nn.Module]) -> nn.Module:
+def _as_host(block: nn.Module, host: type[nn.Module], fused: type[nn.Module]) -> nn.Module:
     """The same block as an instance of its host's class, which may have other functions than the fused one."""
-    view: nn.Module = object.__new__(_as_of_host(type(block), host))
+    view: nn.Module = object.__new__(_as_of_host(type(block), host, fused))
     object.__setattr__(view, "__dict__", block.__dict__)
     return view
 
 
-def _as_of_host(cls: type[nn.Module], host: type[nn.Module]) -> type[nn.Module]:
+def _as_of_host(cls: type[nn.Module], host: type[nn.Module], fused: type[nn.Module]) -> type[nn.Module]:
     """The host's class with what was added to the fused one since: parameters of the block itself that are parametrised
     are properties of a class that is derived from it."""
     added: dict[str, Any] = {}
-    for base in reversed(cls.__mro__[: cls.__mro__.index(fused_class(host))]):
+    for base in reversed(cls.__mro__[: cls.__mro__.index(fused)]):
         added |= {name: value for name, value in vars(base).items() if isinstance(value, property)}
     if not added:
         return host

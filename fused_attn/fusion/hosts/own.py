@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ...reference import (
     CBAM,
@@ -48,10 +49,14 @@ def _odd_layer(block: Any) -> str | None:
     for name, layer in block.named_children():
         if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             return f"{name} is a {type(layer).__name__}"
-        weight: Tensor | None = layer.weight
-        if weight is None:
+        if not _has(layer, "weight"):
             return f"{name} has no weight"
     return None
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has that parameter; one that is parametrised is not computed, which may change its buffers."""
+    return is_parametrized(layer, name) or getattr(layer, name) is not None
 
 
 def _channel_gate(block: Any, prefix: str) -> ChannelGate:
@@ -60,7 +65,7 @@ def _channel_gate(block: Any, prefix: str) -> ChannelGate:
         f"{kind}{i}": f"{prefix}{name}.{kind}"
         for i, (name, layer) in enumerate(block.named_children(), 1)
         for kind in ("weight", "bias")
-        if getattr(layer, kind) is not None
+        if _has(layer, kind)
     }
     return ChannelGate(
         **parameters,
