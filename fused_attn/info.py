@@ -64,6 +64,7 @@ FAMILIES = {
     "selective kernels, split": ("select", "select/with", "select/many"),
     "BatchNorm, gate (tails=True)": ("norm_gate",),
     "SimAM": ("simam",),
+    "response norm, GCT, SRM": ("select/energy", "norm_gate/moments"),
     "global context": ("context_pool",),
     "criss-cross attention": ("criss_cross_attention",),
     "non-local, self-attention": ("position_attention",),

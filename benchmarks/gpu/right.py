@@ -46,6 +46,8 @@ COVER: tuple[Case, ...] = (
     ("select", (4, 64, 28, 28), "bfloat16", "channels_last", True),
     ("channel-attention", (4, 256, 14, 14), "float32", "channels_last", True),
     ("criss-cross", (1, 128, 33, 33), "amp", "nchw", True),
+    ("response-norm", (4, 128, 28, 28), "float32", "nchw", True),
+    ("srm", (4, 128, 28, 28), "float32", "nchw", True),
     ("se", (1, 2048, 7, 7), "bfloat16", "channels_last", False),
     ("norm-add-relu", (4, 64, 28, 28), "amp", "nchw", False),
 )

@@ -880,13 +880,23 @@ struct Block {
     }
 };
 
+// Blocks of a multiprocessor that registers must suffice for. Before sm_90 the backward of two would have a stack.
+template <class Io>
+constexpr int kForwardBlocks = Io::kGeneral ? 1 : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class Io>
+constexpr int kBackwardBlocks = 1;
+#else
+template <class Io>
+constexpr int kBackwardBlocks = kForwardBlocks<Io>;
+#endif
+
 template <class Io, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, Io::kGeneral ? 1 : 2)
-    channel_gate_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<Io>) channel_gate_kernel(const __grid_constant__ Call call) {
     Block<Io, kChannelsLast>(call).forward();
 }
 template <class Io, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, Io::kGeneral ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Io>)
     channel_gate_backward_kernel(const __grid_constant__ Call call) {
     Block<Io, kChannelsLast>(call).backward();
 }

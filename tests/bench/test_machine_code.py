@@ -215,7 +215,7 @@ def test_the_tool(tmp_path):
     assert [row["kernel"] for row in found["rows"]] == ["_pool", "_gate"] and found["model"]["multiprocessors"] == 132
     bytes_ = 2 * 256 * 2048 * 49
     for row, passes in zip(found["rows"], (1, 2), strict=True):
-        assert row["bytes"] == passes * bytes_
+        assert passes * bytes_ <= row["bytes"] < 1.1 * passes * bytes_  # and partial sums
         assert "not followed" not in row
         assert 0.05 < row["of copy"] <= 0.9
         assert row["loop"]["accesses for 16 bytes"] < 1.2 and row["loop"]["bytes of sectors a byte"] < 1.2
