@@ -33,7 +33,7 @@ BACKWARD = {name for names in OPERATORS.values() for name in names if name.endsw
 BACKWARD |= {"norm_dots", "norm_factors", "norm_gradients", "select_dots", "select_gradients"}
 
 
-#: Its sums of squares are an operator of `select`'s backward, which has no gradient in a graph that is made of it without
+#: Its sums of squares are an operator of `select`'s backward, which has no gradient in a graph that is made without
 #: any: that raises, and says so.
 OF_A_BACKWARD = "select/energy"
 MADE_OF = [name for name in ALL if name != OF_A_BACKWARD]
