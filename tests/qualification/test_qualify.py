@@ -384,7 +384,7 @@ def test_explain_says_why_with_figures():
     backends.install(CPU, [Verdict(call, shape, (800, 80), "reference", "reference", why)])
     (row,) = fused_attn.explain(block)
     assert row.fused and row.served_by == "reference"
-    assert row.reason == f"measured here: {why}"
+    assert row.reason.startswith(f"measured here: {why}")
 
 
 def test_a_model_that_was_fused_before_it_was_moved(monkeypatch):
