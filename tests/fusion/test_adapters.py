@@ -19,6 +19,7 @@ from fused_attn.fusion import CbamGate, ChannelGate, OwnLayers, SpatialGate, Spl
 from fused_attn.fusion.hosts.registry import recognise
 from tests.checks import LAYOUTS, assert_equivalent, assert_same_block, in_layout, random
 from tests.fusion import look_alikes
+from tests.fusion.counting import FusedOperators
 from tests.ops.test_cbam import separated
 
 timm_layers = pytest.importorskip("timm.layers", reason="timm is not installed")
@@ -980,7 +981,10 @@ def test_a_bias_set_after_fusing_counts():
 def test_a_map_given_by_keyword():
     block = tv_misc.SqueezeExcitation(C, 8)
     x = random(2, C, 5, 5)
-    assert torch.equal(fuse(block)(input=x), tv_misc.SqueezeExcitation.forward(block, x))
+    expected = tv_misc.SqueezeExcitation.forward(block, x)
+    with FusedOperators() as ran:
+        torch.testing.assert_close(fuse(block)(input=x), expected)
+    assert ran.count
 
 
 OWN_BLOCKS: dict[str, Callable[[], nn.Module]] = {
