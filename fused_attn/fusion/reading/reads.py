@@ -304,9 +304,18 @@ def own_names(function: types.FunctionType) -> frozenset[str]:
     return found.attributes | frozenset(found.globals) | (frozenset(("__matmul__",)) if matrix else frozenset())
 
 
-@functools.lru_cache(maxsize=4096)
+#: By class, which it keeps none of.
+_MULTIPLIES: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
 def multiplies(cls: type[nn.Module]) -> bool:
     """Whether a forward, or a function or method of somebody's that it may call, multiplies anything."""
+    if cls not in _MULTIPLIES:
+        _MULTIPLIES[cls] = _multiplies(cls)
+    return _MULTIPLIES[cls]
+
+
+def _multiplies(cls: type[nn.Module]) -> bool:
     waiting: list[Any] = [inspect.getattr_static(cls, "forward", None)]
     seen: set[int] = set()
     while waiting:
