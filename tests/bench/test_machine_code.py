@@ -216,7 +216,7 @@ def test_the_tool(tmp_path):
     bytes_ = 2 * 256 * 2048 * 49
     for row, passes in zip(found["rows"], (1, 2), strict=True):
         assert passes * bytes_ <= row["bytes"] < 1.1 * passes * bytes_  # and partial sums
-        assert "not followed" not in row
+        assert set(row.get("not followed", [])) <= {"address"}, row["not followed"]  # sectors are then an estimate
         assert 0.05 < row["of copy"] <= 0.9
         assert row["loop"]["accesses for 16 bytes"] < 1.2 and row["loop"]["bytes of sectors a byte"] < 1.2
         assert row["kernel"] in done.stdout
