@@ -19,6 +19,19 @@ def root(energy: Tensor) -> Tensor:
     return (energy + none).sqrt() * ~none
 
 
+def response(energy: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gate of global response normalisation, (B, C), of the energy; weight (C,)."""
+    norm = root(energy)
+    return 1 + weight * (norm / (norm.mean(1, keepdim=True) + eps))
+
+
+def transformation(energy: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """The gate of gated channel transformation, (B, C), of the energy; alpha, gamma and beta (C,)."""
+    embedding = (energy + eps).sqrt() * alpha
+    normed = embedding * (gamma * (embedding.square().mean(1, keepdim=True) + eps).rsqrt())
+    return 1 + (normed + beta).tanh()
+
+
 def positive(argument: str, value: float) -> float:
     if finite(argument, value) <= 0:
         raise ValueError(f"{argument}: expected a positive number; got {value!r}")
@@ -52,11 +65,7 @@ class GlobalResponseNorm(nn.Module):
         return self._run(x.movedim(-1, 1)).movedim(1, -1)
 
     def _run(self, x: Tensor) -> Tensor:
-        def excitation(energy: Tensor) -> Tensor:
-            norm = root(energy)
-            return 1 + self.weight * (norm / (norm.mean(1, keepdim=True) + self.eps))
-
-        return self._energy_gate(x, excitation, self.bias)
+        return self._energy_gate(x, lambda energy: response(energy, self.weight, self.eps), self.bias)
 
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -91,8 +100,6 @@ class GatedChannelTransformation(nn.Module):
 
         def excitation(energy: Tensor) -> Tensor:
             alpha, gamma, beta = (p.flatten() for p in (self.alpha, self.gamma, self.beta))
-            embedding = (energy + self.eps).sqrt() * alpha
-            normed = embedding * (gamma * (embedding.square().mean(1, keepdim=True) + self.eps).rsqrt())
-            return 1 + (normed + beta).tanh()
+            return transformation(energy, alpha, gamma, beta, self.eps)
 
         return self._energy_gate(x, excitation)

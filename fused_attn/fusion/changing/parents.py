@@ -26,12 +26,11 @@ from ...reference.block_attention import CONVOLUTIONS
 from ..hosts.registry import known_class
 from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
-from ..reading.context import in_its_own_context
 from ..reading.find import Found
 from ..reading.layers import LISTS
 from ..reading.products import products_left
-from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of, restore
-from ..reading.recognise import UNKNOWN, has_own_forward, is_of_somebody, names_a_gate, outcome_of
+from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of
+from ..reading.recognise import UNKNOWN, has_own_forward, is_of_somebody, names_a_gate, once, outcome_of
 from ..reading.rewritten import check_rewritten
 from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, values_in
 from ..reading.trace import (
@@ -40,6 +39,7 @@ from ..reading.trace import (
     Rank,
     Untraceable,
     is_same_code,
+    name_of,
     trace_in_mode,
     trace_with_option,
     unpacked,
@@ -96,15 +96,15 @@ def _look(block: nn.Module) -> _Looked:
         return _unread(block, read, f"runs a {called.__name__}, which has a __call__ of its own")
     if read.remark is not None:
         return _unread(block, read, read.remark)
-    known = _known.setdefault(cls, {})
-    key = read.key, tuple(gates.items())
-    if key not in known:
-        try:
-            found = in_its_own_context(lambda: _without_stores(block, gates, read))
-        except Exception:
-            return _Looked()
-        known[key] = _unread(block, read, "keeps state") if restore(read.watched) else found
-    return known[key]
+    return once(
+        _known,
+        block,
+        read,
+        lambda: _without_stores(block, gates, read),
+        failed=_Looked(),
+        changed=lambda: _unread(block, read, "keeps state"),
+        key=tuple(gates.items()),
+    )
 
 
 def _calls_itself(cls: type) -> bool:
@@ -497,9 +497,9 @@ class _Rewriter:
         if node.op == "call_module":
             layer = self._layer(node)
             return type(layer) in (*_POOLS, *_GATES, nn.Sequential) or not is_torch(type(layer))
-        name = _name_of(node)
+        name = name_of(node)
         if name in _GATE_NAMES:
-            return any(n.op == "call_module" or _name_of(n).startswith("conv") for n in node.all_input_nodes)
+            return any(n.op == "call_module" or name_of(n).startswith("conv") for n in node.all_input_nodes)
         return "pool" in name or name in ("mean", "max", "amax", "sum")
 
     def _rows(self, first: _Product) -> Iterator[list[_Product]]:
@@ -579,7 +579,7 @@ class _Rewriter:
             return str(node.target) in self.gates or type(self._layer(node)) in _FRESH
         if "out" in node.kwargs:
             return False
-        if _name_of(node) not in _VIEWS and _has_true((node.args, node.kwargs)):  # inplace=True, by position too
+        if name_of(node) not in _VIEWS and _has_true((node.args, node.kwargs)):  # inplace=True, by position too
             return False
         if node.op == "call_method":
             return not str(node.target).endswith("_") and hasattr(Tensor, str(node.target)) and node.target not in _SETS
@@ -644,7 +644,7 @@ class _Rewriter:
             if is_first and all(map(self._only_pools, self._between(x, node) or ())):
                 found[node] = pool  # type: ignore[assignment]
                 continue
-            as_others = _name_of(node) in ("expand_as", "view_as", "reshape_as")
+            as_others = name_of(node) in ("expand_as", "view_as", "reshape_as")
             waiting += node.all_input_nodes[:1] if as_others else node.all_input_nodes
         return dict(sorted(found.items())), x in seen
 
@@ -652,7 +652,7 @@ class _Rewriter:
         """Whether it is a view or a pool of torch's, in the dtype of the map."""
         if node.op == "call_module":
             return type(self._layer(node)) in (*_POOLS, nn.Identity, nn.Flatten)
-        known = _name_of(node) in _VIEWS or "_pool" in _name_of(node)
+        known = name_of(node) in _VIEWS or "_pool" in name_of(node)
         return _is_of_sizes(node) or (known and self._only_reads(node) and "dtype" not in node.kwargs)
 
     def _put_around(
@@ -704,13 +704,6 @@ def _is_of_sizes(node: fx.Node) -> bool:
     of_operators = getattr(node.target, "__module__", None) == "_operator" or node.target is unpacked
     inputs = node.all_input_nodes
     return node.op == "call_function" and of_operators and bool(inputs) and all(map(_is_of_sizes, inputs))
-
-
-def _name_of(node: fx.Node) -> str:
-    """Of the function or method that is called."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
 
 #: Views and reductions of maps, in the dtype of the map, that write into nothing whatever their options are.

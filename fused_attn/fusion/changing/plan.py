@@ -334,14 +334,13 @@ def _seen(block: nn.Module, plan: Plan) -> bool:
             if hasattr(part, name):
                 return False
         for name in absent:
-            getattr(part, name, None)  # which is guarded, where torch does not guard what a dictionary has not
-            if name in part.__dict__:
+            if _has_of_its_own(part, name):
                 return False
         for name in empty:
             if getattr(part, name, None) is not None:
                 return False
         for name in filled:
-            if not is_parametrized(part, name) and getattr(part, name, MISSING) is None:
+            if _is_none(part, name):
                 return False
     others = plan.traced.others
     return others is None or _changed(block, others) is None
@@ -376,21 +375,31 @@ def _changed(block: nn.Module, watched: Watched) -> str | None:
         if getattr(_of(block, owner), name, MISSING) is not value:
             return name
     for parent, name in absent:
-        if compiling:
-            getattr(_of(block, parent), name, None)  # as in `_seen`
-        if name in _of(block, parent).__dict__:
+        if _has_of_its_own(_of(block, parent), name):
             return name
     for parent, name in empty:
         if getattr(_of(block, parent), name, None) is not None:
             return name
     for parent, name in filled:
-        part = _of(block, parent)
-        if not is_parametrized(part, name) and getattr(part, name, MISSING) is None:  # what is parametrised is computed
+        if _is_none(_of(block, parent), name):
             return name
     for container, copied in contents:
         if not _holds(container, copied):
             return ""
     return None
+
+
+def _has_of_its_own(part: Any, name: str) -> bool:
+    """Whether it has an attribute that is not its class's. Compilers guard on an attribute that is read, not on what
+    a dictionary has not."""
+    if torch.compiler.is_compiling():
+        getattr(part, name, None)
+    return name in part.__dict__
+
+
+def _is_none(part: Any, name: str) -> bool:
+    """Whether a parameter is None; one that is parametrised is not computed."""
+    return not is_parametrized(part, name) and getattr(part, name, MISSING) is None
 
 
 def _is_equal(found: Any, value: Any) -> bool:

@@ -23,11 +23,10 @@ from ...backends import is_ordinary
 from ...nn.normalised import normalised
 from ...reference.block_attention import NORMS
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
-from ..reading.context import in_its_own_context
-from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of, restore
-from ..reading.recognise import channel_guesses
+from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of
+from ..reading.recognise import channel_guesses, once
 from ..reading.rewritten import FEW, check_rewritten
-from ..reading.trace import IN_PLACE, Rank, Untraceable, is_same_code, trace_two_maps
+from ..reading.trace import IN_PLACE, Rank, Untraceable, is_same_code, name_of, trace_two_maps
 from ..reading.twin import NoTwin, twin
 from ..recipes.names import host_of
 from ..recipes.recipe import OwnLayers
@@ -61,14 +60,9 @@ def _look(block: nn.Module) -> OwnLayers | str | None:
         return None
     if read.remark is not None:
         return read.remark
-    known = _known.setdefault(host_of(type(block)), {})
-    if read.key not in known:
-        try:
-            found = in_its_own_context(lambda: _without_stores(block, names, read))
-        except Exception:
-            return None
-        known[read.key] = "keeps state" if restore(read.watched) else found
-    return known[read.key]
+    return once(
+        _known, block, read, lambda: _without_stores(block, names, read), failed=None, changed=lambda: "keeps state"
+    )
 
 
 def _names_of_maps(block: nn.Module) -> tuple[str, str] | None:
@@ -304,7 +298,7 @@ class _Rewriter:
         layers = (self._layer(n) for n in graph.nodes if n.op == "call_module")
         parts = (part for layer in layers for part in layer.modules())
         self.sixths = any(isinstance(part, (nn.Hardsigmoid, nn.Hardswish)) for part in parts) or any(
-            "hards" in _name_of(n) for n in graph.nodes
+            "hards" in name_of(n) for n in graph.nodes
         )
 
     def functions(self) -> Iterator[str]:
@@ -363,7 +357,7 @@ class _Rewriter:
                 layer = self._layer(node)
                 if type(layer) in _GATES or not is_torch(type(layer)):
                     return True
-            elif _name_of(node) in _GATE_NAMES:
+            elif name_of(node) in _GATE_NAMES:
                 return True
             waiting += node.all_input_nodes
         return False
@@ -407,13 +401,6 @@ class _Rewriter:
                 before = node.all_input_nodes
                 self.graph.erase_node(node)
                 waiting += before
-
-
-def _name_of(node: fx.Node) -> str:
-    """Of the function or method that is called."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
 
 def _calls(node: fx.Node, targets: set[Any]) -> bool:

@@ -171,18 +171,21 @@ def _inside(gate: _Made, x: _Made) -> tuple[list[_Made], list[_Made]]:
     return list(small.values()), list(large.values())
 
 
-def _is_given(made: _Made) -> bool:
-    """Whether it comes of an input."""
+def _sources(made: _Made) -> Iterator[_Made]:
+    """It and all that it was made of."""
     seen: set[int] = set()
     waiting = [made]
     while waiting:
         current = waiting.pop()
-        if current.op == "input":
-            return True
         if id(current) not in seen:
             seen.add(id(current))
+            yield current
             waiting += current.inputs
-    return False
+
+
+def _is_given(made: _Made) -> bool:
+    """Whether it comes of an input."""
+    return any(source.op == "input" for source in _sources(made))
 
 
 def _is_gate(gate: _Made, x: _Made) -> bool:
@@ -205,7 +208,7 @@ def _why(x: _Made, gate: _Made) -> str | None:
     others = [made for made in large if made not in own and _is_given(made)]
     given = [made for made in small if made.op == "input"]
     if not own:
-        after = [made for made in others if _comes_of(made, x)]
+        after = [made for made in others if any(source is x for source in _sources(made))]
         if after:
             weighted = any(made.op in ("mul", "masked_fill", "where") for made in after)
             return (
@@ -244,19 +247,6 @@ def _is_last(x: _Made) -> bool:
 
 
 _AXES = (("position",), ("row", "column"), ("slice", "row", "column"))
-
-
-def _comes_of(made: _Made, x: _Made) -> bool:
-    seen: set[int] = set()
-    waiting = [made]
-    while waiting:
-        current = waiting.pop()
-        if current is x:
-            return True
-        if id(current) not in seen:
-            seen.add(id(current))
-            waiting += current.inputs
-    return False
 
 
 # Running it

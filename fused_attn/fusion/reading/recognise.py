@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -70,6 +70,35 @@ def is_of_somebody(block: nn.Module) -> bool:
     return plain and "forward" not in block.__dict__ and not isinstance(block, torch.fx.GraphModule)
 
 
+T = TypeVar("T")
+
+
+def once(
+    known: weakref.WeakKeyDictionary[type, dict[Hashable, T]],
+    block: nn.Module,
+    read: Reads,
+    find: Callable[[], T],
+    *,
+    failed: T,
+    changed: Callable[[], T],
+    key: Hashable = None,
+) -> T:
+    """What `find` makes of a block, in its own context: once for all of a class that read alike, and have the same key.
+
+    failed: where it raises, which is not kept. changed: what is found instead where it changed what the block's code
+    reads, which is put back.
+    """
+    of_class = known.setdefault(host_of(type(block)), {})
+    key = read.key, key
+    if key not in of_class:
+        try:
+            found = in_its_own_context(find)
+        except Exception:
+            return failed
+        of_class[key] = changed() if restore(read.watched) else found
+    return of_class[key]
+
+
 def outcome_of(block: nn.Module) -> Outcome:
     """What a module is. One that lacks something to be looked at, or cannot be, is asked again next time."""
     if not is_candidate(block):
@@ -78,14 +107,14 @@ def outcome_of(block: nn.Module) -> Outcome:
         read = reads_of(block)
     except Exception:  # somebody's module in a way that was not thought of is left alone
         return Outcome()
-    known = _outcomes.setdefault(host_of(type(block)), {})
-    if read.key not in known:
-        try:
-            outcome = in_its_own_context(lambda: _without_stores(block, read))
-        except Exception:
-            return Outcome()
-        known[read.key] = Outcome(None, "keeps state") if restore(read.watched) else outcome
-    return known[read.key]
+    return once(
+        _outcomes,
+        block,
+        read,
+        lambda: _without_stores(block, read),
+        failed=Outcome(),
+        changed=lambda: Outcome(None, "keeps state"),
+    )
 
 
 def _without_stores(block: nn.Module, read: Reads) -> Outcome:

@@ -21,17 +21,15 @@ from ... import functional
 from ...backends import is_small
 from ...nn.response_norm import is_small_norm, is_small_transformation
 from ...reference.block_attention import NORMS
-from ...reference.response_norm import root
+from ...reference.response_norm import response, transformation
 from ...reference.srm import style
-from ..recipes.names import host_of
 from ..recipes.recipe import OwnLayers
 from ..recipes.run import Unsuited, layer_at
 from .check import differences, is_same, random_tensor, randomised
-from .context import in_its_own_context
 from .layers import paths_but
-from .reads import Unstored, reads_of, restore
-from .recognise import has_own_forward
-from .trace import Rank, is_same_code, trace_in_mode
+from .reads import Unstored, reads_of
+from .recognise import has_own_forward, once
+from .trace import Rank, is_same_code, name_of, trace_in_mode
 from .twin import NoTwin
 
 _known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
@@ -47,20 +45,13 @@ def gate_of_statistics(block: nn.Module) -> OwnLayers | None:
         return None
     if read.remark is not None:
         return None
-    known = _known.setdefault(host_of(type(block)), {})
-    if read.key not in known:
 
-        def find() -> OwnLayers | None:
-            with Unstored(read.stores):
-                return _found(block)
-            return None
+    def find() -> OwnLayers | None:
+        with Unstored(read.stores):
+            return _found(block)
+        return None
 
-        try:
-            found = in_its_own_context(find)
-        except Exception:
-            return None
-        known[read.key] = None if restore(read.watched) else found
-    return known[read.key]
+    return once(_known, block, read, find, failed=None, changed=lambda: None)
 
 
 @dataclass(frozen=True)
@@ -88,20 +79,11 @@ Excitation = Callable[[Tensor], Tensor]
 
 
 def _response_norm(eps: float, weight: Tensor, bias: Tensor) -> tuple[Excitation, Tensor | None]:
-    def excitation(energy: Tensor) -> Tensor:
-        norm = root(energy)
-        return 1 + weight * (norm / (norm.mean(1, keepdim=True) + eps))
-
-    return excitation, bias
+    return lambda energy: response(energy, weight, eps), bias
 
 
 def _transformation(eps: float, alpha: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Excitation, Tensor | None]:
-    def excitation(energy: Tensor) -> Tensor:
-        embedding = (energy + eps).sqrt() * alpha
-        normed = embedding * (gamma * (embedding.square().mean(1, keepdim=True) + eps).rsqrt())
-        return 1 + (normed + beta).tanh()
-
-    return excitation, None
+    return lambda energy: transformation(energy, alpha, gamma, beta, eps), None
 
 
 _FORMS: dict[str, Callable[..., tuple[Excitation, Tensor | None]]] = {
@@ -210,8 +192,7 @@ def _is_smooth(block: nn.Module, node: fx.Node) -> bool:
         return True
     if node.op == "call_module":
         return type(block.get_submodule(str(node.target))) in (nn.Conv1d, nn.Sigmoid, *NORMS)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _NAMES
+    return name_of(node) in _NAMES
 
 
 def _floats_in(graph: fx.Graph) -> Iterator[float]:

@@ -89,6 +89,13 @@ def trace_two_maps(block: nn.Module, enters: Callable[[str], bool], training: bo
     return made.run(**{name: _Value(made, made.graph.placeholder("y"))})
 
 
+def name_of(node: fx.Node) -> str:
+    """Of the function or method that is called."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+
+
 def is_same_code(graph: fx.Graph, other: fx.Graph) -> bool:
     codes = [g.python_code("self") for g in (graph, other)]
     return codes[0].src == codes[1].src and codes[0].globals == codes[1].globals
