@@ -31,6 +31,7 @@ from .language import (
     MAX,
     activate,
     activate_grad,
+    linear_in,
     sum_rows,
 )
 from .maps import SIZES, channels_of, locate
@@ -44,12 +45,7 @@ def _pooled(
 ):  # fmt: skip
     """The descriptor s of channels c; for both pools their sum, which is what a linear excitation needs."""
     mean, peak, _ = descriptor(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-    if POOL == AVGMAX:
-        return 0.5 * mean + 0.5 * peak
-    elif POOL == BOTH:
-        return mean + peak
-    else:
-        return mean
+    return linear_in(mean, peak, POOL)
 
 
 @triton.jit

@@ -183,6 +183,17 @@ def higher_of(key, place, key2, place2, TIES: tl.constexpr):
     return tl.maximum(key, key2), tl.where(key2 > key, place2, tl.where(key2 == key, tie, place))
 
 
+@triton.jit
+def linear_in(mean, peak, POOL: tl.constexpr):
+    """What a linear excitation needs of the descriptors; `mean` is the maximum where that is the only pool."""
+    if POOL == AVGMAX:
+        return 0.5 * mean + 0.5 * peak
+    elif POOL == BOTH:
+        return mean + peak
+    else:
+        return mean
+
+
 # ---- products of matrices ----
 
 

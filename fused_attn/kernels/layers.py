@@ -26,6 +26,7 @@ from .language import (
     activate_grad,
     from_order_key,
     higher_of,
+    linear_in,
     order_key,
     product,
 )
@@ -74,17 +75,6 @@ def _descriptors(
 
 
 @triton.jit
-def _linear_in(mean, peak, POOL: tl.constexpr):
-    """What a linear excitation needs of the descriptors; `mean` is the maximum where that is the only pool."""
-    if POOL == AVGMAX:
-        return 0.5 * mean + 0.5 * peak
-    elif POOL == BOTH:
-        return mean + peak
-    else:
-        return mean
-
-
-@triton.jit
 def _sum_parts(products, b, n_part, width, columns, mask, ACC: tl.constexpr):
     """Sums of what the programs of all parts left, (B, n_part, width), for each sample b at `columns`."""
     at = b[:, None] * n_part * width + columns[None, :]
@@ -121,7 +111,7 @@ def _first_layer(
             of_peak += product(tl.where(mask, peak, 0.0), w, TF32, ACC)
             s = mean
         else:
-            s = _linear_in(mean, peak, POOL)
+            s = linear_in(mean, peak, POOL)
         total += product(tl.where(mask, s, 0.0), w, TF32, ACC)
     mask = (b < B)[:, None] & in_h[None, :]
     width = H * (2 if APART else 1)
@@ -153,7 +143,7 @@ def _second_layer(
             tl.store(row + (2 * C + (H if TWO_LAYERS else 0)) + at, peak, mask=mask)
         elif TIES == EVEN:
             tl.store(row + (width - C) + at, peak, mask=mask)
-    tl.store(row + at, mean if POOL == BOTH else _linear_in(mean, peak, POOL), mask=mask)
+    tl.store(row + at, mean if POOL == BOTH else linear_in(mean, peak, POOL), mask=mask)
     if not TWO_LAYERS:
         z = _sum_parts(products, b, n_part, C, c, mask, ACC)
         if bias1 is not None:
