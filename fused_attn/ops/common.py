@@ -27,7 +27,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .. import native  # noqa: F401 (it defines its operators first)
 from . import formulas, resident
-from .inlined import tell_inductor
+from .inlined import called_by_inductor, tell_inductor
 
 LIBRARY = torch.library.Library("fused_attn", "FRAGMENT")
 BACKENDS = ("cpu", "triton", "cuda")
@@ -160,6 +160,7 @@ def stand_for(overloads: Overloads, formula: formulas.Formula, backward: Overloa
     """The operators compute that, where they are written out or counted. backward: what computes its gradients."""
     for backend, op in overloads.items():
         formulas.write_out(op, formula, FAKES[op._opname])
+        called_by_inductor(op)
         formulas.count_flops(op, None if backward is None else backward[backend], formula)
 
 

@@ -31,6 +31,7 @@ Formula = Callable[..., Tensor]
 logger = logging.getLogger(__name__)
 
 _waiting: dict[torch._ops.OpOverload, Formula] = {}
+_called: list[torch._ops.OpOverload] = []
 _aten = torch.ops.aten
 
 
@@ -41,22 +42,40 @@ def for_inductor(op: torch._ops.OpOverload, formula: Formula) -> None:
     _waiting[op] = formula
 
 
+def called_by_inductor(op: torch._ops.OpOverload) -> None:
+    """Have Inductor call the operator (unless it has a formula here) though it has a decomposition, which Inductor
+    refuses of operators that nobody told it of: an error where the environment has CI set."""
+    _called.append(op)
+
+
 def tell_inductor() -> None:
     """Called by the fake kernels, which every compilation comes to before it lowers anything. Inductor takes seconds to
     import, so nothing is done before somebody else has."""
-    if not _waiting or "torch._inductor.lowering" not in sys.modules:
+    if not (_waiting or _called) or "torch._inductor.lowering" not in sys.modules:
         return
     try:
-        from torch._inductor.fx_passes.post_grad import pass_patterns
-        from torch._inductor.lowering import register_lowering
-        from torch._inductor.pattern_matcher import CallFunctionVarArgs, register_graph_pattern
+        _tell_inductor()
     except ImportError as error:  # another version's Inductor
         logger.warning(f"Inductor calls the operators of gates: {error}")
-        return _waiting.clear()
+        _waiting.clear()
+        _called.clear()
+
+
+def _tell_inductor() -> None:
+    from torch._inductor.fx_passes.post_grad import pass_patterns
+    from torch._inductor.lowering import lowerings, make_fallback, register_lowering, tag_to_layout_constraint
+    from torch._inductor.pattern_matcher import CallFunctionVarArgs, register_graph_pattern
+    from torch._library.utils import get_layout_constraint_tag
+
     while _waiting:
         op, formula = _waiting.popitem()
         register_lowering(op, type_promotion_kind=None)(functools.partial(_lower, op, formula))
         register_graph_pattern(CallFunctionVarArgs(op), pass_dict=pass_patterns[0])(_absorb)
+    while _called:
+        op = _called.pop()
+        if op not in lowerings:
+            layout = tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+            make_fallback(op, layout, warn=False)
 
 
 def _is_whole(node: fx.Node) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._decomp import global_decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn import functional, reference
@@ -354,3 +356,15 @@ def test_operators_in_bfloat16(name, layout):
     assert len(calls.seen) >= 2
     for function, arguments, options in calls.seen:
         torch.library.opcheck(function, arguments, options, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_inductor_calls_what_is_written_out_elsewhere(monkeypatch):
+    """With CI set, Inductor takes a decomposition of an operator that nobody told it of for somebody's mistake."""
+    monkeypatch.setenv("CI", "1")
+    x = random(2, 6, 5, 7)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(functional.simam)(x), functional.simam(x))
+    told = set(importlib.import_module("torch._inductor.lowering").lowerings)
+    assert {
+        op for op in global_decomposition_table["post_autograd"] if getattr(op, "namespace", "") == "fused_attn"
+    } <= told
