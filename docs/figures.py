@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 #: The networks with attention beside those without, times and taxes; and what they keep.
 NETWORKS = tuple(f"cpu/{path.stem}" for path in sorted((RESULTS / "cpu").glob("models*-float32-nchw.json")))
+#: Networks compiled; and what the networks of a dtype run in.
+COMPILED = tuple(f"cpu/{path.stem}" for path in sorted((RESULTS / "cpu").glob("compiled-*.json")))
+COMPILED_IN = {"bfloat16": "bfloat16 autocast"}
 MEMORY = "cpu/memory-float32-nchw"
 PEAKS = ("cpu/peaks-float32-nchw", "cpu/criss-cross-non-local-float32-nchw")
 
@@ -40,8 +43,8 @@ def mean(values: Iterable[float]) -> float:
 
 
 def measured_on(*names: str) -> str:
-    """Where and when, in a sentence; "networks" are all files of them."""
-    names = NETWORKS if names == ("networks",) else names
+    """Where and when, in a sentence; "networks" and "compiled" are all files of them."""
+    names = {("networks",): NETWORKS, ("compiled",): COMPILED}.get(names, names)
     places = []
     for name in names:
         of = load(name)["environment"]
@@ -187,6 +190,23 @@ def taxes() -> str:
     )
 
 
+def compiled() -> str:
+    """Time over the original's, of each way of running a network with us: median and quartiles."""
+    from fused_attn.bench.measure import Figure
+    from fused_attn.bench.models import over_the_original
+    from fused_attn.timing import Timing
+
+    ways = ("fused", "fused, compile", "backend, compile")
+    rows = []
+    for figure in figures(*COMPILED):
+        case = figure["case"]
+        timings = {name: Timing(timing["seconds"]) for name, timing in figure["timings"].items()}
+        of = over_the_original(Figure(case, timings))
+        what = short(case["model"]), case["pass"], COMPILED_IN.get(case["dtype"], case["dtype"]), size(case["shape"])
+        rows.append([", ".join(what), *("{1:.2f} ({0:.2f} to {2:.2f})".format(*of[way]) for way in ways)])
+    return table(["", "`fuse`", "`torch.compile` of it", '`backend="fused_attn"`'], sorted(rows))
+
+
 def kept() -> str:
     """MiB that a training step keeps for backward, and the largest batch."""
     rows = []
@@ -206,6 +226,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "peaks": peaks,
     "calls": calls,
     "taxes": taxes,
+    "compiled": compiled,
     "kept": kept,
     "measured": measured_on,
 }

@@ -159,16 +159,29 @@ def test_options_and_not_a_number():
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+class Excite(torch.nn.Module):
+    """As most write it: the layers are convolutions of one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.expand = torch.nn.Conv2d(C, 4, 1), torch.nn.Conv2d(4, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
 @pytest.mark.slow  # compilations
 @pytest.mark.parametrize("how", ["fuse", "backend"])
 def test_in_training_a_gate_is_left_to_inductor(how):
-    model = Residual(BLOCKS["se"](reference)).double()
+    model = Residual(Excite()).double()
     other = copy.deepcopy(model)
     owner = fuse(copy.deepcopy(model)) if how == "fuse" else copy.deepcopy(model)
     compiled = torch.compile(owner) if how == "fuse" else torch.compile(owner, backend="fused_attn")
     x = random(2, 3, 20, 20).double()
     _, codes = code_of(lambda: compiled(x).square().sum().backward())
     assert not any("torch.ops.fused_attn" in code for code in codes)
+    # Those of the network: an excitation is products of matrices.
+    assert [len(re.findall(r"convolution(?:_backward\.default)?\(", code)) for code in codes] == [3, 3]
     other(x).square().sum().backward()
     for (name, mine), theirs in zip(owner.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)

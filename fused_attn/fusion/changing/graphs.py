@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from ... import backends, functional
+from ... import backends, functional, reference
 from ... import nn as fused_nn
 from ...codes import ACTIVATIONS
 from ...reference.block_attention import folded_affine
@@ -215,7 +215,11 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipp
     reason = ""
     for found in itertools.chain(*candidates):
         if found.function in skipped:
-            continue
+            # Of a channel gate, alone or in CBAM, the compiler gets the plain formula: its excitation is products of
+            # matrices, which cost less than convolutions of one position, above all in backward.
+            if found.function is not functional.channel_gate or found.options.get("layer", "dense") != "dense":
+                continue
+            found = replace(found, function=reference.channel_gate, around=False)
         for before, after in ((True, True), (False, True), (True, False), (False, False)):
             if found.around or not (before or after):
                 why = _try(seen, trial, last, found, before, after)
