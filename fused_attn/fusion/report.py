@@ -18,6 +18,7 @@ from .changing.plan import changes, intact, plan_of
 from .changing.swap import save_of
 from .hosts.registry import TAILS, known_class
 from .reading.statistics import WhereLarge
+from .recipes.along import GateAlong
 from .recipes.describe import describe
 from .recipes.names import class_name, host_of
 from .recipes.own import own_functions
@@ -115,7 +116,7 @@ def _given(block: nn.Module, recipe: Recipe) -> list[str]:
 def _is_for_large(block: nn.Module, recipe: Recipe) -> bool:
     """Whether a block is on the CPU and runs as it is written on small maps there."""
     tensor = next(block.parameters(), None)
-    large = isinstance(recipe, OwnLayers) and isinstance(recipe.forward, WhereLarge)
+    large = isinstance(recipe, OwnLayers) and isinstance(recipe.forward, (WhereLarge, GateAlong))
     return large and tensor is not None and tensor.is_cpu
 
 
