@@ -93,7 +93,8 @@ def _row(candidate: Candidate) -> Row | None:
         served, why = _backend(block, _ops(plan.recipe))
         least = "; saves the least" if save_of(block) == "least" else ""
         given = _given(block, plan.recipe)
-        why += f"; as it is written where {' or '.join(given)} is not the default" if given else ""
+        how = "as it is written" if plan.weighted is None else "squeezed as it is written"
+        why += f"; {how} where {' or '.join(given)} is not the default" if given else ""
         why += "; as it is written on small maps" if _is_for_large(block, plan.recipe) else ""
         lacking = _lacking(block, plan.recipe)
         why += f"; as it is written without {' or '.join(lacking)}" if lacking else ""
