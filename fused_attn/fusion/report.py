@@ -18,6 +18,7 @@ from .changing.plan import changes, intact, plan_of
 from .changing.swap import save_of
 from .hosts.registry import TAILS, known_class
 from .reading.statistics import WhereLarge
+from .recipes.along import GateAlong
 from .recipes.describe import describe
 from .recipes.names import class_name, host_of
 from .recipes.own import own_functions
@@ -92,7 +93,8 @@ def _row(candidate: Candidate) -> Row | None:
         served, why = _backend(block, _ops(plan.recipe))
         least = "; saves the least" if save_of(block) == "least" else ""
         given = _given(block, plan.recipe)
-        why += f"; as it is written where {' or '.join(given)} is not the default" if given else ""
+        how = "as it is written" if plan.weighted is None else "squeezed as it is written"
+        why += f"; {how} where {' or '.join(given)} is not the default" if given else ""
         why += "; as it is written on small maps" if _is_for_large(block, plan.recipe) else ""
         lacking = _lacking(block, plan.recipe)
         why += f"; as it is written without {' or '.join(lacking)}" if lacking else ""
@@ -115,7 +117,7 @@ def _given(block: nn.Module, recipe: Recipe) -> list[str]:
 def _is_for_large(block: nn.Module, recipe: Recipe) -> bool:
     """Whether a block is on the CPU and runs as it is written on small maps there."""
     tensor = next(block.parameters(), None)
-    large = isinstance(recipe, OwnLayers) and isinstance(recipe.forward, WhereLarge)
+    large = isinstance(recipe, OwnLayers) and isinstance(recipe.forward, (WhereLarge, GateAlong))
     return large and tensor is not None and tensor.is_cpu
 
 

@@ -12,6 +12,7 @@ from ..recipes.recipe import Recipe
 from .parents import composite_of, why_left
 from .plan import why_bound
 from .two_maps import gate_of_two_maps, why_not_written_anew
+from .weighted import gate_with_weights
 
 
 def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
@@ -25,7 +26,8 @@ def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
 def _decide(block: nn.Module, tails: bool) -> Recipe | str | None:
     recipe = recognise(block)
     if recipe is None or isinstance(recipe, str):
-        recipe = composite_of(block) or gate_of_two_maps(block) or gate_of_statistics(block) or _why(block, recipe)
+        found = composite_of(block) or gate_of_two_maps(block) or gate_of_statistics(block)
+        recipe = found or gate_with_weights(block) or _why(block, recipe)
     if tails and (recipe is None or isinstance(recipe, str)):
         recipe = recognise(block, TAILS) or recipe
     if recipe is None or isinstance(recipe, str):

@@ -45,6 +45,7 @@ from ..reading.trace import (
     unpacked,
 )
 from ..reading.twin import NoTwin
+from ..recipes.along import GateAlong
 from ..recipes.describe import describe
 from ..recipes.names import host_of
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, SpatialGate
@@ -531,8 +532,8 @@ class _Rewriter:
                 break
         recipe = None if found is None or found.mask else found.recipe(span)
         if isinstance(recipe, OwnLayers):
-            if next(span.parameters(), None) is not None:  # it has the layers of this block in it
-                return None
+            if not isinstance(recipe.forward, GateAlong) and next(span.parameters(), None) is not None:
+                return None  # it has the layers of this block in it
             functions = recipe.functions
         elif isinstance(recipe, (ChannelGate, SpatialGate, CbamGate)):
             functions = _FUNCTIONS[type(recipe)]

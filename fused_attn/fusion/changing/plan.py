@@ -21,6 +21,7 @@ from ..recipes.names import HOST, host_of
 from ..recipes.recipe import OwnLayers, Recipe, SplitGate
 from ..recipes.run import Parameters, Paths, layer_at, parameter_paths, parameters_of
 from .traced import Layer, Traced, traced
+from .weighted import gate_with_weights
 
 #: The only thing a fused block has that the original has not; `restore` takes it away.
 PLAN = "_fused_attn_plan"
@@ -70,6 +71,7 @@ class Plan:
     watched: Watched
     glance: Glance
     traced: Traced
+    weighted: Callable[..., Any] | None  # what runs where it is given weights beside its map
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy is planned anew."""
@@ -122,6 +124,8 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
     norms = tuple(layer for layer in bypassed if isinstance(layer, _BatchNorm))
     members = len(vars(kind))
     again = not isinstance(recipe, (SplitGate, OwnLayers)) or len(bypassed) == len(children)
+    maps = isinstance(recipe, OwnLayers) and (recipe.maps or recipe.options)
+    weighted = None if maps else gate_with_weights(block)
     closures = any(isinstance(owner, types.CellType) for owner, *_ in (*watched.options, *watched.parts))
     return Plan(
         recipe,
@@ -138,6 +142,7 @@ def make_plan(block: nn.Module, recipe: Recipe) -> Plan:
         watched,
         glance,
         traced(block, watched),
+        None if weighted is None else weighted.forward,
     )
 
 

@@ -53,6 +53,8 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
             args, kwargs = _without_defaults(taken, plan.recipe, args, kwargs)
         options = None if plan is None else _options(plan.recipe, args, kwargs)
         if plan is None or options is None:
+            if plan is not None and plan.weighted is not None and _takes(self, plan, args):
+                return plan.weighted(self, *given[0], **given[1])
             return as_written(self, *given[0], **given[1])
         x = args[0]
         # What is no tensor is torch.fx's proxy, or an error that is the host's to raise.
@@ -112,6 +114,12 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
     made: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), attributes)
     made.__bases__ = (host,)
     return made
+
+
+def _takes(block: nn.Module, plan: Plan, args: tuple[Any, ...]) -> bool:
+    """Whether a block may run by its plan what it is given beside its map."""
+    x = args[0] if args else None
+    return isinstance(x, Tensor) and plan.recipe.rank in (None, x.dim()) and is_ordinary(x) and intact(block, plan)
 
 
 def _taken(host: type[nn.Module]) -> tuple[tuple[str, Any], ...]:

@@ -33,6 +33,8 @@ _SPACES = ((13, 11, 9), (64, 96, 32))
 #: By how much two maps are coarser than the finer of them.
 _COARSER = ((1, 1), (2, 1), (1, 2))
 _BATCH = 2
+#: Parts up to which a module is tried on maps of many heights and widths.
+_FEW_PARTS = 20
 #: Operators up to which a module is looked at.
 _MOST = 20_000
 
@@ -296,6 +298,11 @@ def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
             yield [shape, (_BATCH, 1, *space[:rank])]
         if rank < 3 and count == 1:
             yield [(_BATCH, *space[:rank], channels)]
+    if count == 1 and sum(1 for _ in block.modules()) <= _FEW_PARTS:  # that takes maps of one height or width only
+        for rank, axis, size, channels in itertools.product(ranks_of(block), (0, 1), guesses, guesses):
+            if rank > 1:
+                sizes = (size if i == axis else n for i, n in enumerate(_SPACES[0][:rank]))
+                yield [(_BATCH, channels, *sizes)]
     if several and (count == 2 or (count == 1 and len(places) == 2 and places[1].default is None)):
         kinds = {type(part).__name__[-2:] for part in block.modules()}
         ranks = [rank for rank in ranks_of(block) if f"{rank}d" in kinds] or ranks_of(block)

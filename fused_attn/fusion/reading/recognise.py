@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import weakref
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from ...reference.block_attention import CONVOLUTIONS
+from ..recipes.along import Turned, gate_along
 from ..recipes.names import host_of
-from ..recipes.recipe import ChannelGate, Recipe
+from ..recipes.recipe import ChannelGate, Recipe, SplitGate
 from .attentions import is_attention, is_soft, why_no_attention
 from .canonical import SIZED, Node
 from .capture import BATCH, EVEN_SPACE, SPACE, Captured, Refused, capture, takes_one_map
@@ -196,7 +198,24 @@ def examine(block: nn.Module, read: Reads) -> Outcome:
             first_reason = Outcome(None, reason, channels, rank)
     if first_reason is not None or rectangles:
         return first_reason or Outcome()
-    return _square_only(block)
+    return _along_an_axis(block) or _square_only(block)
+
+
+def _along_an_axis(block: nn.Module) -> Outcome | None:
+    """Of a module that takes maps of one height or width only: a gate along that axis, if it is one."""
+    for axis in (2, 3):
+        turned = Turned(block, axis)
+        for rank, channels, captured in captures(turned):
+            if isinstance(captured, Refused):
+                continue
+            for match in find(captured, rank):
+                recipe = match.recipe(turned)
+                if isinstance(recipe, (ChannelGate, SplitGate)):
+                    reason = "its pool is no mean" if recipe.pool != "avg" else None
+                    reason = reason or _unsafe(turned, match, channels, rank, captured)
+                    found = None if reason else Found("along", functools.partial(gate_along, axis, match.recipe, rank))
+                    return Outcome(found, reason, channels, rank)
+    return None
 
 
 def _concerns(refused: Refused) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,11 +35,19 @@ class Verdict(NamedTuple):
 
 class _Input(NamedTuple):
     """A map that a module takes in both modes, and whether its results can be differentiated in both. last: it has its
-    channels last."""
+    channels last. fixed: the axis of space that its layers want of this size, such as that of frequencies."""
 
     shape: tuple[int, ...]
     differentiable: bool
     last: bool
+    fixed: int | None = None
+
+    def further(self) -> Iterator[tuple[int, ...]]:
+        """Others that the module may take."""
+        rank, channels = len(self.shape) - 2, self.shape[-1 if self.last else 1]
+        for batch, sizes in _FURTHER:
+            space = [self.shape[2 + i] if i == self.fixed else n for i, n in enumerate(sizes[:rank])]
+            yield _shape(batch, channels, tuple(space), self.last)
 
 
 def check_rewritten(
@@ -65,8 +73,7 @@ def check_rewritten(
     if not inputs:
         return Verdict("it cannot be checked: no map was found that it can be run on, the same at every run")
     for found in inputs:
-        channels, rank = found.shape[-1 if found.last else 1], len(found.shape) - 2
-        more = [_shape(b, channels, s[:rank], found.last) for b, s in _FURTHER] if size <= FEW else []
+        more = list(found.further()) if size <= FEW else []
         why = differences(
             (twins.next(), twins.runner(found, lambda module, x: module.forward(x, **options))),
             (twins.next(), twins.runner(found, lambda module, x: forward(module, x, **options))),
@@ -113,14 +120,24 @@ class _Twins:
     def input_of(self, rank: int) -> _Input | None:
         """The first map that can be run in both modes."""
         guesses = channel_guesses(self.block)
-        for last, space, channels in itertools.product((False, True), _SPACES, guesses):
-            shape = _shape(2, channels, space[: rank - 2], last)
-            try:
-                modes = [self._try(shape, training) for training in (True, False)]
-                return _Input(shape, all(modes), last)
-            except Exception:  # of whatever kind: it is somebody's, on a map that it may not take
-                continue
+        spaces = [space[: rank - 2] for space in _SPACES]
+        for last, space, channels in itertools.product((False, True), spaces, guesses):
+            found = self._input(_shape(2, channels, space, last), last, None)
+            if found is not None:
+                return found
+        for axis, size, channels in itertools.product(range(min(rank - 2, 2)), guesses, guesses):
+            space = tuple(size if i == axis else n for i, n in enumerate(_SPACES[0][: rank - 2]))
+            found = self._input(_shape(2, channels, space, False), False, axis) if rank > 3 else None
+            if found is not None:
+                return found
         return None
+
+    def _input(self, shape: tuple[int, ...], last: bool, fixed: int | None) -> _Input | None:
+        try:
+            modes = [self._try(shape, training) for training in (True, False)]
+        except Exception:  # of whatever kind: it is somebody's, on a map that it may not take
+            return None
+        return _Input(shape, all(modes), last, fixed)
 
     def _try(self, shape: tuple[int, ...], training: bool) -> bool:
         """Whether its result can be differentiated there. Raises what it raises, and where it cannot be compared."""

@@ -3,6 +3,9 @@ own layers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,14 +18,16 @@ from .recipe import ChannelGate, SpatialGate
 from .run import layer_at, number_at, parameter_at, parameter_paths, split_path
 
 
-def channel_mask(block: nn.Module, gate: ChannelGate, x: Tensor) -> Tensor:
+def channel_mask(
+    block: nn.Module, gate: ChannelGate, x: Tensor, squeeze: Callable[..., Any] = functional.squeeze
+) -> Tensor:
     """The (B, C) gate of a channel attention, one pass over x."""
     weights = [parameter_at(block, path) for path in parameter_paths(gate)]
 
     def logits(descriptor: Tensor) -> Tensor:
         return excite(descriptor, *weights, layer=gate.layer, activation=gate.activation)
 
-    return gate_alone(x, functional.squeeze, logits, pool=gate.pool, ties=gate.ties, gate=gate.gate)
+    return gate_alone(x, squeeze, logits, pool=gate.pool, ties=gate.ties, gate=gate.gate)
 
 
 class ChannelMask:
