@@ -27,7 +27,7 @@ from ..hosts.registry import known_class
 from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.find import Found
-from ..reading.layers import LISTS
+from ..reading.layers import calls_itself
 from ..reading.products import products_left
 from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of
 from ..reading.recognise import UNKNOWN, has_own_forward, is_of_somebody, names_a_gate, once, outcome_of
@@ -91,9 +91,9 @@ def _look(block: nn.Module) -> _Looked:
         read = reads_of(block, most=sys.maxsize)
     except Exception:  # somebody's module in a way that was not thought of is left alone
         return _Looked()
-    called = next((kind for part in block.modules() if _calls_itself(kind := host_of(type(part)))), None)
+    called = next(filter(calls_itself, block.modules()), None)
     if called is not None:
-        return _unread(block, read, f"runs a {called.__name__}, which has a __call__ of its own")
+        return _unread(block, read, f"runs a {host_of(type(called)).__name__}, which has a __call__ of its own")
     if read.remark is not None:
         return _unread(block, read, read.remark)
     return once(
@@ -105,10 +105,6 @@ def _look(block: nn.Module) -> _Looked:
         changed=lambda: _unread(block, read, "keeps state"),
         key=tuple(gates.items()),
     )
-
-
-def _calls_itself(cls: type) -> bool:
-    return cls.__call__ is not nn.Module.__call__ and cls not in LISTS
 
 
 def _unread(block: nn.Module, read: Reads, why: str) -> _Looked:
@@ -152,8 +148,8 @@ def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 def _rewritten(block: nn.Module, gates: dict[str, bool], why: list[str]) -> OwnLayers | None:
     """With the numbers that its forward may be given beside the map. why: gets what keeps it from being found."""
-    known: dict[Hashable, Found | None] = {}
-    found = _rewritten_with(block, gates, known, why)
+    spans: dict[Hashable, Found | None] = {}
+    found = _rewritten_with(block, gates, spans, why)
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
     if found is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return found
@@ -162,10 +158,11 @@ def _rewritten(block: nn.Module, gates: dict[str, bool], why: list[str]) -> OwnL
     for name in defaults if len(defaults) == len(parameters) else ():
         for value in _OPTIONS:
             option = Option(name, [])
-            variant = _rewritten_with(block, gates, known, [], option, value)
+            variant = _rewritten_with(block, gates, spans, [], option, value)
             if variant is not None and (variant.bypassed, variant.covers) == (found.bypassed, found.covers):
                 variants.append((option, variant.forward))
-    return replace(found, forward=_with_options(found.forward, defaults, variants), options=tuple(defaults))
+    known = {option.name: defaults[option.name] for option, _ in variants}  # others are not its own to read
+    return replace(found, forward=_with_options(found.forward, known, variants), options=tuple(known))
 
 
 Forward = Callable[..., Any]
