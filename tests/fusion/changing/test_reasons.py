@@ -94,13 +94,6 @@ class Deviation(Base):
         return y * self.excite(y.std((2, 3), keepdim=True))
 
 
-@left("its gate is one number a channel and row")
-class Rows(Base):
-    def forward(self, x):
-        y = self.conv(x)
-        return y * self.excite(y.mean(3, keepdim=True))
-
-
 @left("switches gradients or autocast")
 class InAContext(Base):
     def forward(self, x):
