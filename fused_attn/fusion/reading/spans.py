@@ -139,10 +139,12 @@ def pool_of(value: Value, rank: int) -> Pool | None:
     return Pool(over, "avg", "first", arrange) if node.op == "mean" else Pool(over, "max", node.attrs[1], arrange)
 
 
-def kind_of_gate(value: Value, rank: int, last: bool = False) -> str | None:
+def kind_of_gate(value: Value, rank: int, last: bool = False, samples: int = 2) -> str | None:
     """Of what, for products with a map, a value is one number each: of its "channels", or of its "positions"; None: of
-    neither. last: the map has its channels last."""
+    neither. last: the map has its channels last. samples: how many it has; of one there is no axis."""
     entries = [() if isinstance(e, Spread) else e for e in value.layout]
+    if samples == 1:
+        entries = [(0,), *(tuple(a + 1 for a in e) for e in entries[1:])] if entries[:1] == [()] else []
     if len(entries) != rank + 2 or entries[0] != (0,):
         return None
     if last:
