@@ -153,6 +153,14 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
     return ops.simam(backend, x, float(e_lambda))
 
 
+#: The two gates of those ways to combine them that take no others.
+_PAIRS = {
+    "max": ["channel", "spatial"],
+    "sigmoid": ["channel", "spatial"],
+    "strips": ["rows", "columns"],
+}
+
+
 def mixed_scale(
     x: Tensor,
     *,
@@ -169,7 +177,8 @@ def mixed_scale(
     - "product": x times all of them (coordinate attention: rows and columns),
     - "sum": x times their sum (concurrent squeeze-and-excitation, triplet attention),
     - "max": torch.maximum(x * channel, x * spatial); where the two are equal each gets half of the gradient,
-    - "sigmoid": x * (1 + sigmoid(channel * spatial)), of logits (BAM).
+    - "sigmoid": x * (1 + sigmoid(channel * spatial)), of logits (BAM),
+    - "strips": x * sigmoid(rows + columns), of logits (timm's strip attention).
 
     Args:
         x: (B, C, *spatial).
@@ -178,7 +187,8 @@ def mixed_scale(
         rows: one a channel and row of a map (B, C, H, W): (B, C, H, 1).
         columns: one a channel and column of it: (B, C, 1, W).
 
-    At least one gate, for "max" and "sigmoid" channel and spatial and no other. Any floating-point dtype.
+    At least one gate; for "max" and "sigmoid" channel and spatial and no other, for "strips" rows and columns. Any
+    floating-point dtype.
 
     Returns:
         A map of x's shape, dtype and layout. Backward keeps x and the gates, and reads x once more.
@@ -196,8 +206,10 @@ def mixed_scale(
     _check_gate("columns", columns, (batch, channels, 1, space[-1]), x)
     gates = {"channel": channel, "spatial": spatial, "rows": rows, "columns": columns}
     given = [name for name, gate in gates.items() if gate is not None]
-    if combine in ("max", "sigmoid") and given != ["channel", "spatial"]:
-        raise ValueError(f"combine: expected channel and spatial for {combine!r}; got {', '.join(given) or 'no gate'}")
+    pair = _PAIRS.get(combine, given)
+    if given != pair:
+        wanted = " and ".join(pair)
+        raise ValueError(f"combine: expected {wanted} for {combine!r}; got {', '.join(given) or 'no gate'}")
     if not given:
         raise ValueError("channel: expected at least one gate; got None for all")
     backend = _choose("mixed_scale", (number,), x, channel, spatial, rows, columns)

@@ -26,6 +26,8 @@ inline V mixed(int combine, V x, const MixVectors<Accumulator<T>>& g) {
             const V a = rounded_to<T>(x * g.channel), b = rounded_to<T>(x * g.spatial);
             return ((a >= b) | (a != a)) ? a : b;
         }
+        case kStripsOf:
+            return x * sigmoid<A>(g.strip);
         default:
             return x + x * sigmoid<A>(g.channel * g.spatial);
     }
@@ -47,6 +49,10 @@ inline MixTerms<Accumulator<T>> mixed_grad(int combine, V d, V x, const MixVecto
             const V to_channel = a < b ? zero : share, to_spatial = a > b ? zero : share;
             return {to_channel * g.channel + to_spatial * g.spatial, to_channel * x, to_spatial * x, zero};
         }
+        case kStripsOf: {
+            const V open = sigmoid<A>(g.strip);
+            return {d * open, zero, zero, dx * (open * (splat<A>(1) - open))};
+        }
         default: {
             const V open = sigmoid<A>(g.channel * g.spatial);
             const V slope = dx * (open * (splat<A>(1) - open));
@@ -57,7 +63,7 @@ inline MixTerms<Accumulator<T>> mixed_grad(int combine, V d, V x, const MixVecto
 // What stands for a gate that is not there.
 template <class A>
 inline A neutral(int combine) {
-    return combine == kSumOf ? A(0) : A(1);
+    return combine == kSumOf || combine == kStripsOf ? A(0) : A(1);
 }
 
 // NCHW: calls body(first, last) for spans of whole rows.
@@ -229,7 +235,7 @@ struct MixColumn {
         column = g.columns ? load_n(g.columns + w * channels + c, n) : missing;
         gates.channel = g.channel ? load_n(g.channel + c, n) : missing;
         gates.spatial = spatial;
-        gates.strip = g.combine == kSumOf ? row + column : row * column;
+        gates.strip = g.combine == kProductOf ? row * column : row + column;
     }
 };
 

@@ -125,7 +125,7 @@ def _lacking(block: nn.Module, recipe: Recipe) -> list[str]:
     """Maps that a forward needs not be given: without them it runs as it is written."""
     maps = recipe.maps if isinstance(recipe, OwnLayers) else ()
     parameters = inspect.signature(host_of(type(block)).forward).parameters
-    return [name for name in maps if parameters[name].default is None]
+    return [name for name in maps if name in parameters and parameters[name].default is None]
 
 
 def _ops(recipe: Recipe) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from . import maps
 from .language import sigmoid
 from .maps import CHANNELS_LAST, SIZES
 
-PRODUCT, SUM, MAX = (tl.constexpr(COMBINES[name]) for name in ("product", "sum", "max"))
+PRODUCT, SUM, MAX, STRIPS = (tl.constexpr(COMBINES[name]) for name in ("product", "sum", "max", "strips"))
 NO_VARIANTS = (*SIZES, "w_q", "n_wblk", "rows_b", "rows_c", "rows_h", "columns_b", "columns_c", "columns_w")
 
 
@@ -75,7 +75,7 @@ def _mixed_scale(
     LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S, W = c_q * CV, s_q * SV, w_q * WV
-    NONE: tl.constexpr = 0.0 if COMBINE == SUM else 1.0
+    NONE: tl.constexpr = 0.0 if COMBINE == SUM or COMBINE == STRIPS else 1.0  # noqa: SIM109
     b, cblk, wblk, split = program(n_cblk, n_wblk, n_split, LAYOUT)
     c, h, w = axes(BLOCK_C, BLOCK_H, BLOCK_W)
     p = w if FLAT else h * W + w
@@ -109,6 +109,8 @@ def _mixed_scale(
             of_channel = (v * by_channel).to(value.dtype).to(ACC)
             of_position = (v * by_position).to(value.dtype).to(ACC)
             v = tl.where((of_channel >= of_position) | (of_channel != of_channel), of_channel, of_position)
+        elif COMBINE == STRIPS:
+            v = v * sigmoid(by_row + by_column)
         else:
             v += v * sigmoid(by_channel * by_position)
         tl.store(y + at, v, mask=mask)
@@ -126,7 +128,7 @@ def _mixed_scale_backward(
     """Leaves partial sums: channels' (B, n_split * n_wblk, C), positions' (B, n_cblk, S), rows' (B, n_wblk, C, H) and
     columns' (B, n_split, C, W)."""
     C, S, W = c_q * CV, s_q * SV, w_q * WV
-    NONE: tl.constexpr = 0.0 if COMBINE == SUM else 1.0
+    NONE: tl.constexpr = 0.0 if COMBINE == SUM or COMBINE == STRIPS else 1.0  # noqa: SIM109
     b, cblk, wblk, split = program(n_cblk, n_wblk, n_split, LAYOUT)
     c, h, w = axes(BLOCK_C, BLOCK_H, BLOCK_W)
     p = w if FLAT else h * W + w
@@ -176,6 +178,11 @@ def _mixed_scale_backward(
             dx = d_channel * by_channel + d_position * by_position
             to_kept, to_position = d_channel * v, d_position * v
             to_row = to_kept
+        elif COMBINE == STRIPS:
+            gate = sigmoid(by_row + by_column)
+            dx = d * gate
+            to_kept = d * v * gate * (1.0 - gate)
+            to_position, to_row = to_kept, to_kept
         else:
             gate = sigmoid(by_channel * by_position)
             dx = d + d * gate

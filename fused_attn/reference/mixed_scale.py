@@ -27,4 +27,6 @@ def mixed_scale(
         return functools.reduce(torch.mul, gates, x)
     if combine == "sigmoid":
         return x * (1 + (gates[0] * gates[1]).sigmoid())
+    if combine == "strips":
+        return x * (gates[0] + gates[1]).sigmoid()
     return functools.reduce(torch.add if combine == "sum" else torch.maximum, [x * gate for gate in gates])

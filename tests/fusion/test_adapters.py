@@ -85,6 +85,23 @@ BLOCKS = {
         2,
         OwnLayers,
     ),
+    "timm SimpleCoordAttn": (lambda: timm_layers.coord_attn.SimpleCoordAttn(C), 2, OwnLayers),
+    "timm SimpleCoordAttn, options": (
+        lambda: timm_layers.coord_attn.SimpleCoordAttn(C, bias=False, act_layer=nn.PReLU, has_skip=True),
+        2,
+        OwnLayers,
+    ),
+    "timm StripAttn": (lambda: timm_layers.coord_attn.StripAttn(C), 2, OwnLayers),
+    "timm StripAttn, options": (
+        lambda: timm_layers.coord_attn.StripAttn(C, kernel_size=5, bias=True, has_skip=True),
+        2,
+        OwnLayers,
+    ),
+    "timm StripAttn, no convolutions": (
+        lambda: timm_layers.coord_attn.StripAttn(C, use_conv=False),
+        2,
+        OwnLayers,
+    ),
     "timm CoordAttn, options": (
         lambda: coordinate_attention(bias=True, norm_layer=None, gate_layer="hard_sigmoid", has_skip=True),
         2,
@@ -609,11 +626,6 @@ REFUSED = {
         changed("", spatial_attention=reference.SpatialAttention()),
         "its parts are not ultralytics'",
     ),
-    "timm's strips of another width": (
-        "timm CoordAttn",
-        changed("", conv_h=nn.Conv2d(8, 1, 1)),
-        "its layers are not timm's",
-    ),
     "timm's keys of another width": (
         "timm NonLocalAttn",
         changed("", p=nn.Conv2d(C, 4, 1)),
@@ -635,7 +647,21 @@ REFUSED = {
         changed("", block_size=7.0),
         "its block_size or groups is no integer",
     ),
-    "another gate of strips": ("timm CoordAttn", changed("", gate=nn.Softmax(1)), "its gate is not one we fuse"),
+    "another gate of a sum of strips": (
+        "timm SimpleCoordAttn",
+        changed("", gate=nn.Hardsigmoid()),
+        "its gate is no sigmoid, of a sum of one number a row and one a column",
+    ),
+    "strips of another width, of Linears": (
+        "timm SimpleCoordAttn",
+        changed("", fc_h=nn.Linear(8, 1)),
+        "its layers are not timm's",
+    ),
+    "strips of another width, of convolutions": (
+        "timm StripAttn",
+        changed("", conv_w=nn.Conv2d(C, 1, 1)),
+        "its layers are not timm's",
+    ),
     "a context's mask of another width": (
         "timm GlobalContext",
         changed("", conv_attn=nn.Conv2d(C, 2, 1)),

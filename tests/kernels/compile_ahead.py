@@ -164,6 +164,7 @@ MIXED = (
     ("max", ("channel", "spatial")),
     ("sum", ("spatial", "rows", "columns")),
     ("product", ("channel", "spatial", "rows", "columns")),
+    ("strips", ("rows", "columns")),
 )
 
 

@@ -138,7 +138,8 @@ def every_op() -> dict[str, Op]:
         "spatial_logits": Op(lambda m, *_: m.spatial_logits, {"pooled": random(2, 2, 5, 6, **full), **convolution}),
     }
     for combine in COMBINES:
-        gates = test_mixed_scale.gates_of(SHAPE, ("channel", "spatial"), double)
+        names = ("rows", "columns") if combine == "strips" else ("channel", "spatial")
+        gates = test_mixed_scale.gates_of(SHAPE, names, double)
         call = functools.partial(test_mixed_scale.mixed_scale, combine=combine)
         found[f"mixed_scale/{combine}"] = Op(lambda m, *_, call=call: call(m), x | gates, tuple(gates))
     return found

@@ -23,7 +23,10 @@ KINDS = (
     *(("sum", names) for names in (GATES, ("channel", "spatial"), ("spatial", "columns"), ("rows",))),
     *(("product", names) for names in (GATES, ("rows", "columns"), ("channel", "rows"), ("columns",), ("spatial",))),
     *((name, ("channel", "spatial")) for name in ("max", "sigmoid")),
+    ("strips", ("rows", "columns")),
 )
+#: Those that are of no rows and columns alone.
+OF_ANY_RANK = [combine for combine in COMBINES if combine != "strips"]
 
 
 def mixed_scale(module, combine):
@@ -57,7 +60,7 @@ def test_mixed_scale(combine, names, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("combine", OF_ANY_RANK)
 def test_other_ranks(combine, layout):
     for shape in OTHER_RANKS:
         check(in_layout(random(*shape), layout), combine, gates_of(shape, ("channel", "spatial")))
@@ -203,7 +206,7 @@ def test_any_shape(shape, kind, layout, dtype):
     check(in_layout(random(*shape, dtype=dtype), layout), combine, gates_of(shape, names, dtype))
 
 
-@pytest.mark.parametrize(("combine", "names"), [KINDS[0], *KINDS[6:8], KINDS[-2]], ids=str)
+@pytest.mark.parametrize(("combine", "names"), [KINDS[0], *KINDS[6:8], *KINDS[-3:]], ids=str)
 def test_opcheck(combine, names):
     from fused_attn.ops.mixed_scale import BACKWARD, FORWARD
 
@@ -219,7 +222,7 @@ def test_opcheck(combine, names):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("combine", "names"), [KINDS[0], KINDS[5], *KINDS[-2:]], ids=str)
+@pytest.mark.parametrize(("combine", "names"), [KINDS[0], KINDS[5], *KINDS[-3:]], ids=str)
 def test_compiles_to_one_graph(combine, names, layout):
     x = in_layout(random(2, 8, 5, 6), layout)
     compiled = torch.compile(mixed_scale(functional, combine), fullgraph=True, backend="aot_eager")
@@ -250,7 +253,10 @@ def test_transforms_see_through_it():
 x_good = random(2, 4, 5, 6)
 good = gates_of(x_good.shape, GATES)
 BAD_CALLS = {
-    "combine: expected one of product, sum, max, sigmoid; got 'mean'": {"channel": good["channel"], "combine": "mean"},
+    "combine: expected one of product, sum, max, sigmoid, strips; got 'mean'": {
+        "channel": good["channel"],
+        "combine": "mean",
+    },
     "channel: expected at least one gate; got None for all": {},
     "channel: expected shape (2, 4); got (2, 5)": {"channel": random(2, 5)},
     "spatial: expected shape (2, 1, 5, 6); got (2, 1, 5, 5)": {"spatial": random(2, 1, 5, 5)},
@@ -262,6 +268,7 @@ BAD_CALLS = {
         "combine": "sigmoid",
     },
     "combine: expected channel and spatial for 'max'; got no gate": {"combine": "max"},
+    "combine: expected rows and columns for 'strips'; got rows": {"rows": good["rows"], "combine": "strips"},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,35 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, place
     shape."""
     context = functional.context_pool(x, weight.reshape(1, -1), None if bias is None else bias.reshape(1))
     return context.reshape(context.shape[0], *(1,) * (place - 1), context.shape[1], *(1,) * (rank - place - 1))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A map's mean or maximum over all positions as a tensor of `rank` dimensions; total: the sum in place of the mean.
+
+    What it is called with is all that a graph has written down of it: numbers there may be sizes.
+    """
+
+    kind: str
+    ties: str
+    total: bool
+    rank: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__name__", "pool")  # as a function has it: graphs are printed as code
+        object.__setattr__(self, "__qualname__", "pool")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        pooled: Any = functional.squeeze(x, self.kind, ties=self.ties)
+        if self.total:
+            pooled = pooled * x.shape[2:].numel()
+        found: Tensor = pooled.reshape(*pooled.shape, *(1,) * (self.rank - 2))
+        return found
+
+
+def scale_by_channels(x: Tensor, gate: Tensor) -> Tensor:
+    """A map times a gate that has as many dimensions, one number a channel."""
+    return functional.scale(x, gate.flatten(2)[:, :, 0])
 
 
 class Block:

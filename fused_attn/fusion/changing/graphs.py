@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from ... import nn as fused_nn
 from ...codes import ACTIVATIONS
 from ...reference.block_attention import folded_affine
 from ..reading import templates
-from ..reading.canonical import Node, Value
+from ..reading.canonical import Node, Spread, Value
 from ..reading.capture import BATCH, SPACE
 from ..reading.context import in_its_own_context
 from ..reading.cores import context_of, crossed, crossed_template
@@ -30,6 +31,7 @@ from ..reading.find import scale_of
 from ..reading.followed import Followed, follow, is_whole
 from ..reading.match import Match, reached, unify
 from ..reading.region import Region, is_number, region
+from ..reading.spans import is_bounded, kind_of_gate
 from ..reading.templates import Template
 from ..reading.trial import Trial
 from . import calls
@@ -47,6 +49,11 @@ _OPS: dict[Callable, str] = {
     calls.spatial_gate_with_batch_norm: "spatial_gate/batch_norm",
     calls.cbam_with_batch_norm: "cbam/batch_norm",
 }
+
+_PRODUCTS: set[Any] = {torch.mul, torch.multiply, operator.mul, operator.imul, "mul", "mul_", "multiply"}
+_PRODUCTS |= {torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor}
+#: Nodes from a map to its gate, up to which it is looked at.
+_MOST_NODES = 60
 
 _ADDS = {torch.add, operator.add, operator.iadd, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
@@ -153,6 +160,8 @@ def rewrite(
         for function, op in _OPS.items()
         if compiled and not enabled and all(backends.is_left_to_compilers(op, device, dtype) for dtype in dtypes)
     }
+    if compiled and device == "cpu":  # whose passes a pool and a product by themselves would break in two
+        skipped.add(calls.scale_by_channels)
     autocast = torch.autocast(of_autocast, enabled=enabled, dtype=torch.get_autocast_dtype(of_autocast))
     return in_its_own_context(lambda: _rewrite(module, inputs, autocast, left, skipped))
 
@@ -226,6 +235,11 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipp
                 if why is None:
                     return True
                 reason = reason or f"{found.function.__name__}: {why}" if why else reason
+    if not reason and calls.scale_by_channels not in skipped and last.target in _PRODUCTS:
+        why = _gate_of_own_layers(seen, trial, last)
+        if why is None:
+            return True
+        reason = why
     if reason:
         left.append(f"{last} is no block that is known, though it looks like one: {reason}")
         logger.warning(left[-1])
@@ -284,29 +298,165 @@ def _others(seen: Followed, end: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
+# A gate that the graph's own layers make of the map's pools
+
+
+def _gate_of_own_layers(seen: Followed, trial: Trial, last: fx.Node) -> str | None:
+    """Fuse the pools of a map and its product with a gate, around the layers between; why not, or "" where a product is
+    none of that."""
+    for x, gate in (last.args, last.args[::-1]) if len(last.args) == 2 and not last.kwargs else ():
+        if not (isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x in seen.values and gate in seen.values):
+            continue
+        gate = _narrow(seen, gate)
+        value, rank = seen.values[x], len(seen.values[x].shape) - 2
+        kind = kind_of_gate(seen.values[gate], rank, samples=value.shape[0]) if is_whole(value) else None
+        if kind == "channels" and value.shape == seen.values[last].shape:
+            block = _private(seen, last, x)
+            leaves = [] if block is None else [n for n in block.stops if n is not x]
+            if block is None or any(n.op not in ("placeholder", "get_attr") for n in leaves):
+                continue
+            if any(n.name in seen.subclasses for n in block.stops):
+                continue
+            if not leaves and not is_bounded(seen.values[gate]):
+                continue  # neither layers nor a function of gates
+            if not _is_counted_elsewhere(seen, block) and _is_typed(seen, block, leaves, x, None):
+                return _put_around(seen, trial, block, x, gate)
+    return ""
+
+
+def _narrow(seen: Followed, node: fx.Node) -> fx.Node:
+    """What was expanded, of as many dimensions."""
+    for source in node.all_input_nodes[:1]:
+        value, before = seen.values[node], seen.values.get(source)
+        if before is not None and before.node is value.node and len(before.layout) == len(value.layout):
+            bare = tuple(() if isinstance(e, Spread) else e for e in value.layout)
+            return source if before.layout == bare != value.layout else node
+    return node
+
+
+def _private(seen: Followed, last: fx.Node, x: fx.Node) -> Region | None:
+    """What a node computes from a map and whatever else that nobody else sees; None where there is more to it."""
+    inside, stops = {last}, {x}
+    waiting = set(last.all_input_nodes) - stops
+    while waiting:
+        node = max(waiting)  # behind all whose users are not known yet
+        waiting.remove(node)
+        if is_number(seen.results.get(node)):
+            continue
+        if node.op in ("call_function", "call_method") and all(u in inside or _is_a_size(seen, u) for u in node.users):
+            inside.add(node)
+            waiting |= set(node.all_input_nodes) - stops - inside
+        else:
+            stops.add(node)
+        if len(inside) > _MOST_NODES:
+            return None
+    block = region(seen, last, stops)
+    return block if block is not None and set(block.nodes) == block.gone else None
+
+
+def _is_a_size(seen: Followed, node: fx.Node) -> bool:
+    result = seen.results.get(node)
+    return node in seen.results and (is_number(result) or isinstance(result, torch.Size))
+
+
+def _put_around(seen: Followed, trial: Trial, block: Region, x: fx.Node, gate: fx.Node) -> str | None:
+    """Pools by `squeeze`, what is behind them once more, and the product by `scale`."""
+    graph, source, rank = block.end.graph, seen.values[x].node, len(seen.values[x].shape) - 2
+    of_x: set[fx.Node] = {x}
+    pools: dict[fx.Node, calls.Pool] = {}
+    behind: set[fx.Node] = set()
+    kept: set[fx.Node] = set()  # of parameters alone
+    for node in block.nodes[:-1]:
+        inputs = set(node.all_input_nodes)
+        found = None if inputs & (behind | pools.keys()) else _pool_in(seen, node, source, rank)
+        if found is not None:
+            pools[node] = found
+        elif inputs & (behind | pools.keys()):
+            shaped = {x} if node.target in _AS_OTHERS else set()
+            if (inputs & of_x) - behind - pools.keys() - shaped:
+                return ""  # computed from the map itself, too
+            behind.add(node)
+        elif not inputs & of_x:
+            kept.add(node)
+        if inputs & of_x:
+            of_x.add(node)
+    if not pools or gate not in behind | pools.keys():
+        return ""
+    copies: dict[fx.Node, fx.Node] = {}  # by what they have the place of
+    with graph.inserting_before(block.end):
+        for node in block.nodes:
+            if node in pools:
+                copies[node] = graph.call_function(pools[node], (x,))
+            elif node in behind:
+                copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
+        product = graph.call_function(calls.scale_by_channels, (x, copies[gate]))
+    places = {new: node for node, new in copies.items()}
+    return _finish(seen, trial, block, x, [*copies.values(), product], sorted(kept), places)
+
+
+#: Methods that ask another tensor for its shape alone.
+_AS_OTHERS = {"expand_as", "view_as", "reshape_as"}
+
+
+def _pool_in(seen: Followed, node: fx.Node, x: Node, rank: int) -> calls.Pool | None:
+    """The pool of a map over all positions that a node is, with its channels second and nothing behind them."""
+    value = seen.values.get(node)
+    if value is None:
+        return None
+    pooled, total = value.node, False
+    terms = pooled.terms if pooled.op == "poly" else []
+    if len(terms) == 1 and len(terms[0][1]) == 1:
+        ((factor, ((inner, _),)),) = terms
+        total = inner.op == "mean" and inner.inputs[0] is x and factor == math.prod(x.sizes[a] for a in inner.attrs[0])
+        pooled = inner if total else pooled
+    space = tuple(range(len(x.sizes) - rank, len(x.sizes)))
+    if pooled.op not in ("mean", "max") or pooled.inputs[0] is not x or pooled.attrs[0] != space:
+        return None
+    flat = len(value.shape) > 1 and all(n == 1 for n in value.shape[2:])
+    if not flat or math.prod(value.shape[:2]) != math.prod(pooled.sizes):
+        return None
+    maximum = pooled.op == "max"
+    return calls.Pool("max" if maximum else "avg", pooled.attrs[1] if maximum else "first", total, len(value.shape))
+
+
 def _insert(
     seen: Followed, trial: Trial, block: Region, x: fx.Node, norm: _Norm | None, function: Callable, arguments: Any
 ) -> str | None:
     """A call in place of a block; or why it is none."""
     seen.other_sizes()  # while there is nothing new in the graph
-    end, graph = block.end, block.end.graph
+    graph = block.end.graph
     new: list[fx.Node] = []
-    with graph.inserting_before(end):
+    with graph.inserting_before(block.end):
         if norm is not None:
             new.append(graph.call_function(folded_affine, (*norm.tensors, norm.eps)))
             x, arguments["affine"], arguments["pre_activation"] = norm.x, new[-1], norm.activation
         new.append(graph.call_function(function, (x,), arguments))
+    return _finish(seen, trial, block, x, new)
+
+
+def _finish(
+    seen: Followed,
+    trial: Trial,
+    block: Region,
+    x: fx.Node,
+    new: list[fx.Node],
+    kept: Sequence[fx.Node] = (),
+    places: dict[fx.Node, fx.Node] | None = None,
+) -> str | None:
+    """New nodes in place of a block, if they compute the same; or why they do not. kept: nodes of it that they need.
+    places: of those that are copies, and what of."""
+    end, graph = block.end, block.end.graph
     buffers = _statistics(seen, block)
     sixths = any(n.op == "act" and str(n.attrs[0]).startswith("hard_") for n in reached(seen.values[end].node))
     try:
-        reason = trial.why_not(block, x, new, buffers, sixths)
+        reason = trial.why_not(block, x, [*kept, *new], buffers, sixths, bool(places))
     except Exception as error:
         reason = f"the check raises {type(error).__name__}: {error}"
     if reason is not None:
         for node in reversed(new):
             graph.erase_node(node)
         return reason
-    for node in block.sizes:
+    for node in () if places else block.sizes:
         known = node.meta.get("example_value")
         if isinstance(known, torch.SymFloat):
             float(known)  # an option that is now written into the graph: another one compiles anew
@@ -314,8 +464,9 @@ def _insert(
         if name in end.meta:
             new[-1].meta[name] = end.meta[name]
     end.replace_all_uses_with(new[-1])
-    seen.replace(end, new, block.gone)
-    for node in sorted(block.gone, reverse=True):
+    gone = block.gone - set(kept)
+    seen.replace(end, new, gone, places)
+    for node in sorted(gone, reverse=True):
         graph.erase_node(node)
     return None
 

@@ -27,12 +27,12 @@ from ..hosts.registry import known_class
 from ..reading.canonical import Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.find import Found
-from ..reading.layers import LISTS
+from ..reading.layers import calls_itself
 from ..reading.products import products_left
 from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of
 from ..reading.recognise import UNKNOWN, has_own_forward, is_of_somebody, names_a_gate, once, outcome_of
 from ..reading.rewritten import check_rewritten
-from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, values_in
+from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, strip_of, values_in
 from ..reading.trace import (
     IN_PLACE,
     Option,
@@ -54,6 +54,7 @@ from ..recipes.run import Unsuited, parameter_paths, parameters_of, run
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, IN_PLACE["imul"]}
 _PRODUCT_METHODS = {"mul", "mul_", "multiply", "multiply_"}
+_SUMS: set[Any] = {operator.add, torch.add, "add"}
 #: Layers whose output is in no one else's memory, and which do not write into their input.
 _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -92,9 +93,9 @@ def _look(block: nn.Module) -> _Looked:
         read = reads_of(block, most=sys.maxsize)
     except Exception:  # somebody's module in a way that was not thought of is left alone
         return _Looked()
-    called = next((kind for part in block.modules() if _calls_itself(kind := host_of(type(part)))), None)
+    called = next(filter(calls_itself, block.modules()), None)
     if called is not None:
-        return _unread(block, read, f"runs a {called.__name__}, which has a __call__ of its own")
+        return _unread(block, read, f"runs a {host_of(type(called)).__name__}, which has a __call__ of its own")
     if read.remark is not None:
         return _unread(block, read, read.remark)
     return once(
@@ -106,10 +107,6 @@ def _look(block: nn.Module) -> _Looked:
         changed=lambda: _unread(block, read, "keeps state"),
         key=tuple(gates.items()),
     )
-
-
-def _calls_itself(cls: type) -> bool:
-    return cls.__call__ is not nn.Module.__call__ and cls not in LISTS
 
 
 def _unread(block: nn.Module, read: Reads, why: str) -> _Looked:
@@ -153,8 +150,8 @@ def _gates_of(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 def _rewritten(block: nn.Module, gates: dict[str, bool], why: list[str]) -> OwnLayers | None:
     """With the numbers that its forward may be given beside the map. why: gets what keeps it from being found."""
-    known: dict[Hashable, Found | None] = {}
-    found = _rewritten_with(block, gates, known, why)
+    spans: dict[Hashable, Found | None] = {}
+    found = _rewritten_with(block, gates, spans, why)
     parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[2:]
     if found is None or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return found
@@ -163,10 +160,11 @@ def _rewritten(block: nn.Module, gates: dict[str, bool], why: list[str]) -> OwnL
     for name in defaults if len(defaults) == len(parameters) else ():
         for value in _OPTIONS:
             option = Option(name, [])
-            variant = _rewritten_with(block, gates, known, [], option, value)
+            variant = _rewritten_with(block, gates, spans, [], option, value)
             if variant is not None and (variant.bypassed, variant.covers) == (found.bypassed, found.covers):
                 variants.append((option, variant.forward))
-    return replace(found, forward=_with_options(found.forward, defaults, variants), options=tuple(defaults))
+    known = {option.name: defaults[option.name] for option, _ in variants}  # others are not its own to read
+    return replace(found, forward=_with_options(found.forward, known, variants), options=tuple(known))
 
 
 Forward = Callable[..., Any]
@@ -384,10 +382,12 @@ def _function_of(recipe: _Single, as_written: Forward, last: bool = False) -> Ca
 
 
 def _pools_of(over: str, kind: str, ties: str, last: bool) -> Callable[[Tensor], Any]:
-    """Over positions: means (B, C), maxima, or "avgmax" for both; over channels: maxima and means, (B, 2, ...). last:
-    of a map that has its channels last."""
+    """Over positions: means (B, C), maxima, or "avgmax" for both; over channels: maxima and means, (B, 2, ...); over
+    one axis: means (B, C, H, 1) and (B, C, 1, W). last: of a map that has its channels last."""
 
     def pools_by(functions: Any, x: Tensor) -> Any:
+        if over == "strips":
+            return functions.axis_pool(x)
         return functions.squeeze(x, kind, ties=ties) if over == "positions" else functions.channel_pool(x, ties=ties)
 
     def fused_pools(x: Tensor) -> Any:
@@ -407,6 +407,8 @@ def _one_of(pool: Pool, kind: str) -> Callable[[Any], Tensor]:
     def one_pool(pools: Any) -> Tensor:
         if pool.over == "channels":
             return pool.arrange(pools[:, int(pool.kind == "avg")])
+        if pool.over in _STRIPS:
+            return pool.arrange(pools[_STRIPS.index(pool.over)].flatten(2))
         return pool.arrange(pools[int(pool.kind == "max")] if both else pools)
 
     return one_pool
@@ -423,6 +425,26 @@ def fused_product(x: Tensor, gate: Tensor, of_channels: bool, last: bool) -> Ten
         return functional.scale(x, gate.flatten(2)[:, :, 0] if of_channels else gate[:, :1])
     except (TypeError, ValueError):
         return x * gate
+
+
+_STRIPS = ("rows", "columns")
+
+
+def fused_strips(x: Tensor, rows: Tensor | None, columns: Tensor | None, combine: str) -> Tensor:
+    """A map times a gate a channel and row, one a channel and column, or both: their "product", or the sigmoid of their
+    sum ("strips")."""
+    gates = [gate for gate in (rows, columns) if gate is not None]
+    if is_ordinary(x) and all(is_ordinary(g) and torch.promote_types(x.dtype, g.dtype) == x.dtype for g in gates):
+        narrow = None if rows is None else rows[..., :1], None if columns is None else columns[..., :1, :]
+        try:
+            return functional.mixed_scale(x, rows=narrow[0], columns=narrow[1], combine=combine)
+        except (TypeError, ValueError):  # maps that the product may take and the fused function does not
+            pass
+    if combine == "strips":
+        return x * sum(gates).sigmoid()  # type: ignore[union-attr]
+    for gate in gates:
+        x = x * gate
+    return x
 
 
 class _Product(NamedTuple):
@@ -465,17 +487,20 @@ class _Rewriter:
         if node.op == "call_module" and self.gates.get(str(node.target)) is False:
             x = node.args[0] if len(node.args) == 1 and not node.kwargs else None
             return _Product(x, None, (node,), False) if isinstance(x, fx.Node) else None
-        function = node.op == "call_function" and node.target in _PRODUCTS
-        if not function and not (node.op == "call_method" and node.target in _PRODUCT_METHODS):
-            return None
-        if len(node.args) != 2 or node.kwargs:
-            return None
-        in_place = node.target is IN_PLACE["imul"] or str(node.target).endswith("_")
-        for x, gate in (node.args,) if in_place else (node.args, node.args[::-1]):
-            if isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x is not gate:
-                between = self._between(x, gate)
-                if between is not None and any(map(self._may_gate, between)):
-                    return _Product(x, gate, (*between, node), in_place)
+        for x, gate, in_place in _factors(node):
+            between = self._between(x, gate)
+            if between is not None and any(map(self._may_gate, between)):
+                return _Product(x, gate, (*between, node), in_place)
+        return None
+
+    def _second(self, first: _Product) -> _Product | None:
+        """The only use of a product, if that is its product with another gate that is computed from the same map."""
+        last = first.nodes[-1]
+        for user in last.users if len(last.users) == 1 and not first.in_place else ():
+            for x, gate, in_place in _factors(user):
+                between = self._between(first.x, gate) if x is last else None
+                if between is not None and last not in between:
+                    return _Product(x, gate, (*between, user), in_place)
         return None
 
     def _between(self, x: fx.Node, gate: fx.Node) -> list[fx.Node] | None:
@@ -624,7 +649,43 @@ class _Rewriter:
                     of_channels = kind == "channels" and not direct and over == {"positions"}
                     if of_channels or (kind == "positions" and over <= {"channels"} and is_bounded(values[gate])):
                         return self._put_around(product, gate, pools, rank, axes_last)
+        return self._strips(product, gate)
+
+    def _strips(self, product: _Product, gate: fx.Node) -> _Region | None:
+        """The same of gates of rows and columns: pools by `axis_pool`, and the product, or both, by `mixed_scale`."""
+        last, second = product.nodes[-1], self._second(product)
+        between = sorted({*product.nodes[:-1], *(() if second is None else second.nodes[:-1])})
+        for rank, values in values_in(Span(self.block, product.x, between, marked=True)):
+            found = {strip_of(values[n], rank): n for n in self._summands(gate) if n in values}
+            combine = "strips"
+            if set(found) != set(_STRIPS):
+                combine, found = "product", {strip_of(values[gate], rank) if gate in values else None: gate}
+                of_second = None
+                if second is not None and second.gate in values:
+                    of_second = strip_of(values[second.gate], rank)
+                if of_second is not None and of_second not in found:
+                    assert second is not None and second.gate is not None
+                    found[of_second], last = second.gate, second.nodes[-1]
+            if None in found:
+                continue
+            pools: dict[fx.Node, Pool] = {}
+            direct = False
+            for node in found.values():
+                of_gate, reads = self._pools(product.x, node, values, rank)
+                pools, direct = pools | of_gate, direct or reads
+            if pools and not direct and all(pool.kind == "avg" and pool.over != "channels" for pool in pools.values()):
+                return self._put_around_strips(product, found, dict(sorted(pools.items())), combine, last)
         return None
+
+    def _summands(self, gate: fx.Node) -> tuple[fx.Node, ...]:
+        """Of the sigmoid of a sum."""
+        layer = gate.op == "call_module" and type(self._layer(gate)) is nn.Sigmoid
+        sums = gate.all_input_nodes if layer or name_of(gate) == "sigmoid" else []
+        for total in sums:
+            plain = total.op in ("call_function", "call_method") and len(total.args) == 2 and not total.kwargs
+            if plain and total.target in _SUMS and all(isinstance(n, fx.Node) for n in total.args):
+                return total.args  # type: ignore[return-value]
+        return ()
 
     def _pools(
         self, x: fx.Node, gate: fx.Node, values: dict[fx.Node, Value], rank: int
@@ -660,21 +721,8 @@ class _Rewriter:
         self, product: _Product, gate: fx.Node, pools: dict[fx.Node, Pool], rank: int, axes_last: bool
     ) -> _Region:
         x, last = product.x, product.nodes[-1]
-        gone: set[str] = set()
-        read: dict[Hashable, fx.Node] = {}  # what reads the map, once for both pools
-        for node, pool in pools.items():
-            upstream = self._between(x, node) or []
-            gone |= {str(n.target) for n in upstream if n.op == "call_module"}
-            others = [p for p in pools.values() if p.kind != pool.kind]
-            ties = others[0].ties if others and pool.kind == "avg" else pool.ties
-            kind = "avgmax" if others else pool.kind
-            with self.graph.inserting_before(node):
-                if ties not in read:
-                    read[ties] = self.graph.call_function(_pools_of(pool.over, kind, ties, axes_last), (x,))
-                new = self.graph.call_function(_one_of(pool, kind), (read[ties],))
-            self._put(new, node, upstream)
-            gate = new if gate is node else gate
-        self.made.update(read.values())
+        placed, gone = self._put_pools(x, pools, axes_last)
+        gate = placed.get(gate, gate)
         positions = all(pool.over == "channels" for pool in pools.values())
         with self.graph.inserting_before(last):
             new = self.graph.call_function(fused_product, (x, gate, not positions, axes_last))
@@ -687,6 +735,52 @@ class _Rewriter:
         name = ", ".join((*first, "its own layers", f"scale{which}"))
         return _Region(name, (*first, "scale"), tuple(gone), rank + 2, False)
 
+    def _put_pools(
+        self, x: fx.Node, pools: dict[fx.Node, Pool], axes_last: bool = False
+    ) -> tuple[dict[fx.Node, fx.Node], set[str]]:
+        """What has taken the place of each pool, and the paths of the layers that do not run any more."""
+        placed: dict[fx.Node, fx.Node] = {}
+        gone: set[str] = set()
+        read: dict[Hashable, fx.Node] = {}  # what reads the map, once for both pools
+        for node, pool in pools.items():
+            upstream = self._between(x, node) or []
+            gone |= {str(n.target) for n in upstream if n.op == "call_module"}
+            over = "strips" if pool.over in _STRIPS else pool.over
+            others = [p for p in pools.values() if p.kind != pool.kind]
+            ties = others[0].ties if others and pool.kind == "avg" else pool.ties
+            kind = "avgmax" if others else pool.kind
+            with self.graph.inserting_before(node):
+                if (over, ties) not in read:
+                    read[over, ties] = self.graph.call_function(_pools_of(over, kind, ties, axes_last), (x,))
+                placed[node] = self.graph.call_function(_one_of(pool, kind), (read[over, ties],))
+            self._put(placed[node], node, upstream)
+        self.made.update(read.values())
+        return placed, gone
+
+    def _put_around_strips(
+        self,
+        product: _Product,
+        gates: dict[str | None, fx.Node],
+        pools: dict[fx.Node, Pool],
+        combine: str,
+        last: fx.Node,
+    ) -> _Region:
+        both = set(_STRIPS) <= {pool.over for pool in pools.values()}  # one of them alone is PyTorch's
+        pools = {n: pool for n, pool in pools.items() if both or pool.over not in _STRIPS}
+        placed, gone = self._put_pools(product.x, pools)
+        assert product.gate is not None
+        if combine == "strips" and product.gate.op == "call_module":
+            gone.add(str(product.gate.target))
+        rows, columns = (placed.get(gates[of], gates[of]) if of in gates else None for of in _STRIPS)
+        with self.graph.inserting_before(last):
+            new = self.graph.call_function(fused_strips, (product.x, rows, columns, combine))
+        if product.in_place and product.x.op == "call_module":
+            self.owned.add(str(product.x.target))
+        self._put(new, last, sorted({*product.nodes, last}))
+        functions = (*(["axis_pool"] if both else ["squeeze"] if pools else []), "mixed_scale")
+        name = ", ".join((*functions[:-1], "its own layers", functions[-1]))
+        return _Region(name, functions, tuple(gone), 4, False)
+
 
 #: Nodes from a map to its gate, up to which it is looked at.
 _MOST_NODES = 60
@@ -696,6 +790,18 @@ _POOLS: set[Any] = {
 }
 _GATES: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax}
 _GATE_NAMES = {"sigmoid", "hardsigmoid", "tanh", "softmax"}
+
+
+def _factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
+    """Of a product: what may be the map, what its gate, and whether it is written into the map."""
+    function = node.op == "call_function" and node.target in _PRODUCTS
+    method = node.op == "call_method" and node.target in _PRODUCT_METHODS
+    if not (function or method) or len(node.args) != 2 or node.kwargs:
+        return
+    in_place = node.target is IN_PLACE["imul"] or str(node.target).endswith("_")
+    for x, gate in (node.args,) if in_place else (node.args, node.args[::-1]):
+        if isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x is not gate:
+            yield x, gate, in_place
 
 
 def _is_of_sizes(node: fx.Node) -> bool:

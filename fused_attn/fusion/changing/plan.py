@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...nn.pointwise import is_hooked
+from ..reading.layers import calls_itself
 from ..reading.reads import MISSING, Watched, is_plain, is_torch, reads_of
 from ..recipes.names import HOST, host_of
 from ..recipes.recipe import OwnLayers, Recipe, SplitGate
@@ -100,8 +101,7 @@ def why_bound(block: nn.Module, recipe: Recipe) -> str | None:
         if layer is not block and is_bypassed(name, recipe):
             if is_hooked(layer):
                 return f"{name} carries a hook or a forward of its own, which the fused block would skip"
-            cls = host_of(type(layer))
-            if cls.__call__ is not nn.Module.__call__ and not cls.__module__.startswith("torch."):
+            if calls_itself(layer):
                 return f"{name} is a {type(layer).__name__}, which has a __call__ of its own"
     return None
 

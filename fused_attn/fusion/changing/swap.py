@@ -6,6 +6,7 @@ import functools
 import inspect
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,7 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         given = args, kwargs
         maps = plan.recipe.maps if plan is not None and isinstance(plan.recipe, OwnLayers) else ()
         if maps:
-            args, kwargs = _in_order(maps, args, kwargs)
+            args, kwargs = _in_order(taken, plan.recipe, args, kwargs)  # type: ignore[union-attr, arg-type]
         elif plan is not None and (kwargs or len(args) != 1):
             args, kwargs = _without_defaults(taken, plan.recipe, args, kwargs)
         options = None if plan is None else _options(plan.recipe, args, kwargs)
@@ -170,12 +171,28 @@ def _options(recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return {**dict(zip(names, args[1:], strict=False)), **kwargs}
 
 
-def _in_order(maps: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Arguments with the maps of a block by position: MONAI gives them by keyword."""
+def _in_order(
+    taken: tuple[tuple[str, Any], ...], recipe: OwnLayers, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Arguments with the maps of a block by position: MONAI gives them by keyword, torchvision in a dictionary."""
+    maps = recipe.maps
+    if recipe.keys:
+        held = (*args, *(kwargs.values() if taken and set(kwargs) <= {taken[0][0]} else ()))
+        if len(held) != 1 or len(args) + len(kwargs) != 1 or not _holds(held[0], recipe.keys):
+            return args, kwargs
+        return tuple([held[0][key] for key in recipe.keys]), {}
     rest = maps[len(args) :]
     if not rest or not set(rest) <= kwargs.keys():
         return args, kwargs
     return (*args, *(kwargs[name] for name in rest)), {n: v for n, v in kwargs.items() if n not in rest}
+
+
+def _holds(held: Any, keys: tuple[Any, ...]) -> bool:
+    """Whether it is a list, tuple or dictionary of Python's own that has something at each of these keys; one of the
+    first two nothing beside."""
+    if type(held) in (list, tuple):
+        return len(held) == len(keys) and keys == (0, 1)
+    return type(held) in (dict, OrderedDict) and keys != (0, 1) and all(key in held for key in keys)
 
 
 def _as_written_by(host: Any, function: Any) -> Any:

@@ -23,10 +23,20 @@ from ...backends import is_ordinary
 from ...nn.normalised import normalised
 from ...reference.block_attention import NORMS
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
-from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of
-from ..reading.recognise import channel_guesses, once
+from ..reading.layers import calls_itself
+from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of, taken_apart
+from ..reading.recognise import channel_guesses, has_own_forward, once
 from ..reading.rewritten import FEW, check_rewritten
-from ..reading.trace import IN_PLACE, Rank, Untraceable, is_same_code, name_of, trace_two_maps
+from ..reading.trace import (
+    IN_PLACE,
+    Rank,
+    Untraceable,
+    is_same_code,
+    name_of,
+    trace_in_mode,
+    trace_two_maps,
+    unpacked,
+)
 from ..reading.twin import NoTwin, twin
 from ..recipes.names import host_of
 from ..recipes.recipe import OwnLayers
@@ -50,9 +60,10 @@ def why_not_written_anew(block: nn.Module) -> str | None:
 
 def _look(block: nn.Module) -> OwnLayers | str | None:
     names = _names_of_maps(block)
-    if names is None or not multiplies(host_of(type(block))):
+    held = names is None and has_own_forward(block) and taken_apart(host_of(type(block)).forward) is not None
+    if not (names or held) or not multiplies(host_of(type(block))):
         return None
-    if any(host_of(type(part)).__call__ is not nn.Module.__call__ for part in block.modules()):
+    if any(map(calls_itself, block.modules())):
         return None
     try:
         read = reads_of(block, most=sys.maxsize)
@@ -82,7 +93,7 @@ def _names_of_maps(block: nn.Module) -> tuple[str, str] | None:
     return first.name, second.name
 
 
-def _without_stores(block: nn.Module, names: tuple[str, str], read: Reads) -> OwnLayers | str | None:
+def _without_stores(block: nn.Module, names: tuple[str, str] | None, read: Reads) -> OwnLayers | str | None:
     unstored = Unstored(read.stores)
     with unstored:
         for dims in (4, 5, 3):
@@ -94,17 +105,27 @@ def _without_stores(block: nn.Module, names: tuple[str, str], read: Reads) -> Ow
     return unstored.why
 
 
-def _rewritten(block: nn.Module, names: tuple[str, str], rank: Rank) -> OwnLayers | str | None:
+def _rewritten(block: nn.Module, names: tuple[str, str] | None, rank: Rank) -> OwnLayers | str | None:
+    """names: of its two maps; None: they are in one argument."""
+
     def enters(path: str) -> bool:
         return type(block.get_submodule(path)) is nn.Sequential
 
     try:
-        graphs = [trace_two_maps(block, enters, training, rank, names[1]) for training in (False, True)]
+        keys: Keys = ()
+        if names is None:
+            graphs = [trace_in_mode(block, enters, training, rank) for training in (False, True)]
+            held = [_apart(graph) for graph in graphs]
+            if len(set(held)) > 1 or not held[0]:
+                return None
+            keys, names = held[0], (str(held[0][0]), str(held[0][1]))
+        else:
+            graphs = [trace_two_maps(block, enters, training, rank, names[1]) for training in (False, True)]
         if is_same_code(graphs[0], graphs[1]):
             graphs.pop()
         sizes = _sizes_of(block, graphs[0], rank)
     except Untraceable as error:
-        return str(error)
+        return str(error) if names is not None else None
     except NoTwin:
         return None
     if sizes is None:
@@ -119,7 +140,7 @@ def _rewritten(block: nn.Module, names: tuple[str, str], rank: Rank) -> OwnLayer
     if reads_of(block, map(block.get_submodule, bypassed)).remark is not None:
         return None
     forward = _of_mode([_compiled(rewriter.graph, host_of(type(block)).__name__) for rewriter in rewriters])
-    packed = Packed(block, sizes)
+    packed = Packed(block, sizes, keys)
 
     def unpacked(block: Any, x: Tensor) -> Any:
         return forward(block.block, *block.maps(x))
@@ -132,7 +153,42 @@ def _rewritten(block: nn.Module, names: tuple[str, str], rank: Rank) -> OwnLayer
     gates = sum(len(rewriter.gates) for rewriter in rewriters[:1])
     name = "AttentionGate" if summed and gates == 1 else "gate from one map on another"
     functions = dict.fromkeys(f for rewriter in rewriters for f in rewriter.functions())
-    return OwnLayers(forward, name, tuple(functions), rank=sizes.dims, bypassed=bypassed, maps=names)
+    return OwnLayers(forward, name, tuple(functions), rank=sizes.dims, bypassed=bypassed, maps=names, keys=keys)
+
+
+Keys = tuple[str | int, ...]
+
+
+def _apart(graph: fx.Graph) -> Keys:
+    """Makes two inputs of one that holds two maps, in a graph that takes them from there and does nothing else with it;
+    where they are in it. Empty: it does something else."""
+    _, held, *_ = graph.nodes
+    taken: list[tuple[Any, fx.Node]] = []
+    for user in list(held.users):
+        if user.target is operator.getitem and user.args[0] is held:
+            taken.append((user.args[1], user))
+        elif user.target is unpacked and user.args[1] == 2:
+            taken += [(n.args[1], n) for n in user.users]
+        else:
+            return ()
+    if any(key == -1 for key, _ in taken):
+        taken = [(key % 2 if type(key) is int else key, node) for key, node in taken]
+    keys = tuple(dict.fromkeys(key for key, _ in taken if type(key) in (str, int)))
+    numbers = all(type(key) is int for key in keys)
+    if len(keys) != 2 or any(type(key) not in (str, int) for key, _ in taken) or (numbers and set(keys) != {0, 1}):
+        return ()
+    keys = (0, 1) if numbers else keys
+    if len({type(key) for key in keys}) > 1:
+        return ()
+    with graph.inserting_after(held):
+        maps = dict(zip(keys, (held, graph.placeholder("y")), strict=True))
+    for key, node in taken:
+        source = node.args[0]
+        node.replace_all_uses_with(maps[key])
+        graph.erase_node(node)
+        if source is not held and not source.users:  # type: ignore[union-attr]
+            graph.erase_node(source)  # type: ignore[arg-type]
+    return keys
 
 
 Forward = Callable[..., Any]
@@ -177,17 +233,20 @@ class Sizes(NamedTuple):
 
 
 class Packed(nn.Module):
-    """A module of two maps as one of one: `Sizes.split`."""
+    """A module of two maps as one of one: `Sizes.split`. keys: where it takes them from one argument."""
 
-    def __init__(self, block: nn.Module, sizes: Sizes) -> None:
+    def __init__(self, block: nn.Module, sizes: Sizes, keys: Keys = ()) -> None:
         super().__init__()
-        self.block, self.sizes, self.in_channels = block, sizes, sum(sizes.channels)
+        self.block, self.sizes, self.in_channels, self.keys = block, sizes, sum(sizes.channels), keys
 
     def maps(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.sizes.split(x)
 
     def forward(self, x: Tensor) -> Any:
-        return self.block(*self.maps(x))
+        maps = self.maps(x)
+        if not self.keys:
+            return self.block(*maps)
+        return self.block(list(maps) if self.keys == (0, 1) else dict(zip(self.keys, maps, strict=True)))
 
 
 #: Of decoders: maps of the same size, and one of half or a quarter of it.

@@ -1,10 +1,11 @@
 """timm: SEModule, SqueezeExcite, EffectiveSEModule, EcaModule, CecaModule, GatherExcite, CbamModule, LightCbamModule,
-the two attentions that these are made of, CoordAttn, EfficientLocalAttn, GlobalContext, NonLocalAttn, BatNonLocalAttn,
-SelectiveKernel, SplitAttn, and the SE of older models."""
+the two attentions that these are made of, CoordAttn, SimpleCoordAttn, EfficientLocalAttn, StripAttn, GlobalContext,
+NonLocalAttn, BatNonLocalAttn, SelectiveKernel, SplitAttn, and the SE of older models."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -244,6 +245,51 @@ def efficient_local_attention(block: Any) -> Recipe | str:
     if activation_name(block.gate) is None:
         return "its gate is not one we fuse"
     return OwnLayers(_local, "EfficientLocalAttention", ("axis_pool", "mixed_scale"), block.has_skip)
+
+
+def _strips(block: Any, x: Tensor, gates: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """gates: from both pools to what its gate is the sigmoid of the sum of."""
+    x, rows, columns = functional.axis_pool_with_map(x)
+    rows, columns = gates(block, rows, columns)
+    y = functional.mixed_scale(x, rows=rows, columns=columns, combine="strips")
+    return y + x if block.has_skip else y
+
+
+def _simple(block: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    rows = block.fc_h(block.act(block.fc1(rows.squeeze(3).transpose(1, 2))))
+    columns = block.fc_w(block.act(block.fc1(columns.squeeze(2).transpose(1, 2))))
+    return rows.transpose(1, 2).unsqueeze(3), columns.transpose(1, 2).unsqueeze(2)
+
+
+def _of_strips(
+    block: Any, name: str, gates: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]], *runs: str
+) -> Recipe | str:
+    if activation_name(block.gate) != "sigmoid":
+        return "its gate is no sigmoid, of a sum of one number a row and one a column"
+    forward = functools.partial(_strips, gates=gates)
+    return OwnLayers(forward, name, ("axis_pool", "mixed_scale"), block.has_skip, bypassed=paths_but(block, *runs))
+
+
+@register("timm.layers.coord_attn.SimpleCoordAttn")
+def simple_coordinate_attention(block: Any) -> Recipe | str:
+    layers = block.fc1, block.fc_h, block.fc_w
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return "its layers are not timm's"
+    if any(layer.out_features != block.fc1.in_features for layer in layers[1:]):
+        return "its layers are not timm's"
+    return _of_strips(block, "SimpleCoordinateAttention", _simple, "fc1", "act", "fc_h", "fc_w")
+
+
+@register("timm.layers.coord_attn.StripAttn")
+def strip_attention(block: Any) -> Recipe | str:
+    def gates(block: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        return block.conv_h(rows), block.conv_w(columns)
+
+    for layer in (block.conv_h, block.conv_w):
+        keeps = type(layer) is nn.Conv2d and layer.out_channels == layer.in_channels
+        if not keeps and type(layer) is not nn.Identity:
+            return "its layers are not timm's"
+    return _of_strips(block, "StripAttention", gates, "conv_h", "conv_w")
 
 
 def _non_local(block: Any, x: Tensor) -> Tensor:

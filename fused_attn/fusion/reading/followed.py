@@ -56,6 +56,8 @@ class Followed:
         self.readers: dict[int, list[fx.Node]] = {}
         #: Whether gradients are on where a node runs, and what autocast casts to there, if it is.
         self.modes: dict[fx.Node, tuple[bool, torch.dtype | None]] = {}
+        #: Names of the inputs and attributes that are tensors of a subclass with others in it.
+        self.subclasses: set[str] = set()
         self.is_dynamic = False
         self._others: list[dict[fx.Node, Any]] | None = None
 
@@ -71,14 +73,19 @@ class Followed:
         value = _known(node, self.results.get(node))
         return value.dtype if isinstance(value, Tensor) else None
 
-    def replace(self, end: fx.Node, new: Sequence[fx.Node], gone: set[fx.Node]) -> None:
-        """New nodes, of which the last has the place of `end`, and without those that are gone."""
+    def replace(
+        self, end: fx.Node, new: Sequence[fx.Node], gone: set[fx.Node], copies: dict[fx.Node, fx.Node] | None = None
+    ) -> None:
+        """New nodes, of which the last has the place of `end`, and without those that are gone. copies: those of new
+        nodes that have the place of another, or are that written once more."""
+        copies = copies or {}
         tables: tuple[dict[fx.Node, Any], ...] = (self.values, self.results, self.storages, self.modes)
         for node in new:
+            source = copies.get(node, end)
             for table in tables:
-                if end in table:
-                    table[node] = table[end]
-            self.writes[node] = frozenset()
+                if source in table:
+                    table[node] = table[source]
+            self.writes[node] = self.writes[source] if node in copies else frozenset()
             for storage in {s for a in node.all_input_nodes for s in self.storages.get(a, ())}:
                 self.readers.setdefault(storage, []).append(node)
         for node in gone:
@@ -89,7 +96,7 @@ class Followed:
             self.readers[storage] = [r for r in readers if r not in gone]
         for sizes in self._others or ():
             for node in new:
-                sizes[node] = sizes.get(end)
+                sizes[node] = sizes.get(copies.get(node, end))
 
     def other_sizes(self) -> list[dict[fx.Node, Any]]:
         """The results with other sizes in place of the open ones; none where no others are possible."""
@@ -172,6 +179,8 @@ def _run(found: Followed, recorder: Recorder | None) -> Followed:
         else:
             t = torch.empty_strided(sizes, value.stride(), dtype=value.dtype, device="meta")
         own: bool = is_traceable_wrapper_subclass(value)  # then what is computed with it is not known
+        if own:
+            found.subclasses.add(name)
         if recorder is not None and not own:
             recorder.put(t, found.graph.leaf("leaf", name, sizes))
         return t

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...nn.pointwise import is_pointwise
-from ..recipes.names import qualified_name
+from ..recipes.names import host_of, qualified_name
 from ..recipes.recipe import CbamGate, ChannelGate, Recipe, SpatialGate
 
 #: Activation classes by qualified name; those with options are looked at in `activation_name`.
@@ -109,6 +109,14 @@ def two_dense_layers(first: str, second: str) -> dict[str, Any]:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LISTS = (nn.ParameterList, nn.ParameterDict)
+
+
+def calls_itself(layer: nn.Module) -> bool:
+    """Whether it has a `__call__` of its own, beside its forward; that of torch's lists of parameters only raises."""
+    cls = host_of(type(layer))
+    return cls.__call__ is not nn.Module.__call__ and cls not in LISTS
+
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, "timm.layers.norm_act.BatchNormAct2d")
 
 

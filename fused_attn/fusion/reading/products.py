@@ -7,6 +7,7 @@ a function of gates. What is multiplied in a part of somebody's is that part's.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..recipes.names import host_of
 from .capture import Plainly, never_compiled
 from .context import OnOneDevice
-from .reads import is_torch
+from .reads import is_torch, taken_apart
 from .recognise import channel_guesses, ranks_of
 from .shapes import result
 from .twin import twin
@@ -43,6 +44,10 @@ _GATES = {"sigmoid", "hardsigmoid", "tanh", "_softmax", "softmax", "clamp", "har
 _VIEWS = {"view", "_unsafe_view", "reshape", "alias", "permute", "transpose", "t", "clone", "contiguous", "expand"}
 _VIEWS |= {"unsqueeze", "squeeze", "_reshape_alias", "lift_fresh", "repeat"}
 _SAME = {*_VIEWS, "detach", "_to_copy"}
+#: What is of norms, and what divides by them: a map that is divided by its norm is normalised, and not gated.
+_NORMS = {"linalg_vector_norm", "norm", "sqrt"}
+_DIVIDES = {"div", "rsqrt", "reciprocal", "pow"}
+_SUMS = {"mean", "sum", "amax", "max", "linalg_vector_norm"}
 _POOLS = {"mean", "sum", "amax", "max", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d"}
 _POOLS |= {"adaptive_max_pool3d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
 
@@ -196,11 +201,31 @@ def _is_gate(gate: _Made, x: _Made) -> bool:
     small, large = _inside(gate, x)
     ops = {made.op for made in small}
     if any(_root(made) is _root(x) for made in large):
-        return bool(ops & (_LAYERS | _GATES))
+        return bool(ops & (_LAYERS | _GATES)) or _is_of_norms(gate, x, small)
+    if any(source is x for source in _sources(gate)) and _is_of_norms(gate, x, small):
+        return True
     return bool(ops & _GATES) and _is_given(gate)
 
 
+def _is_of_norms(gate: _Made, x: _Made, small: list[_Made]) -> bool:
+    """Whether it is one number a channel, made of norms: of its own alone, or of all channels' too, as in response
+    normalisation."""
+    ops = {made.op for made in small}
+    channels = gate.size // x.shape[0]
+    if not ops & _NORMS or channels not in (x.shape[1], x.shape[-1]):
+        return False
+    of_all = (m for m in small if m.op in _SUMS and m.size == x.shape[0])
+    return not ops & _DIVIDES or any(i.size == gate.size for m in of_all for i in m.inputs)
+
+
+def _is_bounded(small: list[_Made]) -> bool:
+    """Whether there are layers or functions of gates in what a gate is made of."""
+    return any(made.op in _LAYERS | _GATES for made in small)
+
+
 # Why it is left
+
+_OF_NORMS = "its gate is made of norms, in a form that is none of the known"
 
 
 def _why(x: _Made, gate: _Made) -> str | None:
@@ -211,6 +236,8 @@ def _why(x: _Made, gate: _Made) -> str | None:
     given = [made for made in small if made.op == "input"]
     if not own:
         after = [made for made in others if any(source is x for source in _sources(made))]
+        if after and not _is_bounded(small):
+            return _OF_NORMS
         if after:
             weighted = any(made.op in ("mul", "masked_fill", "where") for made in after)
             return (
@@ -235,6 +262,8 @@ def _why(x: _Made, gate: _Made) -> str | None:
         names = dict(enumerate(("channel", *_AXES[len(x.shape) - 3]), 1))
         return f"its gate is one number a {' and '.join(names[i] for i in along)}"
     pools = sorted({m.op for m in small if m.op not in _POOLS | _SAME and any(_root(i) is _root(x) for i in m.inputs)})
+    if not _is_bounded(small):
+        return _OF_NORMS
     if set(pools) & {"slice", "select", "split", "unbind"}:
         return "its gate is computed from a part of its map"
     if along in (space[:1], space[-1:]) and pools:
@@ -269,7 +298,7 @@ def products_left(
             continue
         watch = _Watch()
         try:
-            _run(block, run, inputs, watch)
+            _run(block, run, watch, lambda maps: maps, inputs)
         except Exception:  # of whatever kind: it is somebody's, on maps that it may not take
             if watch.found and (best is None or len(watch.found) > len(best.found)):
                 best = watch
@@ -279,7 +308,44 @@ def products_left(
         if watch.found:
             best = watch
             break
+    if run is None and not (best is not None and best.found):
+        held = _products_of_held(block)
+        if held:
+            return held
     return None if best is None else [_why(*pair) for pair in best.found]
+
+
+def _products_of_held(block: nn.Module) -> list[str | None]:
+    """The same of a module whose maps are in a list or a dictionary, which keeps all of them from being fused."""
+    forward: Any = host_of(type(block)).forward
+    found = taken_apart(forward)
+    if found is None or sum(p.default is p.empty for p in inspect.signature(forward).parameters.values()) != 2:
+        return []
+    kind, count = found
+    guesses = sorted(channel_guesses(block), reverse=True)
+    for many in (count,) if count else (2, 3, 4):
+        ranks = ranks_of(block)
+        pairs = _pairs(ranks, guesses) if many == 2 else ()
+        alike = ([(_BATCH, c, *_SPACES[1][:rank])] * many for rank, c in itertools.product(ranks, guesses))
+        for shapes in (*alike, *pairs):
+            watch = _Watch()
+            with contextlib.suppress(Exception):  # of whatever kind: it is somebody's, on maps that it may not take
+                _run(block, None, watch, lambda maps: [_Keyed(maps) if kind == "dict" else maps], shapes)
+            if watch.found:
+                return [f"takes its maps in a {'dictionary' if kind == 'dict' else 'list'}"] * len(watch.found)
+    return []
+
+
+class _Keyed(dict[Any, Tensor]):
+    """Maps by whatever they are asked for: each name gets the next."""
+
+    def __init__(self, maps: list[Tensor]) -> None:
+        super().__init__()
+        self.rest = maps
+
+    def __missing__(self, key: Any) -> Tensor:
+        self[key] = self.rest.pop(0)
+        return self[key]
 
 
 def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
@@ -327,8 +393,13 @@ class _Empty(dict[int, Tensor | None]):
 
 
 def _run(
-    block: nn.Module, run: Callable[[nn.Module, Tensor], Any] | None, shapes: Sequence[tuple[int, ...]], watch: _Watch
+    block: nn.Module,
+    run: Callable[[nn.Module, Tensor], Any] | None,
+    watch: _Watch,
+    held: Callable[[list[Tensor]], list[Any]],
+    shapes: Sequence[tuple[int, ...]],
 ) -> None:
+    """held: from maps of these shapes to what it is given."""
     tensors = _Empty()
 
     def called(part: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -346,6 +417,6 @@ def _run(
         watch.put(tensor, _Made("input", (), tuple(tensor.shape), tensor.dtype))
     with torch.enable_grad(), OnOneDevice("meta"), Plainly(), watch:
         if run is None:
-            host_of(type(block)).forward(acting, *given)
+            host_of(type(block)).forward(acting, *held(given))
         else:
-            run(acting, *given)
+            run(acting, *held(given))

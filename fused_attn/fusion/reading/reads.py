@@ -20,7 +20,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -339,6 +339,40 @@ def multiplies_itself(function: types.FunctionType) -> bool:
 
 
 _PRODUCTS = frozenset(("mul", "mul_", "multiply", "multiply_"))
+
+
+def taken_apart(function: types.FunctionType) -> tuple[str, int] | None:
+    """Whether a function's first argument is a list or a dictionary ("list", "dict"), by what its own code does with
+    it, and how many things in it that asks for (of a list that it loops over: 0); None: neither, by its code."""
+    if function.__code__.co_argcount < 2:
+        return None
+    first = function.__code__.co_varnames[1]
+    steps = list(dis.get_instructions(function.__code__))
+    keys: set[str | int] = set()
+    counts = []
+    for step, after, last in zip(steps, steps[1:], [*steps[2:], None], strict=False):
+        if not step.opname.startswith("LOAD_FAST") or step.argval != first:
+            continue
+        if after.opname == "UNPACK_SEQUENCE":
+            counts.append(int(after.arg or 0))
+        elif after.opname == "GET_ITER":
+            counts.append(0)
+        elif after.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and last is not None and _is_index(last):
+            keys.add(after.argval)
+    names = {key for key in keys if type(key) is str}
+    if names:
+        return "dict", len(names)
+    counts += [1 + max(key if key >= 0 else -1 - key for key in keys)] if keys and _are_numbers(keys) else []
+    looped = {"zip", "enumerate"} & set(function.__code__.co_names)
+    return ("list", max(counts)) if counts else ("list", 0) if looped else None
+
+
+def _is_index(step: dis.Instruction) -> bool:
+    return step.opname.startswith("BINARY_SUBSCR") or step.argrepr == "[]"
+
+
+def _are_numbers(keys: Iterable[Any]) -> TypeGuard[Iterable[int]]:
+    return all(type(key) is int for key in keys)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -111,10 +111,11 @@ def values_in(span: Span) -> Iterator[tuple[int, dict[fx.Node, Value]]]:
 
 
 class Pool(NamedTuple):
-    """A pool of the map, over all positions or over the channels. arrange: from what is left, in the order of the map's
-    axes, to the pool as the code has it."""
+    """A pool of the map, over all positions, over the channels, or of a map (B, C, H, W) over one axis: the means of
+    its rows or of its columns. arrange: from what is left, in the order of the map's axes, to the pool as the code has
+    it."""
 
-    over: str  # "positions" or "channels"
+    over: str  # "positions", "channels", "rows" or "columns"
     kind: str  # "avg" or "max"
     ties: str
     arrange: Callable[[Tensor], Tensor]
@@ -125,7 +126,10 @@ def pool_of(value: Value, rank: int) -> Pool | None:
     node = value.node
     if node.op not in ("mean", "max") or node.inputs[0].op != "input":
         return None
-    over = {tuple(range(2, rank + 2)): "positions", (1,): "channels"}.get(node.attrs[0])
+    kinds: dict[Any, str] = {tuple(range(2, rank + 2)): "positions", (1,): "channels"}
+    if rank == 2 and node.op == "mean":
+        kinds |= {(3,): "rows", (2,): "columns"}
+    over = kinds.get(node.attrs[0])
     if over is None:
         return None
     try:
@@ -135,10 +139,12 @@ def pool_of(value: Value, rank: int) -> Pool | None:
     return Pool(over, "avg", "first", arrange) if node.op == "mean" else Pool(over, "max", node.attrs[1], arrange)
 
 
-def kind_of_gate(value: Value, rank: int, last: bool = False) -> str | None:
+def kind_of_gate(value: Value, rank: int, last: bool = False, samples: int = 2) -> str | None:
     """Of what, for products with a map, a value is one number each: of its "channels", or of its "positions"; None: of
-    neither. last: the map has its channels last."""
+    neither. last: the map has its channels last. samples: how many it has; of one there is no axis."""
     entries = [() if isinstance(e, Spread) else e for e in value.layout]
+    if samples == 1:
+        entries = [(0,), *(tuple(a + 1 for a in e) for e in entries[1:])] if entries[:1] == [()] else []
     if len(entries) != rank + 2 or entries[0] != (0,):
         return None
     if last:
@@ -146,6 +152,16 @@ def kind_of_gate(value: Value, rank: int, last: bool = False) -> str | None:
     if entries[1:] == [(1,), *((),) * rank]:
         return "channels"
     return "positions" if entries[1:] == [(), *((i + 1,) for i in range(rank))] else None
+
+
+def strip_of(value: Value, rank: int) -> str | None:
+    """Of what of a map (B, C, H, W), for products with it, a value is one number each and channel: of its "rows", or of
+    its "columns"; None: of neither."""
+    entries = [() if isinstance(e, Spread) else e for e in value.layout]
+    if rank != 2 or len(entries) != 4 or entries[0] != (0,):
+        return None
+    channel, row, column = (e != () for e in entries[1:])
+    return None if not channel or row is column else "rows" if row else "columns"
 
 
 def is_bounded(value: Value) -> bool:

@@ -34,12 +34,15 @@ class Trial:
         self.seen = seen
         self._verdicts: dict[Any, str | None] = {}
 
-    def why_not(self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, sixths: bool) -> str | None:
-        """Why the new nodes do not compute what the block does with its map x; None where they do."""
+    def why_not(
+        self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, sixths: bool, copies: bool = False
+    ) -> str | None:
+        """Why the new nodes do not compute what the block does with its map x; None where they do. copies: some are
+        those of the block's own nodes, which may have sizes written down."""
         key = self._form(block, x, new, buffers)
         if key not in self._verdicts:
             tolerance = TOLERANCE_OF_SIXTHS if sixths else TOLERANCE
-            self._verdicts[key] = self._compare(block, x, new, buffers, tolerance)
+            self._verdicts[key] = self._compare(block, x, new, buffers, tolerance, copies)
         return self._verdicts[key]
 
     def _form(self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers) -> Any:
@@ -58,7 +61,7 @@ class Trial:
         return tuple(lines), tuple(map(tuple, shapes)), frozenset((number.get(n), var) for n, var in buffers.items())
 
     def _compare(
-        self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, tolerance: float
+        self, block: Region, x: fx.Node, new: Sequence[fx.Node], buffers: Buffers, tolerance: float, copies: bool
     ) -> str | None:
         generator = torch.Generator().manual_seed(0)
 
@@ -74,7 +77,9 @@ class Trial:
             except Exception as error:
                 return f"its own nodes raise {type(error).__name__}"
             try:
-                different = _run(new, values, buffers, {}).difference(expected, tolerance)
+                different = _run(new, values, buffers, setting.numbers if copies else {}).difference(
+                    expected, tolerance
+                )
             except Exception as error:
                 return f"the fused form raises {type(error).__name__}: {error}"
             return different and f"another {different}"

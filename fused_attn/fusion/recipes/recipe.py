@@ -88,7 +88,8 @@ class OwnLayers:
     the main one first. bypassed as in `SplitGate`; adds_input only describes: forward adds it. whole: its parts are
     no blocks by themselves. covers: paths of blocks in it that it serves, so that they are not fused by themselves.
     options: names of what forward takes beside the map, in their order; it raises `Unsuited` for other values.
-    maps: names of the maps of a block of several, in their order; it takes no options then.
+    maps: names of the maps of a block of several, in their order; it takes no options then. keys: where they are in
+    the one list, tuple or dictionary that it takes; none: it takes the maps.
     save: of a block with tails, what its layers keep for backward, one of `ops.remake.SAVES`; None: it has none.
     left: why it still multiplies a map by a gate as it is written; None: it does not.
     """
@@ -103,6 +104,7 @@ class OwnLayers:
     covers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     maps: tuple[str, ...] = ()
+    keys: tuple[str | int, ...] = ()
     save: str | None = None
     left: str | None = None
 

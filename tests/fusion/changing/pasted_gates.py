@@ -139,6 +139,43 @@ class Reduced(nn.Module):
         return self.low_classifier(low) + self.high_classifier(x)
 
 
+class Head(Reduced):
+    """torchvision's: both maps are in one dictionary."""
+
+    def forward(self, maps):
+        low = maps["low"]
+        return super().forward(low, maps["high"])
+
+
+class Listed(nn.Module):
+    """Both maps in a list or a tuple. how: it gets them from there."""
+
+    def __init__(self, channels, how):
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(channels, 1, 1), how
+
+    def forward(self, xs):
+        if self.how == "unpacked":
+            coarse, fine = xs
+        elif self.how == "indices":
+            coarse, fine = xs[0], xs[1]
+        else:
+            fine, coarse = xs[-1], xs[0]
+        up = F.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
+        return fine * torch.sigmoid(self.conv(up + fine))
+
+
+class WithParameters(nn.Module):
+    """The gate's weights in a list of parameters."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(1, channels, 1, 1)) for _ in range(2)])
+
+    def forward(self, g, x):
+        return x * torch.sigmoid(F.conv2d(g, self.weights[0]) + F.conv2d(x, self.weights[1]))
+
+
 # What is left alone
 
 

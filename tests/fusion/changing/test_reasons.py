@@ -94,13 +94,6 @@ class Deviation(Base):
         return y * self.excite(y.std((2, 3), keepdim=True))
 
 
-@left("its gate is one number a channel and row")
-class Rows(Base):
-    def forward(self, x):
-        y = self.conv(x)
-        return y * self.excite(y.mean(3, keepdim=True))
-
-
 @left("switches gradients or autocast")
 class InAContext(Base):
     def forward(self, x):
@@ -216,6 +209,116 @@ def test_left_with_the_reason(name, capsys):
     assert torch.equal(net(x), plain(x)) and type(net) is cls
 
 
+class OnEach(Base):
+    """As necks of several levels are given their maps."""
+
+    def forward(self, xs):
+        return [x * self.excite(pool(x)) for x in xs]
+
+
+class OfThree(Base):
+    def forward(self, maps):
+        a, b, c = maps["a"], maps["b"], maps["c"]
+        return (a + b) * self.excite(pool(a + b)) + c
+
+
+class SlicesOfVolumes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(C, C, 1)
+
+    def forward(self, x):
+        return x * self.conv(x.mean((3, 4), keepdim=True)).sigmoid()
+
+
+class OfANorm(nn.Module):
+    """Response normalisation by another norm than the published."""
+
+    def __init__(self, order=1, last=False):
+        super().__init__()
+        self.order, self.last = order, last
+        shape = (1, 1, 1, C) if last else (1, C, 1, 1)
+        self.gamma, self.beta = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x):
+        norm = x.norm(p=self.order, dim=(1, 2) if self.last else (2, 3), keepdim=True)
+        response = norm / (norm.mean(-1 if self.last else 1, keepdim=True) + 1e-6)
+        return self.gamma * (x * response) + self.beta + x
+
+
+class OfTheLargest(OfANorm):
+    def forward(self, x):
+        norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+        return x * (norm / (norm.amax(1, keepdim=True) + 1e-6)) + x
+
+
+class OfItsOwnNorm(OfANorm):
+    def forward(self, x):
+        return x * x.square().sum((2, 3), keepdim=True).sqrt() * self.gamma
+
+
+class OfMagnitudes(OfANorm):
+    """Gated channel transformation by the sums of magnitudes."""
+
+    def forward(self, x):
+        sums = x.abs().sum((2, 3), keepdim=True) * self.beta
+        return x * (1 + torch.tanh(sums * (self.gamma / (sums.abs().mean(1, keepdim=True) + 1e-5))))
+
+
+NORMS = "its gate is made of norms, in a form that is none of the known"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (OnEach, "takes its maps in a list"),
+        (OfThree, "takes its maps in a dictionary"),
+        (SlicesOfVolumes, "its gate is one number a channel and slice"),
+        (OfANorm, NORMS),
+        (lambda: OfANorm(3, last=True), NORMS),
+        (OfTheLargest, NORMS),
+        (OfItsOwnNorm, NORMS),
+        (OfMagnitudes, "its gate is computed from another function of its map"),
+    ],
+    ids=lambda of: getattr(of, "__name__", ""),
+)
+def test_what_was_silent_is_told(make, reason):
+    block = fuse(nn.Sequential(make()))
+    assert [(row.fused, row.reason) for row in explain(block)] == [(False, reason)]
+    with pytest.raises(FusionError):
+        fuse(block, strict=True)
+
+
+class Recurrent(nn.Module):
+    """As DIANet's attention: the state of the block before is given beside the map, and returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.of_map, self.of_state = nn.AdaptiveAvgPool2d(1), nn.Linear(C, 2 * C), nn.Linear(C, 2 * C)
+
+    def forward(self, x, state=None):
+        w = self.pool(x).view(x.size(0), -1)
+        if state is None:
+            state = torch.zeros_like(w)
+        a, b = (self.of_map(w) + self.of_state(state)).chunk(2, 1)
+        state = torch.sigmoid(a) * torch.tanh(b)
+        return x * state.unsqueeze(2).unsqueeze(3), state
+
+
+def test_a_state_that_may_be_given_is_told():
+    plain = Recurrent().double()
+    net = fuse(copy.deepcopy(plain), strict=True)
+    (row,) = explain(net)
+    assert row.fused and row.reason.endswith("; as it is written where state is not the default")
+    x = random(2, C, 7, 9, dtype=torch.float64)
+    (y, state), (expected, same) = net(x), plain(x)
+    torch.testing.assert_close((y, state), (expected, same))
+    with FusedOperators() as ran:
+        again = net(y, state)
+    assert not ran.count
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again, plain(y, state), strict=True))
+
+
 class Both(Base):
     """One of whose products is fused."""
 
@@ -278,7 +381,7 @@ def test_what_is_given_and_is_the_default_changes_nothing(how):
 
 
 class Normalises(nn.Module):
-    """Products that are of no gate."""
+    """Products that are of no gate: a map is normalised, not gated, where it is divided by its own norm."""
 
     def __init__(self):
         super().__init__()
@@ -288,6 +391,8 @@ class Normalises(nn.Module):
     def forward(self, x, t=None):
         y = self.conv(x) * self.gamma
         y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-6)
+        y = y * torch.rsqrt(y.square().mean(3, keepdim=True).mean(2, keepdim=True) + 1e-6)
+        y = y * (1 / y.norm(dim=(2, 3), keepdim=True))
         y = y * torch.sigmoid(self.gamma) * 0.5
         y = y * torch.empty_like(y[:, :1, :1, :1]).bernoulli_(0.5)
         return self.drop(x + y) * torch.sigmoid(x)

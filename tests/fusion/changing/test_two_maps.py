@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fused_attn.fusion import FusionError
 from fused_attn.fusion.changing.plan import plan_of
 from tests.checks import LAYOUTS, in_layout, random, randomised
 from tests.fusion.changing import pasted_gates as pasted
+from tests.fusion.counting import FusedOperators
 from tests.nn.test_attention_gate import Common, results
 
 MONAI = pytest.importorskip("monai.networks.nets.attentionunet", reason="MONAI is not installed")
@@ -31,6 +33,7 @@ FOUND = {
     "PAN": (lambda: pasted.GlobalAttention(6, 6), (6, 4, 3), (6, 8, 6), OTHER, False),
     "MAnet": (lambda: pasted.Fusion(6, 8), (6, 4, 3), (8, 8, 6), OTHER, False),
     "LR-ASPP": (lambda: pasted.Reduced(6, 10, 8, 4), (6, 8, 6), (10, 4, 3), OTHER, False),
+    "weights in a list": (lambda: pasted.WithParameters(6), (6, 8, 6), (6, 8, 6), OTHER, False),
     "MONAI, 2-D": (lambda: MONAI.AttentionBlock(2, 4, 6, 10), (6, 8, 6), (10, 8, 6), GATE, True),
     "MONAI, 3-D": (lambda: MONAI.AttentionBlock(3, 4, 6, 10), (6, 3, 4, 5), (10, 3, 4, 5), GATE, True),
     "reference": (lambda: reference.AttentionGate(10, gating=6), (6, 8, 6), (10, 8, 6), GATE, True),
@@ -77,6 +80,64 @@ def test_a_map_that_may_be_left_out():
     x, skip = random(2, 6, 8, 6, dtype=torch.float64), random(2, 6, 8, 6, dtype=torch.float64)
     for args, kwargs in (((x,), {}), ((x, skip), {}), ((x,), {"skip": skip})):
         torch.testing.assert_close(fused(*args, **kwargs), original(*args, **kwargs), rtol=1e-9, atol=1e-11)
+
+
+#: What makes a module of two maps in one argument, and what holds them.
+HELD = {
+    "dictionary": (lambda: pasted.Head(6, 10, 8, 4), lambda low, high: {"low": low, "high": high}),
+    "ordered, with more in it": (
+        lambda: pasted.Head(6, 10, 8, 4),
+        lambda low, high: OrderedDict(aux=low, high=high, low=low),
+    ),
+    "list": (lambda: pasted.Listed(6, "unpacked"), lambda high, low: [low[:, :6], high]),
+    "tuple": (lambda: pasted.Listed(6, "indices"), lambda high, low: (low[:, :6], high)),
+    "from behind": (lambda: pasted.Listed(6, "behind"), lambda high, low: [low[:, :6], high]),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_maps_in_one_argument(name):
+    make, held = HELD[name]
+    original = randomised(make())
+    fused = fuse(copy.deepcopy(original), strict=True)
+    (row,) = explain(fused)
+    assert (row.block, row.fused) == (OTHER, True)
+    maps = random(3, 6, 8, 6, dtype=torch.float64), random(3, 10, 4, 3, seed=1, dtype=torch.float64)
+    for training in (True, False):
+        found = []
+        for block in (fused, original):
+            block = copy.deepcopy(block).train(training)
+            leaves = [m.clone().requires_grad_() for m in maps]
+            y = block(held(*leaves))
+            grads = torch.autograd.grad(y.square().sum(), [*leaves, *block.parameters()])
+            found.append([y, *grads, *block.buffers()])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+    with FusedOperators() as ran:
+        fused.float()(held(*(m.float() for m in maps)))
+    assert ran.count
+
+
+def test_what_holds_maps_otherwise_runs_as_written():
+    """Subclasses of dictionaries, lists of more maps, and what is missing."""
+
+    class Own(dict):
+        def __getitem__(self, key):
+            return 2 * super().__getitem__(key)
+
+    low, high = random(2, 6, 8, 6, dtype=torch.float64), random(2, 10, 4, 3, seed=1, dtype=torch.float64)
+    original = randomised(pasted.Head(6, 10, 8, 4)).eval()
+    fused = fuse(copy.deepcopy(original))
+    with FusedOperators() as ran:
+        y = fused(Own(low=low, high=high))
+    assert not ran.count
+    torch.testing.assert_close(y, original(Own(low=low, high=high)))
+    torch.testing.assert_close(fused(maps={"low": low, "high": high}), y * 0 + original({"low": low, "high": high}))
+    with pytest.raises(KeyError):
+        fused({"low": low})
+    listed = randomised(pasted.Listed(6, "unpacked")).eval()
+    with pytest.raises(ValueError, match="too many values"):
+        fuse(listed)([low, low, low])
 
 
 def test_what_widens_a_gate_widens_the_result():

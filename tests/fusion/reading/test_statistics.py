@@ -232,6 +232,35 @@ def test_networks_of_timm():
     assert_same_block(fused, network, random(2, 3, 64, 64, dtype=torch.float64), training=True)
 
 
+class Formatted(nn.Module):
+    """Told by an option where a map has its channels, as OpenMMLab's."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.zeros(channels)) for _ in range(2))
+
+    def forward(self, x, layout="first"):
+        if layout == "last":
+            norm = x.norm(p=2, dim=(1, 2), keepdim=True)
+            return self.gamma * (x * (norm / (norm.mean(-1, True) + 1e-6))) + self.beta + x
+        norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+        gamma, beta = self.gamma.view(1, -1, 1, 1), self.beta.view(1, -1, 1, 1)
+        return gamma * (x * (norm / (norm.mean(1, True) + 1e-6))) + beta + x
+
+
+def test_an_option_that_is_given_is_told():
+    """Fused by default; otherwise it runs as it is written, and `explain` says so."""
+    original = randomised(Formatted(8))
+    fused = fuse(copy.deepcopy(original), strict=True)
+    (row,) = explain(fused)
+    assert (row.block, row.fused) == (RESPONSE, True)
+    assert "; as it is written where layout is not the default" in row.reason
+    x = random(3, 8, 6, 8, dtype=torch.float64)
+    assert_same_block(fused, original, x, training=True)
+    torch.testing.assert_close(fused(x, layout="first"), original(x))
+    assert torch.equal(fused(x, layout="last"), original(x, layout="last"))
+
+
 class Clamped(GRN):
     """The same but for large values."""
 

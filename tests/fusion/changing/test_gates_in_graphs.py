@@ -1,0 +1,194 @@
+"""Gates in graphs that layers of no known kind make: the pools of the map and the product are fused around them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, export
+from torch.nn import functional as F
+
+from fused_attn import functional, fuse
+from fused_attn.fusion.changing import calls
+from fused_attn.fusion.changing.graphs import rewrite
+from tests.checks import random
+
+C = 16
+OWN = (functional.__name__, calls.__name__)
+
+
+class Net(nn.Module):
+    """A residual block with a gate by a function of the map."""
+
+    def __init__(self, gate, *, rank=2, **layers):
+        super().__init__()
+        self.gate, self.layers = gate, nn.ModuleDict(layers)
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](C, C, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.relu(self.gate(y, self.layers) + x)
+
+
+def layers(middle, c=C):
+    return nn.Sequential(nn.Conv2d(c, 4, 1), middle(), nn.Conv2d(4, c, 1), nn.Sigmoid())
+
+
+def se(y, by):
+    return y * by.a(y.mean((2, 3), keepdim=True))
+
+
+def linear(y, by):
+    s = F.adaptive_avg_pool2d(y, 1).flatten(1)
+    return by.a(s).tanh().view(*s.shape, 1, 1).expand_as(y) * y
+
+
+def summed(y, by):
+    return y * by.a(y.sum((2, 3), keepdim=True) / (y.shape[2] * y.shape[3])).add(1)
+
+
+def both(y, by):
+    return y * (by.a(F.adaptive_avg_pool2d(y, 1)) + by.a(F.adaptive_max_pool2d(y, 1)))
+
+
+def in_place(y, by):
+    y *= by.a(y.mean((2, 3), keepdim=True))
+    return y
+
+
+def own_in_one(y, by):
+    return by.a(y.mean(2, keepdim=True)) * y
+
+
+FORMS = {
+    "elu": (lambda: Net(se, a=layers(nn.ELU)), {"scale_by_channels", "pool"}),
+    "BatchNorm": (lambda: Net(se, a=layers(lambda: nn.BatchNorm2d(4))), {"scale_by_channels", "pool"}),
+    "no activation": (lambda: Net(se, a=nn.Conv2d(C, C, 1)), {"scale_by_channels", "pool"}),
+    "kernel of three": (lambda: Net(se, a=nn.Conv2d(C, C, 3, padding=1)), {"scale_by_channels", "pool"}),
+    "LayerNorm and expand_as": (
+        lambda: Net(linear, a=nn.Sequential(nn.Linear(C, C), nn.LayerNorm(C))),
+        {"scale_by_channels", "pool"},
+    ),
+    "sum": (lambda: Net(summed, a=layers(nn.Mish)), {"scale_by_channels", "pool"}),
+    "both pools": (lambda: Net(both, a=layers(nn.PReLU)), {"scale_by_channels", "pool"}),
+    "in place": (lambda: Net(in_place, a=layers(nn.CELU)), {"scale_by_channels", "pool"}),
+    "1-D": (
+        lambda: Net(own_in_one, rank=1, a=nn.Sequential(nn.Conv1d(C, C, 1), nn.Mish())),
+        {"scale_by_channels", "pool"},
+    ),
+}
+
+
+def own_calls(graph):
+    return [n.target.__name__ for n in graph.nodes if str(getattr(n.target, "__module__", "")) in OWN]
+
+
+def compiled(net, found):
+    def counted(graph, inputs):
+        rewrite(graph, inputs)
+        found.append(own_calls(graph.graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(copy.deepcopy(net), backend=counted)
+
+
+def values(net, x):
+    x = x.clone().requires_grad_()
+    y = net(x)
+    grads = torch.autograd.grad(y, [x, *net.parameters()], random(*y.shape, dtype=torch.float64, seed=3))
+    return [y, *grads, *net.buffers()]
+
+
+@pytest.mark.parametrize("name, batch", [*((name, 2) for name in FORMS), ("elu", 1)])
+def test_found(name, batch):
+    build, expected = FORMS[name]
+    torch.manual_seed(0)
+    plain = build().double()
+    shape = (batch, C, 9) if name == "1-D" else (batch, C, 7, 9)
+    found: list[list[str]] = []
+    net = compiled(plain, found)
+    for training in (True, False):
+        plain.train(training), net.train(training)
+        x = random(*shape, dtype=torch.float64)
+        for p, q in zip(values(net, x), values(plain, x), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+    assert [set(names) for names in found] == [expected] * len(found) and found
+
+
+def test_exported():
+    plain = FORMS["elu"][0]().double().eval()
+    x = random(2, C, 7, 9, dtype=torch.float64)
+    program = export(plain, (x,), dynamic_shapes=({0: Dim("batch", min=2), 2: Dim("height", min=3)},))
+    fused = fuse(program, strict=True)
+    operators = {str(n.target) for n in fused.graph.nodes}
+    assert any("fused_attn.scale" in name for name in operators), operators
+    for size in ((2, 7), (3, 20)):
+        x = random(size[0], C, size[1], 9, dtype=torch.float64)
+        torch.testing.assert_close(fused.module()(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
+def plain_layers(y, by):
+    """Neither layers nor a function of gates."""
+    return y * y.mean((2, 3), keepdim=True).exp()
+
+
+def of_the_map_too(y, by):
+    return y * by.a(y.mean((2, 3), keepdim=True) + y.std((2, 3), keepdim=True))
+
+
+def read_elsewhere(y, by):
+    gate = by.a(y.mean((2, 3), keepdim=True))
+    return y * gate + gate
+
+
+def of_another_map(y, by):
+    other = y.flip(1)
+    return y * by.a(other.mean((2, 3), keepdim=True)) + other
+
+
+def without_gradients(y, by):
+    with torch.no_grad():
+        gate = by.a(y.mean((2, 3), keepdim=True))
+    return y * gate
+
+
+def rounded(y, by):
+    return y * by.a(y.mean((2, 3), keepdim=True)).half().to(y.dtype)
+
+
+def written_between(y, by):
+    gate = by.a(y.mean((2, 3), keepdim=True))
+    y.mul_(2)
+    return y * gate
+
+
+LEFT = (plain_layers, of_the_map_too, read_elsewhere, of_another_map, without_gradients, rounded, written_between)
+
+
+@pytest.mark.parametrize("gate", LEFT)
+def test_left_alone(gate):
+    torch.manual_seed(0)
+    plain = Net(gate, a=layers(nn.ELU)).double()
+    found: list[list[str]] = []
+    x = random(2, C, 7, 9, dtype=torch.float64)
+    torch.testing.assert_close(compiled(plain, found)(x), plain(x))
+    assert found == [[]]
+
+
+def test_left_to_inductor_on_the_cpu():
+    """Which makes them part of its passes."""
+    plain = FORMS["elu"][0]().eval()
+    seen: list[list[str]] = []
+    inputs = [torch.randn(2, C, 7, 9)]
+
+    def counted(graph, given):
+        rewrite(graph, given, compiled=True)
+        seen.append(own_calls(graph.graph))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(plain, backend=counted)(*inputs)
+    assert seen == [[]]
