@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ from .verdicts import Verdict, environment_of, write_shipped
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("nchw", "channels_last")
 
-console = Console(width=None if sys.stdout.isatty() else 150)
+#: As wide in a file or a pipe as most terminals are.
+console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80))
 
 
 class UserError(click.ClickException):
@@ -71,15 +73,17 @@ def progress(total: int) -> Iterator[Any]:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Figures to the right, words to the left; the title on one line, however narrow the table; without columns' names
-    no line for them."""
+    no line for them. Cells go on in the next line between words; no word and no figure is broken, so that lines of a
+    table with many columns may be longer than the terminal's."""
     console.print(Text(title, style="bold"), soft_wrap=True)
     shown = Table(box=None, show_header=any(columns), header_style="underline", pad_edge=False, padding=(0, 2, 0, 0))
     for column, cells in zip(columns, zip(*rows, strict=True), strict=True) if rows else ():
         figures = all(re.match(r"[-+]?\d|-$|$", cell) for cell in cells)
-        shown.add_column(column, overflow="fold", justify="right" if figures else "left")
+        longest = max(len(word) for cell in (column, *cells) for word in (cell.split() or [""]))
+        shown.add_column(column, min_width=longest, no_wrap=figures, justify="right" if figures else "left")
     for row in rows:
         shown.add_row(*map(Text, row))
-    console.print(shown)
+    console.print(shown, crop=False)
     console.print()
 
 
@@ -718,12 +722,10 @@ def info_command(everything: bool, as_json: bool) -> None:
         facts.append(["asked for", f"{forced()} serves every call that it can, others raise (FUSED_ATTN_BACKEND)"])
     table("what is here", ["", ""], facts)
     for device in dict.fromkeys(device for device, *_ in record["families"]):
-        # Families that the same serves for the same reason share a row.
-        alike: dict[tuple[str, str], list[str]] = {}
-        for of, family, name, why in record["families"]:
-            if of == device:
-                alike.setdefault((name, why), []).append(family)
-        rows = [["\n".join(found), name, why] for (name, why), found in alike.items()]
+        rows, above = [], ""
+        for family, name, why in (rest for of, *rest in record["families"] if of == device):
+            rows.append([family, name, "as above" if why == above else why])
+            above = why
         table(f"what serves each family of blocks on {device}, and why", ["blocks", "by", "why"], rows)
     if not everything:
         console.print("--all: every operator, and why no other backend")

@@ -49,7 +49,7 @@ def built() -> dict[str, str]:
     for part in ("cpu", "cuda"):
         details = record.get(part, {})
         if details.get("built"):
-            found[part] = str(details.get("compiler") or f"{details.get('nvcc')}, {details.get('architectures')}")
+            found[part] = details.get("compiler") or f"nvcc {details['nvcc']} for {', '.join(details['architectures'])}"
         else:
             found[part] = f"not built: {details.get('reason')}"
     return found
@@ -83,6 +83,7 @@ def families() -> list[tuple[str, str, str, str]]:
                 why = why.rpartition("; ")[2].partition(": ")[2]
             if "in benchmarks" in why:  # which stored figures, for --all
                 why = why.partition(": ")[0]
+            why = why.removeprefix("the processor's own kernel; ")
             rows.append((device, family, IN_WORDS[name], why))
     return rows
 

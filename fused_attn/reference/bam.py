@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .block import Block
 from .block_attention import CONVOLUTIONS, NORMS, spatial_rank
 from .mixed_scale import mixed_scale
 from .squeeze import squeeze
 from .squeeze_excite import hidden_channels, positive_int
 
 
-class BAM(nn.Module):
+class BAM(Block):
     """See `fused_attn.nn.BAM`."""
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.

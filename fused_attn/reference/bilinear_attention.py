@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block import Block
 from .layout import in_layout_of
 from .normalised import normalised
 from .selection import make_divisible
@@ -38,7 +39,7 @@ def conv_norm(inputs: int, outputs: int) -> nn.ModuleDict:
     return nn.ModuleDict({"conv": nn.Conv2d(inputs, outputs, 1, bias=False), "bn": nn.BatchNorm2d(outputs)})
 
 
-class BilinearTransform(nn.Module):
+class BilinearTransform(Block):
     """See `fused_attn.nn.BilinearTransform`."""
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts its own here.
@@ -75,7 +76,7 @@ class BilinearTransform(nn.Module):
         return self._normalised(layers["bn"], layers["conv"](x), activation="relu")
 
 
-class BilinearAttention(nn.Module):
+class BilinearAttention(Block):
     """See `fused_attn.nn.BilinearAttention`."""
 
     _normalised = staticmethod(normalised)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from .block import Block
 
 
-class OtherNames(nn.Module):
+class OtherNames(Block):
     """A module that loads checkpoints in which its layers or tensors have other names, `other_names[theirs] = ours`.
 
     Of several names that fit a key the first is taken. Linear weights and those of 1x1 convolutions, equal up to

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from ..codes import ACTIVATIONS, FUNCTIONS, code
 from .axis_pool import axis_pool_with_map
+from .block import Block
 from .block_attention import check_rank
 from .mixed_scale import mixed_scale
 from .squeeze_excite import finite, positive_int
 
 
-class CoordinateAttention(nn.Module):
+class CoordinateAttention(Block):
     """See `fused_attn.nn.CoordinateAttention`."""
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.

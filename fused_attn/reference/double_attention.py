@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .block import Block
 from .block_attention import CONVOLUTIONS, spatial_rank
 from .squeeze_excite import positive_int
 
@@ -22,7 +23,7 @@ def gather_and_distribute(
     return y if reconstruct is None else reconstruct(y)
 
 
-class DoubleAttention(nn.Module):
+class DoubleAttention(Block):
     """See `fused_attn.nn.DoubleAttention`."""
 
     #: The whole forward pass; `fused_attn.nn` puts the fused one here.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .block import Block
 from .block_attention import check_channels, check_rank
 from .scale import scale
 from .squeeze_excite import positive_int
 
 
-class EMA(nn.Module):
+class EMA(Block):
     """See `fused_attn.nn.EMA`."""
 
     #: The function of the last product; `fused_attn.nn` puts the fused one here.

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block import Block
 from .normalised import normalised
 from .squeeze_excite import positive_int
 
@@ -19,7 +20,7 @@ def look_up(x: Tensor, query: Any, keys: Any, values: Any, output: Any) -> Tenso
     return output(values(a).unflatten(2, x.shape[2:]))
 
 
-class ExternalAttention(nn.Module):
+class ExternalAttention(Block):
     """See `fused_attn.nn.ExternalAttention`."""
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..codes import ACTIVATIONS, FUNCTIONS, POOLS, TIES, code
+from .block import Block
 from .block_attention import check_channels, optional_channels
 from .channel_gate import channel_gate
 
 
-class GatherExcite(nn.Module):
+class GatherExcite(Block):
     """See `fused_attn.nn.GatherExcite`."""
 
     #: The function of the global form; `fused_attn.nn` puts the fused one here.

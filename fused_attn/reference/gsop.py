@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block import Block
 from .normalised import normalised
 from .scale import scale
 from .squeeze_excite import positive_int
@@ -52,7 +53,7 @@ def reduced_to_side(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return mean_of_windows(norm(conv(x)), SIDE, SIDE)
 
 
-class GSoP(nn.Module):
+class GSoP(Block):
     """See `fused_attn.nn.GSoP`."""
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block import Block
 from .squeeze_excite import positive_int
 
 
@@ -54,7 +55,7 @@ def units(channels: int, number: int) -> nn.Module:
     return several[0] if number == 1 else nn.Sequential(*several)
 
 
-class ResidualAttention(nn.Module):
+class ResidualAttention(Block):
     """See `fused_attn.nn.ResidualAttention`."""
 
     #: The product; `fused_attn.nn` puts the fused one here.

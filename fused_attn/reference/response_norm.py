@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block import Block
 from .block_attention import check_channels
 from .energy_gate import energy_gate
 from .squeeze_excite import finite, positive_int
@@ -38,7 +39,7 @@ def positive(argument: str, value: float) -> float:
     return value
 
 
-class GlobalResponseNorm(nn.Module):
+class GlobalResponseNorm(Block):
     """See `fused_attn.nn.GlobalResponseNorm`."""
 
     #: The function the forward pass is made of; `fused_attn.nn` puts the fused one here.
@@ -79,7 +80,7 @@ class GlobalResponseNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class GatedChannelTransformation(nn.Module):
+class GatedChannelTransformation(Block):
     """See `fused_attn.nn.GatedChannelTransformation`."""
 
     #: The function the forward pass is made of; `fused_attn.nn` puts the fused one here.

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..codes import ACTIVATIONS, code
+from .block import Block
 from .checkpoints import OtherNames
 from .selection import Layers, check_batch, make_divisible, selection
 from .squeeze_excite import finite, positive_int
@@ -82,7 +83,7 @@ class SKConv(OtherNames):
         return self._selection([conv(x) for conv in convs], norms, "relu", excitation)
 
 
-class SelectiveKernel(nn.Module):
+class SelectiveKernel(Block):
     """See `fused_attn.nn.SelectiveKernel`."""
 
     _selection = staticmethod(selection)

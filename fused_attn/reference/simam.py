@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .block import Block
 from .block_attention import check_channels, optional_channels
 from .squeeze import space
 from .squeeze_excite import finite
@@ -19,7 +20,7 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
     return x * (distance / (4 * (variance + e_lambda)) + 0.5).sigmoid()
 
 
-class SimAM(nn.Module):
+class SimAM(Block):
     """See `fused_attn.nn.SimAM`."""
 
     #: The function the forward pass is made of; `fused_attn.nn` puts the fused one here.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .block import Block
 from .layout import in_layout_of
 from .squeeze_excite import positive_int
 
@@ -24,7 +25,7 @@ def grid_sample(x: Tensor, grid: Tensor, *, padding_mode: str = "zeros", align_c
     return in_layout_of(F.grid_sample(x, grid, "bilinear", padding_mode, align_corners), x)
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Block):
     """See `fused_attn.nn.SpatialTransformer`."""
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts its own here.

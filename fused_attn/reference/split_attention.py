@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..codes import ACTIVATIONS, code
+from .block import Block
 from .selection import Layers, check_batch, make_divisible, selection
 from .selective_kernel import divides
 from .squeeze_excite import finite, positive_int
 
 
-class SplitAttention(nn.Module):
+class SplitAttention(Block):
     """See `fused_attn.nn.SplitAttention`."""
 
     #: The forward pass from the convolution on; `fused_attn.nn` puts the fused one here.

@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from ..codes import ACTIVATIONS, POOLS, TIES, code
+from .block import Block
 from .channel_gate import channel_gate, excite, gate_alone
 from .squeeze import per_channel, squeeze
 
@@ -56,7 +57,7 @@ def eca_kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
     return t if t % 2 else t + 1
 
 
-class _ChannelGate(nn.Module):
+class _ChannelGate(Block):
     """What the modules of the family share: the options, and the forward pass over `_excitation()`."""
 
     #: The functions the forward pass is made of; `fused_attn.nn` puts the fused ones here.

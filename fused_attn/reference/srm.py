@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block import Block
 from .block_attention import check_channels
 from .moments_gate import moments_gate
 from .response_norm import root
 from .squeeze_excite import positive_int
 
 
-class SRM(nn.Module):
+class SRM(Block):
     """See `fused_attn.nn.SRM`."""
 
     #: The function the forward pass is made of; `fused_attn.nn` puts the fused one here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -54,7 +55,8 @@ def test_info(monkeypatch):
     assert lines[0].rstrip() == "what is here" and lines[1].startswith("versions  "), text
     assert f"torch {torch.__version__}" in text
     for family in info.FAMILIES:
-        assert sum(line.startswith(family) for line in lines) == 1
+        (line,) = (line for line in lines if line.startswith(family))
+        assert len(line.split(family)[1].split()) >= 2, line  # what serves it, and why
     assert "served by" not in text and "on request" not in text
 
 
@@ -105,6 +107,26 @@ def test_tables(columns, monkeypatch, capsys):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     names = ["block         times"] if any(columns) else []
     assert lines == [title, *names, "SEModule[0]   1.00x", "ECA          12.00x", ""]
+
+
+def test_a_table_that_is_too_wide(monkeypatch, capsys):
+    """Cells go on in the next line between words; figures and words stay whole, though lines are longer for it."""
+    monkeypatch.setattr(cli.console, "_width", 40)
+    name, why = "fused_attn.reference.block_attention.CBAM", "some words that go on in the next line"
+    cli.table("", ["block", "fused ms", "why", "class"], [["CBAM", "1.234 ±3%", why, name]])
+    out = capsys.readouterr().out
+    assert "CBAM   1.234 ±3%" in out and name in out
+    assert set(why.split()) <= set(out.split()) and "some words that go on" not in out
+
+
+def test_a_pipe_is_as_wide_as_a_terminal():
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    for columns, most in ((None, 80), ("60", 60)):
+        if columns:
+            environment["COLUMNS"] = columns
+        command = [sys.executable, "-c", "from fused_attn import cli; cli.table('', ['', ''], [['x', 'word ' * 99]])"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert most - 5 <= max(map(len, done.stdout.splitlines())) <= most, done.stdout
 
 
 @pytest.mark.slow  # about 5 s

@@ -14,9 +14,10 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn.nn
-from fused_attn import fuse, keep_operators, reference
+from fused_attn import explain, fuse, keep_operators, reference
 from fused_attn.backends import choose
 from tests.checks import random, randomised
+from tests.nn.test_every_block import BLOCKS
 
 needs_operators = pytest.mark.skipif(
     choose("channel_gate", torch.empty(1, 2, 3, 4)) == "reference",
@@ -154,6 +155,58 @@ def test_scripted():
     scripted = torch.jit.script(model)
     assert "fused_attn::" not in str(scripted.inlined_graph)
     torch.testing.assert_close(scripted(x), torch.jit.script(plain)(x), rtol=0, atol=0)
+
+
+class Residual(nn.Module):
+    """A residual block whose attention is in its forward: fused with its tail, and without that as the parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        s = torch.nn.functional.adaptive_avg_pool2d(out, 1)
+        s = self.fc2(torch.relu(self.fc1(s)))
+        out = out * torch.sigmoid(s)
+        return self.relu(out + x)
+
+
+@pytest.mark.parametrize("options", [{}, {"tails": True}, {"tails": True, "save": "least"}], ids=str)
+def test_a_scripted_parent(options):
+    """What stands around a block is scripted as it was written, too; the model that was scripted stays fused."""
+    plain = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), Residual()))
+    model = fuse(copy.deepcopy(plain), **options)
+    fused = [(row.name, row.fused, row.block) for row in explain(model, tails="tails" in options)]
+    assert any(fused for _, fused, _ in fused)
+    x = random(2, 3, 9, 7, dtype=torch.float64)
+    scripted, theirs = torch.jit.script(model), torch.jit.script(plain)
+    assert "fused_attn::" not in str(scripted.inlined_graph)
+    for training in (True, False):
+        for network in (scripted, theirs):
+            network.train(training).zero_grad()
+        ours, expected = scripted(x), theirs(x)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+        ours.square().sum().backward()
+        expected.square().sum().backward()
+        for (name, mine), other in zip(scripted.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0, msg=name)
+        for mine, other in zip(scripted.buffers(), theirs.buffers(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    assert [(row.name, row.fused, row.block) for row in explain(model, tails="tails" in options)] == fused
+
+
+@pytest.mark.parametrize("name", sorted({case.split()[0] for case in BLOCKS}))
+def test_what_cannot_be_scripted_says_what_to_do(name):
+    """TorchScript's own words of these blocks are about lines of this library."""
+    case = next(case for case in BLOCKS if case.split()[0] == name)
+    words = rf"torch\.jit\.script takes no {name} of fused_attn.*torch\.jit\.trace.*torch\.export"
+    for block in (BLOCKS[case](fused_attn.nn), BLOCKS[case](reference), fuse(BLOCKS[case](reference))):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), block)
+        with pytest.raises(NotImplementedError, match=words):
+            torch.jit.script(model)
+        assert model[1] is block
 
 
 def nodes(program: torch.export.ExportedProgram) -> list[str]:

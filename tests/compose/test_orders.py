@@ -91,6 +91,15 @@ def frozen(model: nn.Module) -> nn.Module:
     return torch.jit.freeze(torch.jit.trace(model, (X,)))
 
 
+def offloaded(model: nn.Module) -> nn.Module:
+    """As accelerate leaves them: layers whose tensors are on no device, but while their forward runs."""
+    for layer in (*layers(model[0]), *layers(model[3])):
+        here = copy.deepcopy(layer)
+        layer.to("meta")
+        layer.forward = here.forward
+    return model.requires_grad_(False)
+
+
 #: What takes a model and gives one.
 DONE: dict[str, Callable[[nn.Module], nn.Module]] = {
     "adapted": adapted,
@@ -101,6 +110,7 @@ DONE: dict[str, Callable[[nn.Module], nn.Module]] = {
     "normalised for good": normalised_for_good,
     "averaged": averaged,
     "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "offloaded": offloaded,
     "without gradients": lambda model: model.requires_grad_(False),
     "frozen": frozen,
 }
