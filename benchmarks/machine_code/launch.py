@@ -125,8 +125,8 @@ def facts(
     shared: int,
 ) -> dict[str, Any]:
     """Of all programs, from one warp of one: the others do the same elsewhere."""
-    large = {b.name: b.bytes for b in buffers if b.large}
     used = set(counts.bytes)
+    large = {b.name: touched(b, counts, programs * warps) for b in buffers if b.large}
     maps = sum(large[name] for name, _ in used if name in large)
     small = sum(b.bytes for b in buffers if not b.large and any((b.name, d) in used for d in ("load", "store")))
     work = model.Work(
@@ -164,6 +164,13 @@ def facts(
         "divisions in loops": divisions(code, counts),
         **({"not followed": dict(counts.unknown)} if counts.unknown else {}),
     }
+
+
+def touched(buffer: walk.Buffer, counts: walk.Counts, warps: int) -> int:
+    """Bytes of a map that a launch reads or writes: all, but where its warps ask for a small part, as for the first
+    element of each channel."""
+    asked = warps * walk.SECTOR * max((n for (name, _), n in counts.sectors.items() if name == buffer.name), default=0)
+    return asked if 0 < asked < buffer.bytes / 2 else buffer.bytes
 
 
 def ratio(a: float, b: float) -> float | None:

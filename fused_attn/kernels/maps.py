@@ -274,13 +274,13 @@ def plan(
 
 
 @functools.lru_cache(maxsize=4096)
-def flat_plan(batch: int, channels: int, space: int, itemsize: int) -> Plan | None:
+def flat_plan(batch: int, channels: int, space: int, itemsize: int, lane_bytes: int = FLAT_LANE_BYTES) -> Plan | None:
     """A plan of FLAT tiles, None where a map has no use for them or cannot have them: its rows begin at any address but
     its samples at multiples of 16 bytes, and no vector lies in three channels."""
     vector = 16 // itemsize
     if space % vector == 0 or space < vector or channels * space % vector != 0:
         return None
-    lane = FLAT_LANE_BYTES // itemsize
+    lane = lane_bytes // itemsize
     block_s, unit = min(lane * THREADS, next_power_of_2(channels * space)), vector // math.gcd(space, vector)
     most = min(block_s // space, next_power_of_2(channels))
     coarse = max(1 << max(most.bit_length() - 3, 0), unit)  # so that few kernels serve maps of all sizes
@@ -332,7 +332,9 @@ def rows_of_channels(plan: Plan) -> int:
     return min(next_power_of_2(triton.cdiv(plan.channels, fewest)), 8)
 
 
-def dense(x: Tensor, may_be_flat: bool = False, lane_bytes: int = LANE_BYTES) -> tuple[Tensor, Plan]:
+def dense(
+    x: Tensor, may_be_flat: bool = False, lane_bytes: int = LANE_BYTES, flat_lane_bytes: int = FLAT_LANE_BYTES
+) -> tuple[Tensor, Plan]:
     """x, copied to NCHW where it is neither that nor channels_last, and the plan for it."""
     space = x.shape[2:].numel()
     if x.is_contiguous():
@@ -342,7 +344,7 @@ def dense(x: Tensor, may_be_flat: bool = False, lane_bytes: int = LANE_BYTES) ->
     else:
         x, layout = x.contiguous(), NCHW
     if may_be_flat and layout is NCHW:
-        flat = flat_plan(x.shape[0], x.shape[1], space, x.element_size())
+        flat = flat_plan(x.shape[0], x.shape[1], space, x.element_size(), flat_lane_bytes)
         if flat is not None:
             return x, flat
     sms = multiprocessors(x.device)

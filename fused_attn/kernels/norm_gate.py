@@ -18,23 +18,36 @@ from torch import Tensor
 from ..codes import ACTIVATIONS
 from . import maps
 from .language import IDENTITY, RELU, activate, activate_grad, before_activation
-from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at, tile_at
-from .passes import before_epilogue, inside
-from .simam import _first_of, _joined, _moments
+from .maps import CHANNELS_LAST, FLAT, SIZES, locate, tile_at
+from .passes import (
+    before_epilogue,
+    count,
+    elements,
+    inside,
+    of_channels,
+    rows_of,
+    store_channels,
+    store_sums,
+    strided_tile_of,
+    sums_of,
+    tile_of,
+)
+from .simam import _joined, _moments, is_plain
 
 _IDENTITY = ACTIVATIONS["identity"]
 
 # Of the kernels that read numbers a channel of each sample: samples at a time, channels a program.
 SAMPLES, CHANNELS = 16, 32
+MOMENTS_LANE_BYTES = 128  # of a FLAT tile: a channel's vectors are put together once for many elements
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _finish_moments(
-    x, means, squares, out, c_q, s_q, n_cblk, n_split, blocks,
-    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    means, squares, out, c_q, s_q, n_cblk, n_split, blocks,
+    CV: tl.constexpr, SV: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """From what the splits left to (B, 3, C); reads the first element of each channel."""
+    """From what the splits left to (B, 3, C), whose pivots are there."""
     C, S = c_q * CV, s_q * SV
     b = (tl.program_id(0) // n_cblk).to(tl.int64)
     c = tl.program_id(0) % n_cblk * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -42,7 +55,6 @@ def _finish_moments(
     split_size = blocks.to(tl.int64) * BLOCK_S
     rest, square = _joined(means, squares, b, c, in_c, C, S, n_split, split_size, BLOCK_ROWS, ACC)
     to = out + 3 * b * C + c
-    tl.store(to, _first_of(x, b, c, in_c, C, S, LAYOUT, ACC), mask=in_c)
     tl.store(to + C, rest, mask=in_c)
     tl.store(to + 2 * C, square, mask=in_c)
 
@@ -158,11 +170,6 @@ def _norm_factors(
 
 
 @triton.jit
-def _load_row(table, c, mask):
-    return tl.load(table + c, mask=mask, other=0.0)[:, None]
-
-
-@triton.jit
 def _load_map(values, at, mask, ACC: tl.constexpr):
     return tl.load(values + at, mask=mask, other=0.0).to(ACC)
 
@@ -218,6 +225,42 @@ def _unpacked(packed, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.c
     return tl.reshape(bits & 1, (BLOCK_C, BLOCK_S)) != 0
 
 
+@triton.jit
+def _store_flat_bits(bits, keep, b, c0, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The bits of a FLAT tile of vectors of eight: each row's bytes are cut out of two of the tile's."""
+    CHANNELS: tl.constexpr = triton.next_power_of_2(BLOCK_C)
+    BYTES: tl.constexpr = triton.next_power_of_2((BLOCK_S // BLOCK_C + 7) // 8)
+    packed = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+    width = (S + 7) // 8
+    k, i = tl.arange(0, CHANNELS)[:, None], tl.arange(0, BYTES)[None, :]
+    exists = (k < BLOCK_C) & (c0 + k < C) & (i < width)
+    begin = tl.where(exists, k * S + 8 * i, 0)
+    at = tl.reshape(begin // 8, (CHANNELS * BYTES,))
+    low = tl.gather(packed, at, 0)
+    high = tl.gather(packed, tl.minimum(at + 1, BLOCK_S // 8 - 1), 0)
+    byte = tl.reshape(low | high << 8, (CHANNELS, BYTES)) >> begin % 8
+    byte &= (1 << tl.minimum(S - 8 * i, 8)) - 1
+    tl.store(bits + (b * C + c0) * width + (k * width + i), byte.to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def _load_flat_bits(bits, rows, b, c0, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The truths of a FLAT tile of vectors of eight; each byte is read once."""
+    LENGTH: tl.constexpr = triton.next_power_of_2(BLOCK_C * ((BLOCK_S // BLOCK_C + 7) // 8))
+    c, exists, next_exists, edge, begin = rows
+    width = (S + 7) // 8
+    i = tl.arange(0, LENGTH)
+    there = i < tl.minimum(C - c0, BLOCK_C) * width
+    found = tl.load(bits + (b * C + c0) * width + i, mask=there, other=0).to(tl.int32)
+    row = (c - c0) * width
+    at = tl.where(exists, row + begin // 8, 0)
+    of_row = tl.gather(found, at, 0) | tl.gather(found, tl.minimum(at + 1, LENGTH - 1), 0) << 8
+    of_next = tl.gather(found, tl.where(next_exists, row + width, 0), 0)
+    own = tl.minimum(edge, 8)
+    packed = (of_row >> begin % 8) & ((1 << own) - 1) | of_next << own
+    return (packed[:, None] >> tl.arange(0, 8)[None, :] & 1) != 0
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _norm_scale(
     x, residual, y, bits, norm, gate,
@@ -227,23 +270,23 @@ def _norm_scale(
 ):  # fmt: skip
     """Reads x and the residual once, writes y and the bits. y may be either of them."""
     C, S = c_q * CV, s_q * SV
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weight = tl.load(norm + c, mask=in_c, other=0.0)
-        bias = tl.load(norm + C + c, mask=in_c, other=0.0)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weight = of_channels(norm, rows, IDENTITY, VECTOR, ACC)
+        bias = of_channels(norm + C, rows, IDENTITY, VECTOR, ACC)
         if gate is not None:
-            g = _load_row(gate + b * C, c, in_c).to(ACC)
-        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
-        if bits is not None:
-            bits_at, bits_offsets, bits_step, rows = _bits_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+            g = of_channels(gate + b * C, rows, IDENTITY, VECTOR, ACC)
+        at, offsets, step = tile_of(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        if bits is not None:  # noqa: SIM102
+            if LAYOUT != FLAT:
+                bits_at, bits_offsets, bits_step, bytes_of = _bits_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
         first = s0  # position of the tile
-        for _ in range(blocks):
-            in_s = inside(first, S, BLOCK_S)
-            mask = in_c[:, None] & in_s[None, :]
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             result = activate(before_activation(_load_map(x, at + offsets, mask, ACC), weight, bias, True), PRE)
             if gate is not None:
                 result *= g
@@ -254,9 +297,12 @@ def _norm_scale(
             tl.store(y + at + offsets, rounded, mask=mask)
             if bits is not None:
                 keep = mask & ((rounded.to(ACC) > 0) | (result != result))
-                to_store = _bytes_inside(rows, first, S, LAYOUT, BLOCK_S)
-                tl.store(bits + bits_at + bits_offsets, _packed(keep, LAYOUT, BLOCK_C, BLOCK_S), mask=to_store)
-                bits_at += bits_step
+                if LAYOUT == FLAT:
+                    _store_flat_bits(bits, keep, b, c0, C, S, BLOCK_C, BLOCK_S)
+                else:
+                    to_store = _bytes_inside(bytes_of, first, S, LAYOUT, BLOCK_S)
+                    tl.store(bits + bits_at + bits_offsets, _packed(keep, LAYOUT, BLOCK_C, BLOCK_S), mask=to_store)
+                    bits_at += bits_step
             at += step
             first += BLOCK_S
 
@@ -271,55 +317,64 @@ def _norm_dots(
     """Reads grad, x and bits or residual once, writes grad_residual; leaves (B, n_split, 6, C) partial sums, of which
     the gate is the last: with the first split."""
     C, S = c_q * CV, s_q * SV
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_S // VECTOR if LAYOUT == FLAT else BLOCK_C
+    COLUMNS: tl.constexpr = VECTOR if LAYOUT == FLAT else BLOCK_S
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weight = tl.load(norm + c, mask=in_c, other=0.0)
-        bias = tl.load(norm + C + c, mask=in_c, other=0.0)
-        mean = _load_row(norm + 2 * C, c, in_c)
-        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        c = c0 + tl.arange(0, triton.next_power_of_2(BLOCK_C))
+        in_c = (c < C) & (c < c0 + BLOCK_C)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weight = of_channels(norm, rows, IDENTITY, VECTOR, ACC)
+        bias = of_channels(norm + C, rows, IDENTITY, VECTOR, ACC)
+        mean = of_channels(norm + 2 * C, rows, IDENTITY, VECTOR, ACC)
+        at, offsets, step = tile_of(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         grad_at, grad_offsets, grad_step = at, offsets, step
         if stride_b is not None:
-            grad_at, grad_offsets, grad_step = strided_tile_at(
-                b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+            grad_at, grad_offsets, grad_step = strided_tile_of(
+                b, c0, s0, S, stride_b, stride_c, stride_s, rows, BLOCK_C, BLOCK_S, VECTOR
             )
-        if bits is not None:
-            bits_at, bits_offsets, bits_step, rows = _bits_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        if bits is not None:  # noqa: SIM102
+            if LAYOUT != FLAT:
+                bits_at, bits_offsets, bits_step, bytes_of = _bits_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
         first = s0  # position of the tile
-        dot = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        dv = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        dv_centred = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        slopes = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        slopes_centred = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+        dot = tl.zeros((ROWS, COLUMNS), ACC)
+        dv = tl.zeros((ROWS, COLUMNS), ACC)
+        dv_centred = tl.zeros((ROWS, COLUMNS), ACC)
+        slopes = tl.zeros((ROWS, COLUMNS), ACC)
+        slopes_centred = tl.zeros((ROWS, COLUMNS), ACC)
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             value = _load_map(x, at + offsets, mask, ACC)
             h = _load_map(grad, grad_at + grad_offsets, mask, ACC)
             v = before_activation(value, weight, bias, True)
             u = activate(v, PRE)
             if POST == RELU:
-                there = _bytes_inside(rows, first, S, LAYOUT, BLOCK_S)
-                packed = tl.load(bits + bits_at + bits_offsets, mask=there, other=0)
-                h = tl.where(_unpacked(packed, LAYOUT, BLOCK_C, BLOCK_S), h, 0.0)
-                bits_at += bits_step
+                if LAYOUT == FLAT:
+                    keep = _load_flat_bits(bits, rows, b, c0, C, S, BLOCK_C, BLOCK_S)
+                else:
+                    there = _bytes_inside(bytes_of, first, S, LAYOUT, BLOCK_S)
+                    packed = tl.load(bits + bits_at + bits_offsets, mask=there, other=0)
+                    keep = _unpacked(packed, LAYOUT, BLOCK_C, BLOCK_S)
+                    bits_at += bits_step
+                h = tl.where(keep, h, 0.0)
             elif POST != IDENTITY:
                 before = u
                 if gate is not None:
-                    before = u * _load_row(gate + b * C, c, in_c).to(ACC)
+                    before = u * of_channels(gate + b * C, rows, IDENTITY, VECTOR, ACC)
                 h = before_epilogue(h, before, None, residual, at + offsets, mask, POST)
             if POST != IDENTITY:
                 tl.store(grad_residual + at + offsets, h, mask=mask)
             h = tl.where(mask, h, 0.0)
             centred = tl.where(mask, value - mean, 0.0)
-            dot += h * tl.where(mask, u, 0.0)
             if PRE == IDENTITY:
                 dv += h
                 dv_centred += h * centred
                 slopes_centred += centred
             else:
+                dot += h * tl.where(mask, u, 0.0)
                 slope = tl.where(mask, activate_grad(v, PRE), 0.0)
                 h *= slope
                 dv += h
@@ -329,22 +384,29 @@ def _norm_dots(
             at += step
             grad_at += grad_step
             first += BLOCK_S
-        to = sums + (b * n_split + split) * 6 * C + c
-        tl.store(to, tl.sum(dot, axis=1), mask=in_c)
-        tl.store(to + C, tl.sum(dv, axis=1), mask=in_c)
-        tl.store(to + 2 * C, tl.sum(dv_centred, axis=1), mask=in_c)
-        if PRE == IDENTITY:  # of as many ones as the split has positions
+        to = sums + (b * n_split + split) * 6 * C
+        of_h = sums_of(dv, S, rows, BLOCK_C, BLOCK_S, VECTOR)
+        of_centred = sums_of(dv_centred, S, rows, BLOCK_C, BLOCK_S, VECTOR)
+        store_channels(to + C, of_h, c0, C, BLOCK_C)
+        store_channels(to + 2 * C, of_centred, c0, C, BLOCK_C)
+        if PRE == IDENTITY:  # u is weight (x - mean) + what it is at the mean; of slopes there are as many ones as
+            # the split has positions
+            weight_of_c = tl.load(norm + c, mask=in_c, other=0.0)
+            mean_of_c = tl.load(norm + 2 * C + c, mask=in_c, other=0.0)
+            at_mean = tl.fma(mean_of_c, weight_of_c, tl.load(norm + C + c, mask=in_c, other=0.0))
+            store_channels(to, weight_of_c * of_centred + at_mean * of_h, c0, C, BLOCK_C)
             positions = tl.maximum(tl.minimum(S - s0, blocks.to(tl.int64) * BLOCK_S), 0)
-            tl.store(to + 3 * C, tl.zeros((BLOCK_C,), ACC) + positions.to(ACC), mask=in_c)
+            tl.store(to + 3 * C + c, tl.zeros(c.shape, ACC) + positions.to(ACC), mask=in_c)
         else:
-            tl.store(to + 3 * C, tl.sum(slopes, axis=1), mask=in_c)
-        tl.store(to + 4 * C, tl.sum(slopes_centred, axis=1), mask=in_c)
-        of_gate = tl.zeros((BLOCK_C,), ACC)
+            store_sums(to, dot, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
+            store_sums(to + 3 * C, slopes, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
+        store_sums(to + 4 * C, slopes_centred, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
+        of_gate = tl.zeros(c.shape, ACC)
         if gate is not None:
             of_gate += tl.load(gate + b * C + c, mask=in_c & (split == 0), other=0.0).to(ACC)
         else:
             of_gate += tl.where(split == 0, 1.0, 0.0)
-        tl.store(to + 5 * C, of_gate, mask=in_c)
+        tl.store(to + 5 * C + c, of_gate, mask=in_c)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -356,28 +418,29 @@ def _norm_gradients(
 ):  # fmt: skip
     """Reads grad and x once, in reverse, writes grad_x."""
     C, S = c_q * CV, s_q * SV
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weight = tl.load(norm + c, mask=in_c, other=0.0)
-        bias = tl.load(norm + C + c, mask=in_c, other=0.0)
-        mean = _load_row(norm + 2 * C, c, in_c)
-        gate = _load_row(factors + 2 * b * C, c, in_c)
-        pooled = _load_row(factors + (2 * b + 1) * C, c, in_c)
-        shift = _load_row(constants, c, in_c)
-        of_x = _load_row(constants + C, c, in_c)
-        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        if PRE != IDENTITY:
+            weight = of_channels(norm, rows, IDENTITY, VECTOR, ACC)
+            bias = of_channels(norm + C, rows, IDENTITY, VECTOR, ACC)
+        mean = of_channels(norm + 2 * C, rows, IDENTITY, VECTOR, ACC)
+        gate = of_channels(factors + 2 * b * C, rows, IDENTITY, VECTOR, ACC)
+        pooled = of_channels(factors + (2 * b + 1) * C, rows, IDENTITY, VECTOR, ACC)
+        shift = of_channels(constants, rows, IDENTITY, VECTOR, ACC)
+        of_x = of_channels(constants + C, rows, IDENTITY, VECTOR, ACC)
+        at, offsets, step = tile_of(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         grad_at, grad_offsets, grad_step = at, offsets, step
         if stride_b is not None:
-            grad_at, grad_offsets, grad_step = strided_tile_at(
-                b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S
+            grad_at, grad_offsets, grad_step = strided_tile_of(
+                b, c0, s0, S, stride_b, stride_c, stride_s, rows, BLOCK_C, BLOCK_S, VECTOR
             )
         first = s0  # position of the tile
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             value = _load_map(x, at + offsets, mask, ACC)
             dv = _load_map(grad, grad_at + grad_offsets, mask, ACC) * gate + pooled
             if PRE != IDENTITY:
@@ -388,21 +451,28 @@ def _norm_gradients(
             first += BLOCK_S
 
 
+def _dense(x: Tensor, *lane_bytes: int) -> tuple[Tensor, maps.Plan]:
+    """maps.dense; FLAT where a vector of the map has as many elements as a byte has bits."""
+    return maps.dense(x, x.element_size() == 2, *lane_bytes)
+
+
 def moments(x: Tensor) -> Tensor:
-    x, plan = maps.dense(x)
+    x, plan = _dense(x, maps.LANE_BYTES, MOMENTS_LANE_BYTES)
     out = x.new_empty((plan.batch, 3, plan.channels), dtype=maps.accumulator(x.dtype))
     tables = {"means": maps.table(x, plan), "squares": maps.table(x, plan)}
     arguments = plan.arguments(x.dtype)
-    maps.launch(_moments, x, plan.programs, x=x, **tables, **arguments)
+    maps.launch(_moments, x, plan.programs, x=x, out=out, PLAIN=is_plain(plan, x.dtype), **tables, **arguments)
+    if plan.layout == FLAT.value:
+        return out
     block = min(128, maps.next_power_of_2(plan.channels))
     n_cblk = triton.cdiv(plan.channels, block)
-    unused = ("tiles", "BLOCK_C", "num_warps")
+    unused = ("tiles", "BLOCK_C", "LAYOUT", "num_warps")
     arguments = {k: v for k, v in arguments.items() if k not in unused} | {"BLOCK_K": block, "n_cblk": n_cblk}
-    maps.launch(
+    maps.launch_where(
+        plan.n_split > 1,
         _finish_moments,
         x,
         plan.batch * n_cblk,
-        x=x,
         out=out,
         BLOCK_ROWS=maps.ROWS_AT_ONCE,
         num_warps=1,
@@ -536,7 +606,7 @@ def norm_scale(
     post_activation: int,
     keep_bits: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, plan = maps.dense(x)
+    x, plan = _dense(x)
     y = torch.empty_like(x)
     return y, _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, keep_bits)
 
@@ -551,7 +621,7 @@ def norm_scale_into(
     post_activation: int,
     keep_bits: bool,
 ) -> Tensor:
-    x, plan = maps.dense(x)
+    x, plan = _dense(x)
     return _scale_into(y, x, plan, gate, norm, residual, activation, post_activation, keep_bits)
 
 
@@ -565,7 +635,7 @@ def norm_dots(
     activation: int,
     post_activation: int,
 ) -> tuple[Tensor, Tensor]:
-    x, plan = maps.dense(x, lane_bytes=16)  # with five sums an element: registers for more programs, not more elements
+    x, plan = _dense(x, 16)  # with five sums an element: registers for more programs, not more elements
     plan = plan if bits is None else _whole_bytes(plan)
     grad_residual = x.new_empty(0) if post_activation == _IDENTITY else torch.empty_like(x)
     grad, strides = maps.gradient(grad, x)
@@ -594,7 +664,7 @@ def norm_dots(
 def norm_gradients(
     grad: Tensor, x: Tensor, norm: Tensor, factors: Tensor, constants: Tensor, activation: int
 ) -> Tensor:
-    x, plan = maps.dense(x)
+    x, plan = _dense(x)
     grad_x = torch.empty_like(x)
     grad, strides = maps.gradient(grad, x)
     maps.launch(

@@ -122,11 +122,12 @@ def strided_tile_of(
 
 
 @triton.jit
-def store_sums(
-    out, values, c0, C, S, rows, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr
+def sums_of(
+    values, S, rows, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """The sums of a tile's values for each of its channels; of a FLAT tile's, values that do not exist may be any."""
-    c, exists, _, edge, _ = rows
+    """The sums of a tile's values for each of its channels, a power of two of them; of a FLAT tile's, values that do
+    not exist may be any."""
+    _, _, _, edge, _ = rows
     if edge is not None:
         first = tl.where(firsts(edge, VECTOR), values, 0.0)
         # The others, by bits: as quick as a second choice, and no predicate has to be kept for it.
@@ -134,13 +135,21 @@ def store_sums(
         other = (values.to(bits, bitcast=True) ^ first.to(bits, bitcast=True)).to(values.dtype, bitcast=True)
         sums = tl.join(tl.sum(first, axis=1), tl.sum(other, axis=1))
         parts, are_parts = flat_parts(sums, S, BLOCK_C, BLOCK_S, VECTOR)
-        _store_flat(out, tl.sum(tl.where(are_parts, parts, 0.0), axis=0), c0, C, BLOCK_C)
+        return tl.sum(tl.where(are_parts, parts, 0.0), axis=0)
     else:
-        tl.store(out + c, tl.sum(values, axis=1), mask=exists)
+        return tl.sum(values, axis=1)
 
 
 @triton.jit
-def _store_flat(out, numbers, c0, C, BLOCK_C: tl.constexpr):
+def store_sums(
+    out, values, c0, C, S, rows, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    store_channels(out, sums_of(values, S, rows, BLOCK_C, BLOCK_S, VECTOR), c0, C, BLOCK_C)
+
+
+@triton.jit
+def store_channels(out, numbers, c0, C, BLOCK_C: tl.constexpr):
+    """Numbers of a tile's channels."""
     k = tl.arange(0, numbers.shape[0])
     tl.store(out + c0 + k, numbers, mask=(k < BLOCK_C) & (c0 + k < C))
 
@@ -151,7 +160,7 @@ def store_maxima(
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Likewise the maxima and their places."""
-    c, exists, _, edge, _ = rows
+    _, _, _, edge, _ = rows
     if edge is not None:
         own = firsts(edge, VECTOR)
         nowhere: tl.constexpr = 0 if TIES == EVEN else NOWHERE
@@ -161,12 +170,12 @@ def store_maxima(
         peaks, are_parts = flat_parts(tl.join(from_order_key(key), from_order_key(key2)), S, BLOCK_C, BLOCK_S, VECTOR)
         places, _ = flat_parts(tl.join(where, where2), S, BLOCK_C, BLOCK_S, VECTOR)
         key, where = reduce_max(tl.where(are_parts, peaks, lowest), tl.where(are_parts, places, nowhere), 0, TIES)
-        _store_flat(best, from_order_key(key), c0, C, BLOCK_C)
-        _store_flat(place, where, c0, C, BLOCK_C)
+        store_channels(best, from_order_key(key), c0, C, BLOCK_C)
+        store_channels(place, where, c0, C, BLOCK_C)
     else:
         key, where = reduce_max(peak, found, 1, TIES)
-        tl.store(best + c, from_order_key(key), mask=exists)
-        tl.store(place + c, where, mask=exists)
+        store_channels(best, from_order_key(key), c0, C, BLOCK_C)
+        store_channels(place, where, c0, C, BLOCK_C)
 
 
 @triton.jit

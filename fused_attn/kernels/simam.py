@@ -14,8 +14,10 @@ from torch import Tensor
 
 from . import maps
 from .language import sigmoid, sum_rows
-from .maps import CHANNELS_LAST, SIZES, locate, strided_tile_at, tile_at
+from .maps import CHANNELS_LAST, FLAT, SIZES, firsts, flat_rows, flat_tile_at, locate, strided_tile_at, tile_at
 from .passes import inside
+
+PLAIN_SPACE = 4096  # positions
 
 
 @triton.jit
@@ -25,44 +27,122 @@ def _first_of(x, b, c, mask, C, S, LAYOUT: tl.constexpr, ACC: tl.constexpr):
     return tl.load(x + at, mask=mask & (S > 0), other=0.0).to(ACC)
 
 
+@triton.jit
+def _store_moments(means, squares, out, b, split, n_split, c, mask, C, pivot, mean, square):
+    """Into `out`, (B, 3, C), where it is given and space is not split; else a row of the tables, and the pivot where
+    `out` is given."""
+    row = (b * n_split + split) * C
+    if out is not None:
+        to = out + 3 * b * C + c
+        tl.store(to, pivot, mask=mask & (split == 0))
+        if n_split == 1:
+            tl.store(to + C, mean, mask=mask)
+            tl.store(to + 2 * C, square, mask=mask)
+        else:
+            tl.store(means + row + c, mean, mask=mask)
+            tl.store(squares + row + c, square, mask=mask)
+    else:
+        tl.store(means + row + c, mean, mask=mask)
+        tl.store(squares + row + c, square, mask=mask)
+
+
+@triton.jit
+def _flat_moments(
+    x, b, c0, C, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr
+):
+    """(pivot, mean of x - pivot, sum of squared distances from it) of the channels from c0 on, from a FLAT tile.
+
+    A vector's elements count for the channel in which it begins; those
+    before a channel's first vector are taken from the tile once more.
+    """
+    CHANNELS: tl.constexpr = triton.next_power_of_2(BLOCK_C)
+    VECTORS: tl.constexpr = triton.next_power_of_2(BLOCK_S // BLOCK_C // VECTOR + 1)
+    at, offsets, _ = flat_tile_at(b, c0, C, S, BLOCK_S, VECTOR)
+    x += at
+    k, exists, _, edge, position = flat_rows(0, C - c0, S, BLOCK_C, BLOCK_S, VECTOR)
+    value = tl.load(x + offsets, mask=exists[:, None], other=0.0)
+    of_channel = tl.arange(0, CHANNELS)
+    in_c = (of_channel < BLOCK_C) & (c0 + of_channel < C)
+    begin = tl.minimum(of_channel, BLOCK_C - 1) * S
+    pivot = tl.load(x + begin, mask=in_c, other=0.0).to(ACC)
+    pivots = tl.gather(pivot, tl.where(exists, k, 0), 0)
+    apart = tl.where(firsts(edge, VECTOR), value.to(ACC) - pivots[:, None], 0.0)
+    sums, squares = tl.sum(apart, axis=1), tl.sum(apart * apart, axis=1)
+    # A channel's vectors.
+    nth = ((begin + (VECTOR - 1)) // VECTOR)[None, :] + tl.arange(0, VECTORS)[:, None]
+    own = nth * VECTOR < (begin + S)[None, :]
+    index = tl.reshape(tl.where(own, nth, 0), (VECTORS * CHANNELS,))
+    total = tl.where(own, tl.reshape(tl.gather(sums, index, 0), (VECTORS, CHANNELS)), 0.0)
+    square = tl.where(own, tl.reshape(tl.gather(squares, index, 0), (VECTORS, CHANNELS)), 0.0)
+    # What lies before them.
+    i = tl.arange(0, VECTOR)[:, None]
+    own = i < (-begin & (VECTOR - 1))[None, :]
+    index = tl.reshape(begin[None, :] + i, (VECTOR * CHANNELS,))
+    head = tl.reshape(tl.gather(tl.reshape(value, (BLOCK_S,)), index, 0), (VECTOR, CHANNELS))
+    apart = tl.where(own, head.to(ACC) - pivot[None, :], 0.0)
+    mean = (tl.sum(total, axis=0) + tl.sum(apart, axis=0)) / S
+    square = tl.sum(square, axis=0) + tl.sum(apart * apart, axis=0)
+    return pivot, mean, square - mean * mean * S, c0 + of_channel, in_c
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _moments(
-    x, means, squares, c_q, s_q, n_cblk, n_split, blocks, tiles,
-    CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
+    x, means, squares, out, c_q, s_q, n_cblk, n_split, blocks, tiles,
+    PLAIN: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads x once; leaves of each split the mean of x - pivot and the sum of squared distances from it,
-    (B, n_split, C)."""
+    (B, n_split, C); where there is one split and `out` is given, with the pivot in (B, 3, C).
+
+    PLAIN: from the sums of x - pivot and of its square.
+    """
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
-    row = (b * n_split + split) * C
-    s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    # How many of the split's positions each lane has seen at the end.
-    positions = tl.maximum(tl.minimum(S - s0, blocks.to(tl.int64) * BLOCK_S), 0)
-    counts = ((positions - tl.arange(0, BLOCK_S) + (BLOCK_S - 1)) // BLOCK_S).to(ACC)[None, :]
-    for j in range(tiles):
-        c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        pivot = _first_of(x, b, c, in_c, C, S, LAYOUT, ACC)[:, None]
-        at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
-        first = s0  # position of the tile
-        seen = tl.full((), 0.0, ACC)
-        mean = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        square = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        for _ in range(blocks):  # Welford's update, lane by lane
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
-            value = tl.load(x + at + offsets, mask=mask, other=0.0).to(ACC) - pivot
-            seen += 1.0
-            distance = tl.where(mask, value - mean, 0.0)
-            mean += distance / seen
-            square += distance * (value - mean)
-            at += step
-            first += BLOCK_S
-        centre = tl.sum(mean * counts, axis=1) / positions.to(ACC)
-        apart = mean - centre[:, None]
-        tl.store(means + row + c, centre, mask=in_c)
-        tl.store(squares + row + c, tl.sum(square + apart * apart * counts, axis=1), mask=in_c)
+    if LAYOUT == FLAT:
+        VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+        pivot, mean, square, c, in_c = _flat_moments(x, b, cblk * BLOCK_C, C, S, BLOCK_C, BLOCK_S, VECTOR, ACC)
+        _store_moments(means, squares, out, b, split, n_split, c, in_c, C, pivot, mean, square)
+    else:
+        s0 = (split * blocks).to(tl.int64) * BLOCK_S
+        # How many of the split's positions each lane has seen at the end.
+        positions = tl.maximum(tl.minimum(S - s0, blocks.to(tl.int64) * BLOCK_S), 0)
+        counts = ((positions - tl.arange(0, BLOCK_S) + (BLOCK_S - 1)) // BLOCK_S).to(ACC)[None, :]
+        for j in range(tiles):
+            c0 = (cblk * tiles + j) * BLOCK_C
+            c = c0 + tl.arange(0, BLOCK_C)
+            in_c = c < C
+            pivot = _first_of(x, b, c, in_c, C, S, LAYOUT, ACC)
+            at, offsets, step = tile_at(b, c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S)
+            first = s0  # position of the tile
+            seen = tl.full((), 0.0, ACC)
+            mean = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+            square = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+            value = tl.load(x + at + offsets, mask=in_c[:, None] & inside(first, S, BLOCK_S)[None, :], other=0.0)
+            for i in range(blocks):  # where it is not PLAIN, Welford's update, lane by lane
+                mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+                in_next = in_c[:, None] & (inside(first + BLOCK_S, S, BLOCK_S) & (i + 1 < blocks))[None, :]
+                following = tl.load(x + at + step + offsets, mask=in_next, other=0.0)  # two tiles are in flight
+                apart = value.to(ACC) - pivot[:, None]
+                if PLAIN:
+                    apart = tl.where(mask, apart, 0.0)
+                    mean += apart
+                    square += apart * apart
+                else:
+                    seen += 1.0
+                    distance = tl.where(mask, apart - mean, 0.0)
+                    mean += distance * (1.0 / seen)
+                    square += distance * (apart - mean)
+                value = following
+                at += step
+                first += BLOCK_S
+            if PLAIN:
+                centre = tl.sum(mean, axis=1) / positions.to(ACC)
+                square = tl.sum(square, axis=1) - centre * centre * positions.to(ACC)
+            else:
+                centre = tl.sum(mean * counts, axis=1) / positions.to(ACC)
+                aside = mean - centre[:, None]
+                square = tl.sum(square + aside * aside * counts, axis=1)
+            _store_moments(means, squares, out, b, split, n_split, c, in_c, C, pivot, centre, square)
 
 
 @triton.jit
@@ -218,13 +298,20 @@ def _simam_spread(
     )  # fmt: skip
 
 
+def is_plain(plan: maps.Plan, dtype: torch.dtype) -> bool:
+    """Whether the squares of the distances from a channel's first element lose no digits that the map has: at worst,
+    where it differs from all others, one in as many as there are positions."""
+    return dtype.itemsize == 2 and plan.space <= PLAIN_SPACE
+
+
 def simam(x: Tensor, e_lambda: float) -> tuple[Tensor, Tensor]:
     x, plan = maps.dense(x)
     y = torch.empty_like(x)
     state = x.new_empty((plan.batch, 3, plan.channels), dtype=maps.accumulator(x.dtype))
     tables = {"means": maps.table(x, plan), "squares": maps.table(x, plan)}
     arguments = plan.arguments(x.dtype)
-    maps.launch(_moments, x, plan.programs, x=x, **tables, **arguments)
+    plain = is_plain(plan, x.dtype)
+    maps.launch(_moments, x, plan.programs, x=x, out=None, PLAIN=plain, **tables, **arguments)
     maps.launch(
         _simam,
         x,

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.machine_code import model, walk
+from benchmarks.machine_code import launch, model, walk
 
 COUNT, MAP, TABLE = 0x210, 0x218, 0x220  # where parameters lie
 
@@ -220,3 +220,12 @@ def test_the_tool(tmp_path):
         assert 0.05 < row["of copy"] <= 0.9
         assert row["loop"]["accesses for 16 bytes"] < 1.2 and row["loop"]["bytes of sectors a byte"] < 1.2
         assert row["kernel"] in done.stdout
+
+
+def test_a_map_of_which_little_is_read():
+    """Counts with the sectors that are asked for; one that is read whole, with its bytes."""
+    counts = walk.Counts()
+    counts.sectors["map", "load"] = 4
+    buffer = walk.Buffer("map", 0, 10_000, True)
+    assert launch.touched(buffer, counts, 10) == 10 * 4 * walk.SECTOR
+    assert launch.touched(buffer, counts, 100) == launch.touched(walk.Buffer("y", 0, 10_000, True), counts, 1) == 10_000

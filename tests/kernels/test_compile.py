@@ -31,6 +31,8 @@ SMALL_KERNELS = {
 KERNELS = MAP_KERNELS | SMALL_KERNELS
 #: Those that read rows of 98 bytes as one run.
 FLAT_KERNELS = {"_squeeze", "_scale", "_scale_backward", "_pool", "_gate", "_dot", "_spread"}
+#: Likewise in half precision.
+FLAT_OF_HALVES = {"_norm_scale", "_norm_dots", "_norm_gradients"}
 #: (capability, part of the kernels, parts)
 PARTS = [(capability, part, parts) for capability, parts in ((90, 8), (80, 2), (100, 2)) for part in range(parts)]
 
@@ -62,5 +64,6 @@ def test_every_kernel(capability, part, parts, variants):
     assert {f["kernel"] for f in aligned} == MAP_KERNELS & set(names)
     only_pools = ("_squeeze_backward", "_spread_space")  # where nothing but pools has a gradient they read no map
     flat = [f for f in found if "7, 7" in f["case"] and f["kernel"] in FLAT_KERNELS]
+    flat += [f for f in found if "7, 7" in f["case"] and f["kernel"] in FLAT_OF_HALVES and "bfloat16" in f["dtype"]]
     narrow = [f for f in aligned + flat if not f["loads of 16 bytes"] and f["kernel"] not in only_pools]
     assert not narrow, "a load of a map is narrow"

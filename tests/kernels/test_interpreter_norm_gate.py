@@ -10,6 +10,7 @@ import torch
 import fused_attn
 from fused_attn import functional
 from fused_attn.backends import unavailable
+from fused_attn.kernels import maps, norm_gate
 from tests.checks import LAYOUTS, in_layout, random
 from tests.ops import test_norm_gate as of_norm_gate
 from tests.ops.test_channel_gate import strided
@@ -40,6 +41,28 @@ def test_shapes(shape, layout):
 def test_dtypes(dtype, layout):
     x = in_layout(random(3, 10, 5, 7, dtype=dtype), layout)
     check(inputs_of(x, residual=True), activation="silu", post_activation="relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 88, 7, 7), (1, 8, 3, 5), (1, 4, 2, 17)], ids=str)
+def test_maps_that_are_read_as_one_run(shape, dtype):
+    """Rows that begin anywhere; of the first, two programs a sample. Gradients as x lies, and with other strides."""
+    assert maps.dense(torch.empty(shape, dtype=dtype), True)[1].layout == maps.FLAT.value
+    x = random(*shape, dtype=dtype)
+    check(inputs_of(x, residual=True), activation="silu", post_activation="relu")
+    check(inputs_of(x, residual=True), strided(random(*shape, seed=3, dtype=dtype))["channels_last"], activation="relu")
+    of_norm_gate.check_bits("triton", shape, dtype, "nchw")
+
+
+@pytest.mark.parametrize("shape", [(2, 88, 7, 7), (1, 3, 40, 41)], ids=str)
+def test_moments_of_half_precision(shape):
+    """To float64's, with means far from 0 and a first element far from them."""
+    x = (random(*shape).mul(8).round() + 1024).half()
+    x[:, 1].view(shape[0], -1)[:, 0] = 0
+    first, rest, square = norm_gate.moments(x).double().unbind(1)
+    variance, mean = torch.var_mean(x.double().flatten(2), 2, correction=0)
+    torch.testing.assert_close(first + rest, mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(square, variance * x[0, 0].numel(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -149,6 +149,26 @@ def test_norm_gate_with_residual_and_relu(traffic, layout):
     assert traffic.passes()[3] == ("_norm_scale", {"read x": 1, "read residual": 1, "write y": 1})
 
 
+def test_norm_gate_of_small_maps(traffic):
+    """As of larger ones, in half precision; and one launch less."""
+    shape = (2, 24, 7, 7)
+    traffic.elements = torch.Size(shape).numel()
+    x, residual = (random(*shape, seed=i, dtype=torch.bfloat16).requires_grad_() for i in range(2))
+    y = functional.norm_gate(x, training=True, excitation=torch.sigmoid, residual=residual, post_activation="relu")
+    (moments, counted), coefficients, (scale, of_scale) = traffic.passes()
+    assert (moments, coefficients, scale) == ("_moments", ("_norm_coefficients", {}), "_norm_scale")
+    assert counted == pytest.approx({"read x": 1 + 1 / 49})
+    bits = 7 / 49 / 4  # seven bytes a channel
+    whole = {"read x": 1, "read residual": 1, "write y": 1, "write bits": bits}
+    assert of_scale == pytest.approx(whole)
+    traffic.launches.clear()
+    y.backward(random(*shape, seed=2, dtype=torch.bfloat16))
+    (dots, counted), factors, gradients = traffic.passes()
+    assert dots == "_norm_dots" and factors == ("_norm_factors", {})
+    assert counted == pytest.approx({"read grad": 1, "read x": 1, "read bits": bits, "write grad_residual": 1})
+    assert gradients == ("_norm_gradients", {"read grad": 1, "read x": 1, "write grad_x": 1})
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norm_gate_with_an_activation_before(traffic, layout):
     """The middle of an EfficientNet: 4 passes forward, 5 backward."""
