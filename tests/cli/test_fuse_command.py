@@ -46,9 +46,7 @@ def file(tmp_path):
 def test_the_table_and_the_exit_code(file):
     done = CliRunner().invoke(main, ["fuse", f"{file}:net"])
     assert done.exit_code == 0, done.output
-    assert (
-        "SqueezeExcite(16 -> 4" in done.output and "prints" in done.output and "2 of 3 blocks run fused" in done.output
-    )
+    assert "SqueezeExcite(16" in done.output and "prints" in done.output and "2 of 3 blocks run fused" in done.output
     assert "here" not in done.output and "functional.channel_gate" not in done.output
 
 

@@ -38,8 +38,8 @@ from tests.fusion.counting import FusedOperators
 X = random(2, 8, 6, 5, dtype=torch.float64)
 
 
-def results(module: nn.Module, training: bool, x: Tensor = X) -> list[Tensor | None]:
-    """Of a copy of its tensors: value, gradients (None where they are zero) and buffers afterwards."""
+def results(module: nn.Module, training: bool, x: Tensor = X) -> list[Tensor]:
+    """Of a copy of its tensors: value, gradients (zero where there is none) and buffers afterwards."""
     before = [b.clone() for b in module.buffers()]
     x = x.clone().requires_grad_()
     y = module.train(training)(x)
@@ -49,7 +49,8 @@ def results(module: nn.Module, training: bool, x: Tensor = X) -> list[Tensor | N
     after = [b.clone() for b in module.buffers()]
     for buffer, value in zip(module.buffers(), before, strict=True):
         buffer.data.copy_(value)
-    return [y.detach(), *(g if g is not None and g.any() else None for g in grads), *after]
+    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+    return [y.detach(), *grads, *after]
 
 
 def found(module: nn.Module) -> list[Any]:

@@ -26,7 +26,7 @@ from ...backends import is_small
 from ..reading.check import Run, random_tensor, randomised
 from ..reading.context import OnOneDevice
 from ..reading.reads import Reads, Unstored, asks_for_its_class, is_torch, multiplies_itself, reads_of
-from ..reading.recognise import channel_guesses, once, ranks_of
+from ..reading.recognise import channel_guesses, has_a_gate, once, ranks_of
 from ..reading.rewritten import FEW
 from ..reading.twin import NoTwin
 from ..recipes.names import host_of
@@ -52,7 +52,7 @@ def gate_with_weights(block: nn.Module) -> OwnLayers | None:
         read = reads_of(block, most=sys.maxsize)
     except Exception:  # somebody's module in a way that was not thought of is left alone
         return None
-    if read.remark is not None:
+    if read.remark is not None or not has_a_gate(block, read):
         return None
     return once(_known, block, read, lambda: _without_stores(block, names, read), failed=None, changed=lambda: None)
 

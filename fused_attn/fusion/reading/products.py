@@ -364,7 +364,8 @@ def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
             yield [shape, (_BATCH, 1, *space[:rank])]
         if rank < 3 and count == 1:
             yield [(_BATCH, *space[:rank], channels)]
-    if count == 1 and sum(1 for _ in block.modules()) <= _FEW_PARTS:  # that takes maps of one height or width only
+    few = sum(1 for _ in block.modules()) <= _FEW_PARTS
+    if count == 1 and few and taken_apart(forward) is None:  # that takes maps of one height or width only
         for rank, axis, size, channels in itertools.product(ranks_of(block), (0, 1), guesses, guesses):
             if rank > 1:
                 sizes = (size if i == axis else n for i, n in enumerate(_SPACES[0][:rank]))

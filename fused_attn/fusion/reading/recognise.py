@@ -198,7 +198,7 @@ def examine(block: nn.Module, read: Reads) -> Outcome:
             first_reason = Outcome(None, reason, channels, rank)
     if first_reason is not None or rectangles:
         return first_reason or Outcome()
-    return _along_an_axis(block) or _square_only(block)
+    return (_along_an_axis(block) if has_a_gate(block, read) else None) or _square_only(block)
 
 
 def _along_an_axis(block: nn.Module) -> Outcome | None:
@@ -258,6 +258,12 @@ def _may_be_gate(block: nn.Module, read: Reads) -> bool:
     named = read.names | {type(part).__name__ for part in parts}
     gates = _SELECTING if wide else _GATE_NAMES
     return len(wide) < 5 and any(n in named for n in _POOLS) and any(n in named for n in gates)
+
+
+def has_a_gate(block: nn.Module, read: Reads) -> bool:
+    """Whether its layers and what its code names have a function of gates, which a softmax is not."""
+    named = read.names | {type(part).__name__ for part in block.modules()}
+    return any(n in named for n in _GATE_NAMES if n not in _SELECTING)
 
 
 def names_a_gate(block: nn.Module, read: Reads) -> bool:
