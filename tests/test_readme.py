@@ -169,7 +169,6 @@ THEIR_ERRORS = {
     "undefined symbol",
     "operator torchvision::nms does not exist",
     "Could not find schema for fused_attn::",
-    "torch.jit.script",
 }
 
 
