@@ -31,7 +31,7 @@ from ..reading.find import scale_of
 from ..reading.followed import Followed, follow, is_whole
 from ..reading.match import Match, reached, unify
 from ..reading.region import Region, is_number, region
-from ..reading.spans import is_bounded, kind_of_gate
+from ..reading.spans import MOST_NODES, is_bounded, kind_of_gate
 from ..reading.templates import Template
 from ..reading.trial import Trial
 from . import calls
@@ -52,9 +52,6 @@ _OPS: dict[Callable, str] = {
 
 _PRODUCTS: set[Any] = {torch.mul, torch.multiply, operator.mul, operator.imul, "mul", "mul_", "multiply"}
 _PRODUCTS |= {torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor}
-#: Nodes from a map to its gate, up to which it is looked at.
-_MOST_NODES = 60
-
 _ADDS = {torch.add, operator.add, operator.iadd, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
@@ -348,7 +345,7 @@ def _private(seen: Followed, last: fx.Node, x: fx.Node) -> Region | None:
             waiting |= set(node.all_input_nodes) - stops - inside
         else:
             stops.add(node)
-        if len(inside) > _MOST_NODES:
+        if len(inside) > MOST_NODES:
             return None
     block = region(seen, last, stops)
     return block if block is not None and set(block.nodes) == block.gone else None

@@ -32,7 +32,18 @@ from ..reading.products import products_left
 from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of
 from ..reading.recognise import UNKNOWN, has_own_forward, is_of_somebody, names_a_gate, once, outcome_of
 from ..reading.rewritten import check_rewritten
-from ..reading.spans import Pool, Span, is_bounded, is_size, kind_of_gate, outcome_of_span, pool_of, strip_of, values_in
+from ..reading.spans import (
+    MOST_NODES,
+    Pool,
+    Span,
+    is_bounded,
+    is_size,
+    kind_of_gate,
+    outcome_of_span,
+    pool_of,
+    strip_of,
+    values_in,
+)
 from ..reading.trace import (
     IN_PLACE,
     Option,
@@ -512,7 +523,7 @@ class _Rewriter:
             node = waiting.pop()
             if node is x or node in found:
                 continue
-            if node.op == "placeholder" or len(found) > _MOST_NODES:
+            if node.op == "placeholder" or len(found) > MOST_NODES:
                 return None
             found.add(node)
             waiting += () if is_size(node) else node.all_input_nodes
@@ -782,8 +793,6 @@ class _Rewriter:
         return _Region(name, functions, tuple(gone), 4, False)
 
 
-#: Nodes from a map to its gate, up to which it is looked at.
-_MOST_NODES = 60
 _POOLS: set[Any] = {
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...backends import is_small
 from ..reading.check import Run, random_tensor, randomised
 from ..reading.context import OnOneDevice
+from ..reading.layers import calls_itself
 from ..reading.reads import Reads, Unstored, asks_for_its_class, is_torch, multiplies_itself, reads_of
 from ..reading.recognise import channel_guesses, has_a_gate, once, ranks_of
 from ..reading.rewritten import FEW
@@ -44,7 +45,7 @@ def gate_with_weights(block: nn.Module) -> OwnLayers | None:
     names = _names(block)
     if names is None or asks_for_its_class(host_of(type(block))):
         return None
-    if any(host_of(type(part)).__call__ is not nn.Module.__call__ for part in block.modules()):
+    if any(map(calls_itself, block.modules())):
         return None
     if sum(p.numel() for p in block.parameters()) > FEW:
         return None

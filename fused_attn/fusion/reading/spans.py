@@ -110,6 +110,10 @@ def values_in(span: Span) -> Iterator[tuple[int, dict[fx.Node, Value]]]:
             yield rank, {n: calls[f"marks.{i}"] for i, n in enumerate(span.copies) if f"marks.{i}" in calls}
 
 
+#: Nodes from a map to its gate, up to which it is looked at.
+MOST_NODES = 60
+
+
 class Pool(NamedTuple):
     """A pool of the map, over all positions, over the channels, or of a map (B, C, H, W) over one axis: the means of
     its rows or of its columns. arrange: from what is left, in the order of the map's axes, to the pool as the code has
