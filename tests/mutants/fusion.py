@@ -306,7 +306,7 @@ MUTANTS = [
     Mutant(
         name="open-option-written-down-without-a-guard",
         file="fused_attn/fusion/changing/graphs.py",
-        old="    for node in block.sizes:\n"
+        old="    for node in () if places else block.sizes:\n"
         '        known = node.meta.get("example_value")\n'
         "        if isinstance(known, torch.SymFloat):\n"
         "            float(known)  # an option that is now written into the graph: another one compiles anew\n",
