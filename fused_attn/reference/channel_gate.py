@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -77,12 +78,14 @@ def gate_alone(
     ties: str,
     gate: str,
 ) -> Tensor:
-    """(B, C, *spatial) to the (B, C) gate. squeeze: as `reference.squeeze`; logits_of: from descriptors to logits."""
+    """(B, C, *spatial) to the (B, C) gate. squeeze: as `reference.squeeze`; logits_of: from descriptors to logits,
+    each row by itself."""
     pooled = squeeze(x, "avgmax" if pool == "both" else pool, ties=ties)
     if isinstance(pooled, Tensor):
         logits = logits_of(pooled)
-    elif pool == "both":
-        logits = logits_of(pooled[0]) + logits_of(pooled[1])
+    elif pool == "both":  # rows do not see each other: one product a layer for both
+        of_both = logits_of(torch.cat(pooled))
+        logits = of_both[: x.shape[0]] + of_both[x.shape[0] :]
     else:
         logits = logits_of(0.5 * pooled[0] + 0.5 * pooled[1])
     return FUNCTIONS[gate](logits)

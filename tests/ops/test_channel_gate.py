@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_attn import functional, reference
 from fused_attn.codes import ACTIVATIONS
+from fused_attn.reference.channel_gate import gate_alone
 from tests.checks import LAYOUTS, assert_equivalent, gradcheck, in_layout, random, run
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -434,3 +435,17 @@ def test_opcheck(kind, options):
             BACKWARD[backend],
             (x, values, y if codes[-1] else None, state, index, *parameters, None, None, None, *codes),
         )
+
+
+def test_both_pools_have_one_product_a_layer():
+    """Small products cost their calls, in a network's compiled code as much as a pass over a map in cache."""
+    x, weight = random(2, 6, 5, 4, dtype=torch.float64), random(6, 6, dtype=torch.float64)
+    rows: list[int] = []
+
+    def logits_of(descriptor: Tensor) -> Tensor:
+        rows.append(descriptor.shape[0])
+        return descriptor @ weight
+
+    gate = gate_alone(x, functional.squeeze, logits_of, pool="both", ties="first", gate="sigmoid")
+    assert rows == [4]
+    torch.testing.assert_close(gate, torch.sigmoid(x.mean((2, 3)) @ weight + x.amax((2, 3)) @ weight))
