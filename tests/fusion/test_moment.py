@@ -12,6 +12,7 @@ import pstats
 import random as python_random
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -405,3 +406,40 @@ def test_fused_in_a_thread_used_in_another():
 
     run_all(train, train)
     torch.testing.assert_close(model(X), original(X), rtol=1e-9, atol=1e-9)
+
+
+class Warns(block_class()):
+    """`dropout2d` warns where its input is no map."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout2d(0.1)
+
+    def forward(self, x):
+        gate = self.fc(F.adaptive_avg_pool2d(x, 1)).flatten(1)
+        return x * self.dropout(gate)[:, :, None, None]
+
+
+class OfTwo(nn.Module):
+    """Takes two maps in a dictionary, which every trial with one map finds out by an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.block = nn.Conv2d(8, 8, 1), block_class()()
+
+    def forward(self, maps):
+        return self.low(maps["low"]) + self.block(maps["high"])
+
+
+@pytest.mark.parametrize("action", ["error", "always"])
+def test_warnings_of_what_is_tried(action):
+    """They are nobody's, whether they are errors or not; filters are as they were."""
+    model = nn.ModuleList([Warns(), OfTwo()]).double()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter(action)
+        before = list(warnings.filters)
+        fused = fuse(copy.deepcopy(model))
+        count = said_to_run_fused(fused)
+        assert list(warnings.filters) == before
+    assert not said
+    assert count == 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,7 +22,9 @@ _inside = threading.local()
 
 def in_its_own_context(function: Callable[[], T]) -> T:
     """What a function returns or raises, run with gradients, without inference mode, autocast, default device, profiler
-    or any other of the modes that torch and Python keep by thread, and by no backend that was asked for."""
+    or any other of the modes that torch and Python keep by thread, by no backend that was asked for, and without
+    warnings: somebody's code would warn of maps that nobody but recognition gives it, or raise where warnings are
+    errors."""
     if getattr(_inside, "already", False):
         return function()
     with ThreadPoolExecutor(1) as pool:
@@ -28,11 +33,42 @@ def in_its_own_context(function: Callable[[], T]) -> T:
 
 def _inner(function: Callable[[], T]) -> T:
     _inside.already = True
-    with unforced():
+    with unforced(), _without_warnings():
         try:
             return function()
         except SystemExit as error:  # of somebody's code on a map that it does not take; the program goes on
             raise RuntimeError("it exits") from error
+
+
+_counting = threading.Lock()
+_silent: list[warnings.catch_warnings] = []  # one entry a thread that is inside; the first holds the filters of before
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """None but the library's own. Filters are the process's, or the thread's where Python is so built."""
+    if getattr(sys.flags, "context_aware_warnings", False):
+        with warnings.catch_warnings():
+            _ignore()
+            yield
+        return
+    with _counting:
+        _silent.append(warnings.catch_warnings())
+        if len(_silent) == 1:
+            _silent[0].__enter__()
+            _ignore()
+    try:
+        yield
+    finally:
+        with _counting:
+            if len(_silent) == 1:
+                _silent[0].__exit__(None, None, None)
+            _silent.pop()
+
+
+def _ignore() -> None:
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", message="fused_attn: ")
 
 
 class OnOneDevice(TorchFunctionMode):
