@@ -45,11 +45,12 @@ def install(folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("benchmarks.hosts", description=__doc__.splitlines()[0])
-    parser.add_argument("--environment", type=Path, default=None, help="a folder to keep; default: a temporary one")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--environment", type=Path, default=None, help="a folder to keep; default: a temporary one")
+    parser = argparse.ArgumentParser("benchmarks.hosts", description=__doc__.splitlines()[0], parents=[own])
     add_options(parser)
-    given, _ = parser.parse_known_args(arguments)
-    rest = sys.argv[1:] if arguments is None else arguments
+    parser.parse_args(arguments)  # what it does not know is said before anything is installed
+    given, rest = own.parse_known_args(arguments)
     with contextlib.ExitStack() as stack:
         folder = given.environment or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         python = install(folder.resolve())

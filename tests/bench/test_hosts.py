@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
+from benchmarks.hosts import __main__ as command
 from benchmarks.hosts import run
 from benchmarks.hosts.measure import measure
 from benchmarks.hosts.products import products_of
@@ -114,3 +118,21 @@ def test_text_of_a_row():
         {"n": row, "f": {"failed": ""}}
     )
     assert "float64: x; b is called fused" in page({"n": row})
+
+
+@pytest.mark.parametrize("option", [["--environment", "kept"], ["--environment=kept"]])
+def test_options_of_the_environments_own_command(option, monkeypatch, tmp_path):
+    """It gets all but `--environment`; what it does not know is said before anything is installed."""
+    folders: list[Path] = []
+
+    def install(folder: Path) -> Path:
+        folders.append(folder)
+        return Path(sys.executable)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "install", install)
+    assert command.main([*option, "--only", "no network of this name", "--json", str(tmp_path / "rows.json")]) == 0
+    assert folders == [tmp_path / "kept"]
+    with pytest.raises(SystemExit):
+        command.main([*option, "--onyl", "x"])
+    assert len(folders) == 1
