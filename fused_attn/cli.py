@@ -26,7 +26,7 @@ import torch
 
 from . import __version__, demo, info, verify, viz
 from .backends import LIBRARY_ERROR, forced
-from .bench import blocks, calls, memory, models
+from .bench import blocks, calls, memory, models, traffic
 from .bench.measure import Figure, copy_bandwidth, environment, geometric_means, keep_freed_memory
 from .fusion import explain, fuse
 from .fusion.difference import differences
@@ -282,6 +282,9 @@ MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default
     click.option("--tails/--no-tails", "with_tails", default=True, help="Networks with tails=True too. Default: yes."),
     click.option("--memory", "with_memory", is_flag=True, help="What a training step of the networks keeps, in bytes."),
     click.option("--memory-budget", type=click.FloatRange(0.01), default=None, metavar="GIB", help=MEMORY_BUDGET),
+    click.option(
+        "--traffic", "with_traffic", is_flag=True, help="What a step of compiled networks reads and writes, in bytes."
+    ),
     click.option("--compile/--no-compile", "with_compile", default=True, help="torch.compile too. Default: yes."),
     click.option("--budget", type=click.FloatRange(0.01), default=2.0, help="Seconds a comparison. Default: 2."),
     click.option("--keep-memory", is_flag=True, help="Have the C allocator keep freed maps, as jemalloc does."),
@@ -304,6 +307,7 @@ def bench_command(
     with_tails: bool,
     with_memory: bool,
     memory_budget: float | None,
+    with_traffic: bool,
     with_compile: bool,
     budget: float,
     keep_memory: bool,
@@ -318,7 +322,7 @@ def bench_command(
         need("matplotlib")
     if quick:
         budget, shapes, model_inputs = 0.05, "4x32x14x14,2x16x28x28", "2x3x64x64"
-        pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models or with_memory else ())
+        pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models or with_memory or with_traffic else ())
     names = [name for name in ops.split(",") if name]
     for name in names:
         if name not in blocks.BLOCKS:
@@ -339,7 +343,7 @@ def bench_command(
         facts["copy bytes a second"] = copy = copy_bandwidth(place, 1 << (22 if quick else 28))
         jobs = sum(len(of_block) + 1 for of_block in sizes.values()) * with_blocks
         cases = list(itertools.product(split, input_sizes))
-        jobs += len(cases) * (with_models + with_memory) + len(calls.NAMES) * with_calls
+        jobs += len(cases) * (with_models + with_memory + with_traffic) + len(calls.NAMES) * with_calls
         with progress(jobs) as advance:
             if with_blocks:
                 for name in names:
@@ -385,6 +389,18 @@ def bench_command(
                             attention, plain, input_size, layout, place, with_tails=with_tails, budget_bytes=limit
                         )
                     )
+            if with_traffic:
+                for (attention, plain), input_size in cases:
+                    advance(f"{attention}, traffic")
+                    figures += traffic.measure_traffic(
+                        attention,
+                        plain,
+                        input_size,
+                        layout,
+                        place,
+                        dtype=DTYPES[dtype],
+                        passes=passes or tuple(models.PASSES),
+                    )
         complete = True
     except (UnknownModel, ValueError) as error:
         raise UserError(str(error)) from None
@@ -414,6 +430,7 @@ def show_figures(figures: list[Figure], facts: dict[str, Any]) -> None:
     show_calls([f for f in figures if "call" in f.case])
     show_taxes([f for f in figures if "attention tax" in f.facts])
     show_memory([f for f in figures if "kept bytes" in f.facts])
+    show_traffic([f for f in figures if "compiled bytes" in f.facts])
 
 
 def show_calls(figures: list[Figure]) -> None:
@@ -505,6 +522,26 @@ def show_memory(figures: list[Figure]) -> None:
         if rows:
             how = found[0][0].facts["largest batch is"] if fact == "largest batch" else ""
             table(f"{title}{how and f', {how}'}", ["", *names], rows)
+
+
+def show_traffic(figures: list[Figure]) -> None:
+    rows = []
+    for f in figures:
+        of: dict[str, int] = f.facts["compiled bytes"]  # type: ignore[assignment]
+        base = of["backbone, compile"]
+        more = [of[name] / base - 1 for name in ("compile", "fused, compile", "backend, compile")]
+        rows.append(
+            [
+                f"{f.case['model']} over {f.case['backbone']}",
+                "x".join(map(str, f.case["shape"])),
+                str(f.case["pass"]),
+                f"{base / 2**20:.0f}",
+                *(f"{100 * n:+.1f} %" for n in more),
+            ]
+        )
+    if rows:
+        columns = ["", "input", "pass", "backbone, MiB", "compile", "fused + compile", "backend + compile"]
+        table("what a compiled step reads and writes, and how much more with attention", columns, rows)
 
 
 def plot_ratios(figures: list[Figure], path: Path) -> None:
