@@ -39,9 +39,10 @@ def console_writes_where_click_looks(monkeypatch):
     monkeypatch.setattr(cli.console, "_file", None)
 
 
-@pytest.mark.parametrize("command", ["demo", "verify", "bench", "qualify", "attention", "info"])
+@pytest.mark.parametrize("command", ["demo", "verify", "bench", "fuse", "qualify", "attention", "info"])
 def test_help(command):
     assert "--help" in run(command, "--help")
+    assert "..." not in run("--help").partition("Commands:")[2]  # each in a line of its own, whole
 
 
 def test_info(monkeypatch):
@@ -117,6 +118,13 @@ def test_a_table_that_is_too_wide(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "CBAM   1.234 ±3%" in out and name in out
     assert set(why.split()) <= set(out.split()) and "some words that go on" not in out
+
+
+def test_a_sentence_that_starts_with_a_number_is_no_figure(monkeypatch, capsys):
+    monkeypatch.setattr(cli.console, "_width", 40)
+    why = "1.0 to 8.3 times as fast as plain PyTorch: se, eca"
+    cli.table("", ["class", "why"], [["SEModule", why], ["ECA", why]])
+    assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 40
 
 
 def test_a_pipe_is_as_wide_as_a_terminal():
