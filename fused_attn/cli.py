@@ -80,7 +80,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for column, cells in zip(columns, zip(*rows, strict=True), strict=True) if rows else ():
         # "2 times as fast as ..." is a sentence.
         figures = all(re.match(r"[-+]?\d(?!.*[a-z] [a-z]+ )|-$|$", cell) for cell in cells)
-        longest = max(len(word) for cell in (column, *cells) for word in (cell.split() or [""]))
+        whole = [*column.split(), *(cells if figures else " ".join(cells).split()), ""]
+        longest = max(map(len, whole))
         shown.add_column(column, min_width=longest, no_wrap=figures, justify="right" if figures else "left")
     for row in rows:
         shown.add_row(*map(Text, row))
@@ -263,6 +264,7 @@ def installed_models() -> list[str]:
 
 
 INPUTS = "Inputs of the networks, BxCxHxW[,BxCxHxW...]; with a --dtype, under autocast. Default: 8x3x224x224."
+WITH_COMPILE = "torch.compile too. Default: yes; with --quick not of networks, which takes minutes."
 MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default: it is left out."
 
 
@@ -283,7 +285,7 @@ MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default
     click.option("--tails/--no-tails", "with_tails", default=True, help="Networks with tails=True too. Default: yes."),
     click.option("--memory", "with_memory", is_flag=True, help="What a training step of the networks keeps, in bytes."),
     click.option("--memory-budget", type=click.FloatRange(0.01), default=None, metavar="GIB", help=MEMORY_BUDGET),
-    click.option("--compile/--no-compile", "with_compile", default=True, help="torch.compile too. Default: yes."),
+    click.option("--compile/--no-compile", "with_compile", default=None, help=WITH_COMPILE),
     click.option("--budget", type=click.FloatRange(0.01), default=2.0, help="Seconds a comparison. Default: 2."),
     click.option("--keep-memory", is_flag=True, help="Have the C allocator keep freed maps, as jemalloc does."),
     click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), default=None),
@@ -305,7 +307,7 @@ def bench_command(
     with_tails: bool,
     with_memory: bool,
     memory_budget: float | None,
-    with_compile: bool,
+    with_compile: bool | None,
     budget: float,
     keep_memory: bool,
     json_path: Path | None,
@@ -320,6 +322,7 @@ def bench_command(
     if quick:
         budget, shapes, model_inputs = 0.05, "4x32x14x14,2x16x28x28", "2x3x64x64"
         pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models or with_memory else ())
+    compile_networks = not quick if with_compile is None else with_compile
     names = [name for name in ops.split(",") if name]
     for name in names:
         if name not in blocks.BLOCKS:
@@ -352,7 +355,7 @@ def bench_command(
                             DTYPES[dtype],
                             layout,
                             place,
-                            with_compile=with_compile,
+                            with_compile=with_compile is not False,
                             budget=budget,
                             copy_bytes_per_second=copy,
                         )
@@ -371,7 +374,7 @@ def bench_command(
                         input_size,
                         layout,
                         place,
-                        with_compile=with_compile,
+                        with_compile=compile_networks,
                         with_tails=with_tails,
                         budget=5 * budget,
                         dtype=DTYPES[dtype],
