@@ -14,7 +14,8 @@ Environment:
     FUSED_ATTN_NATIVE     0: leave the native library out
     FUSED_ATTN_CUDA       auto (default): build csrc/cuda if nvcc can; 0: do not; 1: fail if it cannot
     FUSED_ATTN_PORTABLE   1: need no newer C and C++ libraries than manylinux_2_28 has, wherever it is built
-    TORCH_CUDA_ARCH_LIST  default "8.0;9.0a;10.0;12.0" and PTX for newer cards, as far as nvcc knows them
+    TORCH_CUDA_ARCH_LIST  default: this machine's GPUs; without one, and with "all": 8.0, 9.0a, 10.0, 12.0, as far as
+                          nvcc knows them. PTX for newer ones either way
     MAX_JOBS              compilers at a time; default: one a core, while there are 2 GiB of memory for each
 """
 
@@ -48,8 +49,8 @@ TORCH_TARGET = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Icsrc"]
 CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# The kernels use nothing beyond compute_90, so that 9.0a and newer are assembled from the same PTX: compilations less.
-PTX_OF = {"8.0": "80", "9.0a": "90", "10.0": "90", "12.0": "90"}
+# What wheels are for: a library for 8.0 serves 8.6 and 8.9, too.
+ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0")
 
 
 class Unavailable(Exception):
@@ -117,29 +118,45 @@ def find_nvcc() -> tuple[Path, str]:
     return nvcc, re.search(r"release [\d.]+, V([\d.]+)", output_of([str(nvcc), "--version"])).group(1)
 
 
+def cards() -> list[str]:
+    """Compute capabilities of this machine's GPUs, oldest first, as its driver says; none where there is no driver."""
+    try:
+        printed = output_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    except Unavailable:
+        return []
+    return sorted(set(re.findall(r"^\d+\.\d$", printed, re.MULTILINE)), key=float)
+
+
 def cuda_architectures(nvcc: Path) -> tuple[list[str], list[str]]:
-    """TORCH_CUDA_ARCH_LIST, or ours as far as this nvcc knows them; and nvcc's options for them."""
+    """TORCH_CUDA_ARCH_LIST, this machine's GPUs, or those of wheels as far as nvcc knows them; and nvcc's options."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
-    if asked:
+    if asked and asked != "all":
         names = re.split(r"[;,\s]+", asked)
-        return names, [option for name in names for option in gencode(name)]
+        return names, list(dict.fromkeys(option for name in names for option in gencode(name)))
+    there = [] if asked else cards()
+    wanted = [name for name in there if float(name) >= float(ARCHITECTURES[0])]
+    if there and not wanted:
+        raise Unavailable(f"this machine's GPU has compute capability {there[-1]}; {ARCHITECTURES[0]} is needed")
     known = set(output_of([str(nvcc), "--list-gpu-code"]).split())
-    names = [name for name in PTX_OF if "sm_" + re.sub(r"\D", "", name) in known]
+    names = [name for name in wanted or ARCHITECTURES if "sm_" + re.sub(r"\D", "", name) in known]
+    # A GPU that nvcc does not know runs the newest PTX that it does.
+    names = names or [name for name in ARCHITECTURES if "sm_" + re.sub(r"\D", "", name) in known][-1:]
     if not names:
-        raise Unavailable(f"nvcc knows none of {', '.join(PTX_OF)}")
-    options = [option for name in names for option in gencode(name, PTX_OF[name])]
-    newest = PTX_OF[names[-1]]
-    return [*names[:-1], names[-1] + "+PTX"], [*options, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+        raise Unavailable(f"nvcc knows none of {', '.join(ARCHITECTURES)}")
+    names[-1] += "+PTX"
+    return names, [option for name in names for option in gencode(name)]
 
 
-def gencode(architecture: str, ptx: str | None = None) -> list[str]:
-    """nvcc's options for one entry such as 8.0, 9.0a or 10.0+PTX, assembled from its own PTX or that of `ptx`."""
+def gencode(architecture: str) -> list[str]:
+    """nvcc's options for one entry such as 8.0, 9.0a or 10.0+PTX."""
     match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
     if match is None:
         raise Unavailable(f"TORCH_CUDA_ARCH_LIST: {architecture!r} is not of the form 8.0, 9.0a or 10.0+PTX")
-    name = "".join(match.group(1, 2, 3))
-    codes = [f"sm_{name}"] + ([f"compute_{name}"] if match[4] else [])
-    return [f"-gencode=arch=compute_{ptx or name},code={code}" for code in codes]
+    # The kernels use nothing beyond compute_90 and, before it, compute_80: what is newer is assembled from their PTX,
+    # so that nvcc compiles once or twice, however many architectures there are.
+    ptx = "90" if int(match[1]) >= 9 else "80" if int(match[1]) == 8 else match[1] + match[2]
+    codes = ["sm_" + "".join(match.group(1, 2, 3))] + ([f"compute_{ptx}"] if match[4] else [])
+    return [f"-gencode=arch=compute_{ptx},code={code}" for code in codes]
 
 
 def cuda_runtime(nvcc: Path) -> Path:
@@ -188,7 +205,7 @@ def ninja_file(torch: Path, compiler: list[str], cuda: dict | None) -> str:
         names = dict.fromkeys(re.findall(r"\b__wrap_(\w+)", sources[-1].read_text()))
         link += [f"-Wl,--wrap={name}" for name in names]
     if cuda:
-        options = [f"--threads={min(2, jobs())}"]  # architectures at a time
+        options = [f"--threads={max(1, min(4, jobs() // 3))}"]  # architectures at a time, of each of three sources
         options += cuda["gencode"]
         host = [f"-ccbin={compiler[0]}"] if os.environ.get("CXX") else []
         lines += [

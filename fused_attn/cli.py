@@ -78,8 +78,10 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console.print(Text(title, style="bold"), soft_wrap=True)
     shown = Table(box=None, show_header=any(columns), header_style="underline", pad_edge=False, padding=(0, 2, 0, 0))
     for column, cells in zip(columns, zip(*rows, strict=True), strict=True) if rows else ():
-        figures = all(re.match(r"[-+]?\d|-$|$", cell) for cell in cells)
-        longest = max(len(word) for cell in (column, *cells) for word in (cell.split() or [""]))
+        # "2 times as fast as ..." is a sentence.
+        figures = all(re.match(r"[-+]?\d(?!.*[a-z] [a-z]+ )|-$|$", cell) for cell in cells)
+        whole = [*column.split(), *(cells if figures else " ".join(cells).split()), ""]
+        longest = max(map(len, whole))
         shown.add_column(column, min_width=longest, no_wrap=figures, justify="right" if figures else "left")
     for row in rows:
         shown.add_row(*map(Text, row))
@@ -135,7 +137,7 @@ def main() -> None:
     """The attention blocks of convolutional networks, fused: see it, check it, measure it."""
 
 
-@main.command("demo")
+@main.command("demo", short_help="Train a network, its blocks original and fused.")
 @click.option("--quick", is_flag=True, help="A few steps only: does it run.")
 @click.option(
     "--steps", type=click.IntRange(1), default=None, help="Training steps. Default: 120, in about 20 seconds."
@@ -185,7 +187,7 @@ def demo_command(quick: bool, steps: int | None, out: Path, weights: Path | None
         console.print(f"weights: {weights}")
 
 
-@main.command("verify")
+@main.command("verify", short_help="Is fused the same function as the original?")
 @options(
     click.option(
         "--model", "names", multiple=True, help="timm:NAME, torchvision:NAME, module:factory, file.py:factory"
@@ -262,10 +264,11 @@ def installed_models() -> list[str]:
 
 
 INPUTS = "Inputs of the networks, BxCxHxW[,BxCxHxW...]; with a --dtype, under autocast. Default: 8x3x224x224."
+WITH_COMPILE = "torch.compile too. Default: yes; with --quick not of networks, which takes minutes."
 MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default: it is left out."
 
 
-@main.command("bench")
+@main.command("bench", short_help="Measure original, compiled and fused in turn.")
 @options(
     click.option("--blocks/--no-blocks", "with_blocks", default=True, help="Measure blocks. Default: yes."),
     click.option("--models/--no-models", "with_models", default=True, help="Measure networks. Default: yes."),
@@ -282,10 +285,8 @@ MEMORY_BUDGET = "Without a GPU: derive the largest batch that fits this. Default
     click.option("--tails/--no-tails", "with_tails", default=True, help="Networks with tails=True too. Default: yes."),
     click.option("--memory", "with_memory", is_flag=True, help="What a training step of the networks keeps, in bytes."),
     click.option("--memory-budget", type=click.FloatRange(0.01), default=None, metavar="GIB", help=MEMORY_BUDGET),
-    click.option(
-        "--traffic", "with_traffic", is_flag=True, help="What a step of compiled networks reads and writes, in bytes."
-    ),
-    click.option("--compile/--no-compile", "with_compile", default=True, help="torch.compile too. Default: yes."),
+    click.option("--traffic", "with_traffic", is_flag=True, help="What a compiled step reads and writes, in bytes."),
+    click.option("--compile/--no-compile", "with_compile", default=None, help=WITH_COMPILE),
     click.option("--budget", type=click.FloatRange(0.01), default=2.0, help="Seconds a comparison. Default: 2."),
     click.option("--keep-memory", is_flag=True, help="Have the C allocator keep freed maps, as jemalloc does."),
     click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), default=None),
@@ -308,7 +309,7 @@ def bench_command(
     with_memory: bool,
     memory_budget: float | None,
     with_traffic: bool,
-    with_compile: bool,
+    with_compile: bool | None,
     budget: float,
     keep_memory: bool,
     json_path: Path | None,
@@ -323,6 +324,7 @@ def bench_command(
     if quick:
         budget, shapes, model_inputs = 0.05, "4x32x14x14,2x16x28x28", "2x3x64x64"
         pairs = pairs or (("timm:seresnet18/timm:resnet18",) if with_models or with_memory or with_traffic else ())
+    compile_networks = not quick if with_compile is None else with_compile
     names = [name for name in ops.split(",") if name]
     for name in names:
         if name not in blocks.BLOCKS:
@@ -355,7 +357,7 @@ def bench_command(
                             DTYPES[dtype],
                             layout,
                             place,
-                            with_compile=with_compile,
+                            with_compile=with_compile is not False,
                             budget=budget,
                             copy_bytes_per_second=copy,
                         )
@@ -374,7 +376,7 @@ def bench_command(
                         input_size,
                         layout,
                         place,
-                        with_compile=with_compile,
+                        with_compile=compile_networks,
                         with_tails=with_tails,
                         budget=5 * budget,
                         dtype=DTYPES[dtype],
@@ -573,7 +575,7 @@ def plot_ratios(figures: list[Figure], path: Path) -> None:
     pyplot.close(figure)
 
 
-@main.command("fuse")
+@main.command("fuse", short_help="What is fused in a model of yours.")
 @click.argument("name", metavar="MODEL")
 @click.option("--diff", is_flag=True, help="Show what runs in place of each forward.")
 def fuse_command(name: str, diff: bool) -> None:
@@ -587,18 +589,21 @@ def fuse_command(name: str, diff: bool) -> None:
     except (UnknownModel, ValueError) as error:
         raise UserError(str(error)) from None
     report = explain(fuse(model))
+    if not report:
+        console.print(f"no attention block was found in {name}")
+        sys.exit(1)
     rows = [[r.name, r.block or "-", r.host.rpartition(".")[2], r.served_by, r.reason] for r in report]
     table(f"attention blocks of {name}", ["name", "block", "class", "served by", "why"], rows)
     if diff:
         for text in differences(model):
             click.echo(f"\n{text}")
     fused = sum(r.fused for r in report)
-    console.print(f"{fused} of {len(report)} blocks run fused" if report else "no attention block was found")
+    console.print(f"{fused} of {len(report)} blocks run fused")
     if not fused:
         sys.exit(1)
 
 
-@main.command("qualify")
+@main.command("qualify", short_help="Measure which backend is right and fastest.")
 @options(
     click.option(
         "--model", "names", multiple=True, help="timm:NAME, torchvision:NAME, module:factory, file.py:factory"
@@ -658,7 +663,7 @@ def qualify_command(
         console.print(f"table: {write_shipped(table, environment_of(place), found)}")
 
 
-@main.command("attention")
+@main.command("attention", short_help="Draw where a network looks on a photograph.")
 @options(
     click.option("--model", "name", default=None, help="timm:NAME, torchvision:NAME, module:factory, file.py:factory"),
     click.option(
@@ -732,7 +737,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UserError(f"{path}: {' '.join(lines[:2])}") from None
 
 
-@main.command("info")
+@main.command("info", short_help="What is here, what serves what, and why.")
 @click.option("--all", "everything", is_flag=True, help="Every operator, and why no other backend serves it.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def info_command(everything: bool, as_json: bool) -> None:

@@ -50,7 +50,7 @@ def wheel(archive: Path, kind: str, out: Path, objects: Path = ROOT / "build/nat
             shutil.copytree(objects, tree / "build/native")
         options = [f"-C--global-option={word}" for word in ("egg_info", f"--tag-build={suffix}")] if suffix else []
         command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", *options, "--outdir", tree / "out", tree)
-        run(*command, FUSED_ATTN_PORTABLE="1", FUSED_ATTN_CUDA=cuda)
+        run(*command, FUSED_ATTN_PORTABLE="1", FUSED_ATTN_CUDA=cuda, TORCH_CUDA_ARCH_LIST="all")
         (built,) = (tree / "out").glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy2(built, out))

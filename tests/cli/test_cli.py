@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import fused_attn
 from fused_attn import backends, cli, demo, info, verify
-from fused_attn.bench import blocks
+from fused_attn.bench import blocks, models
 from fused_attn.bench.measure import Figure, Timing, copy_bandwidth, geometric_means
 from fused_attn.fusion.recipes.names import host_class
 from fused_attn.hosts import build_model
@@ -39,9 +39,10 @@ def console_writes_where_click_looks(monkeypatch):
     monkeypatch.setattr(cli.console, "_file", None)
 
 
-@pytest.mark.parametrize("command", ["demo", "verify", "bench", "qualify", "attention", "info"])
+@pytest.mark.parametrize("command", ["demo", "verify", "bench", "fuse", "qualify", "attention", "info"])
 def test_help(command):
     assert "--help" in run(command, "--help")
+    assert "..." not in run("--help").partition("Commands:")[2]  # each in a line of its own, whole
 
 
 def test_info(monkeypatch):
@@ -117,6 +118,21 @@ def test_a_table_that_is_too_wide(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "CBAM   1.234 ±3%" in out and name in out
     assert set(why.split()) <= set(out.split()) and "some words that go on" not in out
+
+
+def test_a_sentence_that_starts_with_a_number_is_no_figure(monkeypatch, capsys):
+    monkeypatch.setattr(cli.console, "_width", 40)
+    why = "1.0 to 8.3 times as fast as plain PyTorch: se, eca"
+    cli.table("", ["class", "why"], [["SEModule", why], ["ECA", why]])
+    assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 40
+
+
+def test_figures_are_never_cut_short(monkeypatch, capsys):
+    monkeypatch.setattr(cli.console, "_width", 40)
+    cells = ["1.234 ±3%", "12.345 ±10%", "0.520 ±9%", "1.75x", "0.3, 0.2, 0.2"]
+    cli.table("", ["eager ms", "compile ms", "fused ms", "ratio", "order"], [cells, cells])
+    out = capsys.readouterr().out
+    assert all(out.count(cell) == 2 for cell in cells), out
 
 
 def test_a_pipe_is_as_wide_as_a_terminal():
@@ -269,6 +285,23 @@ def test_bench_takes_inputs_a_pass_and_autocast(tmp_path):
     cases = [f["case"] for f in json.loads(path.read_text())["figures"]]
     assert [case["shape"] for case in cases] == [[1, 3, 32, 32], [2, 3, 32, 64]]
     assert {(case["pass"], case["dtype"]) for case in cases} == {("inference", "bfloat16")}
+
+
+@pytest.mark.parametrize(
+    "options, compiled",
+    [((), True), (("--quick",), False), (("--quick", "--compile"), True), (("--no-compile",), False)],
+)
+def test_bench_compiles_no_networks_quickly(options, compiled, monkeypatch):
+    asked = []
+
+    def measured(*args, with_compile, **kwargs):
+        asked.append(with_compile)
+        return []
+
+    monkeypatch.setattr(models, "measure_pair", measured)
+    monkeypatch.setattr(cli, "copy_bandwidth", lambda *args: 1.0)
+    run("bench", "--no-blocks", "--pair", "timm:seresnet18/timm:resnet18", *options)
+    assert asked == [compiled]
 
 
 def test_bench_takes_networks_from_files(tmp_path):

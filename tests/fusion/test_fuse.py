@@ -240,7 +240,9 @@ class LoRA(nn.Module):
         return self.base.weight
 
 
-CHANGES = ["lora", "hook", "activation", "forward", "parametrization", "added layer", "class in place"]
+#: And the layer that is then said to have changed.
+CHANGES = {"lora": "fc.0", "hook": "fc.1", "activation": "fc.1", "forward": "fc.1", "parametrization": "fc.0"}
+CHANGES |= {"added layer": "fc", "class in place": "fc.0"}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -267,7 +269,7 @@ def test_changes_made_after_fusing_count(change):
     assert not torch.allclose(after, before)
     assert torch.equal(after, SEBlock.forward(block, x))
     row = explain(block)[0]
-    assert not row.fused and row.reason == "changed since fuse"
+    assert not row.fused and row.reason == f"changed since fuse: {CHANGES[change]}"
 
 
 class Rounding(nn.Linear):

@@ -333,37 +333,62 @@ def test_cuda_that_must_be_built_but_cannot_is_one_line(built: Path, tmp_path: P
     assert "Traceback" not in printed
 
 
+OLD, NEW = {"compute_80": ["sm_80"]}, ["sm_90a", "sm_100", "sm_120", "compute_90"]
+
+
 @pytest.mark.parametrize(
-    "known, expected",
+    "known, cards, asked, expected",
     [
-        ("75 80 90 100 120", {"compute_80": ["sm_80"], "compute_90": ["sm_90a", "sm_100", "sm_120", "compute_90"]}),
-        ("80 90", {"compute_80": ["sm_80"], "compute_90": ["sm_90a", "compute_90"]}),
+        ("75 80 90 100 120", "", "", OLD | {"compute_90": NEW}),
+        ("80 90", "", "", OLD | {"compute_90": ["sm_90a", "compute_90"]}),
+        ("80 90 100 120", "9.0", "all", OLD | {"compute_90": NEW}),
+        ("80 90 100 120", "9.0 9.0", "", {"compute_90": ["sm_90", "compute_90"]}),
+        ("80 86 90 100 120", "12.0 7.5 8.6", "", {"compute_80": ["sm_86"], "compute_90": ["sm_120", "compute_90"]}),
+        ("80 86", "8.6", "", {"compute_80": ["sm_86", "compute_80"]}),
+        ("80 90", "10.3", "", {"compute_90": ["sm_90a", "compute_90"]}),
+        ("90", "8.6", "8.0;9.0+PTX;10.0+PTX", OLD | {"compute_90": ["sm_90", "compute_90", "sm_100"]}),
     ],
 )
-def test_architectures_are_those_that_nvcc_knows(built: Path, tmp_path: Path, known, expected):
+def test_architectures_are_the_machines_or_those_that_nvcc_knows(
+    built: Path, tmp_path: Path, known: str, cards: str, asked: str, expected: dict
+):
     """From as few compilations as there can be; the last one's PTX is for newer cards."""
+    printed = build_with_tools_that_answer(built, tmp_path, known, cards, TORCH_CUDA_ARCH_LIST=asked)
+    found: dict[str, list[str]] = {}
+    for ptx, code in re.findall(r"-gencode=arch=(\w+),code=(\w+)", printed):
+        found.setdefault(ptx, []).append(code)
+    assert found == expected
+
+
+def test_cards_that_are_too_old_are_said(built: Path, tmp_path: Path):
+    printed = build_with_tools_that_answer(built, tmp_path, "75 80 90", "7.5")
+    assert printed.splitlines()[-1].endswith("this machine's GPU has compute capability 7.5; 8.0 is needed")
+
+
+def build_with_tools_that_answer(built: Path, tmp_path: Path, known: str, cards: str, **environment: str) -> str:
+    """What a build prints where nvcc knows, and the driver has, those architectures; it compiles nothing and fails."""
     tree, cuda = tmp_path / "tree", tmp_path / "cuda"
     shutil.copytree(built / "tree", tree, ignore=shutil.ignore_patterns("build", "csrc"))
     for folder in (tree / "csrc/cuda", cuda / "bin", cuda / "lib64"):
         folder.mkdir(parents=True)
     (tree / "csrc/cuda/kernel.cu").touch()
     (cuda / "lib64/libcudart_static.a").touch()
-    nvcc = cuda / "bin/nvcc"
     names = "\n".join(f"sm_{name}" for name in known.split())
-    nvcc.write_text(f"""#!/bin/sh
-case "$*" in
+    answers = {
+        "nvcc": f"""case "$*" in
 *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
 *--list-gpu-code*) echo "{names}" ;;
 *--dryrun*) ;;
 *) exit 1 ;;
-esac
-""")
-    nvcc.chmod(0o755)
-    printed = setup(tree, "build_ext", "--inplace", ok=False, FUSED_ATTN_CUDA="1", CUDA_HOME=str(cuda))
-    found: dict[str, list[str]] = {}
-    for ptx, code in re.findall(r"-gencode=arch=(\w+),code=(\w+)", printed):
-        found.setdefault(ptx, []).append(code)
-    assert found == expected
+esac""",
+        "nvidia-smi": f"printf '%s\\n' {cards}" if cards else "exit 9",
+    }
+    for name, answer in answers.items():
+        (cuda / "bin" / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (cuda / "bin" / name).chmod(0o755)
+    path = os.pathsep.join(map(str, (cuda / "bin", BIN, os.environ["PATH"])))
+    environment |= {"FUSED_ATTN_CUDA": "1", "CUDA_HOME": str(cuda)}
+    return setup(tree, "build_ext", "--inplace", ok=False, path=path, **environment)
 
 
 def test_a_second_build_compiles_nothing(built: Path, tmp_path: Path):

@@ -452,5 +452,17 @@ def changes(block: nn.Module, plan: Plan) -> str:
     """What of a block that is not intact has changed first, to be read."""
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
-    name = _changed(block, plan.watched)
+    name = _changed_layer(block, plan) or _changed(block, plan.watched)
     return f"changed since fuse: {name}" if name else "changed since fuse"
+
+
+def _changed_layer(block: nn.Module, plan: Plan) -> str | None:
+    """The name of a layer that is another now, has other layers, or is hooked."""
+    names = {part: name for name, part in block.named_modules()}
+    for parent, name, layer, kind in plan.children:
+        if _of(block, parent)._modules.get(name) is not layer or type(layer) is not kind:
+            return f"{names.get(_of(block, parent), '')}.{name}".lstrip(".")
+    for parent, children in plan.names:
+        if tuple(_of(block, parent)._modules) != children:
+            return names.get(_of(block, parent))
+    return next((names.get(layer) for layer in plan.unhooked if is_hooked(layer)), None)
