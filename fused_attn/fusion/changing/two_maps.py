@@ -26,7 +26,7 @@ from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.layers import calls_itself
 from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of, taken_apart
 from ..reading.recognise import channel_guesses, has_own_forward, once
-from ..reading.rewritten import FEW, check_rewritten
+from ..reading.rewritten import MOST, check_rewritten
 from ..reading.trace import (
     IN_PLACE,
     Rank,
@@ -257,7 +257,7 @@ _SPACE = (44, 28, 36)
 
 def _sizes_of(block: nn.Module, graph: fx.Graph, rank: Rank) -> Sizes | None:
     """The first maps that a traced module takes, which it is run on without data."""
-    if sum(p.numel() for p in block.parameters()) > FEW:
+    if sum(p.numel() for p in block.parameters()) > MOST:
         return None
     guesses = channel_guesses(block)
     for dims in (rank.dims,) if rank.asked else (4, 5, 3):
