@@ -19,7 +19,7 @@ enum Activation {
 enum Pool { kAvg = 0, kMax = 1, kAvgMax = 2, kBoth = 3 };
 enum Ties { kFirst = 0, kEven = 1 };
 enum Layer { kDense = 0, kConv = 1, kCircular = 2 };
-enum Combine { kProductOf = 0, kSumOf = 1, kMaxOf = 2, kSigmoidOf = 3, kStripsOf = 4 };
+enum Combine { kProductOf = 0, kSumOf = 1, kMaxOf = 2, kSigmoidOf = 3, kStripsOf = 4, kGateOf = 5 };
 enum Selection { kSelectBySoftmax = 0, kSelectBySigmoid = 1 };
 
 }  // namespace fused_attn

@@ -34,7 +34,7 @@ LAYERS: dict[str, int] = {"dense": 0, "conv": 1, "circular": 2}
 ORDERS: dict[tuple[str, str], int] = {("max", "mean"): 0, ("mean", "max"): 1}
 
 #: How several gates act on a map together, see `fused_attn.functional.mixed_scale`.
-COMBINES: dict[str, int] = {"product": 0, "sum": 1, "max": 2, "sigmoid": 3, "strips": 4}
+COMBINES: dict[str, int] = {"product": 0, "sum": 1, "max": 2, "sigmoid": 3, "strips": 4, "gate": 5}
 
 #: How the weights of several branches come of their logits, see `fused_attn.functional.select`.
 SELECTIONS: dict[str, int] = {"softmax": 0, "sigmoid": 1}

@@ -153,11 +153,12 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
     return ops.simam(backend, x, float(e_lambda))
 
 
-#: The two gates of those ways to combine them that take no others.
-_PAIRS = {
+#: The gates of those ways to combine them that take no others.
+_GATES_OF = {
     "max": ["channel", "spatial"],
     "sigmoid": ["channel", "spatial"],
     "strips": ["rows", "columns"],
+    "gate": ["spatial"],
 }
 
 
@@ -178,7 +179,8 @@ def mixed_scale(
     - "sum": x times their sum (concurrent squeeze-and-excitation, triplet attention),
     - "max": torch.maximum(x * channel, x * spatial); where the two are equal each gets half of the gradient,
     - "sigmoid": x * (1 + sigmoid(channel * spatial)), of logits (BAM),
-    - "strips": x * sigmoid(rows + columns), of logits (timm's strip attention).
+    - "strips": x * sigmoid(rows + columns), of logits (timm's strip attention),
+    - "gate": x * sigmoid(spatial), of logits.
 
     Args:
         x: (B, C, *spatial).
@@ -187,8 +189,8 @@ def mixed_scale(
         rows: one a channel and row of a map (B, C, H, W): (B, C, H, 1).
         columns: one a channel and column of it: (B, C, 1, W).
 
-    At least one gate; for "max" and "sigmoid" channel and spatial and no other, for "strips" rows and columns. Any
-    floating-point dtype.
+    At least one gate; for "max" and "sigmoid" channel and spatial and no other, for "strips" rows and columns, for
+    "gate" spatial. Any floating-point dtype.
 
     Returns:
         A map of x's shape, dtype and layout. Backward keeps x and the gates, and reads x once more.
@@ -206,9 +208,9 @@ def mixed_scale(
     _check_gate("columns", columns, (batch, channels, 1, space[-1]), x)
     gates = {"channel": channel, "spatial": spatial, "rows": rows, "columns": columns}
     given = [name for name, gate in gates.items() if gate is not None]
-    pair = _PAIRS.get(combine, given)
-    if given != pair:
-        wanted = " and ".join(pair)
+    expected = _GATES_OF.get(combine, given)
+    if given != expected:
+        wanted = " and ".join(expected)
         raise ValueError(f"combine: expected {wanted} for {combine!r}; got {', '.join(given) or 'no gate'}")
     if not given:
         raise ValueError("channel: expected at least one gate; got None for all")
@@ -216,6 +218,48 @@ def mixed_scale(
     if backend == "reference":
         return reference.mixed_scale(x, channel=channel, spatial=spatial, rows=rows, columns=columns, combine=combine)
     return ops.mixed_scale(backend, x, channel, spatial, rows, columns, number)
+
+
+def pixel_gate(x: Tensor, logits: Tensor) -> Tensor:
+    """x * sigmoid(logits), one gate an element (pixel attention): reads x and the logits once, writes y.
+
+    Backward reads the gradient, x and the logits once, and writes both gradients; plain PyTorch also writes and keeps
+    the gate, 14 passes in all where these are 8. Under `torch.compile` it is PyTorch's own formula, which compilers
+    fuse as well.
+
+    Args:
+        x: (B, C, *spatial).
+        logits: of x's shape. Any floating-point dtype; where they lie otherwise than x does they are copied.
+
+    Returns:
+        A map of x's shape, dtype and layout. Backward keeps x and the logits.
+
+    Source: arXiv:2010.01073.
+    """
+    _check_map(x)
+    _check_gate("logits", logits, tuple(x.shape), x)
+    if torch.compiler.is_compiling() or not (is_ordinary(x) and are_plain(logits)):
+        return reference.pixel_gate(x, logits)
+    last = not x.is_contiguous() and is_channels_last(x)
+    map_, gate = ((m.movedim(1, -1) if last else m).reshape(_rows(x, last)) for m in (x, logits))
+    number = COMBINES["gate"]
+    backend = _choose("mixed_scale", (number,), map_, gate)
+    if backend == "reference":
+        return reference.pixel_gate(x, logits)
+    y = ops.mixed_scale(backend, map_, None, gate, None, None, number)
+    return y.view(x.movedim(1, -1).shape).movedim(-1, 1) if last else y.view(x.shape)
+
+
+#: Elements from which on a row or channel is by itself what a thread takes.
+_ROW = 1024
+
+
+def _rows(x: Tensor, last: bool) -> tuple[int, int, int]:
+    """A map that is NCHW, or has its channels last, as maps of one channel: how many, 1, and how long."""
+    batch, channels, *space = x.shape
+    first, *rest = (*space, channels) if last else (channels, *space)
+    length = math.prod(rest)
+    return (batch * first, 1, length) if length >= _ROW else (batch, 1, first * length)
 
 
 def channel_gate(

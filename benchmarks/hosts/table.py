@@ -63,7 +63,8 @@ gradients of parameters and inputs, and buffers after a step are the network's o
 eager makes of an input moved by one unit in the last place) and float32 (within 4 times eager's error on the input or
 on one so moved, and gradients within a hundredth of the largest: a ReLU may decide otherwise), in training and
 evaluation, with `tails=True` and without; *not compared*: products were only counted. *tails*: fused operators with a
-BatchNorm in them, with `tails=True`.
+BatchNorm in them, with `tails=True`. Maps on which a block runs as it is written because they are small are served as
+large ones here.
 """
 
 

@@ -28,6 +28,8 @@ inline V mixed(int combine, V x, const MixVectors<Accumulator<T>>& g) {
         }
         case kStripsOf:
             return x * sigmoid<A>(g.strip);
+        case kGateOf:
+            return x * sigmoid<A>(g.spatial);
         default:
             return x + x * sigmoid<A>(g.channel * g.spatial);
     }
@@ -52,6 +54,10 @@ inline MixTerms<Accumulator<T>> mixed_grad(int combine, V d, V x, const MixVecto
         case kStripsOf: {
             const V open = sigmoid<A>(g.strip);
             return {d * open, zero, zero, dx * (open * (splat<A>(1) - open))};
+        }
+        case kGateOf: {
+            const V open = sigmoid<A>(g.spatial);
+            return {d * open, zero, dx * (open * (splat<A>(1) - open)), zero};
         }
         default: {
             const V open = sigmoid<A>(g.channel * g.spatial);

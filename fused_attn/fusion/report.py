@@ -14,6 +14,7 @@ from .. import backends
 from ..ops.resident import held_on
 from ..reference import CBAM, SpatialAttention
 from .api import Candidate, candidates, is_own
+from .changing.parents import PIXEL_GATE
 from .changing.plan import changes, intact, plan_of
 from .changing.swap import save_of
 from .hosts.registry import TAILS, known_class
@@ -117,7 +118,9 @@ def _given(block: nn.Module, recipe: Recipe) -> list[str]:
 def _is_for_large(block: nn.Module, recipe: Recipe) -> bool:
     """Whether a block is on the CPU and runs as it is written on small maps there."""
     tensor = next(block.parameters(), None)
-    large = isinstance(recipe, OwnLayers) and isinstance(recipe.forward, (WhereLarge, GateAlong))
+    large = isinstance(recipe, OwnLayers) and (
+        isinstance(recipe.forward, (WhereLarge, GateAlong)) or PIXEL_GATE in recipe.name
+    )
     return large and tensor is not None and tensor.is_cpu
 
 

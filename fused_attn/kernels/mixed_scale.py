@@ -22,7 +22,7 @@ from . import maps
 from .language import sigmoid
 from .maps import CHANNELS_LAST, SIZES
 
-PRODUCT, SUM, MAX, STRIPS = (tl.constexpr(COMBINES[name]) for name in ("product", "sum", "max", "strips"))
+PRODUCT, SUM, MAX, STRIPS, GATE = (tl.constexpr(COMBINES[name]) for name in ("product", "sum", "max", "strips", "gate"))
 NO_VARIANTS = (*SIZES, "w_q", "n_wblk", "rows_b", "rows_c", "rows_h", "columns_b", "columns_c", "columns_w")
 
 
@@ -111,6 +111,8 @@ def _mixed_scale(
             v = tl.where((of_channel >= of_position) | (of_channel != of_channel), of_channel, of_position)
         elif COMBINE == STRIPS:
             v = v * sigmoid(by_row + by_column)
+        elif COMBINE == GATE:
+            v = v * sigmoid(by_position)
         else:
             v += v * sigmoid(by_channel * by_position)
         tl.store(y + at, v, mask=mask)
@@ -183,6 +185,11 @@ def _mixed_scale_backward(
             dx = d * gate
             to_kept = d * v * gate * (1.0 - gate)
             to_position, to_row = to_kept, to_kept
+        elif COMBINE == GATE:
+            gate = sigmoid(by_position)
+            dx = d * gate
+            to_position = d * v * gate * (1.0 - gate)
+            to_kept, to_row = to_position, to_position
         else:
             gate = sigmoid(by_channel * by_position)
             dx = d + d * gate

@@ -22,7 +22,7 @@ from .external_attention import ExternalAttention
 from .gather_excite import GatherExcite
 from .global_context import GlobalContext
 from .gsop import GSoP
-from .mixed_scale import mixed_scale
+from .mixed_scale import mixed_scale, pixel_gate
 from .moments_gate import moments_gate
 from .non_local import NonLocal
 from .norm_gate import norm_gate
@@ -93,6 +93,7 @@ __all__ = [
     "mixed_scale",
     "moments_gate",
     "norm_gate",
+    "pixel_gate",
     "position_attention",
     "scale",
     "select",

@@ -29,4 +29,11 @@ def mixed_scale(
         return x * (1 + (gates[0] * gates[1]).sigmoid())
     if combine == "strips":
         return x * (gates[0] + gates[1]).sigmoid()
+    if combine == "gate":
+        return x * gates[0].sigmoid()
     return functools.reduce(torch.add if combine == "sum" else torch.maximum, [x * gate for gate in gates])
+
+
+def pixel_gate(x: Tensor, logits: Tensor) -> Tensor:
+    """See `fused_attn.functional.pixel_gate`."""
+    return x * logits.sigmoid().to(x.dtype)

@@ -165,6 +165,7 @@ MIXED = (
     ("sum", ("spatial", "rows", "columns")),
     ("product", ("channel", "spatial", "rows", "columns")),
     ("strips", ("rows", "columns")),
+    ("gate", ("spatial",)),
 )
 
 

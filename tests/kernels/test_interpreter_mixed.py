@@ -50,7 +50,11 @@ def test_other_ranks(shape, combine, layout, monkeypatch):
     from fused_attn.kernels import maps
 
     monkeypatch.setattr(maps, "multiprocessors", lambda device: 1)
-    check(in_layout(random(*shape), layout), combine, gates_of(shape, ("channel", "spatial")))
+    check(
+        in_layout(random(*shape), layout),
+        combine,
+        gates_of(shape, of_mixed_scale.GATES_OF.get(combine, ("channel", "spatial"))),
+    )
 
 
 @pytest.mark.parametrize("strides", ["channels_last", "sliced", "batch last", "expanded over space", "expanded scalar"])

@@ -138,7 +138,7 @@ def every_op() -> dict[str, Op]:
         "spatial_logits": Op(lambda m, *_: m.spatial_logits, {"pooled": random(2, 2, 5, 6, **full), **convolution}),
     }
     for combine in COMBINES:
-        names = ("rows", "columns") if combine == "strips" else ("channel", "spatial")
+        names = test_mixed_scale.GATES_OF.get(combine, ("channel", "spatial"))
         gates = test_mixed_scale.gates_of(SHAPE, names, double)
         call = functools.partial(test_mixed_scale.mixed_scale, combine=combine)
         found[f"mixed_scale/{combine}"] = Op(lambda m, *_, call=call: call(m), x | gates, tuple(gates))

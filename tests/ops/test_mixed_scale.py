@@ -18,12 +18,14 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((2, 16, 7, 7), (3, 8, 1, 1), (1, 40, 13, 17), (2, 1, 9, 5), (1, 300, 3, 40), (1, 24, 150, 41), (2, 3, 1, 9))
 OTHER_RANKS = ((4, 24, 33), (1, 12, 3, 4, 5), (1, 5, 9000))
 GATES = ("channel", "spatial", "rows", "columns")
+#: Of those that take no others.
+GATES_OF = {"strips": ("rows", "columns"), "gate": ("spatial",)}
 #: (combine, gates)
 KINDS = (
     *(("sum", names) for names in (GATES, ("channel", "spatial"), ("spatial", "columns"), ("rows",))),
     *(("product", names) for names in (GATES, ("rows", "columns"), ("channel", "rows"), ("columns",), ("spatial",))),
     *((name, ("channel", "spatial")) for name in ("max", "sigmoid")),
-    ("strips", ("rows", "columns")),
+    *GATES_OF.items(),
 )
 #: Those that are of no rows and columns alone.
 OF_ANY_RANK = [combine for combine in COMBINES if combine != "strips"]
@@ -63,7 +65,8 @@ def test_mixed_scale(combine, names, dtype, layout):
 @pytest.mark.parametrize("combine", OF_ANY_RANK)
 def test_other_ranks(combine, layout):
     for shape in OTHER_RANKS:
-        check(in_layout(random(*shape), layout), combine, gates_of(shape, ("channel", "spatial")))
+        names = GATES_OF.get(combine, ("channel", "spatial"))
+        check(in_layout(random(*shape), layout), combine, gates_of(shape, names))
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -206,7 +209,7 @@ def test_any_shape(shape, kind, layout, dtype):
     check(in_layout(random(*shape, dtype=dtype), layout), combine, gates_of(shape, names, dtype))
 
 
-@pytest.mark.parametrize(("combine", "names"), [KINDS[0], *KINDS[6:8], *KINDS[-3:]], ids=str)
+@pytest.mark.parametrize(("combine", "names"), [KINDS[0], *KINDS[6:8], *KINDS[-4:]], ids=str)
 def test_opcheck(combine, names):
     from fused_attn.ops.mixed_scale import BACKWARD, FORWARD
 
@@ -222,7 +225,7 @@ def test_opcheck(combine, names):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("combine", "names"), [KINDS[0], KINDS[5], *KINDS[-3:]], ids=str)
+@pytest.mark.parametrize(("combine", "names"), [KINDS[0], KINDS[5], *KINDS[-4:]], ids=str)
 def test_compiles_to_one_graph(combine, names, layout):
     torch._dynamo.reset()  # one function may be compiled eight times
     x = in_layout(random(2, 8, 5, 6), layout)
@@ -254,7 +257,7 @@ def test_transforms_see_through_it():
 x_good = random(2, 4, 5, 6)
 good = gates_of(x_good.shape, GATES)
 BAD_CALLS = {
-    "combine: expected one of product, sum, max, sigmoid, strips; got 'mean'": {
+    "combine: expected one of product, sum, max, sigmoid, strips, gate; got 'mean'": {
         "channel": good["channel"],
         "combine": "mean",
     },
@@ -270,6 +273,10 @@ BAD_CALLS = {
     },
     "combine: expected channel and spatial for 'max'; got no gate": {"combine": "max"},
     "combine: expected rows and columns for 'strips'; got rows": {"rows": good["rows"], "combine": "strips"},
+    "combine: expected spatial for 'gate'; got channel, spatial": {
+        **{n: good[n] for n in GATES[:2]},
+        "combine": "gate",
+    },
 }
 
 
@@ -287,3 +294,27 @@ def test_other_errors():
         functional.mixed_scale(x_good, channel=0.5)
     with pytest.raises(TypeError, match="^rows: expected float64, float32, float16 or bfloat16; got torch.int64$"):
         functional.mixed_scale(x_good, rows=good["rows"].long())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pixel_gate(dtype, layout):
+    """The function against the formula, forward and both gradients; logits in the other layout too."""
+    for shape in ((2, 6, 7, 9), (1, 3, 40, 33), (2, 1, 5, 5), (2, 5, 33), (1, 4, 3, 4, 5), (0, 4, 3, 3), (2, 4, 0, 3)):
+        x = in_layout(random(*shape, dtype=dtype), layout)
+        for of_logits in LAYOUTS:
+            logits = in_layout(random(*shape, seed=2, dtype=dtype, scale=3.0), of_logits)
+            grads = [random(*shape, seed=1, dtype=dtype)]
+            assert_equivalent(functional.pixel_gate, reference.pixel_gate, {"x": x, "logits": logits}, grads)
+
+
+def test_pixel_gate_again():
+    """Second derivatives, strides, and what it does not take."""
+    x, z = (random(2, 3, 4, 5, seed=i, dtype=torch.float64).requires_grad_() for i in (0, 1))
+    assert torch.autograd.gradgradcheck(functional.pixel_gate, (x, z))
+    torch.testing.assert_close(
+        functional.pixel_gate(x[..., ::2], z[..., 1::2][..., :1].expand(2, 3, 4, 3)),
+        reference.pixel_gate(x[..., ::2], z[..., 1::2][..., :1].expand(2, 3, 4, 3)),
+    )
+    with pytest.raises(ValueError, match=r"^logits: expected shape \(2, 3, 4, 5\); got \(2, 3, 4, 4\)$"):
+        functional.pixel_gate(x, z[..., :4])

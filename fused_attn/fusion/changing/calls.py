@@ -76,6 +76,11 @@ def scale_by_channels(x: Tensor, gate: Tensor) -> Tensor:
     return functional.scale(x, gate.flatten(2)[:, :, 0])
 
 
+def scale_by_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """A map times a gate that has as many dimensions, one number a channel or a position."""
+    return functional.scale(x, gate)
+
+
 class Block:
     """A module of `fused_attn.nn` without parameters of its own: they come with each call, by their names."""
 

@@ -26,7 +26,9 @@ def decide(block: nn.Module, tails: bool = False) -> Recipe | str | None:
 def _decide(block: nn.Module, tails: bool) -> Recipe | str | None:
     recipe = recognise(block)
     if recipe is None or isinstance(recipe, str):
-        found = composite_of(block) or gate_of_two_maps(block) or gate_of_statistics(block)
+        found = composite_of(block)
+        if found is None or found.functions == ("scale",):  # of a product alone, which may be part of something known
+            found = gate_of_two_maps(block) or gate_of_statistics(block) or found
         recipe = found or gate_with_weights(block) or _why(block, recipe)
     if tails and (recipe is None or isinstance(recipe, str)):
         recipe = recognise(block, TAILS) or recipe

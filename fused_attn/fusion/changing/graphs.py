@@ -91,7 +91,7 @@ def _fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram
     module: Any = program.module(check_guards=False)
     holders = module.graph.find_nodes(op="placeholder")
     _write_down_numbers(module)
-    if not rewrite(module, [n.meta.get("val") for n in holders], left):
+    if not rewrite(module, [n.meta.get("val") for n in holders], left, products=True):
         return program
     assert program.example_inputs is not None
     dims: dict[Any, Any] = {}
@@ -142,11 +142,17 @@ def _dimension(n: Any, ranges: Any, known: dict[Any, Any]) -> Any:
 
 
 def rewrite(
-    module: fx.GraphModule, inputs: Sequence[Any], left: list[str] | None = None, *, compiled: bool = False
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    left: list[str] | None = None,
+    *,
+    compiled: bool = False,
+    products: bool = False,
 ) -> int:
     """Fuse the blocks in a graph, which will run under the autocast of the moment; how many there were. A graph that
     cannot be followed is left as it is. left: as in `fuse_exported`. compiled: ops are left to the compiler that comes
-    next where it makes faster code of them."""
+    next where it makes faster code of them. products: fuse those with gates of any kind by themselves, too; a compiler
+    makes them part of the pass before or behind."""
     left = [] if left is None else left
     device = next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
     of_autocast = device if torch.amp.is_autocast_available(device) else "cpu"
@@ -157,6 +163,8 @@ def rewrite(
         for function, op in _OPS.items()
         if compiled and not enabled and all(backends.is_left_to_compilers(op, device, dtype) for dtype in dtypes)
     }
+    if not products:
+        skipped.add(calls.scale_by_gate)
     if compiled and device == "cpu":  # whose passes a pool and a product by themselves would break in two
         skipped.add(calls.scale_by_channels)
     autocast = torch.autocast(of_autocast, enabled=enabled, dtype=torch.get_autocast_dtype(of_autocast))
@@ -184,10 +192,42 @@ def _rewrite(
             except Exception as error:
                 left.append(f"{node} is left as it is: {type(error).__name__}: {error}")
                 logger.warning(left[-1])
+    left += [
+        f"{node} multiplies a map by a gate, in a form that is not fused in graphs"
+        for node in module.graph.nodes
+        if _is_gated(seen, node) and not any(line.startswith(f"{node} is") for line in left)
+    ]
     if count:
         module.graph.lint()
         module.recompile()
     return count
+
+
+def _is_gated(seen: Followed, node: fx.Node) -> bool:
+    """Whether it is the product of a map and what a function of gates makes of an input, one number along some axes."""
+    if node not in seen.values or node.target not in _PRODUCTS or len(node.args) != 2:
+        return False
+    for x, gate in (node.args, node.args[::-1]):
+        if isinstance(x, fx.Node) and isinstance(gate, fx.Node) and {x, gate} <= seen.values.keys():
+            gate = _narrow(seen, gate)
+            of, shape = seen.values[gate], seen.values[node].shape
+            smaller = len(of.shape) == len(shape) > 2 and of.shape != shape == seen.values[x].shape
+            if smaller and of.shape[0] == shape[0] and max(of.shape[1:]) > 1 and of.node.op != "softmax":
+                return is_bounded(of) and _is_of_input(gate)
+    return False
+
+
+def _is_of_input(node: fx.Node) -> bool:
+    """Whether it is computed from an input of the graph."""
+    waiting, known = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in known:
+            known.add(node)
+            waiting += node.all_input_nodes
+    return False
 
 
 @dataclass
@@ -234,7 +274,8 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipp
                 reason = reason or f"{found.function.__name__}: {why}" if why else reason
     if not reason and calls.scale_by_channels not in skipped and last.target in _PRODUCTS:
         why = _gate_of_own_layers(seen, trial, last)
-        if why is None:
+        alone = why == "" and calls.scale_by_gate not in skipped
+        if why is None or (alone and _product_alone(seen, trial, last)):
             return True
         reason = why
     if reason:
@@ -319,6 +360,33 @@ def _gate_of_own_layers(seen: Followed, trial: Trial, last: fx.Node) -> str | No
             if not _is_counted_elsewhere(seen, block) and _is_typed(seen, block, leaves, x, None):
                 return _put_around(seen, trial, block, x, gate)
     return ""
+
+
+def _product_alone(seen: Followed, trial: Trial, last: fx.Node) -> bool:
+    """Fuse the product of a map and a gate a channel or a position that is made in any other way, as of another map."""
+    for x, widened in (last.args, last.args[::-1]) if len(last.args) == 2 and not last.kwargs else ():
+        if not (isinstance(x, fx.Node) and isinstance(widened, fx.Node) and {x, widened} <= seen.values.keys()):
+            continue
+        value, gate = seen.values[x], _narrow(seen, widened)
+        of = seen.values[gate]
+        if not is_whole(value) or value.shape != seen.values[last].shape or len(value.shape) < 3:
+            continue
+        kind = kind_of_gate(of, len(value.shape) - 2, samples=value.shape[0])
+        if kind is None or (kind == "positions" and value.shape[1] == 1) or min(value.shape[2:]) == 1:
+            continue
+        if not is_bounded(of) or of.node.op == "softmax":  # the weights of a mean
+            continue
+        block = region(seen, last, (x, gate))
+        if block is None or any(n.name in seen.subclasses for n in block.stops):
+            continue
+        if not _is_typed(seen, block, [gate], x, None):
+            continue
+        seen.other_sizes()  # while there is nothing new in the graph
+        with last.graph.inserting_before(last):
+            product = last.graph.call_function(calls.scale_by_gate, (x, gate))
+        if _finish(seen, trial, block, x, [product]) is None:
+            return True
+    return False
 
 
 def _narrow(seen: Followed, node: fx.Node) -> fx.Node:

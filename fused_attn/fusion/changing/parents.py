@@ -8,6 +8,7 @@ and options: the layers that it runs are those of the module that it is called f
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import operator
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ... import functional, reference
-from ...backends import is_ordinary
+from ...backends import is_ordinary, is_small
+from ...nn.small import up_to
 from ...reference.block_attention import CONVOLUTIONS
 from ..hosts.registry import known_class
-from ..reading.canonical import Value
+from ..reading.canonical import Spread, Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.find import Found
 from ..reading.layers import calls_itself
@@ -61,6 +63,7 @@ from ..recipes.describe import describe
 from ..recipes.names import host_of
 from ..recipes.recipe import CbamGate, ChannelGate, OwnLayers, SpatialGate
 from ..recipes.run import Unsuited, parameter_paths, parameters_of, run
+from .two_maps import function_of, gated, is_gate, narrowed, shapes_in
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, IN_PLACE["imul"]}
@@ -68,6 +71,9 @@ _PRODUCT_METHODS = {"mul", "mul_", "multiply", "multiply_"}
 _SUMS: set[Any] = {operator.add, torch.add, "add"}
 #: Layers whose output is in no one else's memory, and which do not write into their input.
 _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+#: What is said of a product with a gate an element; `explain` adds that small maps go without.
+PIXEL_GATE = "its own layers, pixel gate"
 
 _Single = ChannelGate | SpatialGate | CbamGate | OwnLayers
 
@@ -222,12 +228,13 @@ def _rewritten_with(
 
 
 def _excitations_of(block: nn.Module, gates: dict[str, bool]) -> set[str]:
-    """Paths of parts of somebody's that may return a gate of no known kind: they pool and multiply nothing."""
+    """Paths of parts of somebody's that may return a gate of no known kind: they pool or have a sigmoid, and multiply
+    nothing."""
     found = set()
     for path, part in block.named_modules():
         mine = has_own_forward(part) and part is not block and path not in gates
-        pools = any(type(child) in _POOLS for child in part.children())
-        if mine and pools and not multiplies(host_of(type(part))):
+        gates_or_pools = any(type(child) in _POOLS or type(child) is nn.Sigmoid for child in part.children())
+        if mine and gates_or_pools and not multiplies(host_of(type(part))):
             found.add(path)
     return found
 
@@ -259,10 +266,11 @@ def _rewritten_for(
 
     def enters(path: str) -> bool:
         part = block.get_submodule(path)
+        if type(part) is not nn.Sequential:
+            return path in entered
+        layers = [type(layer) for layer in part.children()]
         inside = any(p.startswith(f"{path}.") for p in (*gates, *entered))
-        return (
-            path in entered or type(part) is nn.Sequential and (inside or type(next(part.children(), None)) in _POOLS)
-        )
+        return inside or bool(layers) and (layers[0] in _POOLS or layers[-1] is nn.Sigmoid)
 
     try:
         graphs = [traced(training) for training in (False, True)]
@@ -272,7 +280,7 @@ def _rewritten_for(
     evaluates, trains = graphs
     if evaluates is not None and trains is not None and is_same_code(evaluates, trains):
         graphs.pop()
-    rewriters = [_Rewriter(block, gates, graph, known) for graph in graphs if graph is not None]
+    rewriters = [_Rewriter(block, gates, graph, known, assumed) for graph in graphs if graph is not None]
     modes = [rewriter.regions() for rewriter in rewriters]
     regions = max(modes, key=len, default=[])
     if not regions:
@@ -438,6 +446,11 @@ def fused_product(x: Tensor, gate: Tensor, of_channels: bool, last: bool) -> Ten
         return x * gate
 
 
+def gated_if_large(x: Tensor, gate: Tensor, widened: Tensor) -> Tensor:
+    """x * widened, as `gated` has it; also for maps on which that is slower."""
+    return x * widened if is_small(x) else gated(x, gate, widened)
+
+
 _STRIPS = ("rows", "columns")
 
 
@@ -458,6 +471,28 @@ def fused_strips(x: Tensor, rows: Tensor | None, columns: Tensor | None, combine
     return x
 
 
+#: Where a processor's caches hold the map and the gate, plain PyTorch's passes cost less than one call does.
+_is_small_for_pixels = up_to(1 << 21, 1 << 22)
+
+
+def fused_pixels(x: Tensor, logits: Tensor) -> Tensor:
+    """x * sigmoid(logits), a number an element; also for what the fused function does not take."""
+    fits = x.shape == logits.shape and torch.promote_types(x.dtype, logits.dtype) == x.dtype
+    if _is_small_for_pixels(x) or not (fits and is_ordinary(x) and is_ordinary(logits)):
+        return x * logits.sigmoid()
+    try:
+        return functional.pixel_gate(x, logits)
+    except (TypeError, ValueError):
+        return x * logits.sigmoid()
+
+
+def _is_an_element(values: dict[fx.Node, Value], x: fx.Node, gate: fx.Node) -> bool:
+    """Whether a gate has a number for each element of the map."""
+    if x not in values or gate not in values or any(isinstance(e, Spread) for e in values[gate].layout):
+        return False
+    return values[gate].shape == values[x].shape
+
+
 class _Product(NamedTuple):
     """A map that is gated. gate: None where a module returns the gated map. nodes: what is computed from the map for
     that, in the order of the graph, the last of which is the gated map. in_place: it is written into the map."""
@@ -472,9 +507,18 @@ class _Rewriter:
     """known: what spans of this block are, by their code."""
 
     def __init__(
-        self, block: nn.Module, gates: dict[str, bool], graph: fx.Graph, known: dict[Hashable, Found | None]
+        self,
+        block: nn.Module,
+        gates: dict[str, bool],
+        graph: fx.Graph,
+        known: dict[Hashable, Found | None],
+        rank: Rank,
     ) -> None:
         self.block, self.gates, self.graph, self.known = block, gates, graph, known
+        self.rank = rank
+        self.plain = fx.Graph()  # as it was
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.plain.output(self.plain.graph_copy(graph, self.copies))
         self.made: set[fx.Node] = set()
         self.owned: set[str] = set()  # paths of layers whose output would have been written into
         self.first = next(iter(graph.nodes))
@@ -484,12 +528,14 @@ class _Rewriter:
         for node in list(self.graph.nodes):
             first = None if node._erased else self._product(node)
             if first is None:
+                alone = None if node._erased else self._alone(node)
+                found += [] if alone is None else [alone]
                 continue
             region = None
             for row in (*self._rows(first), [first]):
                 region = region or self._whole(row)
             if region is None and first.gate is not None:
-                region = self._split(first, first.gate)
+                region = self._split(first, first.gate) or self._pixels(first, first.gate) or self._alone(node)
             if region is not None:
                 found.append(region)
         return found
@@ -643,6 +689,76 @@ class _Rewriter:
             if not node._erased and not node.users:
                 self.graph.erase_node(node)
 
+    # Products with a gate of whatever kind
+
+    @functools.cached_property
+    def _shapes(self) -> dict[fx.Node, tuple[int, ...]]:
+        """Of the tensors in the graph as it was."""
+        found = shapes_in(self.block, self.plain, self.rank)
+        return {node: found[copy] for node, copy in self.copies.items() if copy in found}
+
+    def _alone(self, node: fx.Node) -> _Region | None:
+        """A map times a gate a channel or a position that is made of another map, or by another pool of this one: the
+        product by `scale`."""
+        for x, widened, in_place in _factors(node):
+            gate = narrowed(widened)
+            if in_place or not self._is_made(x, gate):
+                continue
+            shape = self._shapes.get(x, ())
+            if len(shape) < 4 or min(shape[2:]) == 1 or function_of(shape, self._shapes.get(gate, ())) is None:
+                continue
+            with self.graph.inserting_before(node):
+                new = self.graph.call_function(gated_if_large, (x, gate, widened))
+            self._put(new, node, [node])
+            return _Region("its own gate, scale", ("scale",), (), len(shape), False)
+        return None
+
+    def _is_made(self, x: fx.Node, gate: fx.Node) -> bool:
+        """Whether a gate is made of the map x by a pool that is no mean and no maximum, with a function of gates, or of
+        another map, and is neither what normalises a map nor the weights of a mean."""
+        found: set[fx.Node] = set()
+        waiting = [gate]
+        while waiting:
+            node = waiting.pop()
+            if node not in found and len(found) <= MOST_NODES:
+                found.add(node)
+                waiting += () if node is x or is_size(node) else node.all_input_nodes
+        layers = {n: self._layer(n) if n.op == "call_module" else None for n in found - {x}}
+        names = {name_of(n) for n in layers}
+        if "softmax" in names or any(type(layer) in _WEIGHTS for layer in layers.values()):
+            return False
+        if (names | {name_of(x)}) & _APART:
+            return False
+        if x in found:
+            bounded = any(is_gate(name_of(n), layer) for n, layer in layers.items())
+            return bounded and bool(names & _OTHER_POOLS)
+        return any(n.op == "placeholder" and n is not self.first for n in found) and not names & _NORMALISING
+
+    # Products with a gate an element
+
+    def _pixels(self, product: _Product, gate: fx.Node) -> _Region | None:
+        """A map times the sigmoid of what layers make of it, an element each: these two as one."""
+        *between, last = product.nodes
+        made = any(n is not gate and (n.op == "get_attr" or self._has_parameters(n)) for n in between)
+        if product.in_place or not (made and self._is_sigmoid(gate)) or len(gate.users) > 1:
+            return None
+        span = Span(self.block, product.x, between, marked=True)
+        rank = next((rank for rank, values in values_in(span) if _is_an_element(values, product.x, gate)), None)
+        if rank is None:
+            return None
+        with self.graph.inserting_before(last):
+            new = self.graph.call_function(fused_pixels, (product.x, gate.args[0]))
+        self._put(new, last, [*between, last])
+        gone = (str(gate.target),) if gate.op == "call_module" else ()
+        return _Region(PIXEL_GATE, ("mixed_scale",), gone, rank + 2, False)
+
+    def _has_parameters(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and next(self._layer(node).parameters(), None) is not None
+
+    def _is_sigmoid(self, node: fx.Node) -> bool:
+        layer = node.op == "call_module" and type(self._layer(node)) is nn.Sigmoid
+        return (layer or name_of(node) == "sigmoid") and len(node.args) == 1 and not node.kwargs
+
     # Regions of which only the pool and the product are fused
 
     def _split(self, product: _Product, gate: fx.Node) -> _Region | None:
@@ -690,8 +806,7 @@ class _Rewriter:
 
     def _summands(self, gate: fx.Node) -> tuple[fx.Node, ...]:
         """Of the sigmoid of a sum."""
-        layer = gate.op == "call_module" and type(self._layer(gate)) is nn.Sigmoid
-        sums = gate.all_input_nodes if layer or name_of(gate) == "sigmoid" else []
+        sums = gate.all_input_nodes if self._is_sigmoid(gate) else []
         for total in sums:
             plain = total.op in ("call_function", "call_method") and len(total.args) == 2 and not total.kwargs
             if plain and total.target in _SUMS and all(isinstance(n, fx.Node) for n in total.args):
@@ -793,6 +908,11 @@ class _Rewriter:
         return _Region(name, functions, tuple(gone), 4, False)
 
 
+_NORMALISING = {"rsqrt", "reciprocal", "sqrt", "std", "var", "norm", "vector_norm", "normalize"}
+_OTHER_POOLS = {"abs", "std", "var", "std_mean", "var_mean", "norm", "vector_norm", "logsumexp", "pow", "square"}
+#: By which a gate has gradients that its map has not, or one of them is in another dtype.
+_APART = {"detach", "float", "double", "half", "bfloat16", "to", "type", "type_as"}
+_WEIGHTS: set[Any] = {nn.Softmax, nn.Softmax2d}  # of a mean
 _POOLS: set[Any] = {
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),

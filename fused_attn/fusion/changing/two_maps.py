@@ -26,7 +26,7 @@ from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.layers import calls_itself
 from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of, taken_apart
 from ..reading.recognise import channel_guesses, has_own_forward, once
-from ..reading.rewritten import FEW, check_rewritten
+from ..reading.rewritten import MOST, check_rewritten
 from ..reading.trace import (
     IN_PLACE,
     Rank,
@@ -215,14 +215,14 @@ def _of_mode(forwards: list[Forward]) -> Forward:
 
 
 class Sizes(NamedTuple):
-    """Of two maps that a module takes: channels, and by how much each is coarser than the finer one."""
+    """Of the maps that a module takes: channels, and by how much each is coarser than the finest one."""
 
-    channels: tuple[int, int]
-    coarser: tuple[int, int]
+    channels: tuple[int, ...]
+    coarser: tuple[int, ...]
     dims: int
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Both from one map that has the channels of both, whose sizes are made multiples of the coarser's step."""
+        """All from one map that has the channels of all, whose sizes are made multiples of the coarser's step."""
         space, most = x.shape[2:], max(self.coarser)
         found = []
         for part, step in zip(x.split(self.channels, 1), self.coarser, strict=True):
@@ -257,7 +257,7 @@ _SPACE = (44, 28, 36)
 
 def _sizes_of(block: nn.Module, graph: fx.Graph, rank: Rank) -> Sizes | None:
     """The first maps that a traced module takes, which it is run on without data."""
-    if sum(p.numel() for p in block.parameters()) > FEW:
+    if sum(p.numel() for p in block.parameters()) > MOST:
         return None
     guesses = channel_guesses(block)
     for dims in (rank.dims,) if rank.asked else (4, 5, 3):
@@ -284,6 +284,22 @@ class _Shapes(fx.Interpreter):
         if isinstance(result, Tensor):
             self.found[n] = tuple(result.shape)
         return result
+
+
+def shapes_in(block: nn.Module, graph: fx.Graph, rank: Rank) -> dict[fx.Node, tuple[int, ...]]:
+    """Of all tensors in the graph of a module's forward on the first map that it takes; empty: none was found."""
+    if sum(1 for _ in block.modules()) > _MOST_PARTS:
+        return {}
+    for dims, channels in itertools.product((rank.dims,) if rank.asked else (4, 5, 3), channel_guesses(block)):
+        try:
+            return _shapes_of(block, graph, Sizes((channels,), (1,), dims))
+        except Exception:  # of whatever kind: it is somebody's, on a map that it may not take
+            continue
+    return {}
+
+
+#: Parts up to which a module is tried on maps of many channels.
+_MOST_PARTS = 200
 
 
 def _shapes_of(block: nn.Module, graph: fx.Graph, sizes: Sizes) -> dict[fx.Node, tuple[int, ...]]:
@@ -344,6 +360,27 @@ _GATES: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softmax, nn.Softmax2
 _GATE_NAMES = {"sigmoid", "sigmoid_", "hardsigmoid", "tanh", "softmax", "relu6", "clamp"}
 
 
+def narrowed(gate: fx.Node) -> fx.Node:
+    """What was given the shape of a map."""
+    while gate.op == "call_method" and gate.target in _WIDENED:
+        gate = gate.all_input_nodes[0]
+    return gate
+
+
+def function_of(map_: tuple[int, ...], gate: tuple[int, ...]) -> str | None:
+    """The function for the product of a map and a gate of these shapes; None: it is no gate."""
+    if len(map_) < 3 or len(gate) != len(map_) or gate[0] != map_[0] or max(map_[2:]) == 1:
+        return None
+    if gate[1] == map_[1] and set(gate[2:]) == {1}:
+        return "scale"
+    return "scale/space" if map_[1] > 1 and gate == (map_[0], 1, *map_[2:]) else None
+
+
+def is_gate(name: str, layer: nn.Module | None) -> bool:
+    """Whether a node is a function of gates by its name, or a layer or part of somebody's that may have one."""
+    return name in _GATE_NAMES if layer is None else type(layer) in _GATES or not is_torch(type(layer))
+
+
 class _Rewriter:
     """gates, sums: what was put into the graph. gone: paths of layers that do not run as such any more."""
 
@@ -382,10 +419,8 @@ class _Rewriter:
         for x, gate in (node.args, node.args[::-1]):
             if not (isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x is not gate):
                 continue
-            widened = gate
-            while gate.op == "call_method" and gate.target in _WIDENED:
-                gate = gate.all_input_nodes[0]
-            kind = self._kind(x, gate)
+            widened, gate = gate, narrowed(gate)
+            kind = function_of(self.shapes.get(x, ()), self.shapes.get(gate, ()))
             if kind is not None and self._is_gate(gate):
                 self.gates.append(kind)
                 self._put(node, gated, (x, gate, widened))
@@ -395,15 +430,6 @@ class _Rewriter:
                     widened = widened.all_input_nodes[0]
                 return
 
-    def _kind(self, x: fx.Node, gate: fx.Node) -> str | None:
-        """The function for a map and what it is multiplied by."""
-        map_, other = (self.shapes.get(n, ()) for n in (x, gate))
-        if len(map_) < 3 or len(other) != len(map_) or other[0] != map_[0] or max(map_[2:]) == 1:
-            return None
-        if other[1] == map_[1] and set(other[2:]) == {1}:
-            return "scale"
-        return "scale/space" if map_[1] > 1 and other == (map_[0], 1, *map_[2:]) else None
-
     def _is_gate(self, gate: fx.Node) -> bool:
         """Whether a function of gates is in what it is computed by, or a part of somebody's that may have one."""
         waiting, seen = [gate], set()
@@ -412,11 +438,7 @@ class _Rewriter:
             if node in seen:
                 continue
             seen.add(node)
-            if node.op == "call_module":
-                layer = self._layer(node)
-                if type(layer) in _GATES or not is_torch(type(layer)):
-                    return True
-            elif name_of(node) in _GATE_NAMES:
+            if is_gate(name_of(node), self._layer(node) if node.op == "call_module" else None):
                 return True
             waiting += node.all_input_nodes
         return False

@@ -2,7 +2,8 @@
 from what is computed: on tensors without data, each of which knows what it was made of.
 
 A gate is smaller than its map, one number for all that lies along some axes of it, and comes of an input by a layer or
-a function of gates. What is multiplied in a part of somebody's is that part's.
+a function of gates; or it is a function of gates of what layers make of this map alone, a number an element. What is
+multiplied in a part of somebody's is that part's.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class _Watch(TorchDispatchMode):
     def _note(self, a: _Made, b: _Made, shape: tuple[int, ...]) -> None:
         for x, gate in ((a, b), (b, a)):
             gate = _narrow(gate)
-            if x.shape == shape and len(shape) > 2 and _spans(gate.shape, shape) and _is_gate(gate, x):
+            if x.shape != shape or len(shape) < 3:
+                continue
+            if _is_gate(gate, x) if _spans(gate.shape, shape) else _is_pixel_gate(gate, x):
                 self.found.append((x, gate))
                 return
 
@@ -121,7 +124,7 @@ class _Watch(TorchDispatchMode):
 def _is_fused() -> bool:
     """Whether it is a fused function that multiplies, as its operators do without data."""
     frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not _run.__code__:
+    while frame is not None and frame.f_code is not _Acting.run.__code__:
         if frame.f_globals.get("__name__", "").startswith(_FUSED):
             return True
         frame = frame.f_back
@@ -207,6 +210,28 @@ def _is_gate(gate: _Made, x: _Made) -> bool:
     return bool(ops & _GATES) and _is_given(gate)
 
 
+def _is_pixel_gate(gate: _Made, x: _Made) -> bool:
+    """Whether it is a function of gates, an element each, of what layers make of this map and of no other."""
+    if gate.shape != x.shape or _root(gate).op not in _GATES - {"clamp", "hardtanh", "softplus"}:
+        return False
+    of_map, layers = False, False
+    seen: set[int] = set()
+    waiting = [gate]
+    while waiting:
+        made = waiting.pop()
+        if id(made) in seen:
+            continue
+        seen.add(id(made))
+        if _root(made) is _root(x):
+            of_map = True
+        elif made.op == "input":
+            return False
+        else:
+            layers = layers or made.op in _LAYERS
+            waiting += made.inputs
+    return of_map and layers
+
+
 def _is_of_norms(gate: _Made, x: _Made, small: list[_Made]) -> bool:
     """Whether it is one number a channel, made of norms: of its own alone, or of all channels' too, as in response
     normalisation."""
@@ -225,11 +250,15 @@ def _is_bounded(small: list[_Made]) -> bool:
 
 # Why it is left
 
+_OF_ELEMENTS = "its gate is one number an element, in a form that is none of the known"
 _OF_NORMS = "its gate is made of norms, in a form that is none of the known"
 
 
 def _why(x: _Made, gate: _Made) -> str | None:
     """What of a product is none of a kind that is fused; None: nothing of what it computes."""
+    if gate.shape == x.shape:
+        function = _root(gate).op.strip("_")
+        return f"its gate is a {function}, one number an element" if function != "sigmoid" else _OF_ELEMENTS
     small, large = _inside(gate, x)
     own = [made for made in large if _root(made) is _root(x)]
     others = [made for made in large if made not in own and _is_given(made)]
@@ -293,12 +322,15 @@ def products_left(
     """
     best: _Watch | None = None
     taken: set[int] = set()  # ranks of maps that it runs on
-    for inputs in _inputs(block, run is None):
+    acting = _Acting(block)
+    for inputs in itertools.chain(_inputs(block, run is None), _inputs_of_one_size(block, run is None)):
         if len(inputs[0]) in taken or dims not in (None, len(inputs[0])):
             continue
+        if isinstance(inputs, _OfOneSize) and taken:
+            break
         watch = _Watch()
         try:
-            _run(block, run, watch, lambda maps: maps, inputs)
+            acting.run(run, watch, lambda maps: maps, inputs)
         except Exception:  # of whatever kind: it is somebody's, on maps that it may not take
             if watch.found and (best is None or len(watch.found) > len(best.found)):
                 best = watch
@@ -322,6 +354,7 @@ def _products_of_held(block: nn.Module) -> list[str | None]:
     if found is None or sum(p.default is p.empty for p in inspect.signature(forward).parameters.values()) != 2:
         return []
     kind, count = found
+    acting = _Acting(block)
     guesses = sorted(channel_guesses(block), reverse=True)
     for many in (count,) if count else (2, 3, 4):
         ranks = ranks_of(block)
@@ -330,7 +363,7 @@ def _products_of_held(block: nn.Module) -> list[str | None]:
         for shapes in (*alike, *pairs):
             watch = _Watch()
             with contextlib.suppress(Exception):  # of whatever kind: it is somebody's, on maps that it may not take
-                _run(block, None, watch, lambda maps: [_Keyed(maps) if kind == "dict" else maps], shapes)
+                acting.run(None, watch, lambda maps: [_Keyed(maps) if kind == "dict" else maps], shapes)
             if watch.found:
                 return [f"takes its maps in a {'dictionary' if kind == 'dict' else 'list'}"] * len(watch.found)
     return []
@@ -350,11 +383,7 @@ class _Keyed(dict[Any, Tensor]):
 
 def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of what it may take."""
-    forward: Any = host_of(type(block)).forward
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p for p in places if p.default is p.empty]
-    count = max(1, len(needed)) if several else 1
+    places, count = _places(block, several)
     guesses = sorted(channel_guesses(block), reverse=True)  # of maps that are no wider than their layers make them
     for rank, space, channels in itertools.product(ranks_of(block), _SPACES, guesses):
         shape = (_BATCH, channels, *space[:rank])
@@ -364,16 +393,34 @@ def _inputs(block: nn.Module, several: bool) -> Iterator[list[tuple[int, ...]]]:
             yield [shape, (_BATCH, 1, *space[:rank])]
         if rank < 3 and count == 1:
             yield [(_BATCH, *space[:rank], channels)]
-    few = sum(1 for _ in block.modules()) <= _FEW_PARTS
-    if count == 1 and few and taken_apart(forward) is None:  # that takes maps of one height or width only
-        for rank, axis, size, channels in itertools.product(ranks_of(block), (0, 1), guesses, guesses):
-            if rank > 1:
-                sizes = (size if i == axis else n for i, n in enumerate(_SPACES[0][:rank]))
-                yield [(_BATCH, channels, *sizes)]
     if several and (count == 2 or (count == 1 and len(places) == 2 and places[1].default is None)):
         kinds = {type(part).__name__[-2:] for part in block.modules()}
         ranks = [rank for rank in ranks_of(block) if f"{rank}d" in kinds] or ranks_of(block)
         yield from _pairs(ranks, guesses)
+
+
+class _OfOneSize(list[tuple[int, ...]]):
+    """The shape of a map of a height or width that layers ask for."""
+
+
+def _inputs_of_one_size(block: nn.Module, several: bool) -> Iterator[_OfOneSize]:
+    """Shapes of what it may take if that is maps of one height or width only."""
+    few = sum(1 for _ in block.modules()) <= _FEW_PARTS
+    if _places(block, several)[1] > 1 or not few or taken_apart(host_of(type(block)).forward) is not None:
+        return
+    guesses = sorted(channel_guesses(block), reverse=True)
+    for rank, axis, size, channels in itertools.product(ranks_of(block), (0, 1), guesses, guesses):
+        if rank > 1:
+            sizes = (size if i == axis else n for i, n in enumerate(_SPACES[0][:rank]))
+            yield _OfOneSize([(_BATCH, channels, *sizes)])
+
+
+def _places(block: nn.Module, several: bool) -> tuple[list[inspect.Parameter], int]:
+    """What a forward takes by position, and how many of that it is given."""
+    parameters = list(inspect.signature(host_of(type(block)).forward).parameters.values())[1:]
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in places if p.default is p.empty]
+    return places, max(1, len(needed)) if several else 1
 
 
 def _pairs(ranks: list[int], guesses: list[int]) -> Iterator[list[tuple[int, ...]]]:
@@ -393,31 +440,40 @@ class _Empty(dict[int, Tensor | None]):
         return super().get(key, default)
 
 
-def _run(
-    block: nn.Module,
-    run: Callable[[nn.Module, Tensor], Any] | None,
-    watch: _Watch,
-    held: Callable[[list[Tensor]], list[Any]],
-    shapes: Sequence[tuple[int, ...]],
-) -> None:
-    """held: from maps of these shapes to what it is given."""
-    tensors = _Empty()
+class _Acting:
+    """Runs a stand-in of a module, one for many runs that raise: making it is most of what such a run costs."""
 
-    def called(part: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        watch.owners.append(watch.owners[-1] and is_torch(type(part)))
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.watch = block, _Watch()
+        self.module: nn.Module | None = None
+
+    def _called(self, part: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        owners = self.watch.owners
+        owners.append(owners[-1] and is_torch(type(part)))
         try:
             return forward(*args, **kwargs)
         finally:
-            watch.owners.pop()
+            owners.pop()
 
-    acting = twin(block, tensors, called)
-    for part in acting.modules():
-        part.training = False
-    given = [torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes]
-    for tensor in given:
-        watch.put(tensor, _Made("input", (), tuple(tensor.shape), tensor.dtype))
-    with torch.enable_grad(), OnOneDevice("meta"), Plainly(), watch:
-        if run is None:
-            host_of(type(block)).forward(acting, *held(given))
-        else:
-            run(acting, *held(given))
+    def run(
+        self,
+        run: Callable[[nn.Module, Tensor], Any] | None,
+        watch: _Watch,
+        held: Callable[[list[Tensor]], list[Any]],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> None:
+        """run: as in `products_left`. held: from maps of these shapes to what it is given."""
+        self.watch = watch
+        if self.module is None:
+            self.module = twin(self.block, _Empty(), self._called)
+        for part in self.module.modules():
+            part.training = False
+        given = [torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes]
+        for tensor in given:
+            watch.put(tensor, _Made("input", (), tuple(tensor.shape), tensor.dtype))
+        with torch.enable_grad(), OnOneDevice("meta"), Plainly(), watch:
+            if run is None:
+                host_of(type(self.block)).forward(self.module, *held(given))
+            else:
+                run(self.module, *held(given))
+        self.module = None  # it may keep what it has computed

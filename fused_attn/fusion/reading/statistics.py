@@ -7,11 +7,12 @@ the known formulas, with each of its parameters in each place, by their values a
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from ...nn.response_norm import is_small_norm, is_small_transformation
 from ...reference.block_attention import NORMS
 from ...reference.response_norm import response, transformation
 from ...reference.srm import style
+from ..recipes.names import host_of
 from ..recipes.recipe import OwnLayers
 from ..recipes.run import Unsuited, layer_at
 from .check import differences, is_same, random_tensor, randomised
 from .layers import paths_but
 from .reads import Unstored, reads_of
 from .recognise import has_own_forward, once
-from .trace import Rank, is_same_code, name_of, trace_in_mode
+from .trace import Rank, Untraceable, is_same_code, name_of, trace_in_mode
 from .twin import NoTwin
 
 _known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()
@@ -122,18 +124,30 @@ class StyleGate:
 
 
 Gate = EnergyGate | StyleGate
+#: Of an option that says where a map has its channels.
+Value = str | bool
 
 
 @dataclass(frozen=True)
 class WhereLarge:
-    """What a block runs but for maps on which it is faster as it is written."""
+    """What a block runs but for maps on which it is faster as it is written. option: the name of what it may be given
+    beside the map, and the gates that it is then, by its values."""
 
     gate: Gate
+    option: str = ""
+    gates: tuple[tuple[Value, Gate], ...] = ()
 
-    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
-        if _IS_SMALL[self.gate.form](x):
+    def __call__(self, block: nn.Module, x: Tensor, **given: Any) -> Tensor:
+        gate = self._of(given[self.option]) if given else self.gate
+        if _IS_SMALL[gate.form](x):
             raise Unsuited("x: is small")
-        return self.gate(block, x)
+        return gate(block, x)
+
+    def _of(self, value: Any) -> Gate:
+        for known, gate in self.gates:
+            if type(known) is type(value) and known == value:
+                return gate
+        raise Unsuited(f"{self.option}: expected one of {', '.join(repr(v) for v, _ in self.gates)}; got {value!r}")
 
 
 _IS_SMALL: dict[str, Callable[[Any], bool]] = {
@@ -176,15 +190,53 @@ def _attempts(block: nn.Module, floats: Collection[float]) -> Iterator[Gate]:
 
 def _found(block: nn.Module) -> OwnLayers | None:
     for dims in (4, 5, 3):
-        rank = Rank(dims)
-        graph, other = (trace_in_mode(block, lambda path: False, training, rank) for training in (False, True))
-        if not is_same_code(graph, other) or not all(_is_smooth(block, node) for node in graph.nodes):
-            return None
-        for gate in _attempts(block, sorted(set(_floats_in(graph)))):
-            found = _checked(block, gate, dims)
-            if found is not None:
-                return found
+        gate = _gate_of(block, dims, {})
+        if gate is not None:
+            recipe = _recipe(block, gate, dims)
+            option, default, others = _option_of(block) if isinstance(gate, EnergyGate) else _NO_OPTION
+            found = [(value, _gate_of(block, dims, {option: value})) for value in others]
+            gates = [(value, other) for value, other in found if other is not None and other.form == gate.form]
+            if not gates:
+                return recipe
+            return replace(recipe, forward=WhereLarge(gate, option, ((default, gate), *gates)), options=(option,))
     return None
+
+
+_NO_OPTION: tuple[str, Any, list[Value]] = ("", None, [])
+
+
+def _option_of(block: nn.Module) -> tuple[str, Any, list[Value]]:
+    """The name of the one option of a forward, if it is a word or a truth value, its default, and what else it may be:
+    what the forward has written down."""
+    forward: Any = host_of(type(block)).forward
+    parameters = list(inspect.signature(forward).parameters.values())[2:]
+    if len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        name, default = parameters[0].name, parameters[0].default
+        if isinstance(default, bool):
+            return name, default, [not default]
+        if isinstance(default, str) and inspect.isfunction(forward):
+            words = dict.fromkeys(word for word in forward.__code__.co_consts if isinstance(word, str))
+            others: list[Value] = [word for word in words if word not in (default, forward.__doc__)]
+            return name, default, others[:_MOST_WORDS]
+    return _NO_OPTION
+
+
+_MOST_WORDS = 4
+
+
+def _gate_of(block: nn.Module, dims: int, given: dict[str, Any]) -> Gate | None:
+    """The gate that a forward is for maps of so many dimensions, given this beside them; None: it is none."""
+    rank = Rank(dims)
+    try:
+        graph, other = (trace_in_mode(block, lambda p: False, training, rank, **given) for training in (False, True))
+    except Untraceable:
+        if not given:
+            raise
+        return None
+    if not is_same_code(graph, other) or not all(_is_smooth(block, node) for node in graph.nodes):
+        return None
+    attempts = _attempts(block, sorted(set(_floats_in(graph))))
+    return next((gate for gate in attempts if _is_gate(block, gate, dims, given)), None)
 
 
 def _is_smooth(block: nn.Module, node: fx.Node) -> bool:
@@ -206,25 +258,27 @@ def _shape(gate: Gate, batch: int, channels: int, space: list[int]) -> tuple[int
     return (batch, *space, channels) if gate.last else (batch, channels, *space)
 
 
-def _checked(block: nn.Module, gate: Gate, dims: int) -> OwnLayers | None:
+def _is_gate(block: nn.Module, gate: Gate, dims: int, given: dict[str, Any]) -> bool:
     channels = max(n for p in block.parameters() for n in p.shape)
     try:
         original, fused = randomised(block), randomised(block)
     except NoTwin:
-        return None
+        return False
     shapes = [(_shape(gate, b, channels, s[: dims - 2]), i < 2) for i, (b, *s) in enumerate(_MAPS)]
     x = random_tensor(shapes[0][0], torch.Generator().manual_seed(2), spread=5)
     for part in (original, fused):
         part.eval()
     try:
         with torch.no_grad():
-            if not is_same(gate(fused, x), original(x)):  # which is most of the attempts
-                return None
+            if not is_same(gate(fused, x), original(x, **given)):  # which is most of the attempts
+                return False
     except Exception:  # on a map that it does not take
-        return None
-    why = differences((original, lambda m, x: m(x)), (fused, gate), iter(shapes), "the known block")
-    if why is not None or not _same_dtypes(block, gate, shapes[0][0]):
-        return None
+        return False
+    why = differences((original, lambda m, x: m(x, **given)), (fused, gate), iter(shapes), "the known block")
+    return why is None and _same_dtypes(block, gate, shapes[0][0], given)
+
+
+def _recipe(block: nn.Module, gate: Gate, dims: int) -> OwnLayers:
     if isinstance(gate, EnergyGate):
         return OwnLayers(WhereLarge(gate), gate.form, ("select/energy", "scale"), rank=dims)
     bypassed = paths_but(block, gate.weights, gate.norm)
@@ -232,7 +286,7 @@ def _checked(block: nn.Module, gate: Gate, dims: int) -> OwnLayers | None:
     return OwnLayers(WhereLarge(gate), gate.form, functions, rank=dims, bypassed=bypassed)
 
 
-def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...]) -> bool:
+def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...], given: dict[str, Any]) -> bool:
     """Whether both give the same dtype, also under autocast and for half precision."""
     acting = randomised(block).eval()
     for own, dtype, autocast in (
@@ -243,6 +297,6 @@ def _same_dtypes(block: nn.Module, gate: Gate, shape: tuple[int, ...]) -> bool:
         acting.to(own)
         x = torch.ones(shape, dtype=dtype, device="cpu")
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            if acting(x).dtype != gate(acting, x).dtype:
+            if acting(x, **given).dtype != gate(acting, x).dtype:
                 return False
     return True

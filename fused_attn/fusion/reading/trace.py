@@ -55,10 +55,11 @@ class Rank:
 
 
 def trace_in_mode(
-    block: nn.Module, enters: Callable[[str], bool], training: bool, rank: Rank | None = None
+    block: nn.Module, enters: Callable[[str], bool], training: bool, rank: Rank | None = None, **given: Any
 ) -> fx.Graph:
-    """As `trace`, of a forward that may do something else in the other mode, or for maps of another rank."""
-    return _Trace(block, enters, training, rank).run()
+    """As `trace`, of a forward that may do something else in the other mode, for maps of another rank, or where it is
+    given something beside the map."""
+    return _Trace(block, enters, training, rank).run(**given)
 
 
 class Option(NamedTuple):

@@ -10,10 +10,11 @@ from torch import nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from fused_attn import functional, fuse
+from fused_attn import functional, fuse, reference
+from fused_attn.fusion import FusionError
 from fused_attn.fusion.changing import calls
 from fused_attn.fusion.changing.graphs import rewrite
-from tests.checks import random
+from tests.checks import random, randomised
 
 C = 16
 OWN = (functional.__name__, calls.__name__)
@@ -85,9 +86,9 @@ def own_calls(graph):
     return [n.target.__name__ for n in graph.nodes if str(getattr(n.target, "__module__", "")) in OWN]
 
 
-def compiled(net, found):
+def compiled(net, found, products=False):
     def counted(graph, inputs):
-        rewrite(graph, inputs)
+        rewrite(graph, inputs, products=products)
         found.append(own_calls(graph.graph))
         return graph.forward
 
@@ -98,8 +99,9 @@ def compiled(net, found):
 def values(net, x):
     x = x.clone().requires_grad_()
     y = net(x)
-    grads = torch.autograd.grad(y, [x, *net.parameters()], random(*y.shape, dtype=torch.float64, seed=3))
-    return [y, *grads, *net.buffers()]
+    leaves, grad = [x, *net.parameters()], random(*y.shape, dtype=torch.float64, seed=3)
+    grads = torch.autograd.grad(y, leaves, grad, allow_unused=True)
+    return [y, *(torch.zeros(()) if g is None else g for g in grads), *net.buffers()]
 
 
 @pytest.mark.parametrize("name, batch", [*((name, 2) for name in FORMS), ("elu", 1)])
@@ -165,17 +167,63 @@ def written_between(y, by):
     return y * gate
 
 
-LEFT = (plain_layers, of_the_map_too, read_elsewhere, of_another_map, without_gradients, rounded, written_between)
+def of_its_positions(y, by):
+    return y * by.a(y)[:, :1].neg()
 
 
-@pytest.mark.parametrize("gate", LEFT)
+ALONE = (of_the_map_too, read_elsewhere, of_another_map, rounded, without_gradients, of_its_positions)
+
+
+@pytest.mark.parametrize("gate", ALONE)
+def test_the_product_alone(gate):
+    torch.manual_seed(0)
+    plain = Net(gate, a=layers(nn.ELU)).double()
+    found: list[list[str]] = []
+    net = compiled(plain, found, products=True)
+    for training in (True, False):
+        plain.train(training), net.train(training)
+        x = random(2, C, 7, 9, dtype=torch.float64)
+        for p, q in zip(values(net, x), values(plain, x), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+    assert found == [["scale_by_gate"]] * len(found) and found
+
+
+@pytest.mark.parametrize("gate", [plain_layers, written_between])
 def test_left_alone(gate):
     torch.manual_seed(0)
     plain = Net(gate, a=layers(nn.ELU)).double()
     found: list[list[str]] = []
     x = random(2, C, 7, 9, dtype=torch.float64)
-    torch.testing.assert_close(compiled(plain, found)(x), plain(x))
+    torch.testing.assert_close(compiled(plain, found, products=True)(x), plain(x))
     assert found == [[]]
+
+
+@pytest.mark.parametrize(
+    "make", [reference.AttentionGate, reference.SRM, reference.GatedChannelTransformation], ids=lambda cls: cls.__name__
+)
+def test_exported_blocks_whose_product_is_fused(make):
+    plain = randomised(make(C)).eval()
+    maps = [random(2, C, 7, 9, dtype=torch.float64, seed=i) for i in range(1 + (make is reference.AttentionGate))]
+    fused = fuse(export(plain, tuple(maps)), strict=True)
+    assert any("fused_attn.scale" in str(n.target) for n in fused.graph.nodes)
+    torch.testing.assert_close(fused.module()(*maps), plain(*maps), rtol=1e-9, atol=1e-9)
+
+
+class Strips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.columns = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        x = x * torch.sigmoid(self.rows(x.mean(3, keepdim=True)))
+        return x * torch.sigmoid(self.columns(x.mean(2, keepdim=True)))
+
+
+def test_what_an_exported_program_keeps_is_told():
+    program = export(Strips().eval(), (torch.randn(2, C, 7, 9),))
+    with pytest.raises(FusionError, match="mul multiplies a map by a gate, in a form that is not fused in graphs"):
+        fuse(program, strict=True)
+    assert fuse(program) is program
 
 
 def test_left_to_inductor_on_the_cpu():

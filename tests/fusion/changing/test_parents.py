@@ -332,11 +332,6 @@ class InPlaceSeenElsewhere(Block):
         return out + kept.view_as(out)
 
 
-class Another(Block):
-    def forward(self, x):
-        return self.conv2(x) * self.ca(self.conv1(x))
-
-
 class Prints(Block):
     def forward(self, x):
         print(x.shape)
@@ -553,7 +548,7 @@ class GradientOfItsOwn(Block):
 
 
 LEFT = [
-    *("SecondUse", "InPlaceSeenElsewhere", "Another", "Prints", "Keeps", "WithoutGradient"),
+    *("SecondUse", "InPlaceSeenElsewhere", "Prints", "Keeps", "WithoutGradient"),
     *("InPlaceOnItsInput", "InPlaceOnAView", "WrittenBetween", "WrittenBetweenByAView", "WrittenBetweenByALayer"),
     *("WrittenBetweenByAFunction", "GateChanged", "GateReturned", "Logs", "Notes"),
     *("BySize", "ByContents", "Decorated", "InFullPrecision", "Tries", "OptionOfAPart"),

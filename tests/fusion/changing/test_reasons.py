@@ -11,11 +11,18 @@ from torch.nn import functional as F
 
 from fused_attn import explain, fuse
 from fused_attn.fusion import FusionError
-from tests.checks import random
+from tests.checks import LAYOUTS, in_layout, random, randomised
 from tests.fusion.counting import FusedOperators
 
 C = 16
 LEFT: dict[str, tuple] = {}
+ALONE: list[type] = []
+
+
+def alone(cls):
+    """Its product is fused, and nothing else of it."""
+    ALONE.append(cls)
+    return cls
 
 
 def left(reason):
@@ -39,7 +46,7 @@ def pool(x):
     return x.mean((2, 3), keepdim=True)
 
 
-@left("its gate is computed from another map")
+@alone
 class OfItsInput(Base):
     def forward(self, x):
         return self.conv(x) * self.excite(pool(x)) + x
@@ -87,7 +94,7 @@ class InAnotherDtype(Base):
         return y * pool(y.float()).sigmoid().to(y.dtype)
 
 
-@left("its pool is no mean and no maximum: std")
+@alone
 class Deviation(Base):
     def forward(self, x):
         y = self.conv(x)
@@ -194,6 +201,35 @@ def test_a_gate_of_maps_of_other_channels_is_left_with_the_reason(cls, reason):
     assert [(row.fused, row.reason) for row in explain(block)] == [(False, reason)]
 
 
+def results(block, x, training):
+    """Of those layers that it uses."""
+    block.train(training)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = block(x)
+    grads = torch.autograd.grad(y, [x, *block.parameters()], random(*y.shape, dtype=y.dtype, seed=3), allow_unused=True)
+    return [y, *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cls", ALONE, ids=lambda cls: cls.__name__)
+def test_the_product_alone_is_fused(cls, layout):
+    """However its gate is made."""
+    original = randomised(cls())
+    fused = fuse(copy.deepcopy(original), strict=True)
+    assert [(row.fused, row.block) for row in explain(fused)] == [(True, "its own gate, scale in its forward")]
+    for shape in ((2, C, 7, 9), (1, C, 12, 5)):
+        x = in_layout(random(*shape, dtype=torch.float64), layout)
+        for training in (True, False):
+            with FusedOperators() as ran, torch.no_grad():
+                fused(x)
+            assert ran.count == 1
+            for mine, theirs in zip(*(results(block, x, training) for block in (fused, original)), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11)
+    x = random(2, C, 7, 9)
+    singles = copy.deepcopy(original).float(), copy.deepcopy(fused).float()
+    torch.testing.assert_close(singles[1](x), singles[0](x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_left_with_the_reason(name, capsys):
     cls, reason = LEFT[name]
@@ -257,14 +293,6 @@ class OfItsOwnNorm(OfANorm):
         return x * x.square().sum((2, 3), keepdim=True).sqrt() * self.gamma
 
 
-class OfMagnitudes(OfANorm):
-    """Gated channel transformation by the sums of magnitudes."""
-
-    def forward(self, x):
-        sums = x.abs().sum((2, 3), keepdim=True) * self.beta
-        return x * (1 + torch.tanh(sums * (self.gamma / (sums.abs().mean(1, keepdim=True) + 1e-5))))
-
-
 NORMS = "its gate is made of norms, in a form that is none of the known"
 
 
@@ -278,7 +306,6 @@ NORMS = "its gate is made of norms, in a form that is none of the known"
         (lambda: OfANorm(3, last=True), NORMS),
         (OfTheLargest, NORMS),
         (OfItsOwnNorm, NORMS),
-        (OfMagnitudes, "its gate is computed from another function of its map"),
     ],
     ids=lambda of: getattr(of, "__name__", ""),
 )
@@ -325,7 +352,8 @@ class Both(Base):
     def forward(self, x):
         y = self.conv(x)
         y = y * self.excite(pool(y))
-        return y * self.excite(pool(x))
+        y *= self.excite(pool(x))
+        return y
 
 
 def test_what_is_left_beside_what_is_fused():
