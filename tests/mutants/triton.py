@@ -118,7 +118,7 @@ MUTANTS = [
     Mutant(
         name="nan-never-better",
         file="fused_attn/kernels/passes.py",
-        old="better = mask & ((u > peak) | ((u != u) & (peak == peak)))",
+        old="better = mask & (peak == peak) & ~(u <= peak)",
         new="better = mask & (u > peak)",
         tests="tests/kernels/test_interpreter.py -k test_special_values",
     ),
@@ -134,8 +134,8 @@ MUTANTS = [
     Mutant(
         name="last-channel-wins-ties",
         file="fused_attn/kernels/space.py",
-        old="better = mask & ((v > peak) | ((v != v) & (peak == peak)))",
-        new="better = mask & ((v >= peak) | ((v != v) & (peak == peak)))",
+        old="better = mask & (peak == peak) & ~(v <= peak)",
+        new="better = mask & (peak == peak) & ~(v < peak)",
         tests="tests/kernels/test_interpreter_space.py"
         " -k 'test_spatial_gate or test_channel_pool_and_scale_by_position'",
     ),
