@@ -132,6 +132,20 @@ MUTANTS = [
     ),
     # ---- space: pools over channels ----
     Mutant(
+        name="tap-mirrored",
+        file="fused_attn/kernels/channel_gate.py",
+        old="near = _at_taps(dz, taps - 1 - t0, -1, mask, TAPS, BLOCK_K, BLOCK_E)",
+        new="near = _at_taps(dz, t0, 1, mask, TAPS, BLOCK_K, BLOCK_E)",
+        tests="tests/kernels/test_interpreter.py -k 'test_shapes_and_layouts and eca'",
+    ),
+    Mutant(
+        name="neighbours-of-the-first-block",
+        file="fused_attn/kernels/channel_gate.py",
+        old="    first = cblk * tiles * BLOCK_C\n    n = ",
+        new="    first = cblk * 0\n    n = ",
+        tests="tests/kernels/test_interpreter.py -k 'test_shapes_and_layouts and eca'",
+    ),
+    Mutant(
         name="last-channel-wins-ties",
         file="fused_attn/kernels/space.py",
         old="better = mask & (peak == peak) & ~(v <= peak)",
@@ -157,8 +171,8 @@ MUTANTS = [
     Mutant(
         name="peaks-of-avgmax-not-kept",
         file="fused_attn/kernels/channel_gate.py",
-        old="        elif TIES == EVEN:\n            tl.store(row + width - C + c, peak, mask=in_c)",
-        new="        elif POOL == MAX and TIES == EVEN:\n            tl.store(row + width - C + c, peak, mask=in_c)",
+        old="        elif TIES == EVEN:\n            tl.store(row + width - C + reads, peak, mask=own)",
+        new="        elif POOL == MAX and TIES == EVEN:\n            tl.store(row + width - C + reads, peak, mask=own)",
         tests="tests/kernels/test_interpreter.py -k test_maximum_with_ties",
     ),
     # ---- squeeze, scale, channel_pool ----
