@@ -230,6 +230,13 @@ MUTANTS = [
     ),
     # ---- simam, select ----
     Mutant(
+        name="dots-as-they-are",
+        file="fused_attn/kernels/select.py",
+        old="dz = a * (dot - first - common) if GATE == SOFTMAX",
+        new="dz = a * (dot - common) if GATE == SOFTMAX",
+        tests="tests/kernels/test_interpreter_select.py -k test_shapes",
+    ),
+    Mutant(
         name="distances-between-splits-left-out",
         file="fused_attn/kernels/simam.py",
         old="spread = tl.load(squares + at, mask=present, other=0.0) + apart * apart * count",
