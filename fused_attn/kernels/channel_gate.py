@@ -31,6 +31,7 @@ from .language import (
     MAX,
     activate,
     activate_grad,
+    add_product,
     linear_in,
     sum_rows,
 )
@@ -367,43 +368,49 @@ def _parameters(
     grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_affine_weight, grad_affine_bias,
     B, C, n_cblk, n_split, H, taps, width,
     LAYER: tl.constexpr, PAIR: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all parameters: programs over tiles of the (H or C, C) weights, each sums over the batch in order.
+    """Gradients of all parameters: programs over tiles of the (H or C, C) weights, first of weight1, then of weight2,
+    each sums over the batch in order.
 
     One layer counts as hidden logits that are the logits. With both pools (PAIR 2) a sample has two descriptors.
     """
     TWO_LAYERS: tl.constexpr = grad_weight2 is not None
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    hblk, cblk = tl.program_id(0) // c_blocks, tl.program_id(0) % c_blocks
+    LAST: tl.constexpr = 1 if TWO_LAYERS else 0
+    c_blocks, h_blocks = tl.cdiv(C, BLOCK_C), tl.cdiv(H, BLOCK_H)
+    cblk, hblk = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks % h_blocks
+    layer = tl.program_id(0) // (c_blocks * h_blocks)
     c = cblk * BLOCK_C + tl.arange(0, BLOCK_C)
     h = hblk * BLOCK_H + tl.arange(0, BLOCK_H)
     in_c, in_h = c < C, h < H
     if LAYER == DENSE and grad_weight1 is not None:
-        first = tl.zeros((BLOCK_H, BLOCK_C), ACC)
-        second = tl.zeros((BLOCK_H, BLOCK_C), ACC)
+        # Where hidden numbers and channels are of a sample, and of its second pool.
+        hiddens, h_step, h_pool = grad_hidden, (PAIR if TWO_LAYERS else 1) * H, H if TWO_LAYERS else 0
+        channels, c_step, c_pool = state, width, 2 * C + (H if TWO_LAYERS else 0)
+        if layer != 0:
+            hiddens, h_step, h_pool = state + 2 * C, width, C + H
+            channels, c_step, c_pool = grad_logits, C, 0
+        total = tl.zeros((BLOCK_H, BLOCK_C), ACC)
         for row0 in range(0, PAIR * B, BLOCK_B):
             row = (row0 + tl.arange(0, BLOCK_B)).to(tl.int64)
             b, of_max = row // PAIR, row % PAIR
-            hidden_mask = in_h[:, None] & (b < B)[None, :]
+            hidden_mask = (b < B)[:, None] & in_h[None, :]
             channel_mask = (b < B)[:, None] & in_c[None, :]
-            hidden_row = row if TWO_LAYERS else b
-            dz1 = tl.load(grad_hidden + hidden_row[None, :] * H + h[:, None], mask=hidden_mask, other=0.0)
-            s_at = b * width + of_max * (2 * C + (H if TWO_LAYERS else 0))
-            s = tl.load(state + s_at[:, None] + c[None, :], mask=channel_mask, other=0.0)
-            first += tl.dot(dz1, s, input_precision="ieee", out_dtype=ACC)
+            hidden_at = hiddens + (b * h_step + of_max * h_pool)[:, None] + h[None, :]
+            by_hidden = tl.load(hidden_at, mask=hidden_mask, other=0.0)
+            channel_at = channels + (b * c_step + of_max * c_pool)[:, None] + c[None, :]
+            by_channel = tl.load(channel_at, mask=channel_mask, other=0.0)
             if TWO_LAYERS:
-                z1_at = b * width + 2 * C + of_max * (C + H)
-                z1 = tl.load(state + z1_at[None, :] + h[:, None], mask=hidden_mask, other=0.0)
-                hidden = tl.where(hidden_mask, activate(z1, ACTIVATION), 0.0)
-                dz = tl.load(grad_logits + b[:, None] * C + c[None, :], mask=channel_mask, other=0.0)
-                second += tl.dot(hidden, dz, input_precision="ieee", out_dtype=ACC)
+                by_hidden = tl.where(hidden_mask & (layer != 0), activate(by_hidden, ACTIVATION), by_hidden)
+            total = add_product(total, tl.trans(by_hidden), by_channel, HALF, ACC)
         mask = in_h[:, None] & in_c[None, :]
-        tl.store(grad_weight1 + h[:, None] * C + c[None, :], first, mask=mask)
-        if TWO_LAYERS:
-            tl.store(grad_weight2 + c[None, :] * H + h[:, None], second, mask=mask)
+        if layer == 0:
+            tl.store(grad_weight1 + h[:, None] * C + c[None, :], total, mask=mask)
+        if TWO_LAYERS:  # noqa: SIM102 (it is known when this is compiled; what follows is not)
+            if layer == 1:
+                tl.store(grad_weight2 + c[None, :] * H + h[:, None], total, mask=mask)
     if LAYER == DENSE:
-        if cblk == 0:
+        if cblk == 0 and layer == 0:
             if TWO_LAYERS:
                 _store_sum(grad_bias1, grad_hidden, 1, PAIR * B, H, h, in_h, BLOCK_B, ACC)
             else:
@@ -414,7 +421,7 @@ def _parameters(
         tl.store(grad_weight1 + t, total, mask=t < taps)
         if grad_bias1 is not None:
             tl.store(grad_bias1 + t - taps, total, mask=t == taps)
-    if hblk == 0:
+    if hblk == 0 and layer == LAST:
         _store_sum(grad_bias2, grad_logits, PAIR, B, C, c, in_c, BLOCK_B, ACC)
         _store_sum(grad_affine_weight, weight_sums, 1, B * n_split, C, c, in_c, BLOCK_B, ACC)
         _store_sum(grad_affine_bias, bias_sums, 1, B * n_split, C, c, in_c, BLOCK_B, ACC)
@@ -535,11 +542,12 @@ def parameter_gradients(
     if any(g is not None for g in grads):
         rows = 1 if tables["grad_hidden"] is None else sizes["H"] or plan.channels
         block_h, block_c = min(max(maps.next_power_of_2(rows), 16), 32), 32
+        n_layers = 1 if grads[2] is None else 2
         names = ("weight1", "bias1", "weight2", "bias2", "affine_weight", "affine_bias")
         maps.launch(
             _parameters,
             x,
-            max(triton.cdiv(rows, block_h) * triton.cdiv(plan.channels, block_c), sizes["taps"] + 1),
+            max(n_layers * triton.cdiv(rows, block_h) * triton.cdiv(plan.channels, block_c), sizes["taps"] + 1),
             state=state,
             B=plan.batch,
             C=plan.channels,
@@ -554,6 +562,8 @@ def parameter_gradients(
             BLOCK_B=32,
             BLOCK_H=block_h,
             BLOCK_C=block_c,
+            HALF=x.dtype.itemsize == 2,
+            num_stages=1,  # what is loaded ahead is loaded in the order of the product, not of memory
             ACC=maps.triton_accumulator(state.dtype),
             num_warps=4,
             **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)},
