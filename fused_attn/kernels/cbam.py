@@ -175,13 +175,14 @@ def cbam(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
     over_channels = maps.plan_over_channels(x, plan)
+    pooling = maps.dense(x, True)[1]  # pools over space alone may have FLAT tiles
     parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2)))
     spatial_weight, spatial_bias = maps.row(spatial_weight), maps.row(spatial_bias)
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
-    sizes = channels.sizes_of(plan, parameters[0], parameters[2], layer)
+    sizes = channels.sizes_of(pooling, parameters[0], parameters[2], layer)
     channel_state, channel_index = channels.empty_state(x, plan, sizes["H"], pool, channel_ties)
     codes = layer, pool, channel_ties, activation, pre_activation
-    found = channels.squeezed(x, plan, parameters, affine, sizes, channel_state, channel_index, *codes)
+    found = channels.squeezed(x, pooling, parameters, affine, sizes, channel_state, channel_index, *codes)
     tables = maps.channel_pool_tables(x, over_channels)
     shared: dict[str, Any] = {"x": x, "GATE": channel_gate, "PRE": pre_activation, "width": channel_state.shape[1]}
     shared |= affine
@@ -191,7 +192,7 @@ def cbam(
         _excite_and_pool,
         x,
         over_channels.programs,
-        pool_split=plan.n_split,
+        pool_split=pooling.n_split,
         LAYER=layer,
         POOL=pool,
         TIES=channel_ties,
