@@ -1043,6 +1043,8 @@ def select(
         }
         columns = triton.cdiv(sizes["H"], given["BLOCK_H"])
         layers.launch(layers._first_layer, u, plan, given["n_part"], columns, given)
+        if u.element_size() > 2:  # a program holds the logits of all branches: registers
+            given["BLOCK_C"] //= 2
         layers.launch(_branch_weights, u, plan, 1, triton.cdiv(plan.channels, given["BLOCK_C"]), given)
         maps.launch(
             _sum_branches,
