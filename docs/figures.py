@@ -220,6 +220,32 @@ def kept() -> str:
     return table([*head, "batch: eager", "`tails=True`", save], rows)
 
 
+#: Of benchmarks.machine_code: the first kernels' estimates, and the last ones'.
+LAYOUTS = "nchw", "channels_last"
+MACHINE_CODE = (("se-before", "others-before"), ("se-after", "norm-gate-after", "others-after"))
+
+
+def machine_code() -> str:
+    """The slowest pass over a map of each op and shape, in per cent of a copy: of the first kernels, and now."""
+    ways: list[dict[tuple[str, str], dict[str, tuple[float, str]]]] = []
+    for names in MACHINE_CODE:
+        found: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}
+        for row in (row for name in names for row in load(f"machine-code/{name}")["rows"]):
+            of_map, op = 2 * prod(row["shape"]), row["op"]  # bytes of bfloat16
+            if row.get("of copy") and row["bytes"] >= of_map and not op.endswith("resident"):
+                of = found.setdefault((op, size(row["shape"])), {})
+                of[row["layout"]] = min(of.get(row["layout"], (9.0, "")), (row["of copy"], row["kernel"]))
+        ways.append(found)
+    before, after = ways
+
+    def cell(of: tuple[str, str], layout: str) -> str:
+        (first, _), (last, kernel) = before[of][layout], after[of][layout]
+        return f"{100 * first:.0f} → {100 * last:.0f} (`{kernel}`)"
+
+    rows = ([f"{op}, {shape}", *(cell((op, shape), layout) for layout in LAYOUTS)] for op, shape in after)
+    return table(["", *(layout.replace("nchw", "NCHW") for layout in LAYOUTS)], rows)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "ratios": ratios,
     "ratios-by-map": lambda *names: ratios(*names, by_shape=True),
@@ -228,6 +254,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "taxes": taxes,
     "compiled": compiled,
     "kept": kept,
+    "machine-code": machine_code,
     "measured": measured_on,
 }
 

@@ -837,6 +837,8 @@ class Warp:
 
         return run
 
+    make_VOTEU = make_VOTE
+
     def make_STL(self, i: Instruction) -> Any:
         """What does not fit the registers; places are told apart by how they are written."""
         to, of = i.operands

@@ -32,7 +32,7 @@ def _excite_and_pool(
     c_q, s_q, n_cblk, n_split, blocks, tiles, pool_split, H, n_part, taps, width, APART: tl.constexpr,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE: tl.constexpr, PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits of the program's channels, where no launch has left them; then reads x for the pools over channels of
@@ -40,11 +40,10 @@ def _excite_and_pool(
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     if not APART:
-        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
         excite(
             weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-            b, cblk, c, in_c, C, S, pool_split, H, n_part, taps, width,
-            LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+            b, cblk, tiles, C, S, pool_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_E, BLOCK_C, BLOCK_H, BLOCK_ROWS, ACC,
         )  # fmt: skip
         tl.debug_barrier()
     channel_pool_pass(
@@ -121,7 +120,7 @@ def _spread_both(
     APART: tl.constexpr, LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, SPACE_TIES: tl.constexpr,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, SPACE_GATE: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr,
     CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the program's descriptors, where no launch has left them; then reads grad (x too after a prologue or
@@ -129,12 +128,11 @@ def _spread_both(
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, False)
     if not APART:
-        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
         excite_backward(
             weight1, weight2, channel_state, channel_index, dots, products, mean, value,
             grad_logits, grad_hidden, tap_sums,
-            b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
-            LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+            b, cblk, tiles, C, S, n_cblk, n_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_E, BLOCK_C, BLOCK_H, BLOCK_ROWS, ACC,
         )  # fmt: skip
         tl.debug_barrier()
     row = channel_state + b * width
@@ -177,23 +175,24 @@ def cbam(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, plan = maps.dense(x)
     over_channels = maps.plan_over_channels(x, plan)
+    pooling = maps.dense(x, True)[1]  # pools over space alone may have FLAT tiles
     parameters = tuple(map(maps.row, (weight1, bias1, weight2, bias2)))
     spatial_weight, spatial_bias = maps.row(spatial_weight), maps.row(spatial_bias)
     affine = {"affine_weight": maps.row(affine_weight), "affine_bias": maps.row(affine_bias)}
-    sizes = channels.sizes_of(plan, parameters[0], parameters[2], layer)
+    sizes = channels.sizes_of(pooling, parameters[0], parameters[2], layer)
     channel_state, channel_index = channels.empty_state(x, plan, sizes["H"], pool, channel_ties)
     codes = layer, pool, channel_ties, activation, pre_activation
-    found = channels.squeezed(x, plan, parameters, affine, sizes, channel_state, channel_index, *codes)
+    found = channels.squeezed(x, pooling, parameters, affine, sizes, channel_state, channel_index, *codes)
     tables = maps.channel_pool_tables(x, over_channels)
     shared: dict[str, Any] = {"x": x, "GATE": channel_gate, "PRE": pre_activation, "width": channel_state.shape[1]}
     shared |= affine
     # A program has up to four times the channels that one of channel_gate has.
-    sizes_of_pool = sizes | {"BLOCK_H": 16, "BLOCK_K": over_channels.block_k}
+    sizes_of_pool = sizes | {"BLOCK_H": 16} | channels.channels_a_program(over_channels, sizes["taps"])
     maps.launch(
         _excite_and_pool,
         x,
         over_channels.programs,
-        pool_split=plan.n_split,
+        pool_split=pooling.n_split,
         LAYER=layer,
         POOL=pool,
         TIES=channel_ties,

@@ -31,11 +31,14 @@ from .language import (
     MAX,
     activate,
     activate_grad,
+    add_product,
     linear_in,
     sum_rows,
 )
 from .maps import SIZES, channels_of, locate
 from .passes import backward_pass, descriptor, pool_pass, scale_pass, store_pool_gradients
+
+TAPS = tl.constexpr(8)  # of a convolution over channels, at a time
 
 
 @triton.jit
@@ -49,13 +52,29 @@ def _pooled(
 
 
 @triton.jit
-def _neighbour(c, t, taps, C, LAYER: tl.constexpr):
-    """(the channel t - taps // 2 after c, whether there is one)."""
-    c = c + t - taps // 2
+def _around(
+    cblk, tiles, C, taps, LAYER: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """The channels that the convolution reads for the program's: (channels, which exist, which are its own)."""
+    e = tl.arange(0, BLOCK_E) - taps // 2
+    first = cblk * tiles * BLOCK_C
+    n = tl.minimum(tiles * BLOCK_C, C - first)
+    c = first + e
+    exists = e < n + taps - 1 - taps // 2
     if LAYER == CIRCULAR:
-        return (c % C + C) % C, c == c
+        c = (c % C + C) % C
     else:
-        return c, (c >= 0) & (c < C)
+        exists &= (c >= 0) & (c < C)
+    return c, exists, (e >= 0) & (e < n)
+
+
+@triton.jit
+def _at_taps(numbers, first, step, mask, TAPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Of the numbers around the program's channels those that lie first + step * i behind each, (i, channels); of no
+    channel the last number, which is 0."""
+    at = tl.arange(0, BLOCK_K)[None, :] + (first + step * tl.arange(0, TAPS))[:, None]
+    at = tl.reshape(tl.where(mask, at, BLOCK_E - 1), (TAPS * BLOCK_K,))
+    return tl.reshape(tl.gather(numbers, at, 0), (TAPS, BLOCK_K))
 
 
 @triton.jit
@@ -104,37 +123,43 @@ def store_hidden(products, bias1, out, n_part, H, h, first, BLOCK_ROWS: tl.const
 @triton.jit
 def excite(
     weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-    b, cblk, c, in_c, C, S, n_split, H, n_part, taps, width,
+    b, cblk, tiles, C, S, n_split, H, n_part, taps, width,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store the descriptors and logits of the program's channels c from the partial results of n_split programs.
+    """Store the descriptors and logits of the program's channels from the partial results of n_split programs.
 
     Programs that share channels store the same numbers; each may read what it has stored, after a barrier.
     """
     row = state + b * width
-    mean, peak, found = descriptor(sums, best, place, b, c, in_c, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+    reads, exists, own = c, in_c, in_c
+    IS_CONV: tl.constexpr = weight1 is not None and LAYER != DENSE
+    if IS_CONV:
+        reads, exists, own = _around(cblk, tiles, C, taps, LAYER, BLOCK_E, BLOCK_C)
+    mean, peak, found = descriptor(sums, best, place, b, reads, exists, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
     s = mean
     if POOL != AVG:
-        tl.store(index + b * C + c, found, mask=in_c)
+        tl.store(index + b * C + reads, found, mask=own)
         if POOL == AVGMAX:
             s = 0.5 * mean + 0.5 * peak
         if POOL == BOTH:
-            tl.store(row + 2 * C + H + c, peak, mask=in_c)
+            tl.store(row + 2 * C + H + reads, peak, mask=own)
         elif TIES == EVEN:
-            tl.store(row + width - C + c, peak, mask=in_c)
-    tl.store(row + c, s, mask=in_c)
+            tl.store(row + width - C + reads, peak, mask=own)
+    tl.store(row + reads, s, mask=own)
     if weight1 is None:
         z = s
         if POOL == BOTH:
             z += peak
-    elif LAYER != DENSE:
+    elif IS_CONV:
         z = tl.zeros((BLOCK_K,), ACC)
-        for t in range(taps):
-            near, exists = _neighbour(c, t, taps, C, LAYER)
-            exists &= in_c
-            at_near = _pooled(sums, best, place, b, near, exists, C, S, n_split, POOL, TIES, BLOCK_ROWS, ACC)
-            z += tl.load(weight1 + t).to(ACC) * tl.where(exists, at_near, 0.0)
+        around = tl.where(exists, linear_in(mean, peak, POOL), 0.0)
+        for t0 in range(0, taps, TAPS):
+            t = t0 + tl.arange(0, TAPS)
+            near = _at_taps(around, t0, 1, (t < taps)[:, None] & in_c[None, :], TAPS, BLOCK_K, BLOCK_E)
+            z += tl.sum(tl.load(weight1 + t, mask=t < taps, other=0.0).to(ACC)[:, None] * near, axis=0)
         if bias1 is not None:
             z += (2 if POOL == BOTH else 1) * tl.load(bias1).to(ACC)  # each pool's logits have one
     elif weight2 is None:
@@ -168,18 +193,17 @@ def _gate(
     c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width, APART: tl.constexpr,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     PRE: tl.constexpr, POST: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits of the program's channels, where no launch has left them; then reads x and the residual, writes y."""
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     if not APART:
-        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
         excite(
             weight1, bias1, weight2, bias2, sums, best, place, products, state, index,
-            b, cblk, c, in_c, C, S, n_split, H, n_part, taps, width,
-            LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+            b, cblk, tiles, C, S, n_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, BLOCK_K, BLOCK_E, BLOCK_C, BLOCK_H, BLOCK_ROWS, ACC,
         )  # fmt: skip
         tl.debug_barrier()
     scale_pass(
@@ -240,31 +264,39 @@ def _dot(
 @triton.jit
 def excite_backward(
     weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
-    b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
+    b, cblk, tiles, C, S, n_cblk, n_split, H, n_part, taps, width,
     LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store what the program's channels c give to their pools, `mean` and `value`, from the partial dots; and what the
+    """Store what the program's channels give to their pools, `mean` and `value`, from the partial dots; and what the
     parameters' gradients are summed from: gradients of the logits and hidden logits, sums for each tap."""
     row = state + b * width
-    dz = _grad_logits(dots, state, b, c, in_c, C, n_split, width, GATE, BLOCK_ROWS, ACC)
+    c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
+    reads, exists = c, in_c
+    IS_CONV: tl.constexpr = weight1 is not None and LAYER != DENSE
+    if IS_CONV:
+        reads, exists, _ = _around(cblk, tiles, C, taps, LAYER, BLOCK_E, BLOCK_C)
+    dz = _grad_logits(dots, state, b, reads, exists, C, n_split, width, GATE, BLOCK_ROWS, ACC)
     if grad_logits is not None:
         tl.store(grad_logits + b * C + c, dz, mask=in_c)
     if weight1 is None:
         ds = dz
-    elif LAYER != DENSE:
+    elif IS_CONV:
+        s = tl.load(row + reads, mask=exists, other=0.0)
+        if POOL == BOTH:
+            s += tl.load(row + 2 * C + H + reads, mask=exists, other=0.0)
+        own = tl.sum(_at_taps(dz, taps // 2, 0, in_c[None, :], 1, BLOCK_K, BLOCK_E), axis=0)
         ds = tl.zeros((BLOCK_K,), ACC)
         sums = tap_sums + (b * n_cblk + cblk) * (taps + 1)
-        for t in range(taps):
-            near, exists = _neighbour(c, taps - 1 - t, taps, C, LAYER)  # of those whose tap t reads c
-            dz_near = _grad_logits(dots, state, b, near, exists & in_c, C, n_split, width, GATE, BLOCK_ROWS, ACC)
-            ds += tl.load(weight1 + t).to(ACC) * dz_near
-            near, exists = _neighbour(c, t, taps, C, LAYER)
-            s = tl.load(row + near, mask=exists & in_c, other=0.0)
-            if POOL == BOTH:
-                s += tl.load(row + 2 * C + H + near, mask=exists & in_c, other=0.0)
-            tl.store(sums + t, tl.sum(dz * s, axis=0))
-        tl.store(sums + taps, (2 if POOL == BOTH else 1) * tl.sum(dz, axis=0))
+        for t0 in range(0, taps + 1, TAPS):  # the last one's sum is the bias's
+            t = t0 + tl.arange(0, TAPS)
+            mask = (t < taps)[:, None] & in_c[None, :]
+            near = _at_taps(dz, taps - 1 - t0, -1, mask, TAPS, BLOCK_K, BLOCK_E)  # of those whose tap t reads c
+            ds += tl.sum(tl.load(weight1 + t, mask=t < taps, other=0.0).to(ACC)[:, None] * near, axis=0)
+            near = _at_taps(s, t0, 1, mask, TAPS, BLOCK_K, BLOCK_E)
+            near = tl.where((t == taps)[:, None], 2.0 if POOL == BOTH else 1.0, near)
+            tl.store(sums + t, tl.sum(own[None, :] * near, axis=1), mask=t <= taps)
     elif weight2 is None:
         ds = tl.zeros((BLOCK_K,), ACC)
         for k0 in range(0, C, BLOCK_H):
@@ -299,7 +331,7 @@ def _spread(
     c_q, s_q, n_cblk, n_split, blocks, tiles, H, n_part, taps, width, stride_b, stride_c, stride_s,
     APART: tl.constexpr, LAYER: tl.constexpr, POOL: tl.constexpr, TIES: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE: tl.constexpr, PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the program's descriptors, where no launch has left them; then reads grad (x too after a prologue or
@@ -307,11 +339,10 @@ def _spread(
     C, S = c_q * CV, s_q * SV
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     if not APART:
-        c, in_c = channels_of(cblk, tiles, C, BLOCK_K, BLOCK_C)
         excite_backward(
             weight1, weight2, state, index, dots, products, mean, value, grad_logits, grad_hidden, tap_sums,
-            b, cblk, c, in_c, C, S, n_cblk, n_split, H, n_part, taps, width,
-            LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_H, BLOCK_ROWS, ACC,
+            b, cblk, tiles, C, S, n_cblk, n_split, H, n_part, taps, width,
+            LAYER, POOL, TIES, ACTIVATION, GATE, BLOCK_K, BLOCK_E, BLOCK_C, BLOCK_H, BLOCK_ROWS, ACC,
         )  # fmt: skip
         tl.debug_barrier()
     row = state + b * width
@@ -336,55 +367,61 @@ def _parameters(
     state, grad_logits, grad_hidden, tap_sums, weight_sums, bias_sums,
     grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_affine_weight, grad_affine_bias,
     B, C, n_cblk, n_split, H, taps, width,
-    LAYER: tl.constexpr, PAIR: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_TAPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    LAYER: tl.constexpr, PAIR: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all parameters: programs over tiles of the (H or C, C) weights, each sums over the batch in order.
+    """Gradients of all parameters: programs over tiles of the (H or C, C) weights, first of weight1, then of weight2,
+    each sums over the batch in order.
 
     One layer counts as hidden logits that are the logits. With both pools (PAIR 2) a sample has two descriptors.
     """
     TWO_LAYERS: tl.constexpr = grad_weight2 is not None
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    hblk, cblk = tl.program_id(0) // c_blocks, tl.program_id(0) % c_blocks
+    LAST: tl.constexpr = 1 if TWO_LAYERS else 0
+    c_blocks, h_blocks = tl.cdiv(C, BLOCK_C), tl.cdiv(H, BLOCK_H)
+    cblk, hblk = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks % h_blocks
+    layer = tl.program_id(0) // (c_blocks * h_blocks)
     c = cblk * BLOCK_C + tl.arange(0, BLOCK_C)
     h = hblk * BLOCK_H + tl.arange(0, BLOCK_H)
     in_c, in_h = c < C, h < H
     if LAYER == DENSE and grad_weight1 is not None:
-        first = tl.zeros((BLOCK_H, BLOCK_C), ACC)
-        second = tl.zeros((BLOCK_H, BLOCK_C), ACC)
+        # Where hidden numbers and channels are of a sample, and of its second pool.
+        hiddens, h_step, h_pool = grad_hidden, (PAIR if TWO_LAYERS else 1) * H, H if TWO_LAYERS else 0
+        channels, c_step, c_pool = state, width, 2 * C + (H if TWO_LAYERS else 0)
+        if layer != 0:
+            hiddens, h_step, h_pool = state + 2 * C, width, C + H
+            channels, c_step, c_pool = grad_logits, C, 0
+        total = tl.zeros((BLOCK_H, BLOCK_C), ACC)
         for row0 in range(0, PAIR * B, BLOCK_B):
             row = (row0 + tl.arange(0, BLOCK_B)).to(tl.int64)
             b, of_max = row // PAIR, row % PAIR
-            hidden_mask = in_h[:, None] & (b < B)[None, :]
+            hidden_mask = (b < B)[:, None] & in_h[None, :]
             channel_mask = (b < B)[:, None] & in_c[None, :]
-            hidden_row = row if TWO_LAYERS else b
-            dz1 = tl.load(grad_hidden + hidden_row[None, :] * H + h[:, None], mask=hidden_mask, other=0.0)
-            s_at = b * width + of_max * (2 * C + (H if TWO_LAYERS else 0))
-            s = tl.load(state + s_at[:, None] + c[None, :], mask=channel_mask, other=0.0)
-            first += tl.dot(dz1, s, input_precision="ieee", out_dtype=ACC)
+            hidden_at = hiddens + (b * h_step + of_max * h_pool)[:, None] + h[None, :]
+            by_hidden = tl.load(hidden_at, mask=hidden_mask, other=0.0)
+            channel_at = channels + (b * c_step + of_max * c_pool)[:, None] + c[None, :]
+            by_channel = tl.load(channel_at, mask=channel_mask, other=0.0)
             if TWO_LAYERS:
-                z1_at = b * width + 2 * C + of_max * (C + H)
-                z1 = tl.load(state + z1_at[None, :] + h[:, None], mask=hidden_mask, other=0.0)
-                hidden = tl.where(hidden_mask, activate(z1, ACTIVATION), 0.0)
-                dz = tl.load(grad_logits + b[:, None] * C + c[None, :], mask=channel_mask, other=0.0)
-                second += tl.dot(hidden, dz, input_precision="ieee", out_dtype=ACC)
+                by_hidden = tl.where(hidden_mask & (layer != 0), activate(by_hidden, ACTIVATION), by_hidden)
+            total = add_product(total, tl.trans(by_hidden), by_channel, HALF, ACC)
         mask = in_h[:, None] & in_c[None, :]
-        tl.store(grad_weight1 + h[:, None] * C + c[None, :], first, mask=mask)
-        if TWO_LAYERS:
-            tl.store(grad_weight2 + c[None, :] * H + h[:, None], second, mask=mask)
-    if cblk == 0:
-        if LAYER == DENSE:
+        if layer == 0:
+            tl.store(grad_weight1 + h[:, None] * C + c[None, :], total, mask=mask)
+        if TWO_LAYERS:  # noqa: SIM102 (it is known when this is compiled; what follows is not)
+            if layer == 1:
+                tl.store(grad_weight2 + c[None, :] * H + h[:, None], total, mask=mask)
+    if LAYER == DENSE:
+        if cblk == 0 and layer == 0:
             if TWO_LAYERS:
                 _store_sum(grad_bias1, grad_hidden, 1, PAIR * B, H, h, in_h, BLOCK_B, ACC)
             else:
                 _store_sum(grad_bias1, grad_hidden, PAIR, B, H, h, in_h, BLOCK_B, ACC)
-        elif hblk == 0:
-            t = tl.arange(0, BLOCK_TAPS)
-            total = sum_rows(tap_sums, B * n_cblk, taps + 1, t, t < taps + 1, 2048 // BLOCK_TAPS, ACC)
-            tl.store(grad_weight1 + t, total, mask=t < taps)
-            if grad_bias1 is not None:
-                tl.store(grad_bias1 + t - taps, total, mask=t == taps)
-    if hblk == 0:
+    else:  # a program a tap, and the bias
+        t = tl.program_id(0) + tl.arange(0, 1)
+        total = sum_rows(tap_sums, B * n_cblk, taps + 1, t, t < taps + 1, 2048, ACC)
+        tl.store(grad_weight1 + t, total, mask=t < taps)
+        if grad_bias1 is not None:
+            tl.store(grad_bias1 + t - taps, total, mask=t == taps)
+    if hblk == 0 and layer == LAST:
         _store_sum(grad_bias2, grad_logits, PAIR, B, C, c, in_c, BLOCK_B, ACC)
         _store_sum(grad_affine_weight, weight_sums, 1, B * n_split, C, c, in_c, BLOCK_B, ACC)
         _store_sum(grad_affine_bias, bias_sums, 1, B * n_split, C, c, in_c, BLOCK_B, ACC)
@@ -393,13 +430,22 @@ def _parameters(
 def sizes_of(plan: maps.Plan, weight1: Tensor | None, weight2: Tensor | None, layer: int) -> dict[str, int]:
     """Sizes and blocks of the excitation."""
     hidden = 0 if weight2 is None else weight1.shape[0]
+    is_dense = weight1 is not None and layer == LAYERS["dense"]
+    taps = 0 if weight1 is None or is_dense else weight1.numel()
+    most_split = triton.cdiv(plan.space, plan.block_s)
     return {
         "H": hidden,
-        "taps": 0 if weight1 is None or layer == LAYERS["dense"] else weight1.numel(),
+        "taps": taps,
         "BLOCK_H": min(max(maps.next_power_of_2(hidden), 16), 32),
-        "BLOCK_K": plan.block_k,
-        "BLOCK_ROWS": maps.ROWS_AT_ONCE,
+        "BLOCK_ROWS": maps.ROWS_AT_ONCE if is_dense else min(maps.next_power_of_2(most_split), maps.ROWS_AT_ONCE),
+        **channels_a_program(plan, taps),
     }
+
+
+def channels_a_program(plan: maps.Plan, taps: int) -> dict[str, int]:
+    """Of the excitation, and with those that its convolution reads and one that does not exist."""
+    most = plan.block_c if plan.layout == maps.FLAT.value else plan.block_k
+    return {"BLOCK_K": plan.block_k, "BLOCK_E": maps.next_power_of_2(most + taps) if taps else 1}
 
 
 def squeezed(
@@ -496,11 +542,12 @@ def parameter_gradients(
     if any(g is not None for g in grads):
         rows = 1 if tables["grad_hidden"] is None else sizes["H"] or plan.channels
         block_h, block_c = min(max(maps.next_power_of_2(rows), 16), 32), 32
+        n_layers = 1 if grads[2] is None else 2
         names = ("weight1", "bias1", "weight2", "bias2", "affine_weight", "affine_bias")
         maps.launch(
             _parameters,
             x,
-            triton.cdiv(rows, block_h) * triton.cdiv(plan.channels, block_c),
+            max(n_layers * triton.cdiv(rows, block_h) * triton.cdiv(plan.channels, block_c), sizes["taps"] + 1),
             state=state,
             B=plan.batch,
             C=plan.channels,
@@ -512,10 +559,11 @@ def parameter_gradients(
             LAYER=layer,
             PAIR=2 if pool == POOLS["both"] else 1,
             ACTIVATION=activation,
-            BLOCK_TAPS=maps.next_power_of_2(sizes["taps"] + 1),
             BLOCK_B=32,
             BLOCK_H=block_h,
             BLOCK_C=block_c,
+            HALF=x.dtype.itemsize == 2,
+            num_stages=1,  # what is loaded ahead is loaded in the order of the product, not of memory
             ACC=maps.triton_accumulator(state.dtype),
             num_warps=4,
             **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)},

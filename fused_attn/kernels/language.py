@@ -209,6 +209,12 @@ def product(a, b, TF32: tl.constexpr, ACC: tl.constexpr):
         return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
 
 
+@triton.jit
+def add_product(total, a, b, HALF: tl.constexpr, ACC: tl.constexpr):
+    """total + a @ b; of maps in half precision (HALF) as three products in TF32, 2^-21 of float32's own digits."""
+    return tl.dot(a, b, total, input_precision="tf32x3" if HALF else "ieee", out_dtype=ACC)
+
+
 # ---- partial results, one row a program of the pass before ----
 
 

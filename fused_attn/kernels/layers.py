@@ -41,7 +41,7 @@ ELEMENTS_A_PRODUCT = 8
 
 
 @triton.jit
-def _block(n_part, n_columns, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr):
+def block_of(n_part, n_columns, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr):
     """(samples, part, columns) of this program's products."""
     n_blocks = tl.cdiv(n_columns, BLOCK)
     pid = tl.program_id(0)
@@ -50,7 +50,13 @@ def _block(n_part, n_columns, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _descriptors(
+def is_first(n_columns, BLOCK: tl.constexpr):
+    """Whether this program's columns are the first ones."""
+    return tl.program_id(0) % tl.cdiv(n_columns, BLOCK) == 0
+
+
+@triton.jit
+def descriptors(
     sums, best, place, b, c, mask, C, S, n_split, POOL: tl.constexpr, TIES: tl.constexpr, ACC: tl.constexpr
 ):
     """`descriptor` of channels c of each sample b."""
@@ -75,7 +81,7 @@ def _descriptors(
 
 
 @triton.jit
-def _sum_parts(products, b, n_part, width, columns, mask, ACC: tl.constexpr):
+def sum_parts(products, b, n_part, width, columns, mask, ACC: tl.constexpr):
     """Sums of what the programs of all parts left, (B, n_part, width), for each sample b at `columns`."""
     at = b[:, None] * n_part * width + columns[None, :]
     total = tl.zeros(mask.shape, ACC)
@@ -97,14 +103,14 @@ def _first_layer(
     side."""
     C, S, H = c_q * CV, s_q * SV, h_q * HV
     APART: tl.constexpr = TWO_LAYERS and POOL == BOTH
-    b, part, h = _block(n_part, H, BLOCK_B, BLOCK_H)
+    b, part, h = block_of(n_part, H, BLOCK_B, BLOCK_H)
     in_h = h < H
     total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     of_peak = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     for c0 in range(0, BLOCK_PART, BLOCK_C):
         c = part * BLOCK_PART + c0 + tl.arange(0, BLOCK_C)
         mask = (b < B)[:, None] & (c < C)[None, :]
-        mean, peak, _ = _descriptors(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, ACC)
+        mean, peak, _ = descriptors(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, ACC)
         at = c[:, None] + h[None, :] * C
         w = tl.load(weight1 + at, mask=(c < C)[:, None] & in_h[None, :], other=0.0).to(ACC)
         if APART:
@@ -121,6 +127,25 @@ def _first_layer(
         tl.store(out + H, of_peak, mask=mask)
 
 
+@triton.jit
+def store_hidden_logits(
+    products, bias1, to, b, h, in_b, first, H, n_part, pool_step,
+    PAIR: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(hidden numbers h of each sample b, of PAIR pools their sum, which of them exist) from what all parts left; the
+    `first` columns' programs store their logits at `to`, the second pool's `pool_step` behind."""
+    mask = in_b[:, None] & (h < H)[None, :]
+    hidden = tl.zeros(mask.shape, ACC)
+    for pool in tl.static_range(PAIR):
+        z1 = sum_parts(products + pool * H, b, n_part, PAIR * H, h, mask, ACC)
+        if bias1 is not None:
+            z1 += tl.load(bias1 + h, mask=h < H, other=0.0).to(ACC)[None, :]
+        if first:
+            tl.store(to + pool * pool_step + h[None, :], z1, mask=mask)
+        hidden += activate(z1, ACTIVATION)
+    return hidden, mask
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _second_layer(
     weight2, bias1, bias2, sums, best, place, products, state, index, B, c_q, s_q, h_q, n_split, n_part, width,
@@ -131,11 +156,11 @@ def _second_layer(
     """Stores descriptors and logits, of which one layer's are the sums of products themselves, and hidden logits."""
     C, S, H = c_q * CV, s_q * SV, h_q * HV
     PAIR: tl.constexpr = 2 if POOL == BOTH else 1  # an excitation of both pools has each bias twice
-    b, _, c = _block(1, C, BLOCK_B, BLOCK_C)
+    b, _, c = block_of(1, C, BLOCK_B, BLOCK_C)
     in_b, in_c = b < B, c < C
     mask = in_b[:, None] & in_c[None, :]
     row = state + b[:, None] * width
-    mean, peak, found = _descriptors(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, ACC)
+    mean, peak, found = descriptors(sums, best, place, b, c, mask, C, S, n_split, POOL, TIES, ACC)
     at = tl.broadcast_to(c[None, :], mask.shape)
     if POOL != AVG:
         tl.store(index + b[:, None] * C + at, found, mask=mask)
@@ -145,7 +170,7 @@ def _second_layer(
             tl.store(row + (width - C) + at, peak, mask=mask)
     tl.store(row + at, mean if POOL == BOTH else linear_in(mean, peak, POOL), mask=mask)
     if not TWO_LAYERS:
-        z = _sum_parts(products, b, n_part, C, c, mask, ACC)
+        z = sum_parts(products, b, n_part, C, c, mask, ACC)
         if bias1 is not None:
             z += PAIR * tl.load(bias1 + c, mask=in_c, other=0.0).to(ACC)[None, :]
     else:
@@ -153,15 +178,9 @@ def _second_layer(
         for h0 in range(0, H, BLOCK_H):
             h = h0 + tl.arange(0, BLOCK_H)
             in_h = h < H
-            hidden_mask = in_b[:, None] & in_h[None, :]
-            hidden = tl.zeros((BLOCK_B, BLOCK_H), ACC)
-            for pool in tl.static_range(PAIR):
-                z1 = _sum_parts(products + pool * H, b, n_part, PAIR * H, h, hidden_mask, ACC)
-                if bias1 is not None:
-                    z1 += tl.load(bias1 + h, mask=in_h, other=0.0).to(ACC)[None, :]
-                if tl.program_id(0) % tl.cdiv(C, BLOCK_C) == 0:
-                    tl.store(row + 2 * C + pool * (C + H) + h[None, :], z1, mask=hidden_mask)
-                hidden += activate(z1, ACTIVATION)
+            hidden, hidden_mask = store_hidden_logits(
+                products, bias1, row + 2 * C, b, h, in_b, is_first(C, BLOCK_C), H, n_part, C + H, PAIR, ACTIVATION, ACC
+            )  # fmt: skip
             w = tl.load(weight2 + c[None, :] * H + h[:, None], mask=in_h[:, None] & in_c[None, :], other=0.0).to(ACC)
             z += product(tl.where(hidden_mask, hidden, 0.0), w, TF32, ACC)
         if bias2 is not None:
@@ -175,7 +194,7 @@ def _logit_grads(
 ):  # fmt: skip
     """Gradients of the logits of channels c of each sample b: the dots of all splits times the gate's derivative."""
     z = tl.load(state + b[:, None] * width + C + c[None, :], mask=mask, other=0.0)
-    return tl.where(mask, _sum_parts(dots, b, n_split, C, c, mask, ACC) * activate_grad(z, GATE), 0.0)
+    return tl.where(mask, sum_parts(dots, b, n_split, C, c, mask, ACC) * activate_grad(z, GATE), 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -187,7 +206,7 @@ def _second_layer_backward(
 ):  # fmt: skip
     """The last layer's transposed products, (C, H) weights, with a part of the logits' gradients."""
     C, H = c_q * CV, h_q * HV
-    b, part, h = _block(n_part, H, BLOCK_B, BLOCK_H)
+    b, part, h = block_of(n_part, H, BLOCK_B, BLOCK_H)
     total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     for c0 in range(0, BLOCK_PART, BLOCK_C):
         c = part * BLOCK_PART + c0 + tl.arange(0, BLOCK_C)
@@ -198,6 +217,34 @@ def _second_layer_backward(
         total += product(dz, w, TF32, ACC)
     out = products + (b * n_part + part)[:, None] * H + h[None, :]
     tl.store(out, total, mask=(b < B)[:, None] & (h < H)[None, :])
+
+
+@triton.jit
+def through_hidden(
+    weight1, products, hidden, grad_hidden, b, c, in_b, in_c, first, C, H, n_part, pool_step,
+    PAIR: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_H: tl.constexpr, TF32: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the descriptors of channels c, of the second pool's too, from what all parts left; the `first`
+    columns' programs store those of the hidden logits, which are at `hidden`, the second pool's `pool_step` behind."""
+    ds = tl.zeros((b.shape[0], c.shape[0]), ACC)
+    to_second = tl.zeros((b.shape[0], c.shape[0]), ACC)
+    for h0 in range(0, H, BLOCK_H):
+        h = h0 + tl.arange(0, BLOCK_H)
+        in_h = h < H
+        mask = in_b[:, None] & in_h[None, :]
+        dh = sum_parts(products, b, n_part, H, h, mask, ACC)
+        w = tl.load(weight1 + h[:, None] * C + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0).to(ACC)
+        for pool in tl.static_range(PAIR):
+            z1 = tl.load(hidden + pool * pool_step + h[None, :], mask=mask, other=0.0)
+            dz1 = tl.where(mask, dh * activate_grad(z1, ACTIVATION), 0.0)
+            if first:
+                tl.store(grad_hidden + (b * PAIR + pool)[:, None] * H + h[None, :], dz1, mask=mask)
+            grads = product(dz1, w, TF32, ACC)
+            if pool == 0:
+                ds += grads
+            else:
+                to_second += grads
+    return ds, to_second
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -211,33 +258,19 @@ def _first_layer_backward(
     """Stores what channels give to their pools, `mean` and `value`, and the gradients of logits and hidden logits."""
     C, S, H = c_q * CV, s_q * SV, h_q * HV
     PAIR: tl.constexpr = 2 if POOL == BOTH else 1
-    b, _, c = _block(1, C, BLOCK_B, BLOCK_C)
+    b, _, c = block_of(1, C, BLOCK_B, BLOCK_C)
     in_b, in_c = b < B, c < C
     mask = in_b[:, None] & in_c[None, :]
     row = state + b[:, None] * width
     at = b[:, None] * C + c[None, :]
     tl.store(grad_logits + at, _logit_grads(dots, state, b, c, mask, C, n_split, width, GATE, ACC), mask=mask)
-    to_peak = tl.zeros((BLOCK_B, BLOCK_C), ACC)
     if not TWO_LAYERS:
-        ds = _sum_parts(products, b, n_part, C, c, mask, ACC)
+        ds = sum_parts(products, b, n_part, C, c, mask, ACC)
     else:
-        ds = tl.zeros((BLOCK_B, BLOCK_C), ACC)
-        for h0 in range(0, H, BLOCK_H):
-            h = h0 + tl.arange(0, BLOCK_H)
-            in_h = h < H
-            hidden_mask = in_b[:, None] & in_h[None, :]
-            dh = _sum_parts(products, b, n_part, H, h, hidden_mask, ACC)
-            w = tl.load(weight1 + h[:, None] * C + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0).to(ACC)
-            for pool in tl.static_range(PAIR):
-                z1 = tl.load(row + 2 * C + pool * (C + H) + h[None, :], mask=hidden_mask, other=0.0)
-                dz1 = tl.where(hidden_mask, dh * activate_grad(z1, ACTIVATION), 0.0)
-                if tl.program_id(0) % tl.cdiv(C, BLOCK_C) == 0:
-                    tl.store(grad_hidden + (b * PAIR + pool)[:, None] * H + h[None, :], dz1, mask=hidden_mask)
-                grads = product(dz1, w, TF32, ACC)
-                if pool == 0:
-                    ds += grads
-                else:
-                    to_peak += grads
+        ds, to_peak = through_hidden(
+            weight1, products, row + 2 * C, grad_hidden, b, c, in_b, in_c, is_first(C, BLOCK_C), C, H, n_part, C + H,
+            PAIR, ACTIVATION, BLOCK_H, TF32, ACC,
+        )  # fmt: skip
     if POOL == AVGMAX:
         ds *= 0.5
     if POOL != BOTH or not TWO_LAYERS:
@@ -259,7 +292,7 @@ def is_apart(plan: maps.Plan, weight1: Tensor | None, layer: int, pool: int) -> 
     return pool != POOLS["avg"] or ELEMENTS_A_PRODUCT * weight1.shape[0] >= plan.space
 
 
-def _arguments(x: Tensor, plan: maps.Plan, weight1: Tensor, weight2: Tensor | None, width: int) -> dict[str, Any]:
+def arguments_of(x: Tensor, plan: maps.Plan, weight1: Tensor, weight2: Tensor | None, width: int) -> dict[str, Any]:
     hidden, given = weight1.shape[0], plan.arguments(x.dtype)
     hv = maps.vector_of(hidden, x.dtype)
     return {
@@ -279,7 +312,7 @@ def _arguments(x: Tensor, plan: maps.Plan, weight1: Tensor, weight2: Tensor | No
     }
 
 
-def _launch(kernel: Any, x: Tensor, plan: maps.Plan, parts: int, columns: int, given: dict[str, Any]) -> None:
+def launch(kernel: Any, x: Tensor, plan: maps.Plan, parts: int, columns: int, given: dict[str, Any]) -> None:
     """Programs over samples, parts and blocks of columns, with those of the arguments that the kernel has."""
     programs = triton.cdiv(plan.batch, SAMPLES) * parts * columns
     maps.launch(kernel, x, programs, **{k: given[k] for k in (*kernel.arg_names, "num_warps")})
@@ -298,7 +331,7 @@ def excite(
 ) -> None:
     """Descriptors and logits into `state`, from what programs over the map left in `tables`."""
     weight1, _, weight2, _ = parameters
-    given = _arguments(x, plan, weight1, weight2, state.shape[1])
+    given = arguments_of(x, plan, weight1, weight2, state.shape[1])
     hidden, n_part = weight1.shape[0], given["n_part"]
     pairs = 2 if pool == POOLS["both"] and weight2 is not None else 1
     given |= {
@@ -311,8 +344,8 @@ def excite(
         "TIES": ties,
         "ACTIVATION": activation,
     }
-    _launch(_first_layer, x, plan, n_part, triton.cdiv(hidden, given["BLOCK_H"]), given)
-    _launch(_second_layer, x, plan, 1, triton.cdiv(plan.channels, CHANNELS), given)
+    launch(_first_layer, x, plan, n_part, triton.cdiv(hidden, given["BLOCK_H"]), given)
+    launch(_second_layer, x, plan, 1, triton.cdiv(plan.channels, CHANNELS), given)
 
 
 def excite_backward(
@@ -330,7 +363,7 @@ def excite_backward(
     gate: int,
 ) -> None:
     """What channels give to their pools, and gradients of the logits, into `tables`, from the partial dots."""
-    given = _arguments(x, plan, weight1, weight2, state.shape[1])
+    given = arguments_of(x, plan, weight1, weight2, state.shape[1])
     hidden, n_part = weight1.shape[0], given["n_part"]
     given |= {
         **tables,
@@ -345,5 +378,5 @@ def excite_backward(
         "ACTIVATION": activation,
         "GATE": gate,
     }
-    _launch(_second_layer_backward, x, plan, n_part, triton.cdiv(hidden, given["BLOCK_H"]), given)
-    _launch(_first_layer_backward, x, plan, 1, triton.cdiv(plan.channels, CHANNELS), given)
+    launch(_second_layer_backward, x, plan, n_part, triton.cdiv(hidden, given["BLOCK_H"]), given)
+    launch(_first_layer_backward, x, plan, 1, triton.cdiv(plan.channels, CHANNELS), given)

@@ -41,7 +41,7 @@ SIZES = (
         "width",
         "pool_split",
     ),
-    *("B", "C", "S", "D", "H", "W", "KD", "KH", "KW", "taps", "n_taps"),
+    *("B", "C", "S", "D", "H", "W", "taps", "n_taps"),
 )
 
 

@@ -97,6 +97,16 @@ def elements(first, S, rows, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def counted(first, S, rows, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
+    """Which of them a reduction over space takes: rows that do not exist are not stored."""
+    _, _, _, edge, _ = rows
+    if edge is not None:
+        return elements(first, S, rows, BLOCK_S, VECTOR)
+    else:
+        return inside(first, S, BLOCK_S)[None, :]
+
+
+@triton.jit
 def tile_of(b, c0, s0, C, S, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr):
     """tile_at, for a FLAT tile too."""
     if LAYOUT == FLAT:
@@ -202,7 +212,7 @@ def pool_pass(
         found = tl.full((ROWS, COLUMNS), 0 if TIES == EVEN else NOWHERE, tl.int32)
         value = tl.load(x + at + offsets, mask=elements(first, S, rows, BLOCK_S, VECTOR), other=0.0)
         for i in range(count(blocks, LAYOUT)):
-            mask = elements(first, S, rows, BLOCK_S, VECTOR)
+            mask = counted(first, S, rows, BLOCK_S, VECTOR)
             if LAYOUT != FLAT:  # two tiles are in flight
                 in_next = elements(first + BLOCK_S, S, rows, BLOCK_S, VECTOR) & (i + 1 < blocks)
                 following = tl.load(x + at + step + offsets, mask=in_next, other=0.0)
@@ -210,14 +220,15 @@ def pool_pass(
             if POOL != MAX:
                 total = u if LAYOUT == FLAT else total + tl.where(mask, u, 0.0)
             if POOL != AVG:
-                u = u.to(value.dtype).to(ACC)
-                better = mask & ((u > peak) | ((u != u) & (peak == peak)))
+                if PRE != IDENTITY or affine_weight is not None:
+                    u = u.to(value.dtype).to(ACC)
+                better = mask & (peak == peak) & ~(u <= peak)
                 if TIES == EVEN:
                     found = tl.where(better, 1, tl.where(mask & (u == peak), found + 1, found))
-                else:
-                    found = tl.where(
-                        better, tl.broadcast_to(positions(first, S, rows, BLOCK_S, VECTOR), (ROWS, COLUMNS)), found
-                    )
+                elif LAYOUT == FLAT:
+                    found = tl.where(better, positions(first, S, rows, BLOCK_S, VECTOR), found)
+                else:  # the tile: its positions are the same from then on
+                    found = tl.where(better, i, found)
                 peak = tl.where(better, u, peak)
             if LAYOUT != FLAT:
                 value = following
@@ -226,6 +237,8 @@ def pool_pass(
         if POOL != MAX:
             store_sums(sums + row, total, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
         if POOL != AVG:
+            if TIES != EVEN and LAYOUT != FLAT:
+                found = tl.where(found < blocks, positions(s0, S, rows, BLOCK_S, VECTOR) + found * BLOCK_S, NOWHERE)
             store_maxima(best + row, place + row, peak, found, c0, C, S, rows, TIES, BLOCK_C, BLOCK_S, VECTOR)
 
 

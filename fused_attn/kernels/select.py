@@ -6,6 +6,9 @@ the parameters). The sum of the branches and what a prologue makes of them stay 
 leaves partial results, one row a program, and every program of the next sums those of its sample in the same order:
 both layers' products are linear in what the programs of the launch before have each a part of.
 
+Where the layers outweigh a program's share of the map (`_is_apart`), as on small maps, they have launches of their
+own, as in channel_gate.py: 4 launches forward, 5 backward.
+
 A branch is a tensor, or a part of a stacked one, whose samples are dense in NCHW, or in channels_last with pixels any
 distance apart; samples may be any distance apart. Kernels take the branches, and their distances, as tuples.
 """
@@ -21,30 +24,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..codes import POOLS, SELECTIONS, TIES
+from ..codes import LAYERS, POOLS, SELECTIONS, TIES
 from ..ops.select import branch_views, empty_gradients, empty_sum, readable
-from . import maps
+from . import layers, maps
 from .channel_gate import store_hidden
-from .language import IDENTITY, activate, activate_grad, before_activation, sigmoid, sum_rows
-from .maps import CHANNELS_LAST, SIZES, channels_of, locate, strided_tile_at
-from .passes import inside
+from .language import (
+    AVG,
+    FIRST,
+    IDENTITY,
+    activate,
+    activate_grad,
+    add_product,
+    before_activation,
+    product,
+    sigmoid,
+    sum_rows,
+)
+from .layers import block_of, descriptors, is_first, store_hidden_logits, sum_parts, through_hidden
+from .maps import CHANNELS_LAST, FLAT, SIZES, channels_of, locate
+from .passes import count, elements, of_channels, rows_of, store_sums, strided_tile_of, tile_of
 from .squeeze import finish
 
 SOFTMAX = tl.constexpr(SELECTIONS["softmax"])
 FEW_ENOUGH = 4  # branches whose numbers leave a program registers for more than one tile of channels
+FLAT_LANES = 2  # a FLAT tile has so many times the elements: a program has one, and puts its channels' sums together
 FEW = tl.constexpr(2)  # branches whose numbers a channel stay in registers where a thread has many channels
 NO_VARIANTS = (*SIZES, "x_pixels", "grad_pixels", "H", "CG", "HG")
 
 
 @triton.jit
-def _tile_at(c0, s0, C, S, pixels, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """maps.tile_at within a sample of a branch, whose `pixels` are so many elements apart in channels_last."""
-    c = tl.arange(0, BLOCK_C)[:, None]
-    s = tl.arange(0, BLOCK_S)[None, :]
+def _tile_at(
+    c0, s0, C, S, pixels, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr
+):
+    """passes.tile_of within a sample of a branch, whose `pixels` are so many elements apart in channels_last."""
     if LAYOUT == CHANNELS_LAST:
+        c = tl.arange(0, BLOCK_C)[:, None]
+        s = tl.arange(0, BLOCK_S)[None, :]
         return s0 * pixels + c0, c + s * pixels, (BLOCK_S * pixels).to(tl.int64)
     else:
-        return c0.to(tl.int64) * S + s0, c * S + s, tl.full((), BLOCK_S, tl.int64)
+        return tile_of(tl.full((), 0, tl.int64), c0, s0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
 
 
 @triton.jit
@@ -66,29 +84,29 @@ def _apart(pixels, C, PV: tl.constexpr):
 
 
 @triton.jit
-def _of_branch(table, m: tl.constexpr, C, c, mask, ACC: tl.constexpr):
-    """Branch m's numbers of channels c, from a table (M, C); None: numbers that nobody uses."""
+def _of_branch(table, m: tl.constexpr, C, rows, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """Branch m's numbers of a tile's channels, from a table (M, C); None: numbers that nobody uses."""
     if table is None:
-        return c
+        return rows[0]
     else:
-        return tl.load(table + m * C + c, mask=mask, other=0.0).to(ACC)
+        return of_channels(table + m * C, rows, IDENTITY, VECTOR, ACC)
 
 
 @triton.jit
-def _keep(table, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
-    """The numbers of all branches, KEPT of them, for all tiles of channels c; else each tile reads them again."""
+def _keep(table, KEPT: tl.constexpr, C, rows, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """The numbers of all branches, KEPT of them, for all of a program's space; else each tile reads them again."""
     kept = ()
     for m in tl.static_range(KEPT):
-        kept = kept + (_of_branch(table, m, C, c, mask, ACC),)
+        kept = kept + (_of_branch(table, m, C, rows, VECTOR, ACC),)
     return kept
 
 
 @triton.jit
-def _kept(kept, table, m: tl.constexpr, KEPT: tl.constexpr, C, c, mask, ACC: tl.constexpr):
+def _kept(kept, table, m: tl.constexpr, KEPT: tl.constexpr, C, rows, VECTOR: tl.constexpr, ACC: tl.constexpr):
     if KEPT > 0:
         return kept[m]
     else:
-        return _of_branch(table, m, C, c, mask, ACC)
+        return _of_branch(table, m, C, rows, VECTOR, ACC)
 
 
 @triton.jit
@@ -101,11 +119,11 @@ def _load_branches(branches, distances, b, at, mask, M: tl.constexpr, BV: tl.con
 
 
 @triton.jit
-def _zeros(M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr):
+def _zeros(M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr):
     """Room for each branch's folded tile."""
     tiles = ()
     for _ in tl.static_range(M):
-        tiles = tiles + (tl.zeros((BLOCK_C, BLOCK_S // FOLD), ACC),)
+        tiles = tiles + (tl.zeros((ROWS, COLUMNS // FOLD), ACC),)
     return tiles
 
 
@@ -126,30 +144,32 @@ def pool_branches_pass(
 ):  # fmt: skip
     """Reads each branch once; leaves partial sums over space of the branches' sum, (B, n_split, C)."""
     M: tl.constexpr = len(branches)
-    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
+    KEPT: tl.constexpr = 0 if LAYOUT == FLAT or (M > FEW and LAYOUT == CHANNELS_LAST) else M
+    VECTOR: tl.constexpr = 128 // branches[0].dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_S // VECTOR if LAYOUT == FLAT else BLOCK_C
+    COLUMNS: tl.constexpr = VECTOR if LAYOUT == FLAT else BLOCK_S
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
-        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
-        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weights_kept = _keep(affine_weight, KEPT, C, rows, VECTOR, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, rows, VECTOR, ACC)
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         first = s0  # position of the tile
-        total = tl.zeros((BLOCK_C, BLOCK_S), ACC)
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+        total = tl.zeros((ROWS, COLUMNS), ACC)
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
             for m in tl.static_range(M):
-                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
-                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, rows, VECTOR, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, rows, VECTOR, ACC)
                 u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
-                total += tl.where(mask, u, 0.0)
+                total = total + u if LAYOUT == FLAT else total + tl.where(mask, u, 0.0)
             at += step
             first += BLOCK_S
-        tl.store(sums + row + c, tl.sum(total, axis=1), mask=in_c)
+        store_sums(sums + row, total, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
 
 
 @triton.jit
@@ -160,29 +180,31 @@ def sum_branches_pass(
 ):  # fmt: skip
     """Reads each branch once, writes y; `weights` points at the sample's (M, C)."""
     M: tl.constexpr = len(branches)
-    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
+    KEPT: tl.constexpr = 0 if LAYOUT == FLAT or (M > FEW and LAYOUT == CHANNELS_LAST) else M
+    VECTOR: tl.constexpr = 128 // y.dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_S // VECTOR if LAYOUT == FLAT else BLOCK_C
+    COLUMNS: tl.constexpr = VECTOR if LAYOUT == FLAT else BLOCK_S
     AFFINE: tl.constexpr = affine_weight is not None
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
     y += b * C * S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
-        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
-        a_kept = _keep(weights, KEPT, C, c, in_c, ACC)
-        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
-        y_at, y_offsets, y_step = _tile_at(c0, s0, C, S, C, LAYOUT, BLOCK_C, BLOCK_S)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weights_kept = _keep(affine_weight, KEPT, C, rows, VECTOR, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, rows, VECTOR, ACC)
+        a_kept = _keep(weights, KEPT, C, rows, VECTOR, ACC)
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        y_at, y_offsets, y_step = _tile_at(c0, s0, C, S, C, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         first = s0  # position of the tile
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
-            result = tl.zeros((BLOCK_C, BLOCK_S), ACC)
+            result = tl.zeros((ROWS, COLUMNS), ACC)
             for m in tl.static_range(M):
-                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
-                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, rows, VECTOR, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, rows, VECTOR, ACC)
                 u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
-                result += u * _kept(a_kept, weights, m, KEPT, C, c, in_c, ACC)[:, None]
+                result += u * _kept(a_kept, weights, m, KEPT, C, rows, VECTOR, ACC)
             tl.store(y + y_at + y_offsets, result, mask=mask)
             at += step
             y_at += y_step
@@ -191,13 +213,14 @@ def sum_branches_pass(
 
 @triton.jit
 def _grad_at(
-    b, c0, s0, C, S, stride_b, stride_c, stride_s, LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """tile_at of the map's gradient: with these strides, None: dense."""
+    b, c0, s0, C, S, stride_b, stride_c, stride_s, rows,
+    LAYOUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """passes.tile_of, of the map's gradient: with these strides, None: dense."""
     if stride_b is not None:
-        return strided_tile_at(b, c0, s0, stride_b, stride_c, stride_s, BLOCK_C, BLOCK_S)
+        return strided_tile_of(b, c0, s0, S, stride_b, stride_c, stride_s, rows, BLOCK_C, BLOCK_S, VECTOR)
     else:
-        at, offsets, step = _tile_at(c0, s0, C, S, C, LAYOUT, BLOCK_C, BLOCK_S)
+        at, offsets, step = _tile_at(c0, s0, C, S, C, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         return b * C * S + at, offsets, step
 
 
@@ -210,30 +233,32 @@ def dot_branches_pass(
 ):  # fmt: skip
     """Reads grad and each branch once; leaves partial sums over space of their products, (B, n_split, M, C)."""
     M: tl.constexpr = len(branches)
-    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
+    KEPT: tl.constexpr = 0 if LAYOUT == FLAT or (M > FEW and LAYOUT == CHANNELS_LAST) else M
+    VECTOR: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_S // VECTOR if LAYOUT == FLAT else BLOCK_C
+    COLUMNS: tl.constexpr = VECTOR if LAYOUT == FLAT else BLOCK_S
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
-        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
-        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weights_kept = _keep(affine_weight, KEPT, C, rows, VECTOR, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, rows, VECTOR, ACC)
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         grad_at, grad_offsets, grad_step = _grad_at(
-            b, c0, s0, C, S, stride_b, stride_c, stride_s, LAYOUT, BLOCK_C, BLOCK_S
+            b, c0, s0, C, S, stride_b, stride_c, stride_s, rows, LAYOUT, BLOCK_C, BLOCK_S, VECTOR
         )
         first = s0  # position of the tile
-        sums = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+        sums = _zeros(M, ROWS, COLUMNS, FOLD, ACC)
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0)
             values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
             found = ()
             for m in tl.static_range(M):
-                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
-                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, rows, VECTOR, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, rows, VECTOR, ACC)
                 u = activate(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
                 found = found + (sums[m] + _folded(tl.where(mask, dy.to(ACC) * u, 0.0), FOLD),)
             sums = found
@@ -241,7 +266,7 @@ def dot_branches_pass(
             grad_at += grad_step
             first += BLOCK_S
         for m in tl.static_range(M):
-            tl.store(dots + row + m * C + c, tl.sum(sums[m], axis=1), mask=in_c)
+            store_sums(dots + row + m * C, sums[m], c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
 
 
 @triton.jit
@@ -256,44 +281,46 @@ def spread_branches_pass(
     descriptor's share of each position, through the prologue, whose partial sums (B, n_split, M, C) it leaves.
     `weights` and `grad_descriptor` point at the sample's rows."""
     M: tl.constexpr = len(grads)
-    KEPT: tl.constexpr = M if M <= FEW or LAYOUT != CHANNELS_LAST else 0
+    KEPT: tl.constexpr = 0 if LAYOUT == FLAT or (M > FEW and LAYOUT == CHANNELS_LAST) else M
+    VECTOR: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = BLOCK_S // VECTOR if LAYOUT == FLAT else BLOCK_C
+    COLUMNS: tl.constexpr = VECTOR if LAYOUT == FLAT else BLOCK_S
     AFFINE: tl.constexpr = affine_weight is not None
     row = (b * n_split + split) * M * C
     s0 = (split * blocks).to(tl.int64) * BLOCK_S
-    for j in range(tiles):
+    for j in range(count(tiles, LAYOUT)):
         c0 = (cblk * tiles + j) * BLOCK_C
-        c = c0 + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        weights_kept = _keep(affine_weight, KEPT, C, c, in_c, ACC)
-        biases_kept = _keep(affine_bias, KEPT, C, c, in_c, ACC)
-        a_kept = _keep(weights, KEPT, C, c, in_c, ACC)
-        shared = (tl.load(grad_descriptor + c, mask=in_c, other=0.0).to(ACC) / S)[:, None]
-        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S)
-        to, to_offsets, to_step = _tile_at(c0, s0, C, S, grad_pixels, LAYOUT, BLOCK_C, BLOCK_S)
+        rows = rows_of(c0, C, S, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        weights_kept = _keep(affine_weight, KEPT, C, rows, VECTOR, ACC)
+        biases_kept = _keep(affine_bias, KEPT, C, rows, VECTOR, ACC)
+        a_kept = _keep(weights, KEPT, C, rows, VECTOR, ACC)
+        shared = of_channels(grad_descriptor, rows, IDENTITY, VECTOR, ACC) * (1.0 / S.to(ACC))
+        at, offsets, step = _tile_at(c0, s0, C, S, pixels, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
+        to, to_offsets, to_step = _tile_at(c0, s0, C, S, grad_pixels, LAYOUT, BLOCK_C, BLOCK_S, VECTOR)
         grad_at, grad_offsets, grad_step = _grad_at(
-            b, c0, s0, C, S, stride_b, stride_c, stride_s, LAYOUT, BLOCK_C, BLOCK_S
+            b, c0, s0, C, S, stride_b, stride_c, stride_s, rows, LAYOUT, BLOCK_C, BLOCK_S, VECTOR
         )
         first = s0  # position of the tile
         if AFFINE:
-            by_weight = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
-            by_bias = _zeros(M, BLOCK_C, BLOCK_S, FOLD, ACC)
-        for _ in range(blocks):
-            mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
+            by_weight = _zeros(M, ROWS, COLUMNS, FOLD, ACC)
+            by_bias = _zeros(M, ROWS, COLUMNS, FOLD, ACC)
+        for _ in range(count(blocks, LAYOUT)):
+            mask = elements(first, S, rows, BLOCK_S, VECTOR)
             dy = tl.load(grad + grad_at + grad_offsets, mask=mask, other=0.0)
             if PRE != IDENTITY or AFFINE:
                 values = _load_branches(branches, distances, b, at + offsets, mask, M, BV)
             of_weight = ()
             of_bias = ()
             for m in tl.static_range(M):
-                weight = _kept(weights_kept, affine_weight, m, KEPT, C, c, in_c, ACC)
-                bias = _kept(biases_kept, affine_bias, m, KEPT, C, c, in_c, ACC)
-                du = dy.to(ACC) * _kept(a_kept, weights, m, KEPT, C, c, in_c, ACC)[:, None] + shared
+                weight = _kept(weights_kept, affine_weight, m, KEPT, C, rows, VECTOR, ACC)
+                bias = _kept(biases_kept, affine_bias, m, KEPT, C, rows, VECTOR, ACC)
+                du = dy.to(ACC) * _kept(a_kept, weights, m, KEPT, C, rows, VECTOR, ACC) + shared
                 if PRE != IDENTITY:
                     du *= activate_grad(before_activation(values[m].to(ACC), weight, bias, AFFINE), PRE)
                 if AFFINE:
                     of_weight = of_weight + (by_weight[m] + _folded(tl.where(mask, du * values[m].to(ACC), 0.0), FOLD),)
                     of_bias = of_bias + (by_bias[m] + _folded(tl.where(mask, du, 0.0), FOLD),)
-                    du *= weight[:, None]
+                    du *= weight
                 tl.store(grads[m] + b * grad_distances[m] * BV + to + to_offsets, du, mask=mask)
             if AFFINE:
                 by_weight, by_bias = of_weight, of_bias
@@ -303,8 +330,8 @@ def spread_branches_pass(
             first += BLOCK_S
         if AFFINE:
             for m in tl.static_range(M):
-                tl.store(weight_sums + row + m * C + c, tl.sum(by_weight[m], axis=1), mask=in_c)
-                tl.store(bias_sums + row + m * C + c, tl.sum(by_bias[m], axis=1), mask=in_c)
+                store_sums(weight_sums + row + m * C, by_weight[m], c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
+                store_sums(bias_sums + row + m * C, by_bias[m], c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
 
 
 # ---- the excitation: rows m * BLOCK_K + i are branch m, channel i of the program ----
@@ -374,16 +401,16 @@ def _pool_branches(
 
 @triton.jit(do_not_specialize=NO_VARIANTS)
 def _sum_branches(
-    branches, distances, weights, affine_weight, affine_bias, y, c_q, s_q, x_pixels, n_cblk, n_split, blocks, tiles,
+    branches, distances, weights, affine_weight, affine_bias, y,
+    c_q, s_q, x_pixels, n_cblk, n_split, blocks, tiles, width,
     PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
-    M: tl.constexpr = len(branches)
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     tiles = _count(tiles)
     sum_branches_pass(
-        branches, distances, weights + b * M * C, affine_weight, affine_bias, y, b, cblk, split, C, S,
+        branches, distances, weights + b * width, affine_weight, affine_bias, y, b, cblk, split, C, S,
         _apart(x_pixels, C, PV), blocks, tiles, PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, ACC,
     )  # fmt: skip
 
@@ -487,16 +514,15 @@ def _dot_branches(
 def _spread_branches(
     grad, branches, distances, weights, grad_descriptor, affine_weight, affine_bias,
     grads, grad_distances, weight_sums, bias_sums,
-    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, tiles, stride_b, stride_c, stride_s,
+    c_q, s_q, x_pixels, grad_pixels, n_cblk, n_split, blocks, tiles, width, stride_b, stride_c, stride_s,
     PRE: tl.constexpr, CV: tl.constexpr, SV: tl.constexpr, BV: tl.constexpr, PV: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     C, S = c_q * CV, s_q * SV
-    M: tl.constexpr = len(grads)
     b, cblk, split = locate(n_cblk, n_split, LAYOUT, True)
     tiles = _count(tiles)
     spread_branches_pass(
-        grad, branches, distances, weights + b * M * C, grad_descriptor + b * C, affine_weight, affine_bias,
+        grad, branches, distances, weights + b * width, grad_descriptor + b * C, affine_weight, affine_bias,
         grads, grad_distances, weight_sums, bias_sums, b, cblk, split, C, S, _apart(x_pixels, C, PV),
         _apart(grad_pixels, C, PV), n_split, blocks, tiles, stride_b, stride_c, stride_s,
         PRE, BV, LAYOUT, BLOCK_C, BLOCK_S, FOLD, ACC,
@@ -555,7 +581,7 @@ def _select_parameters(
     grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_affine_weight, grad_affine_bias,
     B, C, n_split, H, CG, HG, width,
     M: tl.constexpr, ACTIVATION: tl.constexpr, GROUPED: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all parameters: programs over tiles (H, C) of weight1 and of each branch's part of weight2, each
     sums over the batch in order."""
@@ -565,19 +591,20 @@ def _select_parameters(
     c = cblk * BLOCK_C + tl.arange(0, BLOCK_C)
     h = hblk * BLOCK_H + tl.arange(0, BLOCK_H)
     in_c, in_h = c < C, h < H
+    hiddens, h_step = state + C, width
+    channels, c_step = grad_logits + m * C, M * C
+    if m == M:
+        hiddens, h_step = grad_hidden, H
+        channels, c_step = state, width
     total = tl.zeros((BLOCK_H, BLOCK_C), ACC)
     for b0 in range(0, B, BLOCK_B):
         b = (b0 + tl.arange(0, BLOCK_B)).to(tl.int64)
-        hidden_mask = in_h[:, None] & (b < B)[None, :]
+        hidden_mask = (b < B)[:, None] & in_h[None, :]
         channel_mask = (b < B)[:, None] & in_c[None, :]
-        if m == M:
-            by_hidden = tl.load(grad_hidden + b[None, :] * H + h[:, None], mask=hidden_mask, other=0.0)
-            by_channel = tl.load(state + b[:, None] * width + c[None, :], mask=channel_mask, other=0.0)
-        else:
-            z1 = tl.load(state + b[None, :] * width + C + h[:, None], mask=hidden_mask, other=0.0)
-            by_hidden = tl.where(hidden_mask, activate(z1, ACTIVATION), 0.0)
-            by_channel = tl.load(grad_logits + (b[:, None] * M + m) * C + c[None, :], mask=channel_mask, other=0.0)
-        total += tl.dot(by_hidden, by_channel, input_precision="ieee", out_dtype=ACC)
+        by_hidden = tl.load(hiddens + b[:, None] * h_step + h[None, :], mask=hidden_mask, other=0.0)
+        by_channel = tl.load(channels + b[:, None] * c_step + c[None, :], mask=channel_mask, other=0.0)
+        by_hidden = tl.where(hidden_mask & (m != M), activate(by_hidden, ACTIVATION), by_hidden)
+        total = add_product(total, tl.trans(by_hidden), by_channel, HALF, ACC)
     group, place = _part_of(c, CG, GROUPED)
     group_h, place_h = _part_of(h, HG, GROUPED)
     mask = in_h[:, None] & in_c[None, :]
@@ -599,6 +626,115 @@ def _select_parameters(
                 tl.store(grad_affine_weight + at, found, mask=in_c)
                 found = sum_rows(bias_sums, B * n_split, M * C, at, in_c, BLOCK_B, ACC)
                 tl.store(grad_affine_bias + at, found, mask=in_c)
+
+
+# ---- the excitation of small maps, in launches of its own: see layers.py ----
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _branch_weights(
+    weight2, bias1, bias2, sums, products, state, B, c_q, s_q, h_q, n_split, n_part, width,
+    M: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr,
+    CV: tl.constexpr, SV: tl.constexpr, HV: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, TF32: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Stores descriptors, hidden logits and the branches' weights, from weight1's products."""
+    C, S, H = c_q * CV, s_q * SV, h_q * HV
+    b, _, c = block_of(1, C, BLOCK_B, BLOCK_C)
+    in_b, in_c = b < B, c < C
+    mask = in_b[:, None] & in_c[None, :]
+    row = state + b[:, None] * width
+    mean, _, _ = descriptors(sums, None, None, b, c, mask, C, S, n_split, AVG, FIRST, ACC)
+    tl.store(row + c[None, :], mean, mask=mask)
+    logits = _zeros(M, BLOCK_B, BLOCK_C, 1, ACC)
+    for h0 in range(0, H, BLOCK_H):
+        h = h0 + tl.arange(0, BLOCK_H)
+        hidden, hidden_mask = store_hidden_logits(
+            products, bias1, row + C, b, h, in_b, is_first(C, BLOCK_C), H, n_part, 0, 1, ACTIVATION, ACC
+        )
+        found = ()
+        for m in tl.static_range(M):
+            at = (m * C + c)[None, :] * H + h[:, None]
+            w = tl.load(weight2 + at, mask=(h < H)[:, None] & in_c[None, :], other=0.0).to(ACC)
+            found = found + (logits[m] + product(tl.where(hidden_mask, hidden, 0.0), w, TF32, ACC),)
+        logits = found
+    exponentials = ()
+    highest = tl.full((BLOCK_B, BLOCK_C), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_B, BLOCK_C), ACC)
+    if bias2 is not None:
+        found = ()
+        for m in tl.static_range(M):
+            found = found + (logits[m] + tl.load(bias2 + m * C + c, mask=in_c, other=0.0).to(ACC)[None, :],)
+        logits = found
+    if GATE == SOFTMAX:
+        for m in tl.static_range(M):
+            highest = tl.maximum(highest, logits[m])
+        for m in tl.static_range(M):
+            e = tl.exp(logits[m] - highest)
+            total += e
+            exponentials = exponentials + (e,)
+    for m in tl.static_range(M):
+        a = exponentials[m] / total if GATE == SOFTMAX else sigmoid(logits[m])
+        tl.store(row + (C + H + m * C) + c[None, :], a, mask=mask)
+
+
+@triton.jit
+def _part_of_logits(dots, state, b, c, mask, C, H, n_split, width, m: tl.constexpr, M: tl.constexpr, ACC: tl.constexpr):
+    """(the dots of branch m summed over the splits, its weights) of channels c of each sample b."""
+    dot = sum_parts(dots, b, n_split, M * C, m * C + c, mask, ACC)
+    return dot, tl.load(state + b[:, None] * width + (C + H + m * C) + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _branch_weights_backward(
+    weight2, state, dots, products, grad_logits, B, c_q, h_q, n_split, n_part, width,
+    M: tl.constexpr, GATE: tl.constexpr, CV: tl.constexpr, HV: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_PART: tl.constexpr,
+    TF32: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Stores the logits' gradients of a part of the channels and weight2's transposed products with them."""
+    C, H = c_q * CV, h_q * HV
+    b, part, h = block_of(n_part, H, BLOCK_B, BLOCK_H)
+    in_b = b < B
+    total = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    for c0 in range(0, BLOCK_PART, BLOCK_C):
+        c = part * BLOCK_PART + c0 + tl.arange(0, BLOCK_C)
+        mask = in_b[:, None] & (c < C)[None, :]
+        # As seen from the first branch's: what they have in common costs no digits.
+        first, _ = _part_of_logits(dots, state, b, c, mask, C, H, n_split, width, 0, M, ACC)
+        common = tl.zeros((BLOCK_B, BLOCK_C), ACC)
+        if GATE == SOFTMAX:
+            for m in tl.static_range(M):
+                dot, a = _part_of_logits(dots, state, b, c, mask, C, H, n_split, width, m, M, ACC)
+                common += a * (dot - first)
+        for m in tl.static_range(M):
+            dot, a = _part_of_logits(dots, state, b, c, mask, C, H, n_split, width, m, M, ACC)
+            dz = a * (dot - first - common) if GATE == SOFTMAX else dot * a * (1.0 - a)
+            dz = tl.where(mask, dz, 0.0)
+            if is_first(H, BLOCK_H):
+                tl.store(grad_logits + (b[:, None] * M + m) * C + c[None, :], dz, mask=mask)
+            at = (m * C + c)[:, None] * H + h[None, :]
+            w = tl.load(weight2 + at, mask=(c < C)[:, None] & (h < H)[None, :], other=0.0).to(ACC)
+            total += product(dz, w, TF32, ACC)
+    out = products + (b * n_part + part)[:, None] * H + h[None, :]
+    tl.store(out, total, mask=in_b[:, None] & (h < H)[None, :])
+
+
+@triton.jit(do_not_specialize=NO_VARIANTS)
+def _mean_backward(
+    weight1, state, products, grad_descriptor, grad_hidden, B, c_q, h_q, n_part, width,
+    ACTIVATION: tl.constexpr, CV: tl.constexpr, HV: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, TF32: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of the descriptors and of the hidden logits."""
+    C, H = c_q * CV, h_q * HV
+    b, _, c = block_of(1, C, BLOCK_B, BLOCK_C)
+    in_b, in_c = b < B, c < C
+    ds, _ = through_hidden(
+        weight1, products, state + b[:, None] * width + C, grad_hidden, b, c, in_b, in_c, is_first(C, BLOCK_C),
+        C, H, n_part, 0, 1, ACTIVATION, BLOCK_H, TF32, ACC,
+    )  # fmt: skip
+    tl.store(grad_descriptor + b[:, None] * C + c[None, :], ds, mask=in_b[:, None] & in_c[None, :])
 
 
 # ---- branches as the kernels take them ----
@@ -625,7 +761,7 @@ class Branches(NamedTuple):
 
     def fold(self) -> dict[str, int]:
         """How many neighbours along space a thread loads together, and may add before it keeps sums of them."""
-        if self.plan.layout == CHANNELS_LAST.value:
+        if self.plan.layout != maps.NCHW.value:
             return {"FOLD": 1}
         return {
             "FOLD": min(math.gcd(max(self.plan.space, 1), 16 // self.views[0].element_size(), 4), self.plan.block_s)
@@ -700,7 +836,10 @@ def _branches(
     layout = CHANNELS_LAST if channels_last or space == 1 else maps.NCHW  # of 1 x 1 maps the channels are contiguous
     sms = maps.multiprocessors(u.device)
     lane = _lane_bytes(paths, sums, u.element_size())
-    plan = maps.plan(
+    plan = None
+    if layout is maps.NCHW and all(n * u.element_size() % 16 == 0 for n in _distances(views)):
+        plan = maps.flat_plan(*u.shape[:2], space, u.element_size(), FLAT_LANES * lane)
+    plan = plan or maps.plan(
         u.shape[0],
         u.shape[1],
         space,
@@ -758,7 +897,8 @@ def select_sum(
 ) -> Tensor:
     x = _branches(branches, paths, affine_weight, affine_bias)
     y = empty_sum(branches, paths)
-    maps.launch(_sum_branches, y, x.plan.programs, weights=maps.row(weights), y=y, PRE=pre_activation, **x.arguments())
+    given = {"weights": maps.row(weights), "width": weights.shape[1] * weights.shape[2], "PRE": pre_activation}
+    maps.launch(_sum_branches, y, x.plan.programs, y=y, **given, **x.arguments())
     return y
 
 
@@ -820,6 +960,7 @@ def select_gradients(
         grad=grad,
         weights=maps.row(weights),
         grad_descriptor=maps.row(grad_descriptor),
+        width=weights.shape[1] * weights.shape[2],
         PRE=pre_activation,
         **sums,
         **strides,
@@ -845,6 +986,13 @@ def _excitation(x: Branches, weight1: Tensor, groups: int) -> dict[str, Any]:
     }
 
 
+def _is_apart(x: Branches, weight1: Tensor, groups: int) -> bool:
+    """Whether the layers have launches of their own: where they outweigh the programs' share of small maps."""
+    if groups > 1 or len(x.views) > FEW_ENOUGH:
+        return False
+    return layers.is_apart(x.plan, weight1, LAYERS["dense"], POOLS["avg"])
+
+
 def select(
     branches: Sequence[Tensor],
     weight1: Tensor,
@@ -865,15 +1013,50 @@ def select(
     sizes = _excitation(x, weight1, groups)
     y = empty_sum(branches, paths)
     state = x.table((paths + 1) * plan.channels + sizes["H"])
+    is_apart, u = _is_apart(x, weight1, groups), x.views[0]
     shared = {
         "sums": x.table(plan.n_split, plan.channels),
-        "products": x.table(plan.parts, sizes["H"]),
+        "products": None if is_apart else x.table(plan.parts, sizes["H"]),
         "PRE": pre_activation,
         **sizes,
         **x.arguments(),
     }
     pooling = {k: v for k, v in shared.items() if k != "BLOCK_M"}
-    maps.launch(_pool_branches, y, plan.programs, weight1=weight1, mean=None, **pooling)
+    maps.launch(_pool_branches, y, plan.programs, weight1=None if is_apart else weight1, mean=None, **pooling)
+    if is_apart:
+        given = layers.arguments_of(u, plan, weight1, weight2, state.shape[1])
+        given |= {
+            "weight1": weight1,
+            "bias1": bias1,
+            "weight2": weight2,
+            "bias2": bias2,
+            "sums": shared["sums"],
+            "best": None,
+            "place": None,
+            "products": x.table(given["n_part"], sizes["H"]),
+            "state": state,
+            "POOL": POOLS["avg"],
+            "TIES": TIES["first"],
+            "M": paths,
+            "ACTIVATION": activation,
+            "GATE": gate,
+        }
+        columns = triton.cdiv(sizes["H"], given["BLOCK_H"])
+        layers.launch(layers._first_layer, u, plan, given["n_part"], columns, given)
+        if u.element_size() > 2:  # a program holds the logits of all branches: registers
+            given["BLOCK_C"] //= 2
+        layers.launch(_branch_weights, u, plan, 1, triton.cdiv(plan.channels, given["BLOCK_C"]), given)
+        maps.launch(
+            _sum_branches,
+            y,
+            plan.programs,
+            weights=state[:, plan.channels + sizes["H"] :],
+            y=y,
+            PRE=pre_activation,
+            width=state.shape[1],
+            **x.arguments(),
+        )
+        return y, state
     maps.launch(
         _select,
         y,
@@ -921,11 +1104,12 @@ def select_backward(
         "grad_hidden": x.table(sizes["H"]),
         **x.affine_tables(),
     }
+    state, is_apart, u = state.contiguous(), _is_apart(x, weight1, groups), x.views[0]
     shared = {
         "grad": grad,
-        "state": state.contiguous(),
+        "state": state,
         "dots": x.dots(),
-        "products": x.table(plan.parts, sizes["H"]),
+        "products": None if is_apart else x.table(plan.parts, sizes["H"]),
         "width": state.shape[1],
         "GATE": gate,
         "PRE": pre_activation,
@@ -933,22 +1117,51 @@ def select_backward(
         **strides,
         **x.fold(),
     }
-    maps.launch(_dot_branches, grad, plan.programs, weight2=weight2, **shared, **x.arguments())
-    rows = sizes["BLOCK_M"] * plan.block_k
-    maps.launch(
-        _select_spread,
-        grad,
-        plan.programs,
-        weight1=weight1,
-        grad_descriptor=x.table(plan.channels),
-        n_part=plan.parts,
-        ACTIVATION=activation,
-        BLOCK_ROWS=maps.ROWS_AT_ONCE,
-        DOT_ROWS=min(maps.ROWS_AT_ONCE, max(4096 // rows, 1)),
-        **tables,
-        **shared,
-        **x.arguments(branch_views(grads, paths)),
-    )
+    maps.launch(_dot_branches, grad, plan.programs, weight2=None if is_apart else weight2, **shared, **x.arguments())
+    grad_descriptor = x.table(plan.channels)
+    if is_apart:
+        given = layers.arguments_of(u, plan, weight1, weight2, state.shape[1])
+        given |= {
+            "weight1": weight1,
+            "weight2": weight2,
+            "state": state,
+            "dots": shared["dots"],
+            "products": x.table(given["n_part"], sizes["H"]),
+            "grad_descriptor": grad_descriptor,
+            "M": paths,
+            "ACTIVATION": activation,
+            "GATE": gate,
+            **tables,
+        }
+        columns = triton.cdiv(sizes["H"], given["BLOCK_H"])
+        layers.launch(_branch_weights_backward, u, plan, given["n_part"], columns, given)
+        layers.launch(_mean_backward, u, plan, 1, triton.cdiv(plan.channels, given["BLOCK_C"]), given)
+        maps.launch(
+            _spread_branches,
+            grad,
+            plan.programs,
+            weights=state[:, plan.channels + sizes["H"] :],
+            grad_descriptor=grad_descriptor,
+            **{k: tables[k] for k in ("weight_sums", "bias_sums")},
+            **{k: shared[k] for k in ("grad", "width", "PRE", "FOLD", *strides)},
+            **x.arguments(branch_views(grads, paths)),
+        )
+    else:
+        rows = sizes["BLOCK_M"] * plan.block_k
+        maps.launch(
+            _select_spread,
+            grad,
+            plan.programs,
+            weight1=weight1,
+            grad_descriptor=grad_descriptor,
+            n_part=plan.parts,
+            ACTIVATION=activation,
+            BLOCK_ROWS=maps.ROWS_AT_ONCE,
+            DOT_ROWS=min(maps.ROWS_AT_ONCE, max(4096 // rows, 1)),
+            **tables,
+            **shared,
+            **x.arguments(branch_views(grads, paths)),
+        )
     names = ("weight1", "bias1", "weight2", "bias2", "affine_weight", "affine_bias")
     found = [None if p is None else torch.empty_like(p) for p in parameters]
     block_h, block_c = min(max(maps.next_power_of_2(sizes["H"]), 16), 32), 32
@@ -964,6 +1177,8 @@ def select_backward(
         BLOCK_B=32,
         BLOCK_H=block_h,
         BLOCK_C=block_c,
+        HALF=grad.dtype.itemsize == 2,
+        num_stages=1,
         ACC=maps.triton_accumulator(grad.dtype),
         num_warps=4,
         **{f"grad_{name}": g for name, g in zip(names, found, strict=True)},

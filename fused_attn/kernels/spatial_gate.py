@@ -18,6 +18,7 @@ from .passes import backward_pass, scale_pass
 from .space import channel_dot_pass, channel_pool_pass
 
 CONVOLUTION_BLOCK = 64  # positions a program
+WHOLE_SAMPLE = 256  # positions, at most: a sample's, of one program
 TAPS_BLOCK = 16
 
 
@@ -94,14 +95,17 @@ def convolution(x: Tensor, weight: Tensor) -> dict[str, int]:
     sizes = dict(zip("DHW", (1,) * (3 - rank) + tuple(x.shape[2:]), strict=True))
     kernel = dict(zip(("KD", "KH", "KW"), (1,) * (3 - rank) + tuple(weight.shape[2:]), strict=True))
     positions = max(x.shape[2:].numel(), 1)
-    block_s = min(CONVOLUTION_BLOCK, maps.next_power_of_2(positions))
+    whole = positions <= WHOLE_SAMPLE
+    block_s = maps.next_power_of_2(positions) if whole else CONVOLUTION_BLOCK
     return {
         "C": x.shape[1],
         **sizes,
         **kernel,
         "s_blocks": triton.cdiv(positions, block_s),
+        "WHOLE": whole,
         "BLOCK_S": block_s,
         "BLOCK_T": TAPS_BLOCK,
+        "num_warps": max(block_s // CONVOLUTION_BLOCK, 2),
         "ACC": maps.triton_accumulator(x.dtype),
     }
 
@@ -136,7 +140,6 @@ def convolve(
         TIES=ties,
         ROWS=state.shape[1],
         BLOCK_ROWS=maps.rows_of_channels(plan),
-        num_warps=2,
         **tables,
         **sizes,
     )
@@ -188,7 +191,6 @@ def convolve_backward(
         TIES=ties,
         GATE=gate,
         ROWS=state.shape[1],
-        num_warps=2,
         **sizes,
     )
     return grads, tap_sums, *norm_grads
@@ -238,7 +240,7 @@ def convolution_gradients(x: Tensor, tap_sums: Tensor, weight: Tensor, bias: Ten
     """Gradients of the convolution's weight and bias from the partial sums, in a fixed order."""
     grad_weight = torch.empty_like(weight)
     grad_bias = None if bias is None else torch.empty_like(bias)
-    block = 16
+    block = 8
     maps.launch(
         space.convolution_parameters,
         x,
@@ -249,7 +251,7 @@ def convolution_gradients(x: Tensor, tap_sums: Tensor, weight: Tensor, bias: Ten
         n_taps=weight.numel(),
         n_rows=tap_sums.shape[0],
         BLOCK_COLUMNS=block,
-        BLOCK_ROWS=128,
+        BLOCK_ROWS=512,
         ACC=maps.triton_accumulator(x.dtype),
         num_warps=4,
     )

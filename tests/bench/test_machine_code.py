@@ -137,6 +137,20 @@ def test_constants_by_index():
     assert [found.values[name][0] for name in ("R2", "R3")] == [0, 2] and found.known["R3"] == walk.ALL
 
 
+@pytest.mark.parametrize("first", [0x0, 0x21])
+def test_a_vote_of_all_lanes_in_a_uniform_register(first):
+    """Of threads 0 to 31, as a division in uniform registers asks."""
+    found = walked(f"""
+        S2R R0, SR_TID.X
+        ISETP.GE.U32.AND P0, PT, R0, {first:#x}, PT
+        UMOV UR4, 0x7
+        VOTEU.ANY UP0, P0
+        @UP0 UIADD3 UR4, UR4, 0x1, URZ
+        EXIT
+    """)
+    assert found.known["UR4"] == walk.ALL and found.values["UR4"][0] == (8 if first == 0 else 7)
+
+
 def test_lanes_that_part_meet_again():
     found = walked("""
         S2R R0, SR_TID.X

@@ -42,10 +42,12 @@ def small_tiles(request, monkeypatch):
     ):
         yield
         return
-    from fused_attn.kernels import maps, mixed_scale
+    from fused_attn.kernels import maps, mixed_scale, spatial_gate
 
-    plans = maps.plan, maps._plan_over_channels, mixed_scale._plan
+    plans = maps.plan, maps.flat_plan, maps._plan_over_channels, mixed_scale._plan
     monkeypatch.setattr(maps, "THREADS", 64)
+    monkeypatch.setattr(spatial_gate, "WHOLE_SAMPLE", 40)
+    monkeypatch.setattr(spatial_gate, "CONVOLUTION_BLOCK", 16)
     for plan in plans:
         plan.cache_clear()
     yield

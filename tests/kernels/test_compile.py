@@ -24,13 +24,17 @@ MAP_KERNELS = {
 }
 SMALL_KERNELS = {
     *("_first_layer", "_second_layer", "_second_layer_backward", "_first_layer_backward"),
+    *("_branch_weights", "_branch_weights_backward", "_mean_backward"),
     *("_finish", "_finish_moments", "_parameters", "_select_parameters", "_finish_pool"),
     *("_norm_coefficients", "_norm_running", "_norm_factors", "_join"),
     *("convolve", "logit_gradients", "convolve_backward", "convolution_parameters"),
 }
 KERNELS = MAP_KERNELS | SMALL_KERNELS
 #: Those that read rows of 98 bytes as one run.
-FLAT_KERNELS = {"_squeeze", "_scale", "_scale_backward", "_pool", "_gate", "_dot", "_spread"}
+FLAT_KERNELS = {
+    *("_squeeze", "_scale", "_scale_backward", "_pool", "_gate", "_dot", "_spread"),
+    *("_pool_branches", "_sum_branches", "_dot_branches", "_spread_branches"),
+}
 #: Likewise in half precision.
 FLAT_OF_HALVES = {"_norm_scale", "_norm_dots", "_norm_gradients"}
 #: (capability, part of the kernels, parts)

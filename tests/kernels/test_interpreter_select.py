@@ -8,13 +8,15 @@ import torch
 import fused_attn
 from fused_attn import functional
 from fused_attn.backends import unavailable
+from fused_attn.kernels import select
+from fused_attn.kernels.maps import FLAT
 from tests.checks import LAYOUTS, in_layout, random, run
 from tests.ops import test_select as of_select
 from tests.ops.test_select import FORMS, affine_of, apply, check, maps, parts, weights
 
 pytestmark = pytest.mark.slow  # 39 s in all
 
-SHAPES = ((2, 10, 5, 7), (1, 70, 9, 4), (2, 1, 9, 5), (2, 20, 1, 1), (2, 3, 31), (1, 6, 3, 4, 5))
+SHAPES = ((2, 10, 5, 7), (2, 80, 5, 7), (1, 70, 9, 4), (2, 1, 9, 5), (2, 20, 1, 1), (2, 3, 31), (1, 6, 3, 4, 5))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,7 +36,22 @@ def test_shapes(shape, form, layout):
     dtype = torch.float64 if shape[1] == 1 else torch.float32
     inputs = maps(shape, 2, form, layout, dtype) | weights(shape[1], 2, dtype=dtype)
     check(inputs, form=form)
-    check(inputs | affine_of(shape[1], 2, dtype), form=form, pre_activation="relu")
+    # So few hidden numbers are the map's programs' own work; of more, launches of their own.
+    inputs |= weights(shape[1], 2, hidden=3, dtype=dtype) | affine_of(shape[1], 2, dtype)
+    check(inputs, form=form, pre_activation="relu")
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("hidden", [3, 12])
+@pytest.mark.parametrize("dtype", of_select.DTYPES, ids=str)
+def test_small_maps(dtype, hidden, gate):
+    """Read as one run of whole vectors, of several programs a sample."""
+    given = maps((2, 176, 5, 7), 2, "stacked", "nchw", dtype)
+    plan = select._branches([given["x"]], 2, None, None).plan
+    assert plan.layout == FLAT.value and plan.n_cblk > 1
+    inputs = given | weights(176, 2, hidden=hidden, dtype=dtype)
+    check(inputs, form="stacked", gate=gate)
+    check(inputs | affine_of(176, 2, dtype), form="stacked", gate=gate, pre_activation="silu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -384,6 +384,24 @@ def test_select(traffic, form, paths, affine, layout):
     assert traffic.passes() == [dot, ("_spread_branches", spread)]
 
 
+def test_select_of_small_maps(traffic):
+    """As many passes; the excitation's layers have launches of their own."""
+    shape = (2, 24, 7, 7)
+    traffic.elements = torch.Size(shape).numel()
+    inputs = maps(shape, 2, "separate", "nchw") | branch_weights(shape[1], 2)
+    y = apply(functional.select)(**{k: v.requires_grad_() for k, v in inputs.items()})
+    assert traffic.arguments[0]["BLOCK_C"] * 49 <= traffic.arguments[0]["BLOCK_S"]
+    read = {"read branches": 2}
+    layers = [("_first_layer", {}), ("_branch_weights", {})]
+    assert traffic.passes() == [("_pool_branches", read), *layers, ("_sum_branches", read | {"write y": 1})]
+    traffic.launches.clear()
+    y.backward(random(*shape, seed=1))
+    dots = ("_dot_branches", {"read grad": 1, **read})
+    layers = [("_branch_weights_backward", {}), ("_mean_backward", {})]
+    spread = ("_spread_branches", {"read grad": 1, "write grads": 2})
+    assert traffic.passes() == [dots, *layers, spread, ("_select_parameters", {})]
+
+
 #: Ops, with the passes that read the gradient; axis_pool's kernel takes no strides.
 READERS = {
     "channel_gate": (functional.channel_gate, 2),

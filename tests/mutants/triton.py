@@ -118,7 +118,7 @@ MUTANTS = [
     Mutant(
         name="nan-never-better",
         file="fused_attn/kernels/passes.py",
-        old="better = mask & ((u > peak) | ((u != u) & (peak == peak)))",
+        old="better = mask & (peak == peak) & ~(u <= peak)",
         new="better = mask & (u > peak)",
         tests="tests/kernels/test_interpreter.py -k test_special_values",
     ),
@@ -132,10 +132,24 @@ MUTANTS = [
     ),
     # ---- space: pools over channels ----
     Mutant(
+        name="tap-mirrored",
+        file="fused_attn/kernels/channel_gate.py",
+        old="near = _at_taps(dz, taps - 1 - t0, -1, mask, TAPS, BLOCK_K, BLOCK_E)",
+        new="near = _at_taps(dz, t0, 1, mask, TAPS, BLOCK_K, BLOCK_E)",
+        tests="tests/kernels/test_interpreter.py -k 'test_shapes_and_layouts and eca'",
+    ),
+    Mutant(
+        name="neighbours-of-the-first-block",
+        file="fused_attn/kernels/channel_gate.py",
+        old="    first = cblk * tiles * BLOCK_C\n    n = ",
+        new="    first = cblk * 0\n    n = ",
+        tests="tests/kernels/test_interpreter.py -k 'test_shapes_and_layouts and eca'",
+    ),
+    Mutant(
         name="last-channel-wins-ties",
         file="fused_attn/kernels/space.py",
-        old="better = mask & ((v > peak) | ((v != v) & (peak == peak)))",
-        new="better = mask & ((v >= peak) | ((v != v) & (peak == peak)))",
+        old="better = mask & (peak == peak) & ~(v <= peak)",
+        new="better = mask & (peak == peak) & ~(v < peak)",
         tests="tests/kernels/test_interpreter_space.py"
         " -k 'test_spatial_gate or test_channel_pool_and_scale_by_position'",
     ),
@@ -157,8 +171,8 @@ MUTANTS = [
     Mutant(
         name="peaks-of-avgmax-not-kept",
         file="fused_attn/kernels/channel_gate.py",
-        old="        elif TIES == EVEN:\n            tl.store(row + width - C + c, peak, mask=in_c)",
-        new="        elif POOL == MAX and TIES == EVEN:\n            tl.store(row + width - C + c, peak, mask=in_c)",
+        old="        elif TIES == EVEN:\n            tl.store(row + width - C + reads, peak, mask=own)",
+        new="        elif POOL == MAX and TIES == EVEN:\n            tl.store(row + width - C + reads, peak, mask=own)",
         tests="tests/kernels/test_interpreter.py -k test_maximum_with_ties",
     ),
     # ---- squeeze, scale, channel_pool ----
@@ -215,6 +229,13 @@ MUTANTS = [
         tests="tests/kernels/test_interpreter_axes.py",
     ),
     # ---- simam, select ----
+    Mutant(
+        name="dots-as-they-are",
+        file="fused_attn/kernels/select.py",
+        old="dz = a * (dot - first - common) if GATE == SOFTMAX",
+        new="dz = a * (dot - common) if GATE == SOFTMAX",
+        tests="tests/kernels/test_interpreter_select.py -k test_shapes",
+    ),
     Mutant(
         name="distances-between-splits-left-out",
         file="fused_attn/kernels/simam.py",
