@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fused_attn import explain, fuse
 from fused_attn.backends import small_as_large
-from fused_attn.fusion.report import Report
+from fused_attn.fusion.report import Report, Row
 from fused_attn.qualification.process import first_line
 
 from .products import Product, products_of
@@ -54,7 +54,7 @@ def measure(build: Callable[[], tuple[nn.Module, Inputs]], values: bool = True) 
         "left": reasons(left, report),
         "blocks": len(names),
         "operators": operators.total(),
-        "called fused": sorted({p.name or "(the model)" for p in left} & set(names)),
+        "called fused": sorted({p.name or "(the model)" for p in left} & {r.name for r in report if is_whole(r)}),
     }
     with_tails = fuse(copy.deepcopy(model), tails=True)
     row["tails"] = sum(n for name, n in products_of(copy.deepcopy(with_tails), inputs)[1].items() if "norm" in name)
@@ -89,9 +89,14 @@ def prepare(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def is_whole(row: Row) -> bool:
+    """Whether `explain` says that a block runs fused, and names no case of this call in which it does not."""
+    return row.fused and " is written where " not in row.reason
+
+
 def reasons(left: list[Product], report: Report) -> list[dict[str, Any]]:
     """What is left by module, with what `explain` says of it or of what is around it."""
-    said = {row.name: row.reason for row in report if not row.fused}
+    said = {row.name: row.reason for row in report if not is_whole(row)}
     counts: Counter[tuple[str, str]] = Counter()
     for product in left:
         around = product.name
