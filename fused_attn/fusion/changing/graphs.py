@@ -52,6 +52,7 @@ _OPS: dict[Callable, str] = {
 
 _PRODUCTS: set[Any] = {torch.mul, torch.multiply, operator.mul, operator.imul, "mul", "mul_", "multiply"}
 _PRODUCTS |= {torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor}
+_QUOTIENTS: set[Any] = {torch.div, torch.divide, operator.truediv, "div", torch.ops.aten.div.Tensor}
 _ADDS = {torch.add, operator.add, operator.iadd, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 
 
@@ -213,7 +214,25 @@ def _is_gated(seen: Followed, node: fx.Node) -> bool:
             of, shape = seen.values[gate], seen.values[node].shape
             smaller = len(of.shape) == len(shape) > 2 and of.shape != shape == seen.values[x].shape
             if smaller and of.shape[0] == shape[0] and max(of.shape[1:]) > 1 and of.node.op != "softmax":
-                return is_bounded(of) and _is_of_input(gate)
+                return _is_of_gates(seen, gate) and _is_of_input(gate)
+    return False
+
+
+def _is_of_gates(seen: Followed, gate: fx.Node) -> bool:
+    """Whether it is a function of gates, or is made of one number a sample and channel over another, as response norms
+    have it: no number over a count, which is a mean."""
+    of = seen.values[gate]
+    if is_bounded(of):
+        return True
+    most, waiting, known = math.prod(of.shape), [gate], {gate}
+    while waiting:
+        node = waiting.pop()
+        if node.target in _QUOTIENTS and all(isinstance(a, fx.Node) for a in node.args[:2]):
+            return True
+        small = (n for n in node.all_input_nodes if n in seen.values and math.prod(seen.values[n].shape) <= most)
+        new = [n for n in small if n not in known and n.op != "placeholder"]
+        known.update(new)
+        waiting += new
     return False
 
 
@@ -374,7 +393,7 @@ def _product_alone(seen: Followed, trial: Trial, last: fx.Node) -> bool:
         kind = kind_of_gate(of, len(value.shape) - 2, samples=value.shape[0])
         if kind is None or (kind == "positions" and value.shape[1] == 1) or min(value.shape[2:]) == 1:
             continue
-        if not is_bounded(of) or of.node.op == "softmax":  # the weights of a mean
+        if not _is_of_gates(seen, gate) or of.node.op == "softmax":  # the weights of a mean
             continue
         block = region(seen, last, (x, gate))
         if block is None or any(n.name in seen.subclasses for n in block.stops):

@@ -171,7 +171,26 @@ def of_its_positions(y, by):
     return y * by.a(y)[:, :1].neg()
 
 
-ALONE = (of_the_map_too, read_elsewhere, of_another_map, rounded, without_gradients, of_its_positions)
+def over_all_channels(y, by):
+    """As in global response normalisation."""
+    energy = by.a[0].weight.sum() * y.square().mean((2, 3), keepdim=True)
+    return y * (energy / (energy.mean(1, keepdim=True) + 2)) + y
+
+
+def of_a_mean(y, by):
+    """No gate, but a number over a count."""
+    return y * (by.a[0](y).sum((1, 2, 3), keepdim=True) / 63)
+
+
+ALONE = (
+    over_all_channels,
+    of_the_map_too,
+    read_elsewhere,
+    of_another_map,
+    rounded,
+    without_gradients,
+    of_its_positions,
+)
 
 
 @pytest.mark.parametrize("gate", ALONE)
@@ -188,7 +207,7 @@ def test_the_product_alone(gate):
     assert found == [["scale_by_gate"]] * len(found) and found
 
 
-@pytest.mark.parametrize("gate", [plain_layers, written_between])
+@pytest.mark.parametrize("gate", [plain_layers, written_between, of_a_mean])
 def test_left_alone(gate):
     torch.manual_seed(0)
     plain = Net(gate, a=layers(nn.ELU)).double()
@@ -199,7 +218,9 @@ def test_left_alone(gate):
 
 
 @pytest.mark.parametrize(
-    "make", [reference.AttentionGate, reference.SRM, reference.GatedChannelTransformation], ids=lambda cls: cls.__name__
+    "make",
+    [reference.AttentionGate, reference.SRM, reference.GatedChannelTransformation, reference.GlobalResponseNorm],
+    ids=lambda cls: cls.__name__,
 )
 def test_exported_blocks_whose_product_is_fused(make):
     plain = randomised(make(C)).eval()
@@ -219,9 +240,14 @@ class Strips(nn.Module):
         return x * torch.sigmoid(self.columns(x.mean(2, keepdim=True)))
 
 
-def test_what_an_exported_program_keeps_is_told():
-    program = export(Strips().eval(), (torch.randn(2, C, 7, 9),))
-    with pytest.raises(FusionError, match="mul multiplies a map by a gate, in a form that is not fused in graphs"):
+@pytest.mark.parametrize(
+    ("block", "shape"),
+    [(Strips(), (2, C, 7, 9)), (reference.GlobalResponseNorm(C, channels_last=True), (2, 7, 9, C))],
+    ids=["rows and columns", "channels last"],
+)
+def test_what_an_exported_program_keeps_is_told(block, shape):
+    program = export(block.eval(), (torch.randn(shape),))
+    with pytest.raises(FusionError, match=r"mul\S* multiplies a map by a gate, in a form that is not fused in graphs"):
         fuse(program, strict=True)
     assert fuse(program) is program
 
