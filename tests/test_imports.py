@@ -39,6 +39,7 @@ FLOORS = (
 
 #: (module, what it imports inside a function) -> why it is not at the top.
 INSIDE = {
+    ("bench.traffic", "torch"): "Inductor takes seconds to import, and the command need not measure it",
     ("cli", "matplotlib"): "optional: pictures",
     ("demo", "matplotlib"): "optional: pictures",
     ("viz", "matplotlib"): "optional: pictures",
