@@ -21,6 +21,7 @@ NETWORKS = tuple(f"cpu/{path.stem}" for path in sorted((RESULTS / "cpu").glob("m
 COMPILED = tuple(f"cpu/{path.stem}" for path in sorted((RESULTS / "cpu").glob("compiled-*.json")))
 COMPILED_IN = {"bfloat16": "bfloat16 autocast"}
 MEMORY = "cpu/memory-float32-nchw"
+TRAFFIC = "cpu/traffic-inference-float32-nchw"
 PEAKS = ("cpu/peaks-float32-nchw", "cpu/criss-cross-non-local-float32-nchw")
 
 # ---- the stored results ----
@@ -207,6 +208,18 @@ def compiled() -> str:
     return table(["", "`fuse`", "`torch.compile` of it", '`backend="fused_attn"`'], sorted(rows))
 
 
+def moved() -> str:
+    """MiB that a compiled step reads and writes, and how much more with attention."""
+    rows = []
+    for figure in figures(TRAFFIC):
+        case, of = figure["case"], figure["facts"]["compiled bytes"]
+        base = of["backbone, compile"]
+        more = [of[name] / base - 1 for name in ("compile", "fused, compile", "backend, compile")]
+        rows.append([f"{short(case['model'])}", f"{base / 2**20:.0f}", *(f"{100 * n:+.1f} %" for n in more)])
+    head = ["", "without attention, MiB", "`torch.compile`", "`torch.compile` of `fuse`", '`backend="fused_attn"`']
+    return table(head, rows)
+
+
 def kept() -> str:
     """MiB that a training step keeps for backward, and the largest batch."""
     rows = []
@@ -255,6 +268,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "compiled": compiled,
     "kept": kept,
     "machine-code": machine_code,
+    "moved": moved,
     "measured": measured_on,
 }
 
