@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ __all__ = [
     "largest",
     "random",
     "randomised",
+    "results",
     "run",
     "with_state_of",
 ]
@@ -56,6 +58,15 @@ def gradcheck(function: Callable[..., Tensor], inputs: Inputs, *, twice: bool = 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 7919 + sum(shape) + len(shape))
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def results(block: nn.Module, x: Tensor, *args: Any, training: bool) -> list[Tensor]:
+    """What a block makes of a map and whatever else, the gradients of the map and its parameters, and its buffers."""
+    block.train(training)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = block(x, *args)
+    grads = torch.autograd.grad(y, [x, *block.parameters()], random(*y.shape, seed=5, dtype=y.dtype))
+    return [y, *grads, *(b.clone() for b in block.buffers())]
 
 
 def randomised(block: nn.Module) -> nn.Module:

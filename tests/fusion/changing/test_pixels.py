@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused_attn import explain, fuse, unfuse
-from tests.checks import LAYOUTS, in_layout, random, randomised
+from tests.checks import LAYOUTS, in_layout, random, randomised, results
 from tests.fusion.counting import FusedOperators
 
 C = 6
@@ -99,14 +99,6 @@ FOUND = {
 }
 
 
-def results(block, x, training):
-    block.train(training)
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = block(x)
-    grads = torch.autograd.grad(y, [x, *block.parameters()], random(*y.shape, seed=5, dtype=y.dtype))
-    return [y, *grads, *(b.clone() for b in block.buffers())]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FOUND)
 def test_is_found_and_equal(name, layout):
@@ -119,9 +111,9 @@ def test_is_found_and_equal(name, layout):
         x = in_layout(random(*shape, dtype=torch.float64), layout)
         for training in (True, False):
             with FusedOperators() as ran:
-                mine = results(fused, x, training)
+                mine = results(fused, x, training=training)
             assert ran.count
-            theirs = results(original, x, training)
+            theirs = results(original, x, training=training)
             assert mine[0].stride() == theirs[0].stride()
             for a, b in zip(mine, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
@@ -135,8 +127,8 @@ def test_in_float32(layout):
     original = randomised(PixelAttention())
     fused = fuse(copy.deepcopy(original))
     x = in_layout(random(2, C, 33, 40, dtype=torch.float64), layout)
-    exact = results(original, x, True)
-    found = [results(copy.deepcopy(block).float(), x.float(), True) for block in (original, fused)]
+    exact = results(original, x, training=True)
+    found = [results(copy.deepcopy(block).float(), x.float(), training=True) for block in (original, fused)]
     for value, eager, mine in zip(exact, *found, strict=True):
         errors = [(t.double() - value).abs().max().item() for t in (mine, eager)]
         assert errors[0] <= 2 * errors[1] + 1e-6 * value.abs().max().item()
@@ -148,7 +140,7 @@ def test_compiled():
     fused = fuse(randomised(ProjectAndExcite()))
     x = random(2, C, 5, 6, 7, dtype=torch.float64)
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
-    for mine, theirs in zip(*(results(block, x, True) for block in (compiled, fused)), strict=True):
+    for mine, theirs in zip(*(results(block, x, training=True) for block in (compiled, fused)), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

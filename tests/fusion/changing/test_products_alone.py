@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused_attn import explain, fuse, unfuse
-from tests.checks import LAYOUTS, in_layout, random, randomised
+from tests.checks import LAYOUTS, in_layout, random, randomised, results
 from tests.fusion.counting import FusedOperators
 
 C = 8
@@ -101,14 +101,6 @@ class Transformation(nn.Module):
 SHAPES = {Volumes: ((2, C, 4, 6, 5), (1, C, 2, 2, 4))}
 
 
-def results(block, x, training):
-    block.train(training)
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = block(x)
-    grads = torch.autograd.grad(y, [x, *block.parameters()], random(*y.shape, seed=5, dtype=y.dtype))
-    return [y, *grads, *(b.clone() for b in block.buffers())]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cls", [Modulation, Dice, Pyramid, Volumes, Transformation])
 def test_is_fused_and_equal(cls, layout):
@@ -122,7 +114,7 @@ def test_is_fused_and_equal(cls, layout):
             with FusedOperators() as ran, torch.no_grad():
                 copy.deepcopy(fused).train(training)(x)
             assert ran.count == cls.count
-            for mine, theirs in zip(*(results(b, x, training) for b in (fused, original)), strict=True):
+            for mine, theirs in zip(*(results(b, x, training=training) for b in (fused, original)), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-11)
     assert [*fused.state_dict()] == [*original.state_dict()]
     assert type(unfuse(fused)) is cls
@@ -134,7 +126,7 @@ def test_compiled():
     fused = fuse(randomised(Modulation()))
     x = random(2, C, 10, 14, dtype=torch.float64)
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
-    for mine, theirs in zip(*(results(block, x, True) for block in (compiled, fused)), strict=True):
+    for mine, theirs in zip(*(results(block, x, training=True) for block in (compiled, fused)), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

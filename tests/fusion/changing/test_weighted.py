@@ -11,7 +11,7 @@ import torch
 from fused_attn import explain, fuse, unfuse
 from fused_attn.backends import _Small
 from fused_attn.fusion.changing import weighted
-from tests.checks import LAYOUTS, in_layout, random, randomised
+from tests.checks import LAYOUTS, in_layout, random, randomised, results
 from tests.fusion.changing.pasted_sequences import C, Counts, Masked, NoGate, Prints, Shares
 from tests.fusion.counting import FusedOperators
 
@@ -23,15 +23,6 @@ FOUND = {
     "counts": (Counts, (3, C, 19), COUNTS, False, "squeeze with weights as it is written, scale"),
     "mask": (Masked, (3, C, 7, 5), MASK, False, "squeeze with weights as it is written, scale"),
 }
-
-
-def results(block, x, *args, training):
-    block.train(training)
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = block(x, *args)
-    grad = random(*y.shape, seed=5, dtype=y.dtype)
-    grads = torch.autograd.grad(y, [x, *block.parameters()], grad)
-    return [y, *grads, *(b.clone() for b in block.buffers())]
 
 
 def both(name, dtype=torch.float64):

@@ -12,7 +12,7 @@ from torch import nn
 from fused_attn import explain, fuse, unfuse
 from fused_attn.backends import _Small
 from fused_attn.fusion import FusionError
-from tests.checks import LAYOUTS, in_layout, random, randomised
+from tests.checks import LAYOUTS, in_layout, random, randomised, results
 from tests.fusion.counting import FusedOperators
 
 F = 20
@@ -88,14 +88,6 @@ FOUND = {
 }
 
 
-def results(block, x, training):
-    block.train(training)
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = block(x)
-    grads = torch.autograd.grad(y, [x, *block.parameters()], random(*y.shape, seed=5, dtype=y.dtype))
-    return [y, *grads, *(b.clone() for b in block.buffers())]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FOUND)
 def test_is_found_and_equal(name, layout):
@@ -107,9 +99,9 @@ def test_is_found_and_equal(name, layout):
         x = in_layout(random(batch, *shape[1:], dtype=torch.float64), layout)
         for training in (True, False):
             with FusedOperators() as ran:
-                mine = results(fused, x, training)
+                mine = results(fused, x, training=training)
             assert ran.count
-            theirs = results(original, x, training)
+            theirs = results(original, x, training=training)
             assert mine[0].stride() == theirs[0].stride()
             for a, b in zip(mine, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
