@@ -210,12 +210,13 @@ def compiled() -> str:
 
 def moved() -> str:
     """MiB that a compiled step reads and writes, and how much more with attention."""
+    from fused_attn.bench.traffic import over_the_backbone
+
     rows = []
     for figure in figures(TRAFFIC):
         case, of = figure["case"], figure["facts"]["compiled bytes"]
-        base = of["backbone, compile"]
-        more = [of[name] / base - 1 for name in ("compile", "fused, compile", "backend, compile")]
-        rows.append([f"{short(case['model'])}", f"{base / 2**20:.0f}", *(f"{100 * n:+.1f} %" for n in more)])
+        more = (f"{100 * n:+.1f} %" for n in over_the_backbone(of))
+        rows.append([short(case["model"]), f"{of['backbone, compile'] / 2**20:.0f}", *more])
     head = ["", "without attention, MiB", "`torch.compile`", "`torch.compile` of `fuse`", '`backend="fused_attn"`']
     return table(head, rows)
 

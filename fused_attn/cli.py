@@ -530,15 +530,13 @@ def show_traffic(figures: list[Figure]) -> None:
     rows = []
     for f in figures:
         of: dict[str, int] = f.facts["compiled bytes"]  # type: ignore[assignment]
-        base = of["backbone, compile"]
-        more = [of[name] / base - 1 for name in ("compile", "fused, compile", "backend, compile")]
         rows.append(
             [
                 f"{f.case['model']} over {f.case['backbone']}",
                 "x".join(map(str, f.case["shape"])),
                 str(f.case["pass"]),
-                f"{base / 2**20:.0f}",
-                *(f"{100 * n:+.1f} %" for n in more),
+                f"{of['backbone, compile'] / 2**20:.0f}",
+                *(f"{100 * n:+.1f} %" for n in traffic.over_the_backbone(of)),
             ]
         )
     if rows:

@@ -90,6 +90,11 @@ def in_place(thing: Any, layout: str, device: torch.device) -> Any:
     return thing.to(device, memory_format=memory_format)
 
 
+def name_compiled(name: str) -> str:
+    """Of one of `networks` once it is compiled."""
+    return "compile" if name == "eager" else f"{name}, compile"
+
+
 def networks(attention: str, plain: str, with_tails: bool) -> dict[str, nn.Module]:
     """The backbone, and the network with attention as it is, fused, and (where it has any) fused with its tails."""
     torch.manual_seed(0)
@@ -129,7 +134,7 @@ def measure_pair(
     if with_compile:
         torch._dynamo.reset()
         for name, model in tuple(models.items()):
-            models["compile" if name == "eager" else f"{name}, compile"] = torch.compile(copy.deepcopy(model))
+            models[name_compiled(name)] = torch.compile(copy.deepcopy(model))
         models["backend, compile"] = torch.compile(copy.deepcopy(models["eager"]), backend=backend)
     for what in passes:
         if what == "training":

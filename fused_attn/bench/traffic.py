@@ -14,7 +14,7 @@ from torch import nn
 
 from ..fusion.changing.graphs import backend
 from .measure import Figure
-from .models import PASSES, in_place, networks
+from .models import PASSES, in_place, name_compiled, networks
 
 
 def compiled_bytes(model: nn.Module, x: torch.Tensor, what: str, dtype: torch.dtype, **options: Any) -> int:
@@ -34,6 +34,12 @@ def compiled_bytes(model: nn.Module, x: torch.Tensor, what: str, dtype: torch.dt
         before = metrics.num_bytes_accessed
         PASSES[what](torch.compile(model, **options), x, dtype)()
         return metrics.num_bytes_accessed - before
+
+
+def over_the_backbone(of: dict[str, int]) -> list[float]:
+    """How much more of a figure's "compiled bytes" there are with attention: compiled, fused and compiled, by the
+    backend."""
+    return [of[name] / of["backbone, compile"] - 1 for name in ("compile", "fused, compile", "backend, compile")]
 
 
 @contextlib.contextmanager
@@ -70,12 +76,7 @@ def measure_traffic(
     models = {name: in_place(model, layout, device) for name, model in networks(attention, plain, False).items()}
     x = in_place(torch.randn(shape), layout, device)
     for what in passes:
-        found = {
-            "backbone, compile" if name == "backbone" else "compile" if name == "eager" else f"{name}, compile": (
-                compiled_bytes(model, x, what, dtype)
-            )
-            for name, model in models.items()
-        }
+        found = {name_compiled(name): compiled_bytes(model, x, what, dtype) for name, model in models.items()}
         found["backend, compile"] = compiled_bytes(models["eager"], x, what, dtype, backend=backend)
         case = {"model": attention, "backbone": plain, "pass": what, "layout": layout, "shape": list(shape)}
         case["dtype"] = str(dtype).removeprefix("torch.")

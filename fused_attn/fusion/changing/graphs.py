@@ -206,15 +206,13 @@ def _rewrite(
 
 def _is_gated(seen: Followed, node: fx.Node) -> bool:
     """Whether it is the product of a map and what a function of gates makes of an input, one number along some axes."""
-    if node not in seen.values or node.target not in _PRODUCTS or len(node.args) != 2:
+    if node not in seen.values or node.target not in _PRODUCTS:
         return False
-    for x, gate in (node.args, node.args[::-1]):
-        if isinstance(x, fx.Node) and isinstance(gate, fx.Node) and {x, gate} <= seen.values.keys():
-            gate = _narrow(seen, gate)
-            of, shape = seen.values[gate], seen.values[node].shape
-            smaller = len(of.shape) == len(shape) > 2 and of.shape != shape == seen.values[x].shape
-            if smaller and of.shape[0] == shape[0] and max(of.shape[1:]) > 1 and of.node.op != "softmax":
-                return _is_of_gates(seen, gate) and _is_of_input(gate)
+    for x, gate in _factors(seen, node):
+        of, shape = seen.values[gate], seen.values[node].shape
+        smaller = len(of.shape) == len(shape) > 2 and of.shape != shape == seen.values[x].shape
+        if smaller and of.shape[0] == shape[0] and max(of.shape[1:]) > 1 and of.node.op != "softmax":
+            return _is_of_gates(seen, gate) and _is_of_input(gate)
     return False
 
 
@@ -361,10 +359,7 @@ def _others(seen: Followed, end: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
 def _gate_of_own_layers(seen: Followed, trial: Trial, last: fx.Node) -> str | None:
     """Fuse the pools of a map and its product with a gate, around the layers between; why not, or "" where a product is
     none of that."""
-    for x, gate in (last.args, last.args[::-1]) if len(last.args) == 2 and not last.kwargs else ():
-        if not (isinstance(x, fx.Node) and isinstance(gate, fx.Node) and x in seen.values and gate in seen.values):
-            continue
-        gate = _narrow(seen, gate)
+    for x, gate in _factors(seen, last):
         value, rank = seen.values[x], len(seen.values[x].shape) - 2
         kind = kind_of_gate(seen.values[gate], rank, samples=value.shape[0]) if is_whole(value) else None
         if kind == "channels" and value.shape == seen.values[last].shape:
@@ -383,11 +378,8 @@ def _gate_of_own_layers(seen: Followed, trial: Trial, last: fx.Node) -> str | No
 
 def _product_alone(seen: Followed, trial: Trial, last: fx.Node) -> bool:
     """Fuse the product of a map and a gate a channel or a position that is made in any other way, as of another map."""
-    for x, widened in (last.args, last.args[::-1]) if len(last.args) == 2 and not last.kwargs else ():
-        if not (isinstance(x, fx.Node) and isinstance(widened, fx.Node) and {x, widened} <= seen.values.keys()):
-            continue
-        value, gate = seen.values[x], _narrow(seen, widened)
-        of = seen.values[gate]
+    for x, gate in _factors(seen, last):
+        value, of = seen.values[x], seen.values[gate]
         if not is_whole(value) or value.shape != seen.values[last].shape or len(value.shape) < 3:
             continue
         kind = kind_of_gate(of, len(value.shape) - 2, samples=value.shape[0])
@@ -406,6 +398,13 @@ def _product_alone(seen: Followed, trial: Trial, last: fx.Node) -> bool:
         if _finish(seen, trial, block, x, [product]) is None:
             return True
     return False
+
+
+def _factors(seen: Followed, product: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Its factors, either way round: what may be a map, and what may be its gate, as it was before it was expanded."""
+    for x, gate in (product.args, product.args[::-1]) if len(product.args) == 2 and not product.kwargs else ():
+        if isinstance(x, fx.Node) and isinstance(gate, fx.Node) and {x, gate} <= seen.values.keys():
+            yield x, _narrow(seen, gate)
 
 
 def _narrow(seen: Followed, node: fx.Node) -> fx.Node:
