@@ -46,6 +46,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
     "criss-cross": ((2, 512, 97, 97),),
     # The second to fourth stage of a ResNet-50.
     "stages": ((8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14)),
+    # Where SE-ResNet-50's bottlenecks end at 160 x 160, four images: maps that processors keep in cache.
+    "cached": ((4, 256, 40, 40), (4, 512, 20, 20), (4, 1024, 10, 10), (4, 2048, 5, 5)),
     # I3D's third stage on clips of 32 frames, and the first one of MONAI's networks on volumes.
     "video": ((2, 512, 4, 14, 14),),
     "volume": ((2, 64, 32, 64, 64),),
@@ -93,6 +95,22 @@ class Selection(nn.Module):
         return self.run(maps[0] if stacked else maps, list(self.norms), activation, excitation, 2 if stacked else None)
 
 
+class Folded(nn.Module):
+    """What ends a bottleneck of an SE-ResNet in inference: a BatchNorm that is two numbers a channel, its gate, sum and
+    ReLU."""
+
+    def __init__(self, module: Any, channels: int) -> None:
+        super().__init__()
+        self.se = reference.SqueezeExcite(channels)
+        self.weight, self.bias = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.randn(channels))
+        self.channel_gate = functional.channel_gate if module is fused else reference.channel_gate
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        layers = self.se.fc1.weight, self.se.fc1.bias, self.se.fc2.weight, self.se.fc2.bias
+        affine = self.weight, self.bias
+        return self.channel_gate(x, *layers, affine=affine, residual=residual, post_activation="relu")
+
+
 class Tail(nn.Module):
     """What ends a block of a residual network in training, or stands in its middle: see `functional.norm_gate`."""
 
@@ -128,6 +146,7 @@ BLOCKS: dict[str, Block] = {
     "ese": Block(lambda m, c, _: m.EffectiveSE(c), (3, 7)),
     "se-max": Block(lambda m, c, _: m.SqueezeExcite(c, pool="avgmax"), (3, 7)),
     "se-residual-relu": Block(lambda m, c, _: m.SqueezeExcite(c, post_activation="relu"), (4, 10), residual=True),
+    "se-folded": Block(lambda m, c, _: Folded(m, c), (4, 10), residual=True, shapes="cached"),
     "channel-attention": Block(lambda m, c, _: m.ChannelAttention(c), (3, 7)),
     "spatial-attention": Block(lambda m, c, rank: m.SpatialAttention(c, batch_norm=False, rank=rank), (3, 7)),
     "cbam": Block(lambda m, c, rank: m.CBAM(c, batch_norm=False, rank=rank), (4, 10)),
@@ -221,6 +240,7 @@ def measure_block(
     """Forward under no_grad, then forward + backward: eager, torch.compile and fused interleaved.
 
     In training mode, but for a batch of one, which is what inference has (and which some BatchNorms cannot train on).
+    A clone of the map beside them: a read and a write, into memory as fresh and from caches as near as the blocks have.
     Of forward + backward also the bytes at the peak.
     """
     block = BLOCKS[name]
@@ -237,11 +257,12 @@ def measure_block(
         "forward + backward": {n: training_call(m, inputs, grad) for n, m in candidates.items()},
     }
     for (what, functions), passes in zip(calls.items(), block.passes or (None, None), strict=True):
-        timings = interleaved(functions, device, budget=budget)
+        timings = interleaved({**functions, "clone": x.clone}, device, budget=budget)
         facts: dict[str, object] = {}
         if passes is not None:
             moved = passes * x.numel() * x.element_size()
             facts |= {"passes": passes, "bytes a second": moved / timings["fused"].median}
+            facts["of clone"] = passes / 2 * timings["clone"].median / timings["fused"].median
             if copy_bytes_per_second:
                 facts["of copy"] = moved / timings["fused"].median / copy_bytes_per_second
         if what == "forward + backward":

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ... import functional
 from ...reference.block_attention import fold_batch_norm, run_normalised
@@ -79,6 +79,47 @@ def scale_by_channels(x: Tensor, gate: Tensor) -> Tensor:
 def scale_by_gate(x: Tensor, gate: Tensor) -> Tensor:
     """A map times a gate that has as many dimensions, one number a channel or a position."""
     return functional.scale(x, gate)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A weighted sum of branches around layers that a graph has between their mean and their weights.
+
+    layers: of the descriptor and whatever else they read. rank, place: how many dimensions the descriptor has for them,
+    and where its channels stand. branch: the dimension of their result with the branches; the others are samples and
+    channels. paths: how many branches lie in one map; None: they are maps of their own.
+    """
+
+    layers: fx.GraphModule
+    rank: int
+    place: int
+    branch: int
+    paths: int | None
+    pre_activation: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__name__", "selection")  # as a function has it: graphs are printed as code
+        object.__setattr__(self, "__qualname__", "selection")
+
+    def __call__(self, maps: list[Tensor], read: list[Any], norms: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """norms: the folded BatchNorms of the maps, one each; none: the maps are as they are."""
+
+        def excitation(s: Tensor) -> Tensor:
+            place = s.reshape(s.shape[0], *(1,) * (self.place - 1), s.shape[1], *(1,) * (self.rank - self.place - 1))
+            # Its own call would print what it raises, as it does for the sizes that do not fit which a check tries.
+            branches: Any = self.layers.forward(place, *read).movedim(self.branch, 0)
+            return branches.reshape(branches.shape[0], *s.shape).transpose(0, 1)
+
+        affine = None
+        if norms:
+            weight, bias = (
+                torch.cat(rows).unflatten(0, (self.paths or len(maps), -1)) for rows in zip(*norms, strict=True)
+            )
+            affine = weight, bias
+        branches = maps if self.paths is None else maps[0]
+        return functional.select_with(
+            branches, excitation, paths=self.paths, affine=affine, pre_activation=self.pre_activation
+        )
 
 
 class Block:

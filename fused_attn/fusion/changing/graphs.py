@@ -31,6 +31,7 @@ from ..reading.find import scale_of
 from ..reading.followed import Followed, follow, is_whole
 from ..reading.match import Match, reached, unify
 from ..reading.region import Region, is_number, region
+from ..reading.selections import Weighted, branch_dimension, one_map, weighted_sum
 from ..reading.spans import MOST_NODES, is_bounded, kind_of_gate
 from ..reading.templates import Template
 from ..reading.trial import Trial
@@ -92,6 +93,8 @@ def _fuse_exported(program: ExportedProgram, left: list[str]) -> ExportedProgram
     module: Any = program.module(check_guards=False)
     holders = module.graph.find_nodes(op="placeholder")
     _write_down_numbers(module)
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        module.graph.erase_node(node)  # what a `.to` was traced with: it would have to see what blocks no longer write
     if not rewrite(module, [n.meta.get("val") for n in holders], left, products=True):
         return program
     assert program.example_inputs is not None
@@ -295,6 +298,11 @@ def _replace(seen: Followed, trial: Trial, last: fx.Node, left: list[str], skipp
         if why is None or (alone and _product_alone(seen, trial, last)):
             return True
         reason = why
+    if not reason and functional.select_with not in skipped:
+        why = _selection(seen, trial, last)
+        if why is None:
+            return True
+        reason = why
     if reason:
         left.append(f"{last} is no block that is known, though it looks like one: {reason}")
         logger.warning(left[-1])
@@ -417,9 +425,9 @@ def _narrow(seen: Followed, node: fx.Node) -> fx.Node:
     return node
 
 
-def _private(seen: Followed, last: fx.Node, x: fx.Node) -> Region | None:
-    """What a node computes from a map and whatever else that nobody else sees; None where there is more to it."""
-    inside, stops = {last}, {x}
+def _private(seen: Followed, last: fx.Node, *maps: fx.Node) -> Region | None:
+    """What a node computes from maps and whatever else that nobody else sees; None where there is more to it."""
+    inside, stops = {last}, set(maps)
     waiting = set(last.all_input_nodes) - stops
     while waiting:
         node = max(waiting)  # behind all whose users are not known yet
@@ -500,6 +508,102 @@ def _pool_in(seen: Followed, node: fx.Node, x: Node, rank: int) -> calls.Pool | 
         return None
     maximum = pooled.op == "max"
     return calls.Pool("max" if maximum else "avg", pooled.attrs[1] if maximum else "first", total, len(value.shape))
+
+
+# A sum of branches by weights that the graph's own layers make of their mean
+
+
+def _selection(seen: Followed, trial: Trial, last: fx.Node) -> str | None:
+    """Fuse the mean of a sum of maps and their weighted sum, around the layers between; why not, or "" where a node is
+    none of that."""
+    found = weighted_sum(seen.values[last].node) if is_whole(seen.values[last]) else None
+    if found is None or len(seen.values[last].shape) < 3:
+        return ""
+    whole = one_map(found.maps, 1 - (seen.values[last].shape[0] == 1))
+    sources = found.maps if whole is None else [whole]
+    reason = ""
+    for before in (True, False):
+        held = [next(reversed(seen.holders(source, last)), None) for source in sources]
+        norms = [_normalised(seen, last, source) if before else None for source in sources]
+        if None in held or (before and (None in norms or len({n.activation for n in norms if n}) > 1)):
+            continue
+        maps = [h if n is None else n.x for h, n in zip(held, norms, strict=True)]
+        folded = [n for n in norms if n is not None]
+        why = _select(seen, trial, last, found, maps, folded, None if whole is None else len(found.maps))
+        if why is None:
+            return None
+        reason = reason or why
+    return reason
+
+
+def _select(
+    seen: Followed,
+    trial: Trial,
+    last: fx.Node,
+    found: Weighted,
+    maps: list[Any],
+    norms: list[_Norm],
+    paths: int | None,
+) -> str | None:
+    block = _private(seen, last, *maps)
+    held = [n for n in block.nodes if n in seen.values] if block is not None else []
+    means = [n for n in held if seen.values[n].node is found.descriptor and _place(seen.values[n]) is not None]
+    weights = [n for n in held if seen.values[n].node is found.softmax and branch_dimension(seen.values[n]) is not None]
+    if block is None or not means or not weights:
+        return ""
+    own, read = _between(seen, means[0], weights[0])
+    normed = {t for n in norms for t in n.tensors if t is not None}
+    tensors = [n for n in read if not is_number(seen.results.get(n))]
+    if set(read) & set(block.nodes) or set(tensors) & set(maps) or any(n.name in seen.subclasses for n in block.stops):
+        return ""
+    if any(n.op not in ("placeholder", "get_attr") for n in (*tensors, *normed)):
+        return ""
+    if _is_counted_elsewhere(seen, block) or not all(_is_typed(seen, block, tensors, x, None) for x in maps):
+        return ""
+    of_mean, of_weights = seen.values[means[0]], seen.values[weights[0]]
+    place, branch = _place(of_mean), branch_dimension(of_weights)
+    assert place is not None and branch is not None
+    activation = norms[0].activation if norms else "identity"
+    call = calls.Selection(_module_of(own, means[0], read), len(of_mean.shape), place, branch, paths, activation)
+    seen.other_sizes()  # while there is nothing new in the graph
+    graph = last.graph
+    with graph.inserting_before(last):
+        new = [graph.call_function(folded_affine, (*n.tensors, n.eps)) for n in norms]
+        new.append(graph.call_function(call, (maps, read, list(new))))
+    return _finish(seen, trial, block, maps[0], new)
+
+
+def _place(mean: Value) -> int | None:
+    """The dimension of its channels, where the others are samples, first, or of size one."""
+    (place,) = [i for i, entry in enumerate(mean.layout) if entry == (len(mean.node.sizes) - 1,)] or [0]
+    others = [n for i, n in enumerate(mean.shape) if i not in (0, place)]
+    return place if place > 0 and all(n == 1 for n in others) else None
+
+
+def _between(seen: Followed, first: fx.Node, last: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes that compute one from another, and what else they read."""
+    own: set[fx.Node] = set()
+    read: dict[fx.Node, None] = {}
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node is first or node in own or node in read:
+            continue
+        if node.op in ("placeholder", "get_attr") or is_number(seen.results.get(node)):
+            read[node] = None
+            continue
+        own.add(node)
+        waiting += node.all_input_nodes
+    return sorted(own), sorted(read)
+
+
+def _module_of(own: list[fx.Node], first: fx.Node, read: list[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in (first, *read)}
+    for node in own:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[own[-1]])
+    return fx.GraphModule({}, graph)
 
 
 def _insert(

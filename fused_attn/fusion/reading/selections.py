@@ -21,10 +21,10 @@ from ...reference.selection import Layers
 from ..recipes.recipe import OwnLayers, Recipe
 from ..recipes.run import layer_at
 from . import templates
-from .canonical import Entry, Node, Value, axis_of, plain
+from .canonical import Entry, Node, Spread, Value, axis_of, plain
 from .capture import Call, Captured
 from .layers import paths_but
-from .match import Match, unify
+from .match import Match, reached, unify
 
 Function = Callable[[nn.Module, Tensor], Tensor]
 
@@ -78,6 +78,52 @@ def _weights(node: Node) -> list[tuple[float, Node | None, Node, list[Node]]]:
         nodes.remove(share)
         found.append((coefficient, _softmax_of(share), share, nodes))
     return found
+
+
+class Weighted(NamedTuple):
+    """A sum of branches, each weighted by its own part of one softmax: the maps in the order of their parts, the
+    softmax, and the mean over space of the maps' sum, which it is computed from."""
+
+    maps: list[Node]
+    softmax: Node
+    descriptor: Node
+
+
+def weighted_sum(node: Node) -> Weighted | None:
+    """What a node is as such a sum, whatever computes the softmax from the mean; None: it is none."""
+    parts: dict[int, Node] = {}
+    soft: Node | None = None
+    for coefficient, of, share, maps in _weights(node):
+        part = share.inputs[0] if share.op == "flatten" else share
+        if of is None or coefficient != 1 or len(maps) != 1 or maps[0].sizes != node.sizes or soft not in (None, of):
+            return None
+        if part.op != "select" or part.inputs[0] is not of or part.attrs[0] != of.attrs[0] or part.attrs[1] in parts:
+            return None
+        soft, parts[part.attrs[1]] = of, maps[0]
+    maps = [parts[i] for i in sorted(parts)]
+    if soft is None or len(set(maps)) != soft.sizes[soft.attrs[0]]:
+        return None
+    for mean in reached(soft):
+        if (
+            mean.op == "mean"
+            and mean.inputs[0].op == "poly"
+            and len(mean.attrs[0]) == len(node.sizes) - len(mean.sizes)
+        ):
+            terms = mean.inputs[0].terms
+            if all(c == 1 and len(f) == 1 for c, f in terms) and {f[0][0] for _, f in terms} == set(maps):
+                return Weighted(maps, soft, mean)
+    return None
+
+
+def branch_dimension(value: Value) -> int | None:
+    """Which dimension of a softmax over branches has the branches, where the others are samples and channels, in
+    order; None where they are not."""
+    branches = (value.node.attrs[0],)
+    entries = [entry for entry in value.layout if not isinstance(entry, Spread)]
+    others = [axis for entry in entries if entry != branches for axis in entry]
+    if len(entries) < len(value.layout) or branches not in entries or others != sorted(set(others)):
+        return None
+    return entries.index(branches)
 
 
 def why_no_selection(captured: Captured) -> str | None:
@@ -229,8 +275,7 @@ def _maker(template: templates.Template, match: Match, calls: list[Call], x: Nod
     found = {t.name: n for t, n in match.nodes.items() if t.op == "input"}
     maps = [found[name] for name in template.maps]
     paths = len(maps)
-    whole = _one_map(maps)
-    one_map = whole is not None
+    whole = one_map(maps)
     branches = _branches(calls, maps if whole is None else [whole], x)
     (descriptor,) = (n for t, n in match.nodes.items() if t.op == "mean")
     layers = {t.inputs[1].name: n for t, n in match.nodes.items() if t.op == "dense"}
@@ -250,8 +295,8 @@ def _maker(template: templates.Template, match: Match, calls: list[Call], x: Nod
         known = dense is not None and _is_dense(block, dense, groups)
         runs = [*branches.program.paths, *(() if known else excitation.paths)]
         return OwnLayers(
-            _Selection(branches, weights, dense if known else None, paths, groups, one_map),
-            "SplitAttention" if one_map else "SelectiveKernel",
+            _Selection(branches, weights, dense if known else None, paths, groups, whole is not None),
+            "SelectiveKernel" if whole is None else "SplitAttention",
             ("select", "select/with"),
             rank=rank + 2,
             bypassed=paths_but(block, *runs),
@@ -260,11 +305,11 @@ def _maker(template: templates.Template, match: Match, calls: list[Call], x: Nod
     return make
 
 
-def _one_map(maps: list[Node]) -> Node | None:
-    """What the branches are equal parts of, in their order; None: they are maps of their own."""
+def one_map(maps: list[Node], axis: int = 1) -> Node | None:
+    """What the branches are equal parts of along the axis of channels, in their order; None: maps of their own."""
     source = maps[0].inputs[0] if maps[0].op == "slice" else None
     parts = [(n.op, n.inputs[:1], n.attrs) for n in maps]
-    return source if parts == [("slice", (source,), (1, i, len(maps))) for i in range(len(maps))] else None
+    return source if parts == [("slice", (source,), (axis, i, len(maps))) for i in range(len(maps))] else None
 
 
 def _branches(calls: list[Call], maps: list[Node], x: Node) -> Branches:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from fused_attn import functional, fuse, reference
+from fused_attn import fuse, reference
 from fused_attn.fusion import FusionError
-from fused_attn.fusion.changing import calls
-from fused_attn.fusion.changing.graphs import rewrite
 from tests.checks import random, randomised
+from tests.fusion.in_graphs import compiled, values
 
 C = 16
-OWN = (functional.__name__, calls.__name__)
 
 
 class Net(nn.Module):
@@ -80,28 +76,6 @@ FORMS = {
         {"scale_by_channels", "pool"},
     ),
 }
-
-
-def own_calls(graph):
-    return [n.target.__name__ for n in graph.nodes if str(getattr(n.target, "__module__", "")) in OWN]
-
-
-def compiled(net, found, products=False):
-    def counted(graph, inputs):
-        rewrite(graph, inputs, products=products)
-        found.append(own_calls(graph.graph))
-        return graph.forward
-
-    torch._dynamo.reset()
-    return torch.compile(copy.deepcopy(net), backend=counted)
-
-
-def values(net, x):
-    x = x.clone().requires_grad_()
-    y = net(x)
-    leaves, grad = [x, *net.parameters()], random(*y.shape, dtype=torch.float64, seed=3)
-    grads = torch.autograd.grad(y, leaves, grad, allow_unused=True)
-    return [y, *(torch.zeros(()) if g is None else g for g in grads), *net.buffers()]
 
 
 @pytest.mark.parametrize("name, batch", [*((name, 2) for name in FORMS), ("elu", 1)])
@@ -254,15 +228,6 @@ def test_what_an_exported_program_keeps_is_told(block, shape):
 
 def test_left_to_inductor_on_the_cpu():
     """Which makes them part of its passes."""
-    plain = FORMS["elu"][0]().eval()
-    seen: list[list[str]] = []
-    inputs = [torch.randn(2, C, 7, 9)]
-
-    def counted(graph, given):
-        rewrite(graph, given, compiled=True)
-        seen.append(own_calls(graph.graph))
-        return graph.forward
-
-    torch._dynamo.reset()
-    torch.compile(plain, backend=counted)(*inputs)
-    assert seen == [[]]
+    found: list[list[str]] = []
+    compiled(FORMS["elu"][0]().eval(), found, compiled=True)(torch.randn(2, C, 7, 9))
+    assert found == [[]]
