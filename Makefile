@@ -31,6 +31,10 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor/$(shell cat fused_at
 export FUSED_ATTN_CACHE := $(CURDIR)/.cache/verdicts
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HF_HUB_OFFLINE := 1
+# Where there is no GPU, CUDA kernels are compiled for one, to see that they compile; setup.py would for those of wheels.
+ifeq ($(shell command -v nvidia-smi),)
+export TORCH_CUDA_ARCH_LIST ?= 9.0a+PTX
+endif
 export PYTEST_ADDOPTS := -o cache_dir=.cache/pytest
 export RUFF_CACHE_DIR := .cache/ruff
 
@@ -108,7 +112,8 @@ $(STAMPS)/torch-$(WORD): | $(STAMPS)/venv
 
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.*')
 $(STAMPS)/native: $(STAMPS)/torch-$(WORD) $(NATIVE)
-	$(PIP) install -v --no-deps -e . > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
+	@echo 'compiling csrc: two minutes or more; its output is in $(STAMPS)/build.log'
+	@$(PIP) install -v --no-deps -e . > $(STAMPS)/build.log 2>&1 || { cat $(STAMPS)/build.log; exit 1; }
 	@grep 'fused_attn: WARNING' $(STAMPS)/build.log || true
 	touch $@
 

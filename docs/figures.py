@@ -76,6 +76,7 @@ def short(model: str) -> str:
 
 BLOCKS = {
     "se": "SE",
+    "se-folded": "folded BatchNorm, SE, sum, ReLU",
     "eca": "ECA",
     "cbam": "CBAM",
     "cbam-batch-norm": "CBAM with BatchNorm, training",
@@ -203,9 +204,46 @@ def compiled() -> str:
         case = figure["case"]
         timings = {name: Timing(timing["seconds"]) for name, timing in figure["timings"].items()}
         of = over_the_original(Figure(case, timings))
-        what = short(case["model"]), case["pass"], COMPILED_IN.get(case["dtype"], case["dtype"]), size(case["shape"])
-        rows.append([", ".join(what), *("{1:.2f} ({0:.2f} to {2:.2f})".format(*of[way]) for way in ways)])
+        rows.append([network_run(case), *("{1:.2f} ({0:.2f} to {2:.2f})".format(*of[way]) for way in ways)])
     return table(["", "`fuse`", "`torch.compile` of it", '`backend="fused_attn"`'], sorted(rows))
+
+
+def network_run(case: dict[str, Any]) -> str:
+    """Which network, and how it was run."""
+    layout = [] if case["layout"] == "nchw" else [case["layout"]]
+    what = (
+        short(case["model"]),
+        case["pass"],
+        COMPILED_IN.get(case["dtype"], case["dtype"]),
+        size(case["shape"]),
+        *layout,
+    )
+    return ", ".join(what)
+
+
+def compiled_taxes() -> str:
+    """Time over that of the same network without attention, run the same way."""
+    words = {"eager": "eager", "fused": "`fuse`", "compile": "`torch.compile`", "fused, compile": "of `fuse`"}
+    words["backend, compile"] = '`backend="fused_attn"`'
+    rows = []
+    for figure in figures(*COMPILED):
+        case, tax = figure["case"], figure["facts"]["attention tax"]
+        if case["model"] != case["backbone"]:
+            rows.append([network_run(case), *(percent(tax[way]) for way in words)])
+    return table(["", *words.values()], sorted(rows))
+
+
+def cached(*names: str) -> str:
+    """Times of blocks whose maps are in cache: torch.compile's over theirs, and theirs over that of their passes at the
+    speed of a clone of the map."""
+    rows: dict[tuple, dict[str, list[str]]] = {}
+    for figure in figures(*names):
+        case, of = figure["case"], figure["medians"]
+        key = ", ".join((named(figure), case["dtype"], case["layout"], size(case["shape"])))
+        ratio = f"{of['compile'] / of['fused']:.2f}×"
+        rows.setdefault(key, {})[case["pass"]] = [ratio, f"{1 / figure['facts']['of clone']:.2f}"]
+    head = [f"{passes}: {what}" for passes in (FORWARD, BOTH) for what in ("compile / fused", "fused / its passes")]
+    return table(["", *head], ([key, *of[FORWARD], *of[BOTH]] for key, of in rows.items()))
 
 
 def moved() -> str:
@@ -267,6 +305,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "calls": calls,
     "taxes": taxes,
     "compiled": compiled,
+    "compiled-taxes": compiled_taxes,
+    "cached": cached,
     "kept": kept,
     "machine-code": machine_code,
     "moved": moved,

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
-    sys.exit(f"fused-attn: {error.name} is not installed; pip install 'fused_attn[bench]'")
+    sys.exit(f"fused-attn: {error.name} is not installed; pip install '.[bench]' in a clone")
 
 import torch
 
@@ -55,7 +56,7 @@ def need(package: str) -> None:
     try:
         __import__(package)
     except ImportError:
-        raise UserError(f"{package} is not installed; pip install 'fused_attn[bench]'") from None
+        raise UserError(f"{package} is not installed; pip install '.[bench]' in a clone") from None
 
 
 @contextmanager
@@ -77,12 +78,18 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table with many columns may be longer than the terminal's."""
     console.print(Text(title, style="bold"), soft_wrap=True)
     shown = Table(box=None, show_header=any(columns), header_style="underline", pad_edge=False, padding=(0, 2, 0, 0))
+    found: list[tuple[str, bool, int]] = []
     for column, cells in zip(columns, zip(*rows, strict=True), strict=True) if rows else ():
         # "2 times as fast as ..." is a sentence.
         figures = all(re.match(r"[-+]?\d(?!.*[a-z] [a-z]+ )|-$|$", cell) for cell in cells)
         whole = [*column.split(), *(cells if figures else " ".join(cells).split()), ""]
-        longest = max(map(len, whole))
-        shown.add_column(column, min_width=longest, no_wrap=figures, justify="right" if figures else "left")
+        found.append((column, figures, max(map(len, whole))))
+    least = sum(longest + 2 for *_, longest in found)
+    if least > console.width:  # where columns would be left out
+        shown.width = least
+    for column, figures, longest in found:
+        head = "\n".join(textwrap.wrap(column, longest)) if least > console.width else column
+        shown.add_column(head, min_width=longest, no_wrap=figures, justify="right" if figures else "left")
     for row in rows:
         shown.add_row(*map(Text, row))
     console.print(shown, crop=False)
@@ -151,6 +158,8 @@ def demo_command(quick: bool, steps: int | None, out: Path, weights: Path | None
     need("sklearn")
     need("matplotlib")
     steps = steps or (4 if quick else 120)
+    if LIBRARY_ERROR:
+        console.print(f"fused is plain PyTorch here, because {LIBRARY_ERROR}")
     with demo.one_thread(), progress(steps) as advance:
         original, moved, fused = demo.train(steps, progress=lambda: advance("training, original and fused"))
         gains = demo.measure_blocks(original.model, fused.model, budget=0.1 if quick else 1.0)
@@ -198,6 +207,7 @@ def demo_command(quick: bool, steps: int | None, out: Path, weights: Path | None
     ),
     click.option("--layout", "layouts", type=click.Choice(LAYOUTS), multiple=True, help="Default: both."),
     click.option("--shape", default=None, help="Input of the models. Default: 2x3x64x64."),
+    click.option("--tails", is_flag=True, help="Of fuse(model, tails=True)."),
     device_option,
 )
 def verify_command(
@@ -206,6 +216,7 @@ def verify_command(
     dtypes: tuple[str, ...],
     layouts: tuple[str, ...],
     shape: str | None,
+    tails: bool,
     device: str | None,
 ) -> None:
     """Check that fused is the same function as the original, on your device and dtypes."""
@@ -222,7 +233,7 @@ def verify_command(
         torch.manual_seed(0)
         try:
             model = build_model(name).to(place)
-            results += verify.verify_model(name, model, size, chosen, chosen_layouts)
+            results += verify.verify_model(name, model, size, chosen, chosen_layouts, tails=tails)
         except (UnknownModel, ValueError) as error:
             raise UserError(str(error)) from None
         except RuntimeError as error:
@@ -575,8 +586,9 @@ def plot_ratios(figures: list[Figure], path: Path) -> None:
 
 @main.command("fuse", short_help="What is fused in a model of yours.")
 @click.argument("name", metavar="MODEL")
+@click.option("--tails", is_flag=True, help="As fuse(model, tails=True).")
 @click.option("--diff", is_flag=True, help="Show what runs in place of each forward.")
-def fuse_command(name: str, diff: bool) -> None:
+def fuse_command(name: str, tails: bool, diff: bool) -> None:
     """Fuse the blocks of a model of yours, path/to/model.py:factory, and list them; exit code 0 if any was fused.
 
     Nothing is written. Also package.module:factory, timm:NAME and torchvision:NAME.
@@ -586,7 +598,7 @@ def fuse_command(name: str, diff: bool) -> None:
             model = build_model(name)
     except (UnknownModel, ValueError) as error:
         raise UserError(str(error)) from None
-    report = explain(fuse(model))
+    report = explain(fuse(model, tails=tails), tails=tails)
     if not report:
         console.print(f"no attention block was found in {name}")
         sys.exit(1)
@@ -768,7 +780,7 @@ def info_command(everything: bool, as_json: bool) -> None:
             above = why
         table(f"what serves each family of blocks on {device}, and why", ["blocks", "by", "why"], rows)
     if not everything:
-        console.print("--all: every operator, and why no other backend")
+        console.print("--all: every operator. How fast is of stored results, not of this machine: bench")
         return
     for device in ("cpu", "cuda"):
         rows = [[op, name, others] for op, of, name, others in record["serving"] if of == device]

@@ -139,15 +139,21 @@ def verify_blocks(device: torch.device, dtypes: list[torch.dtype], layouts: list
 
 
 def verify_model(
-    name: str, model: nn.Module, shape: tuple[int, ...], dtypes: list[torch.dtype], layouts: list[str]
+    name: str,
+    model: nn.Module,
+    shape: tuple[int, ...],
+    dtypes: list[torch.dtype],
+    layouts: list[str],
+    *,
+    tails: bool = False,
 ) -> Iterator[Result]:
-    """A model in training mode against its fused copy.
+    """A model in training mode against its copy after `fuse(copy, tails=tails)`.
 
     Raises:
         ValueError: nothing in the model would be fused.
     """
-    fused = fuse(copy.deepcopy(model))
-    if not any(row.fused for row in explain(fused)):
+    fused = fuse(copy.deepcopy(model), tails=tails)
+    if not any(row.fused for row in explain(fused, tails=tails)):
         raise ValueError(f"{name}: no block was fused; fused_attn.explain(model) says why")
     for dtype in dtypes:
         for layout in layouts:

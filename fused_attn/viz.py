@@ -1,6 +1,6 @@
 """What the attention blocks of a network let through: their gates on an image, and a picture of them.
 
-`show` and `photograph` need matplotlib and scikit-image: pip install 'fused_attn[bench]'.
+`show` and `photograph` need matplotlib and scikit-image: pip install '.[bench]' in a clone.
 """
 
 from __future__ import annotations

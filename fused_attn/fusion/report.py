@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from .. import backends
 from ..ops.resident import held_on
 from ..reference import CBAM, SpatialAttention
 from .api import Candidate, candidates, is_own
+from .changing.graphs import fuse_exported, is_program
 from .changing.parents import PIXEL_GATE
 from .changing.plan import changes, intact, plan_of
 from .changing.swap import save_of
@@ -24,6 +25,9 @@ from .recipes.describe import describe
 from .recipes.names import class_name, host_of
 from .recipes.own import own_functions
 from .recipes.recipe import ChannelGate, OwnLayers, Recipe, SpatialGate, SplitGate
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,37 @@ def explain(model: nn.Module, *, tails: bool = False) -> Report:
     """A printable report of the attention blocks in a model, fused or not: what each is and what serves it.
 
     Args:
-        model: any module.
+        model: any module; or a program of torch.export: its operators of this library, those that `fuse(program)` would
+            put there, and what that would leave alone.
         tails: also say of residual blocks what `fuse(tails=True)` would fuse in them, or why it left them alone.
 
     Raises:
         TypeError: model is no `nn.Module`.
     """
+    if is_program(model):
+        return Report(_rows_of_program(model))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module; got {type(model).__name__}")
     return Report(row for found in candidates(model, tails) for row in _rows(found))
+
+
+def _rows_of_program(program: ExportedProgram) -> Iterator[Row]:
+    left: list[str] = []
+    there = dict(_operators(program))
+    for name, op in there.items():
+        yield Row(name, op, "", True, "its operator", "")
+    for name, op in _operators(fuse_exported(program, left)) if not there else ():
+        yield Row(name, op, "", False, "its own nodes", "not fused yet: fused_attn.fuse(program)")
+    for text in left:
+        name, _, reason = text.partition(" ")
+        yield Row(name, "", "", False, "its own nodes", reason)
+
+
+def _operators(program: ExportedProgram) -> Iterator[tuple[str, str]]:
+    """Names of the nodes that call an operator of this library, and of the operator."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "namespace", "") == "fused_attn":
+            yield node.name, node.target._opname
 
 
 def _rows(candidate: Candidate) -> Iterator[Row]:

@@ -118,6 +118,11 @@ def test_a_table_that_is_too_wide(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "CBAM   1.234 ±3%" in out and name in out
     assert set(why.split()) <= set(out.split()) and "some words that go on" not in out
+    columns = ["block", *(f"{word} ms" for word in ("eager", "compile", "fused", "another", "last"))]
+    cli.table("", columns, [["se 32x256x56x56", *["1.234 ±3%"] * 5]] * 2)
+    out = capsys.readouterr().out
+    assert out.count("32x256x56x56") == 2 and out.count("1.234 ±3%") == 10, out
+    assert "…" not in out and all(word in out for word in " ".join(columns).split()), out
 
 
 def test_a_sentence_that_starts_with_a_number_is_no_figure(monkeypatch, capsys):
@@ -420,4 +425,4 @@ def test_a_missing_package_is_named_in_one_line():
     code = "import sys; sys.modules['click'] = None; import fused_attn.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip() == "fused-attn: click is not installed; pip install 'fused_attn[bench]'"
+    assert done.stderr.strip() == "fused-attn: click is not installed; pip install '.[bench]' in a clone"

@@ -352,8 +352,8 @@ def capture(
         try:
             with OnOneDevice("meta", recorder.moved), Plainly(), recorder:
                 y = acting(x)
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta tensor" in str(error) or "Meta" in str(error):
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            if any(words in str(error) for words in ("meta tensor", "Meta", "meta device")):
                 refused = Refused("branches on data")
                 refused.graph = graph
                 raise refused from error

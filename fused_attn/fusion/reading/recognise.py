@@ -185,7 +185,7 @@ def examine(block: nn.Module, read: Reads) -> Outcome:
     for rank, channels, captured in captures(block):
         rectangles = True
         if isinstance(captured, Refused):
-            if _concerns(captured) or _may_attend(block):
+            if _concerns(captured) or _may_attend(block) or (_has_pooled(captured) and names_a_gate(block, read)):
                 first_reason = first_reason or Outcome(None, str(captured), channels, rank)
             continue
         reason = None
@@ -226,6 +226,12 @@ def _concerns(refused: Refused) -> bool:
         return any(_is_gate(n) for n in refused.graph.nodes() if n.op == "act")
     own = (n for n in refused.graph.nodes() if n not in refused.inner and is_attention(n))
     return any(is_soft(n) for node in own for n in node.inputs)
+
+
+def _has_pooled(refused: Refused) -> bool:
+    """Whether it had come to a pool of its input where it was given up, but to no gate yet."""
+    nodes = refused.graph.nodes() if refused.graph is not None and refused.inner is None else ()
+    return any(n.op in ("mean", "max") and any(i.op == "input" for i in reached(n)) for n in nodes)
 
 
 def _of_any_rank(block: nn.Module, found: Found, rank: int) -> Found:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from fused_attn import fuse, reference
+from fused_attn import explain, fuse, reference
 from fused_attn.fusion import FusionError
 from tests.checks import random, randomised
 from tests.fusion.in_graphs import compiled, values
@@ -224,6 +224,7 @@ def test_what_an_exported_program_keeps_is_told(block, shape):
     with pytest.raises(FusionError, match=r"mul\S* multiplies a map by a gate, in a form that is not fused in graphs"):
         fuse(program, strict=True)
     assert fuse(program) is program
+    assert explain(program) and all("multiplies a map" in row.reason and not row.fused for row in explain(program))
 
 
 def test_left_to_inductor_on_the_cpu():

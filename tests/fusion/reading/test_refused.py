@@ -74,6 +74,33 @@ class Branches(Base):
         return x * gate if gate.mean() > 0.5 else x
 
 
+@because("branches on data")
+class BranchesBeforeItsGate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x):
+        s = x.mean((2, 3))
+        if s.sum() > 0:
+            s = s * 2
+        return x * self.fc(s).sigmoid()[:, :, None, None]
+
+
+@because("branches on data")
+class ReadsItsMean(BranchesBeforeItsGate):
+    def forward(self, x):
+        s = x.mean((2, 3))
+        return x * self.fc(s * s.max().item()).sigmoid()[:, :, None, None]
+
+
+@because("branches on data")
+class ThroughNumpy(BranchesBeforeItsGate):
+    def forward(self, x):
+        s = torch.from_numpy(x.mean((2, 3)).detach().numpy())
+        return x * self.fc(s).sigmoid()[:, :, None, None]
+
+
 @because("branches on the size of the map")
 class BySize(Base):
     def forward(self, x):
