@@ -78,18 +78,23 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     table with many columns may be longer than the terminal's."""
     console.print(Text(title, style="bold"), soft_wrap=True)
     shown = Table(box=None, show_header=any(columns), header_style="underline", pad_edge=False, padding=(0, 2, 0, 0))
-    found: list[tuple[str, bool, int]] = []
+    figures, widths, wanted = [], [], []
     for column, cells in zip(columns, zip(*rows, strict=True), strict=True) if rows else ():
         # "2 times as fast as ..." is a sentence.
-        figures = all(re.match(r"[-+]?\d(?!.*[a-z] [a-z]+ )|-$|$", cell) for cell in cells)
-        whole = [*column.split(), *(cells if figures else " ".join(cells).split()), ""]
-        found.append((column, figures, max(map(len, whole))))
-    least = sum(longest + 2 for *_, longest in found)
-    if least > console.width:  # where columns would be left out
-        shown.width = least
-    for column, figures, longest in found:
-        head = "\n".join(textwrap.wrap(column, longest)) if least > console.width else column
-        shown.add_column(head, min_width=longest, no_wrap=figures, justify="right" if figures else "left")
+        figures.append(all(re.match(r"[-+]?\d(?!.*[a-z] [a-z]+ )|-$|$", cell) for cell in cells))
+        whole = [*column.split(), *(cells if figures[-1] else " ".join(cells).split()), ""]
+        widths.append(max(map(len, whole)))
+        wanted.append(max(map(len, (column, *cells))))
+    spare = console.width - sum(widths) - 2 * (len(widths) - 1)
+    while spare > 0 and (narrow := [i for i, width in enumerate(widths) if width < wanted[i]]):
+        for i in narrow[:spare]:
+            widths[i] += 1
+        spare -= len(narrow)
+    if spare < 0:  # columns would be left out
+        shown.width = console.width - spare
+    for column, figure, width in zip(columns, figures, widths, strict=bool(rows)):
+        head = "\n".join(textwrap.wrap(column, width))
+        shown.add_column(head, width=width, no_wrap=figure, justify="right" if figure else "left")
     for row in rows:
         shown.add_row(*map(Text, row))
     console.print(shown, crop=False)

@@ -247,8 +247,8 @@ def test_bench_writes_figures_and_a_picture(tmp_path, little_is_copied):
     assert record["complete"] and record["environment"]["torch"] == torch.__version__
     assert {f["case"]["pass"] for f in record["figures"]} == {"forward", "forward + backward"}
     assert all(len(t["seconds"]) >= 7 for f in record["figures"] for t in f["timings"].values())
-    assert [set(f["timings"]) for f in record["figures"]] == [{"eager", "compile", "fused"}] * 2 + [
-        {"eager", "fused"}  # what a call costs
+    assert [set(f["timings"]) for f in record["figures"]] == [{"eager", "compile", "fused", "clone"}] * 2 + [
+        {"eager", "fused", "clone"}  # what a call costs
     ] * 2
     assert picture.read_bytes().startswith(PNG)
 
