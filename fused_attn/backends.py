@@ -53,7 +53,7 @@ RESIDENT = frozenset({"cuda"})
 #: part of its passes, and they write over maps that nobody reads any more. (See `ops.inlined` for inference.)
 LEFT_TO_COMPILERS = frozenset(
     ("squeeze", "scale", "channel_gate", "channel_gate/both")
-    + ("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm")
+    + ("spatial_gate", "spatial_gate/batch_norm", "cbam", "cbam/batch_norm", "select", "select/with")
 )
 
 #: Ops that a backend has no kernel for, with what to use instead.

@@ -172,21 +172,35 @@ class Excite(torch.nn.Module):
 
 @pytest.mark.slow  # compilations
 @pytest.mark.parametrize("how", ["fuse", "backend"])
-def test_in_training_a_gate_is_left_to_inductor(how):
-    model = Residual(Excite()).double()
+@pytest.mark.parametrize("block", [Excite, lambda: reference.SKConv(C, groups=4)], ids=["gate", "selection"])
+def test_in_training_it_is_left_to_inductor(how, block):
+    model = Residual(block()).double()
     other = copy.deepcopy(model)
     owner = fuse(copy.deepcopy(model)) if how == "fuse" else copy.deepcopy(model)
     compiled = torch.compile(owner) if how == "fuse" else torch.compile(owner, backend="fused_attn")
     x = random(2, 3, 20, 20).double()
     _, codes = code_of(lambda: compiled(x).square().sum().backward())
     assert not any("torch.ops.fused_attn" in code for code in codes)
-    # Those of the network: an excitation is products of matrices.
-    assert [len(re.findall(r"convolution(?:_backward\.default)?\(", code)) for code in codes] == [3, 3]
+    if block is Excite:  # The convolutions of the network: an excitation is products of matrices.
+        assert [len(re.findall(r"convolution(?:_backward\.default)?\(", code)) for code in codes] == [3, 3]
     other(x).square().sum().backward()
     for (name, mine), theirs in zip(owner.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
     for mine, theirs in zip(owner.buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow  # compilations
+@pytest.mark.parametrize("how", ["fuse", "backend"])
+def test_in_inference_a_selection_is_an_operator(how):
+    """Which reads the branches' convolutions: nothing writes a map between."""
+    model, x = Residual(reference.SKConv(C, groups=4)).eval(), random(2, 3, 20, 20)
+    owner = fuse(copy.deepcopy(model)) if how == "fuse" else model
+    compiled = torch.compile(owner) if how == "fuse" else torch.compile(owner, backend="fused_attn")
+    with torch.no_grad():
+        found, (code,) = code_of(lambda: compiled(x))
+        assert len(set(re.findall(r"torch\.ops\.fused_attn\.(\w+)", code)) & {"select", "select_squeeze"}) == 1, code
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_programs_that_keep_the_operators_and_other_compilers_have_them():

@@ -49,6 +49,7 @@ _OPS: dict[Callable, str] = {
     functional.cbam: "cbam",
     calls.spatial_gate_with_batch_norm: "spatial_gate/batch_norm",
     calls.cbam_with_batch_norm: "cbam/batch_norm",
+    functional.select_with: "select/with",
 }
 
 _PRODUCTS: set[Any] = {torch.mul, torch.multiply, operator.mul, operator.imul, "mul", "mul_", "multiply"}
