@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -170,7 +171,30 @@ T* pointer(const OptionalTensor& tensor) {
     return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-// A small tensor of any float dtype, read as an array of A. Without one, data() is null.
+// How many pieces of this size cover n.
+inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Below this many elements a second thread costs more than it brings.
+constexpr int64_t kSerialElements = 1 << 15;
+
+// Calls body(begin, end) for ranges that cover 0..count, on torch's threads.
+template <class F>
+void parallel_ranges(int64_t count, int64_t elements, const F& body) {
+    if (elements >= kSerialElements)
+        torch::stable::parallel_for(0, count, 1, body);
+    else if (count > 0)
+        body(int64_t(0), count);
+}
+// Calls body(0), ..., body(count - 1) on torch's threads.
+template <class F>
+void parallel(int64_t count, int64_t elements, const F& body) {
+    parallel_ranges(count, elements, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
+    });
+}
+
+// A small tensor of any float dtype, read as an array of A. Without one, data() is null. Weights of another dtype are
+// converted on torch's threads, into memory that nobody has to fill with zeros before.
 template <class A>
 class Values {
   public:
@@ -202,13 +226,18 @@ class Values {
         if constexpr (std::is_same_v<P, A>) {
             data_ = from;
         } else {
-            converted_.resize(std::max<int64_t>(n, 1));
-            std::transform(from, from + n, converted_.begin(), [](P v) { return static_cast<A>(v); });
-            data_ = converted_.data();
+            constexpr int64_t kBlock = 1 << 14;
+            converted_.reset(new A[std::max<int64_t>(n, 1)]);
+            A* const to = converted_.get();
+            parallel(ceil_div(n, kBlock), n, [&](int64_t block) {
+                const int64_t begin = block * kBlock, end = std::min(n, begin + kBlock);
+                std::transform(from + begin, from + end, to + begin, [](P v) { return static_cast<A>(v); });
+            });
+            data_ = to;
         }
     }
     std::optional<Tensor> kept_;
-    std::vector<A> converted_;
+    std::unique_ptr<A[]> converted_;
     const A* data_ = nullptr;
 };
 
@@ -272,30 +301,8 @@ auto dispatch(const Tensor& x, F f) {
     }
 }
 
-// How many pieces of this size cover n.
-inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 inline void zero(const Tensor& tensor, int64_t itemsize) {
     if (tensor.numel() > 0) std::memset(tensor.data_ptr(), 0, tensor.numel() * itemsize);
-}
-
-// Below this many elements a second thread costs more than it brings.
-constexpr int64_t kSerialElements = 1 << 15;
-
-// Calls body(begin, end) for ranges that cover 0..count, on torch's threads.
-template <class F>
-void parallel_ranges(int64_t count, int64_t elements, const F& body) {
-    if (elements >= kSerialElements)
-        torch::stable::parallel_for(0, count, 1, body);
-    else if (count > 0)
-        body(int64_t(0), count);
-}
-// Calls body(0), ..., body(count - 1) on torch's threads.
-template <class F>
-void parallel(int64_t count, int64_t elements, const F& body) {
-    parallel_ranges(count, elements, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(i);
-    });
 }
 
 // Whole samples a thread, so that a sample's second pass finds it in cache; where there are too few of them for
