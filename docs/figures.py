@@ -237,9 +237,9 @@ def cached(*names: str) -> str:
     """Times of blocks whose maps are in cache: torch.compile's over theirs, and theirs over that of their passes at the
     speed of a clone of the map."""
     rows: dict[str, dict[str, list[str]]] = {}
-    for name, figure in ((name, figure) for name in names for figure in figures(name)):
+    for source, figure in [(name, figure) for name in names for figure in figures(name)]:
         case, of = figure["case"], figure["medians"]
-        isa = ["AVX2"] if name.endswith("avx2") else []
+        isa = ["AVX2"] if source.endswith("avx2") else []
         key = ", ".join((named(figure), case["dtype"], case["layout"], *isa, size(case["shape"])))
         ratio = f"{of['compile'] / of['fused']:.2f}×"
         rows.setdefault(key, {})[case["pass"]] = [ratio, f"{1 / figure['facts']['of clone']:.2f}"]
