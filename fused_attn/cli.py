@@ -89,7 +89,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     while spare > 0 and (narrow := [i for i, width in enumerate(widths) if width < wanted[i]]):
         for i in narrow[:spare]:
             widths[i] += 1
-        spare -= len(narrow)
+        spare = max(0, spare - len(narrow))
     if spare < 0:  # columns would be left out
         shown.width = console.width - spare
     for column, figure, width in zip(columns, figures, widths, strict=bool(rows)):
