@@ -60,12 +60,14 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def results(block: nn.Module, x: Tensor, *args: Any, training: bool) -> list[Tensor]:
-    """What a block makes of a map and whatever else, the gradients of the map and its parameters, and its buffers."""
+def results(block: nn.Module, x: Tensor, *args: Any, training: bool, allow_unused: bool = False) -> list[Tensor]:
+    """What a block makes of a map and whatever else, the gradients of the map and its parameters, and its buffers.
+    allow_unused: the gradients of what is not used are zero."""
     block.train(training)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = block(x, *args)
-    grads = torch.autograd.grad(y, [x, *block.parameters()], random(*y.shape, seed=5, dtype=y.dtype))
+    leaves, grad = [x, *block.parameters()], random(*y.shape, seed=5, dtype=y.dtype)
+    grads = torch.autograd.grad(y, leaves, grad, allow_unused=allow_unused, materialize_grads=allow_unused)
     return [y, *grads, *(b.clone() for b in block.buffers())]
 
 

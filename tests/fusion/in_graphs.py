@@ -1,4 +1,4 @@
-"""What stands in a network's graphs once they are rewritten, and what they compute."""
+"""What stands in a network's graphs once they are rewritten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from fused_attn import functional
 from fused_attn.fusion.changing import calls
 from fused_attn.fusion.changing.graphs import rewrite
 from fused_attn.reference import block_attention
-from tests.checks import random
 
 OWN = (functional.__name__, calls.__name__, block_attention.__name__)
 
@@ -30,12 +29,3 @@ def compiled(net, found, *, dynamic=None, **options):
 
     torch._dynamo.reset()
     return torch.compile(copy.deepcopy(net), backend=counted, dynamic=dynamic)
-
-
-def values(net, x):
-    """The result, the gradients, and the buffers then."""
-    x = x.clone().requires_grad_()
-    y = net(x)
-    leaves, grad = [x, *net.parameters()], random(*y.shape, dtype=torch.float64, seed=3)
-    grads = torch.autograd.grad(y, leaves, grad, allow_unused=True)
-    return [y, *(torch.zeros(()) if g is None else g for g in grads), *net.buffers()]

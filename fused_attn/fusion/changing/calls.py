@@ -44,11 +44,24 @@ def context_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, place
     """A map's context as a tensor of `rank` dimensions: samples first, and channels in this place. weight, bias: in any
     shape."""
     context = functional.context_pool(x, weight.reshape(1, -1), None if bias is None else bias.reshape(1))
-    return context.reshape(context.shape[0], *(1,) * (place - 1), context.shape[1], *(1,) * (rank - place - 1))
+    return _placed(context, place, rank)
+
+
+def _placed(s: Tensor, place: int, rank: int) -> Tensor:
+    """(B, C) as a tensor of `rank` dimensions, its channels in this place."""
+    return s.reshape(s.shape[0], *(1,) * (place - 1), s.shape[1], *(1,) * (rank - place - 1))
+
+
+class _Function:
+    """What graphs print as code, as a function of its class's name."""
+
+    def __post_init__(self) -> None:
+        for name in ("__name__", "__qualname__"):
+            object.__setattr__(self, name, type(self).__name__.lower())
 
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(_Function):
     """A map's mean or maximum over all positions as a tensor of `rank` dimensions; total: the sum in place of the mean.
 
     What it is called with is all that a graph has written down of it: numbers there may be sizes.
@@ -59,16 +72,11 @@ class Pool:
     total: bool
     rank: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "__name__", "pool")  # as a function has it: graphs are printed as code
-        object.__setattr__(self, "__qualname__", "pool")
-
     def __call__(self, x: Tensor) -> Tensor:
         pooled: Any = functional.squeeze(x, self.kind, ties=self.ties)
         if self.total:
             pooled = pooled * x.shape[2:].numel()
-        found: Tensor = pooled.reshape(*pooled.shape, *(1,) * (self.rank - 2))
-        return found
+        return _placed(pooled, 1, self.rank)
 
 
 def scale_by_channels(x: Tensor, gate: Tensor) -> Tensor:
@@ -82,7 +90,7 @@ def scale_by_gate(x: Tensor, gate: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class Selection(_Function):
     """A weighted sum of branches around layers that a graph has between their mean and their weights.
 
     layers: of the descriptor and whatever else they read. rank, place: how many dimensions the descriptor has for them,
@@ -97,17 +105,12 @@ class Selection:
     paths: int | None
     pre_activation: str
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "__name__", "selection")  # as a function has it: graphs are printed as code
-        object.__setattr__(self, "__qualname__", "selection")
-
     def __call__(self, maps: list[Tensor], read: list[Any], norms: list[tuple[Tensor, Tensor]]) -> Tensor:
         """norms: the folded BatchNorms of the maps, one each; none: the maps are as they are."""
 
         def excitation(s: Tensor) -> Tensor:
-            place = s.reshape(s.shape[0], *(1,) * (self.place - 1), s.shape[1], *(1,) * (self.rank - self.place - 1))
             # Its own call would print what it raises, as it does for the sizes that do not fit which a check tries.
-            branches: Any = self.layers.forward(place, *read).movedim(self.branch, 0)
+            branches: Any = self.layers.forward(_placed(s, self.place, self.rank), *read).movedim(self.branch, 0)
             return branches.reshape(branches.shape[0], *s.shape).transpose(0, 1)
 
         affine = None

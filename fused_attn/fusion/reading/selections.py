@@ -80,6 +80,26 @@ def _weights(node: Node) -> list[tuple[float, Node | None, Node, list[Node]]]:
     return found
 
 
+def _chosen(share: Node) -> Node:
+    """A share of a softmax before its groups were put together."""
+    return share.inputs[0] if share.op == "flatten" else share
+
+
+def _why_not_weighted(terms: list[tuple[float, Node | None, Node, list[Node]]]) -> str | None:
+    """What keeps these from being maps, each once and with one part of a softmax over them as its weight."""
+    for _, soft, share, _ in terms:
+        chosen = _chosen(share)
+        if soft is None or chosen.inputs[0] is not soft or chosen.op != "select" or soft.attrs[0] != chosen.attrs[0]:
+            return "its softmax is not over the branches"
+    if any(c != 1 for c, *_ in terms):
+        return "a branch is scaled"
+    if len({share for _, _, share, _ in terms}) < len(terms) or any(len(maps) != 1 for *_, maps in terms):
+        return "it is not a sum of branches, each with a weight of its own"
+    if len({maps[0] for *_, maps in terms}) < len(terms):
+        return "a branch is used twice"
+    return None
+
+
 class Weighted(NamedTuple):
     """A sum of branches, each weighted by its own part of one softmax: the maps in the order of their parts, the
     softmax, and the mean over space of the maps' sum, which it is computed from."""
@@ -91,27 +111,19 @@ class Weighted(NamedTuple):
 
 def weighted_sum(node: Node) -> Weighted | None:
     """What a node is as such a sum, whatever computes the softmax from the mean; None: it is none."""
-    parts: dict[int, Node] = {}
-    soft: Node | None = None
-    for coefficient, of, share, maps in _weights(node):
-        part = share.inputs[0] if share.op == "flatten" else share
-        if of is None or coefficient != 1 or len(maps) != 1 or maps[0].sizes != node.sizes or soft not in (None, of):
-            return None
-        if part.op != "select" or part.inputs[0] is not of or part.attrs[0] != of.attrs[0] or part.attrs[1] in parts:
-            return None
-        soft, parts[part.attrs[1]] = of, maps[0]
-    maps = [parts[i] for i in sorted(parts)]
-    if soft is None or len(set(maps)) != soft.sizes[soft.attrs[0]]:
+    terms = _weights(node)
+    softmaxes = {soft for _, soft, _, _ in terms if soft is not None}
+    if len(softmaxes) != 1 or _why_not_weighted(terms) or any(maps[0].sizes != node.sizes for *_, maps in terms):
         return None
-    for mean in reached(soft):
-        if (
-            mean.op == "mean"
-            and mean.inputs[0].op == "poly"
-            and len(mean.attrs[0]) == len(node.sizes) - len(mean.sizes)
-        ):
-            terms = mean.inputs[0].terms
-            if all(c == 1 and len(f) == 1 for c, f in terms) and {f[0][0] for _, f in terms} == set(maps):
-                return Weighted(maps, soft, mean)
+    (soft,) = softmaxes
+    parts = {_chosen(share).attrs[1]: maps[0] for _, _, share, maps in terms}
+    if not len(terms) == len(parts) == soft.sizes[soft.attrs[0]] > 1:
+        return None
+    maps = [parts[i] for i in sorted(parts)]
+    for mean in (n for n in reached(soft) if n.op == "mean" and n.inputs[0].op == "poly"):
+        total, over_space = mean.inputs[0].terms, len(mean.attrs[0]) == len(node.sizes) - len(mean.sizes)
+        if over_space and all(c == 1 and len(f) == 1 for c, f in total) and {f[0][0] for _, f in total} == set(maps):
+            return Weighted(maps, soft, mean)
     return None
 
 
@@ -131,17 +143,7 @@ def why_no_selection(captured: Captured) -> str | None:
     terms = _weights(captured.output.node)
     if len(terms) < 2 or _is_called(captured) or not any(len(n.sizes) > 2 for _, _, _, maps in terms for n in maps):
         return None
-    for _, soft, share, _ in terms:
-        chosen = share.inputs[0] if share.op == "flatten" else share
-        if soft is None or chosen.inputs[0] is not soft or chosen.op != "select" or soft.attrs[0] != chosen.attrs[0]:
-            return "its softmax is not over the branches"
-    if any(c != 1 for c, *_ in terms):
-        return "a branch is scaled"
-    if len({share for _, _, share, _ in terms}) < len(terms) or any(len(maps) != 1 for *_, maps in terms):
-        return "it is not a sum of branches, each with a weight of its own"
-    if len({maps[0] for *_, maps in terms}) < len(terms):
-        return "a branch is used twice"
-    return "its descriptor is not the mean of the sum of its branches"
+    return _why_not_weighted(terms) or "its descriptor is not the mean of the sum of its branches"
 
 
 # From nodes to the layers that compute them

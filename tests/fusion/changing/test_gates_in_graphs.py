@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fused_attn import explain, fuse, reference
 from fused_attn.fusion import FusionError
-from tests.checks import random, randomised
-from tests.fusion.in_graphs import compiled, values
+from tests.checks import random, randomised, results
+from tests.fusion.in_graphs import compiled
 
 C = 16
 
@@ -87,9 +87,8 @@ def test_found(name, batch):
     found: list[list[str]] = []
     net = compiled(plain, found)
     for training in (True, False):
-        plain.train(training), net.train(training)
         x = random(*shape, dtype=torch.float64)
-        for p, q in zip(values(net, x), values(plain, x), strict=True):
+        for p, q in zip(*(results(each, x, training=training) for each in (net, plain)), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
     assert [set(names) for names in found] == [expected] * len(found) and found
 
@@ -174,9 +173,9 @@ def test_the_product_alone(gate):
     found: list[list[str]] = []
     net = compiled(plain, found, products=True)
     for training in (True, False):
-        plain.train(training), net.train(training)
         x = random(2, C, 7, 9, dtype=torch.float64)
-        for p, q in zip(values(net, x), values(plain, x), strict=True):
+        both = (results(each, x, training=training, allow_unused=True) for each in (net, plain))
+        for p, q in zip(*both, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
     assert found == [["scale_by_gate"]] * len(found) and found
 

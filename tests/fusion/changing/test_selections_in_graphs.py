@@ -9,8 +9,8 @@ from torch.export import Dim, export
 from torch.nn import functional as F
 
 from fused_attn import explain, fuse, reference
-from tests.checks import random, randomised
-from tests.fusion.in_graphs import compiled, values
+from tests.checks import random, randomised, results
+from tests.fusion.in_graphs import compiled
 
 C = 8
 
@@ -92,8 +92,8 @@ def test_found(name, batch, dynamic):
     net = compiled(plain, found, dynamic=dynamic)
     x = random(batch, *shape, dtype=torch.float64)
     for training in (True, False) if batch > 1 else (False,):
-        plain.train(training), net.train(training)
-        for p, q in zip(values(net, x), values(plain, x), strict=True):
+        both = (results(each, x, training=training, allow_unused=True) for each in (net, plain))
+        for p, q in zip(*both, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
     folded = 0 if name.startswith("no ") else {"three": 3}.get(name, 1 if name.startswith("Split") else 2)
     assert found[-1] == ["folded_affine"] * folded + ["selection"]
@@ -149,6 +149,7 @@ def test_left_alone(weighted):
     plain = randomised(Branches(weighted))
     found: list[list[str]] = []
     net, x = compiled(plain, found), random(2, C, 7, 9, dtype=torch.float64)
-    for p, q in zip(values(net, x), values(plain, x), strict=True):
+    both = (results(each, x, training=True, allow_unused=True) for each in (net, plain))
+    for p, q in zip(*both, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
     assert found == [[]]
