@@ -22,6 +22,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "../codes.h"
 #include "kernels.h"
@@ -79,7 +80,7 @@ inline std::atomic<bool> memory_by_torch{false};
 // of a small map that was a third of an operator's time.
 inline Tensor allocate(int64_t axes, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
     AtenTensorHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         axes, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
         aoti_torch_device_type_cpu(), 0, &made));
     return Tensor(made);
