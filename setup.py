@@ -201,9 +201,11 @@ def ninja_file(torch: Path, compiler: list[str], cuda: dict | None) -> str:
     ]
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
     if os.environ.get("FUSED_ATTN_PORTABLE") == "1":
-        sources.append(ROOT / "csrc/portable/glibc.cpp")
-        names = dict.fromkeys(re.findall(r"\b__wrap_(\w+)", sources[-1].read_text()))
-        link += [f"-Wl,--wrap={name}" for name in names]
+        portable = [ROOT / "csrc/portable" / name for name in ("glibc.cpp", *(["cuda_runtime.cpp"] if cuda else []))]
+        sources += portable
+        text = "".join(source.read_text() for source in portable)
+        names = dict.fromkeys(re.findall(r"\b__wrap_(\w+)|^FROM\(.*, (\w+)\)", text, re.M))
+        link += [f"-Wl,--wrap={''.join(name)}" for name in names]
     if cuda:
         options = [f"--threads={max(1, min(4, jobs() // 3))}"]  # architectures at a time, of each of three sources
         options += cuda["gencode"]

@@ -39,7 +39,9 @@ def sdist(out: Path, source: Path = ROOT) -> Path:
     return max(out.glob("fused_attn-*.tar.gz"), key=lambda path: path.stat().st_mtime)
 
 
-def wheel(archive: Path, kind: str, out: Path, objects: Path = ROOT / "build/native") -> Path:
+def wheel(
+    archive: Path, kind: str, out: Path, objects: Path = ROOT / "build/native", architectures: str = "all"
+) -> Path:
     """Build it of an sdist. Objects of an earlier build are taken along, so that only what changed is compiled."""
     cuda, suffix = KINDS[kind]
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +52,7 @@ def wheel(archive: Path, kind: str, out: Path, objects: Path = ROOT / "build/nat
             shutil.copytree(objects, tree / "build/native")
         options = [f"-C--global-option={word}" for word in ("egg_info", f"--tag-build={suffix}")] if suffix else []
         command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", *options, "--outdir", tree / "out", tree)
-        run(*command, FUSED_ATTN_PORTABLE="1", FUSED_ATTN_CUDA=cuda, TORCH_CUDA_ARCH_LIST="all")
+        run(*command, FUSED_ATTN_PORTABLE="1", FUSED_ATTN_CUDA=cuda, TORCH_CUDA_ARCH_LIST=architectures)
         (built,) = (tree / "out").glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy2(built, out))

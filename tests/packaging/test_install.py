@@ -291,15 +291,20 @@ def test_torch_of_the_activated_environment_is_found(built: Path, tmp_path: Path
     assert info["torch_headers"] and info["cpu"]["built"], printed
 
 
-def test_published_wheels_are_for_old_systems(built: Path, wheel: Path, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_published_wheels_are_for_old_systems(built: Path, wheel: Path, tmp_path: Path, kind: str):
     """auditwheel agrees that glibc 2.28 is enough; what is not made for it is refused. Nothing of torch is packed."""
     pytest.importorskip("auditwheel")
+    cuda = build_info(wheel)["cuda"]
+    if kind == "cuda" and not cuda["built"]:
+        pytest.skip(f"no CUDA kernels here: {cuda['reason']}")
     (sdist,) = (built / "sdist").glob("*.tar.gz")
-    made = wheels.wheel(sdist, "cpu", tmp_path / "raw", built / "tree/build/native")
+    asked = AS_HERE.get("TORCH_CUDA_ARCH_LIST", " ".join(cuda["architectures"] or ()))
+    made = wheels.wheel(sdist, kind, tmp_path / "raw", built / "tree/build/native", asked)
     audited = wheels.audit(made, tmp_path / "out")
     version = wheel.name.split("-")[1]
-    assert audited.name == f"fused_attn-{version}+cpu-py3-none-{wheels.PLATFORM}.whl"
-    assert build_info(audited)["cpu"]["built"] and not build_info(audited)["cuda"]["built"]
+    assert audited.name == f"fused_attn-{version}{'+cpu' if kind == 'cpu' else ''}-py3-none-{wheels.PLATFORM}.whl"
+    assert build_info(audited)["cpu"]["built"] and build_info(audited)["cuda"]["built"] == (kind == "cuda")
     with zipfile.ZipFile(audited) as archive:
         assert not [name for name in archive.namelist() if ".so" in name and name != "fused_attn/_native.so"]
         tag = archive.read(next(n for n in archive.namelist() if n.endswith("/WHEEL"))).decode()
@@ -308,7 +313,8 @@ def test_published_wheels_are_for_old_systems(built: Path, wheel: Path, tmp_path
         with pytest.raises(subprocess.CalledProcessError):
             wheels.audit(wheel, tmp_path / "refused")
     python = install(audited, tmp_path / "other")
-    assert "works; CUDA kernels none" in run(python, ROOT / "tools/smoke.py", cwd=tmp_path)
+    kernels = "none" if kind == "cpu" else cuda["architectures"]
+    assert f"works; CUDA kernels {kernels}" in run(python, ROOT / "tools/smoke.py", cwd=tmp_path)
 
 
 def test_cuda_can_be_left_out(built: Path, tmp_path: Path):
