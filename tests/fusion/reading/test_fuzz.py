@@ -237,7 +237,9 @@ def test_near_misses_are_never_fused_wrongly(part):
             wrong = check_block(block, match.recipe, C, 2, 1e-6)
             found["matched" if wrong is None else "stopped by the check"] += 1
             if wrong is not None:
-                expected = block.choices["activation"] == "dropout" or block.choices["kernel"] == "dilated"
+                # The recipe of an attention is written down in the check only, which may find that it cannot be.
+                expected = match.kind == "attention" and block.choices["gate"] == "softmax"
+                expected |= block.choices["activation"] == "dropout" or block.choices["kernel"] == "dilated"
                 assert expected, f"seed {seed}: {wrong}: {block.choices}"
                 continue
             applies = ("gate", "join", "source") if block.kind == "spatial" else ("gate", "join", "source", "pool")
