@@ -23,7 +23,7 @@ class Span(nn.Module):
 
     graph: copies of them, of "block", which has the layers, and of the map. marked: each result goes through a layer of
     its own that does nothing, "marks.0" and so on: a capture then says what each node is. written: products that are
-    written into the map, and are not here. Where sizes of another map are asked for, those of x have to do.
+    written into the map, and are not here. Where sizes of a map that is not here are asked for, those of x have to do.
     last: they read and write maps whose channels are the last axis; the module has them where maps have them.
     """
 
@@ -43,8 +43,8 @@ class Span(nn.Module):
         self.graph.placeholder("block")
         self.copies = {x: self.graph.placeholder("x")}
         for node in nodes:
-            sized = is_size(node)
-            self.copies[node] = self.graph.node_copy(node, lambda n, s=sized: self.copies[x if s else n])  # type: ignore[misc]
+            others = self.copies[x] if is_size(node) else None
+            self.copies[node] = self.graph.node_copy(node, lambda n, o=others: self.copies.get(n, o))  # type: ignore[misc]
             if node in written:
                 self.copies[node].op, self.copies[node].target = "call_function", torch.mul
             self._hold(parent, node)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .capture import contents
+from .dims import dims_of
 from .layers import LISTS
 from .reads import is_plain
 from .twin import STATE, twin
@@ -48,7 +49,8 @@ def trace(block: nn.Module, enters: Callable[[str], bool]) -> fx.Graph:
 
 @dataclass
 class Rank:
-    """How many dimensions every tensor is taken to have where a forward asks for that; whether it has asked."""
+    """How many dimensions the map is taken to have where a forward asks for its or another tensor's; whether it has
+    asked."""
 
     dims: int
     asked: bool = False
@@ -106,18 +108,19 @@ class _Trace:
     def __init__(
         self, block: nn.Module, enters: Callable[[str], bool], training: bool, rank: Rank | None = None
     ) -> None:
-        self.enters, self.rank = enters, rank
+        self.block, self.enters, self.rank = block, enters, rank
         self.refused: str | None = None  # kept: the forward may catch what is raised
         self.option = Option("", [])
         self.indices: list[_Value] = []  # of what an index was asked, by torch if it is in its next call
         self.graph = fx.Graph()
         self.graph.placeholder("block")
         self.x = _Value(self, self.graph.placeholder("x"))
-        self.held: list[fx.Node] = []
+        self.held: set[fx.Node] = set()
         tensors: dict[int, Any] = {}
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
-            self.held.append(self.graph.create_node("get_attr", name))
-            tensors[id(tensor)] = _Value(self, self.held[-1])
+            node = self.graph.create_node("get_attr", name)
+            self.held.add(node)
+            tensors[id(tensor)] = _Value(self, node)
         self.root = twin(block, tensors, self.call)
         self.paths = {id(part): path for path, part in self.root.named_modules()}
         for path, part in self.root.named_modules():
@@ -140,8 +143,8 @@ class _Trace:
         if self.refused is not None:
             raise Untraceable(self.refused)
         self.graph.output(self.argument(result))
-        for node in reversed(self.held):
-            if not node.users:
+        for node in reversed(self.graph.nodes):
+            if not node.users and (node in self.held or node.target is getattr):
                 self.graph.erase_node(node)
         return self.graph
 
@@ -171,6 +174,11 @@ class _Trace:
         self.expect_indices((args, kwargs) if op == "call_function" else ())
         given = tuple(map(self.argument, args)), {k: self.argument(v) for k, v in kwargs.items()}
         return _Value(self, self.graph.create_node(op, target, *given))
+
+    def dims(self, node: Any, rank: Rank) -> int:
+        """How many dimensions a value has, of maps of the rank that is assumed."""
+        rank.asked = True
+        return dims_of(node, rank.dims, self.block)
 
     def argument(self, value: Any) -> Any:
         kind = type(value)
@@ -277,13 +285,9 @@ class _Value:
         if name.startswith("__"):
             raise AttributeError(name)
         if name == "ndim" and self._trace.rank is not None:
-            return self._dims(self._trace.rank)
+            return self._trace.dims(self._node, self._trace.rank)
         found = self._trace.record("call_function", getattr, (self, name), {})
         return _Attribute(self, name, found)
-
-    def _dims(self, rank: Rank) -> int:
-        rank.asked = True
-        return rank.dims
 
     def _is_shape(self) -> bool:
         node = self._node
@@ -294,7 +298,7 @@ class _Value:
     def __len__(self) -> int:
         if self._trace.rank is None or not self._is_shape():
             self._trace.refuse(_BRANCHES)
-        return self._dims(self._trace.rank)
+        return self._trace.dims(self._node.args[0], self._trace.rank)
 
     def __index__(self) -> int:
         self._trace.indices.append(self)  # torch asks before it gives a call to the mode, with the value itself
@@ -306,7 +310,7 @@ class _Value:
         if dis.opname[code[at]] == "UNPACK_SEQUENCE":
             count = code[at + 1]
         elif self._trace.rank is not None and self._is_shape():
-            count = self._dims(self._trace.rank)
+            count = self._trace.dims(self._node.args[0], self._trace.rank)
         else:
             self._trace.refuse("loops over a tensor or its sizes")
         every = self._trace.record("call_function", unpacked, (self, count), {})
@@ -324,11 +328,8 @@ class _Attribute(_Value):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._name == "dim" and self._trace.rank is not None:
-            return self._dims(self._trace.rank)
-        made = self._trace.record("call_method", self._name, (self._owner, *args), kwargs)
-        if not self._node.users and not self._node._erased:
-            self._trace.graph.erase_node(self._node)
-        return made
+            return self._trace.dims(self._owner._node, self._trace.rank)
+        return self._trace.record("call_method", self._name, (self._owner, *args), kwargs)
 
 
 class _Number(_Value):

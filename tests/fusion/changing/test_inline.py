@@ -60,6 +60,39 @@ expect(OWN, gate=nn.Softsign, name="another gate")(Residual)
 expect(OWN, gate=nn.Dropout, name="no gate but a dropout")(Residual)
 
 
+class Widened(nn.Module):
+    """A gate of two axes, brought to the map's in one of the ways that do not say how many those are."""
+
+    def __init__(self, widen):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(C, C, 3, padding=1), nn.Linear(C, 4), nn.Linear(4, C)
+        self.widen = widen
+
+    def forward(self, x):
+        y = self.conv(x)
+        w = torch.sigmoid(self.b(torch.relu(self.a(y.mean((2, 3))))))
+        return x + y * self.widen(y, w)
+
+
+def unsqueezed(y, w):
+    while w.dim() < y.dim():
+        w = w.unsqueeze(-1)
+    return w
+
+
+WAYS = {
+    "its sizes spread": lambda y, w: w.view(*w.shape, 1, 1),
+    "its sizes in a list": lambda y, w: w.view([*w.size(), 1, 1]),
+    "its sizes and more": lambda y, w: w.view(w.shape + (1, 1)),
+    "a tuple of its sizes": lambda y, w: w.reshape(tuple(w.shape) + (1, 1)),
+    "as many as the map": lambda y, w: w.view(*w.shape, *[1] * (y.ndim - 2)),
+    "new axes": lambda y, w: w[(..., *[None] * (y.dim() - w.dim()))],
+    "a loop": unsqueezed,
+}
+for way, widen in WAYS.items():
+    expect("SqueezeExcite(16 -> 4, relu, sigmoid)", widen, name=f"widened: {way}")(Widened)
+
+
 @expect("SqueezeExcite(16 -> 4, relu, sigmoid) in its forward")
 class WrittenIntoItself(Residual):
     def forward(self, x):
