@@ -30,6 +30,13 @@ CIRCULAR = tl.constexpr(LAYERS["circular"])
 NOWHERE = tl.constexpr(2**31 - 1)  # a position behind every position
 
 
+@triton.jit
+def masked(mask, condition):
+    """mask & condition, of one number for all. It is spread as a number: of a spread int1 Triton's interpreter makes an
+    int32, which its 3.9 takes for no mask."""
+    return mask & (tl.full(mask.shape, 0, tl.int32) + condition != 0)
+
+
 # ---- activations: comparisons are written so that NaN passes, as in PyTorch ----
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..codes import ACTIVATIONS
 from . import maps
-from .language import IDENTITY, RELU, activate, activate_grad, before_activation
+from .language import IDENTITY, RELU, activate, activate_grad, before_activation, masked
 from .maps import CHANNELS_LAST, FLAT, SIZES, locate, tile_at
 from .passes import (
     before_epilogue,
@@ -403,7 +403,7 @@ def _norm_dots(
         store_sums(to + 4 * C, slopes_centred, c0, C, S, rows, BLOCK_C, BLOCK_S, VECTOR)
         of_gate = tl.zeros(c.shape, ACC)
         if gate is not None:
-            of_gate += tl.load(gate + b * C + c, mask=in_c & (split == 0), other=0.0).to(ACC)
+            of_gate += tl.load(gate + b * C + c, mask=masked(in_c, split == 0), other=0.0).to(ACC)
         else:
             of_gate += tl.where(split == 0, 1.0, 0.0)
         tl.store(to + 5 * C + c, of_gate, mask=in_c)

@@ -20,6 +20,7 @@ from .language import (
     activate_grad,
     before_activation,
     from_order_key,
+    masked,
     max_of_rows,
     reduce_max,
     sum_rows,
@@ -214,7 +215,7 @@ def pool_pass(
         for i in range(count(blocks, LAYOUT)):
             mask = counted(first, S, rows, BLOCK_S, VECTOR)
             if LAYOUT != FLAT:  # two tiles are in flight
-                in_next = elements(first + BLOCK_S, S, rows, BLOCK_S, VECTOR) & (i + 1 < blocks)
+                in_next = masked(elements(first + BLOCK_S, S, rows, BLOCK_S, VECTOR), i + 1 < blocks)
                 following = tl.load(x + at + step + offsets, mask=in_next, other=0.0)
             u = activate(before_activation(value.to(ACC), weight, bias, affine_weight is not None), PRE)
             if POOL != MAX:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import maps
-from .language import sigmoid, sum_rows
+from .language import masked, sigmoid, sum_rows
 from .maps import CHANNELS_LAST, FLAT, SIZES, firsts, flat_rows, flat_tile_at, locate, strided_tile_at, tile_at
 from .passes import inside
 
@@ -24,7 +24,7 @@ PLAIN_SPACE = 4096  # positions
 def _first_of(x, b, c, mask, C, S, LAYOUT: tl.constexpr, ACC: tl.constexpr):
     """The first element of channels c."""
     at = b * C * S + c if LAYOUT == CHANNELS_LAST else (b * C + c) * S
-    return tl.load(x + at, mask=mask & (S > 0), other=0.0).to(ACC)
+    return tl.load(x + at, mask=masked(mask, S > 0), other=0.0).to(ACC)
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _store_moments(means, squares, out, b, split, n_split, c, mask, C, pivot, me
     row = (b * n_split + split) * C
     if out is not None:
         to = out + 3 * b * C + c
-        tl.store(to, pivot, mask=mask & (split == 0))
+        tl.store(to, pivot, mask=masked(mask, split == 0))
         if n_split == 1:
             tl.store(to + C, mean, mask=mask)
             tl.store(to + 2 * C, square, mask=mask)
@@ -120,7 +120,7 @@ def _moments(
             value = tl.load(x + at + offsets, mask=in_c[:, None] & inside(first, S, BLOCK_S)[None, :], other=0.0)
             for i in range(blocks):  # where it is not PLAIN, Welford's update, lane by lane
                 mask = in_c[:, None] & inside(first, S, BLOCK_S)[None, :]
-                in_next = in_c[:, None] & (inside(first + BLOCK_S, S, BLOCK_S) & (i + 1 < blocks))[None, :]
+                in_next = in_c[:, None] & masked(inside(first + BLOCK_S, S, BLOCK_S), i + 1 < blocks)[None, :]
                 following = tl.load(x + at + step + offsets, mask=in_next, other=0.0)  # two tiles are in flight
                 apart = value.to(ACC) - pivot[:, None]
                 if PLAIN:

@@ -18,6 +18,7 @@ from .language import (
     before_activation,
     from_order_key,
     load_affine,
+    masked,
     max_of_rows,
     order_key,
     reduce_max,
@@ -59,7 +60,7 @@ def channel_pool_pass(
         for j in range(tiles):
             c = c0 + k
             in_c = c < C
-            in_next = ((c + BLOCK_C < C) & (j + 1 < tiles))[:, None] & in_s
+            in_next = masked(c + BLOCK_C < C, j + 1 < tiles)[:, None] & in_s
             following = tl.load(x + at + step + offsets, mask=in_next, other=0.0)  # two tiles are in flight
             weight, bias = load_affine(affine_weight, affine_bias, c, in_c, ACC)
             mask = in_c[:, None]  # positions that do not exist are not stored

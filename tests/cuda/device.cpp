@@ -89,6 +89,7 @@ void run(const char* scenario, const char* library) {
 }  // namespace
 
 extern "C" {
+uint64_t aoti_torch_abi_version() { return TORCH_TARGET_VERSION; }  // torch's headers ask for it from 2.15 on
 AOTITorchError aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* made) {
     Guard* const guard = new Guard{current_of_torch()};
     if (index != guard->before && !has_its_own_runtime) cudaSetDevice(index);
