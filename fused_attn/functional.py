@@ -21,6 +21,7 @@ expected and what came.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,7 +127,7 @@ def scale(
             residual=residual,
             post_activation=post_activation,
         )
-    return ops.scale(backend, x, gate, weight, bias, residual, *codes)
+    return ops.scale(backend, _as_it_lies(x), gate, weight, bias, residual, *codes)
 
 
 def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
@@ -150,7 +151,7 @@ def simam(x: Tensor, *, e_lambda: float = 1e-4) -> Tensor:
     backend = _choose("simam", (), x)
     if backend == "reference":
         return reference.simam(x, e_lambda=e_lambda)
-    return ops.simam(backend, x, float(e_lambda))
+    return ops.simam(backend, _as_it_lies(x), float(e_lambda))
 
 
 #: The gates of those ways to combine them that take no others.
@@ -217,7 +218,7 @@ def mixed_scale(
     backend = _choose("mixed_scale", (number,), x, channel, spatial, rows, columns)
     if backend == "reference":
         return reference.mixed_scale(x, channel=channel, spatial=spatial, rows=rows, columns=columns, combine=combine)
-    return ops.mixed_scale(backend, x, channel, spatial, rows, columns, number)
+    return ops.mixed_scale(backend, _as_it_lies(x), channel, spatial, rows, columns, number)
 
 
 def pixel_gate(x: Tensor, logits: Tensor) -> Tensor:
@@ -337,7 +338,19 @@ def channel_gate(
             residual=residual,
             post_activation=post_activation,
         )
-    return ops.channel_gate(backend, x, *tensors, *codes)
+    return ops.channel_gate(backend, _as_it_lies(x), *tensors, *codes)
+
+
+def _as_it_lies(x: Tensor) -> Tensor:
+    """x, or a channels_last copy of what is only a part of a channels_last map: operators copy such a map in any case, and
+    what a product gives lies as it does in torch."""
+    if x.is_contiguous() or is_channels_last(x):
+        return x
+    spatial = [stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True) if size > 1]
+    falling = all(a >= b for a, b in itertools.pairwise(spatial))
+    if x.shape[1] == 1 or not spatial or not falling or x.stride(1) >= spatial[-1]:
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _in_order(grad: Tensor) -> Tensor:
@@ -467,7 +480,7 @@ def norm_gate(
 
     return ops.norm_gate(
         backend,
-        x,
+        _as_it_lies(x),
         weight,
         bias,
         statistics,
@@ -562,7 +575,7 @@ def context_gate(x: Tensor, weight: Tensor, bias: Tensor | None, excitation: Exc
     checked = _checked(excitation, x)
     if backend == "reference":
         return reference.context_gate(x, weight, bias, checked)
-    return ops.context_gate(backend, x, weight, bias, checked)
+    return ops.context_gate(backend, _as_it_lies(x), weight, bias, checked)
 
 
 def _checked(excitation: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
@@ -602,7 +615,7 @@ def energy_gate(x: Tensor, excitation: Excitation, bias: Tensor | None = None) -
     checked = _checked(excitation, x)
     if backend == "reference":
         return reference.energy_gate(x, checked, bias)
-    return ops.energy_gate(backend, x, checked, bias)
+    return ops.energy_gate(backend, _as_it_lies(x), checked, bias)
 
 
 def moments_gate(x: Tensor, excitation: OfMoments) -> Tensor:
@@ -623,7 +636,7 @@ def moments_gate(x: Tensor, excitation: OfMoments) -> Tensor:
     checked = _checked(excitation, x)
     if backend == "reference" or x.numel() == 0:
         return reference.moments_gate(x, checked)
-    return ops.moments_gate(backend, x, checked)
+    return ops.moments_gate(backend, _as_it_lies(x), checked)
 
 
 def _statistics_to(keep: Callable[[Tensor, Tensor], None] | None) -> Callable[[Any], None] | None:
@@ -699,7 +712,7 @@ def spatial_gate(
             residual=residual,
             post_activation=post_activation,
         )
-    y, statistics = ops.spatial_gate(backend, x, *tensors, eps, *codes, told=_statistics_to(keep))
+    y, statistics = ops.spatial_gate(backend, _as_it_lies(x), *tensors, eps, *codes, told=_statistics_to(keep))
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 
@@ -792,7 +805,7 @@ def cbam(
             residual=residual,
             post_activation=post_activation,
         )
-    y, statistics = ops.cbam(backend, x, *tensors, eps, *codes, told=_statistics_to(keep))
+    y, statistics = ops.cbam(backend, _as_it_lies(x), *tensors, eps, *codes, told=_statistics_to(keep))
     return y if batch_norm is None else (y, statistics[0], statistics[1])
 
 

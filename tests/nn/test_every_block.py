@@ -247,3 +247,24 @@ def test_maps_of_inference_mode(name):
     mine, theirs = found
     if isinstance(theirs, Tensor):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+#: Whose result is made of matrices, or of stacked branches: it lies as the map does, where plain PyTorch lays it anew.
+LAID_ANEW = {"ChannelSelfAttention", "CrissCrossAttention", "DoubleAttention", "ExternalAttention", "SplitAttention"}
+
+
+@pytest.mark.parametrize("part", ["half of NCHW", "half", "rows"])
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - LAID_ANEW))
+def test_the_result_lies_as_in_torch(name, part):
+    """A part of a channels_last map is neither NCHW nor channels_last; a product of it is channels_last."""
+    ours, plain = BLOCKS[name](fused_attn.nn).eval(), BLOCKS[name](reference).eval()
+    plain.load_state_dict(ours.state_dict())
+    x = random(2, 16, 9, 7)
+    x = x if part == "half of NCHW" else x.contiguous(memory_format=torch.channels_last)
+    x = x[:, 8:, 1:] if part == "rows" else x[:, 8:]
+    x = x.detach().requires_grad_()
+    results = [block(x) for block in (ours, plain)]
+    assert results[0].stride() == results[1].stride()
+    gradients = [torch.autograd.grad(result.square().sum(), x)[0] for result in results]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
