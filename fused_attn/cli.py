@@ -241,7 +241,7 @@ def verify_command(
             results += verify.verify_model(name, model, size, chosen, chosen_layouts, tails=tails)
         except (UnknownModel, ValueError) as error:
             raise UserError(str(error)) from None
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise UserError(f"{name} on {'x'.join(map(str, size))}: {str(error).splitlines()[0]}") from None
     rows = [
         [

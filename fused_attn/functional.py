@@ -342,8 +342,8 @@ def channel_gate(
 
 
 def _as_it_lies(x: Tensor) -> Tensor:
-    """x, or a channels_last copy of what is only a part of a channels_last map: operators copy such a map in any case, and
-    what a product gives lies as it does in torch."""
+    """x, or a channels_last copy of a part of a channels_last map: operators copy such a map in any case, and a product
+    then lies as it does in torch."""
     if x.is_contiguous() or is_channels_last(x):
         return x
     spatial = [stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True) if size > 1]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -62,7 +63,7 @@ def define_torchvision_operators() -> None:
 
 
 def build_model(name: str) -> nn.Module:
-    """The model of that name, with random weights.
+    """The model of that name, with random weights; a copy where a file or package has a model in place of a factory.
 
     Raises:
         UnknownModel: no such library, file, factory or model, or what the factory gives is no `nn.Module`.
@@ -79,7 +80,8 @@ def build_model(name: str) -> nn.Module:
             import_host("torchvision")
             model = importlib.import_module("torchvision.models").get_model(factory, weights=None)
         else:
-            model = getattr(_load(source), factory)()
+            found = getattr(_load(source), factory)
+            model = copy.deepcopy(found) if isinstance(found, nn.Module) else found()
     except UnknownModel:
         raise
     except Exception as error:
@@ -98,6 +100,8 @@ def _load(source: str) -> Any:
         raise UnknownModel(f"{source}: no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)  # as for a script: what lies beside it can be imported
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)

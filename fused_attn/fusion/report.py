@@ -17,7 +17,7 @@ from .api import Candidate, candidates, is_own
 from .changing.graphs import fuse_exported, is_program
 from .changing.parents import PIXEL_GATE
 from .changing.plan import changes, intact, plan_of
-from .changing.swap import save_of
+from .changing.swap import save_of, why_no_class
 from .hosts.registry import TAILS, known_class
 from .reading.statistics import WhereLarge
 from .recipes.along import GateAlong
@@ -131,7 +131,8 @@ def _row(candidate: Candidate) -> Row | None:
     call = "model, tails=True" if known_class(host_of(type(block)), TAILS) else "model"
     if isinstance(found, str):
         return Row(name, "", cls, False, "its own forward", found)
-    return Row(name, describe(block, found), cls, False, "its own forward", f"not fused yet: fused_attn.fuse({call})")
+    why = why_no_class(host_of(type(block))) or f"not fused yet: fused_attn.fuse({call})"
+    return Row(name, describe(block, found), cls, False, "its own forward", why)
 
 
 def _given(block: nn.Module, recipe: Recipe) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import gc
 import importlib
@@ -11,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from typing import ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from fused_attn import explain, fuse, reference, unfuse
 from fused_attn.fusion import ChannelGate, FusionError, SplitGate, api, register
 from fused_attn.fusion.recipes.names import host_class
 from tests.checks import random
+
+Kind = TypeVar("Kind")
 
 
 class SEBlock(nn.Module):
@@ -197,6 +201,44 @@ def test_subclasses():
     assert explain(fuse(OwnForward()))[0].block.endswith("in its forward")
     assert refusal(OwnLayers()) == "OwnLayers overrides _layers of SpatialAttention"  # what is private, too
     assert explain(fuse(OwnInit()))[0].fused
+
+
+class AbstractFirst(abc.ABC, SEBlock):
+    pass
+
+
+class GenericFirst(Generic[Kind], SEBlock):
+    pass
+
+
+class WithSlots(SEBlock):
+    __slots__ = ("extra",)
+
+
+class WithSlotsThatKnowsItsOwn(SEBlock):
+    __slots__ = ("extra",)
+    derived: ClassVar[list] = []
+
+    def __init_subclass__(cls):
+        cls.derived.append(cls)
+
+
+@pytest.mark.parametrize("cls", [AbstractFirst, GenericFirst, WithSlots])
+def test_classes_whose_base_cannot_be_set_afterwards(cls):
+    plain, x = cls(), random(2, 16, 5, 3)
+    block = fuse(copy.deepcopy(plain))
+    assert explain(block)[0].fused and isinstance(block, cls)
+    for found in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert explain(found)[0].fused
+        torch.testing.assert_close(found(x), plain(x))
+    assert type(unfuse(block)) is cls
+
+
+def test_a_class_that_none_can_be_derived_from_says_why():
+    block = fuse(WithSlotsThatKnowsItsOwn())
+    (row,) = explain(block)
+    assert not row.fused and row.reason.startswith("no class can be derived from its own: ")
+    assert not block.derived
 
 
 HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "backward_hook"]

@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(
         name="not-fused-yet-counts-as-fused",
         file="fused_attn/fusion/report.py",
-        old='    return Row(name, describe(block, found), cls, False, "its own forward", f"not fused yet:',
-        new='    return Row(name, describe(block, found), cls, True, "its own forward", f"not fused yet:',
+        old='    return Row(name, describe(block, found), cls, False, "its own forward", why)',
+        new='    return Row(name, describe(block, found), cls, True, "its own forward", why)',
         tests="tests/fusion/test_tails.py tests/fusion/test_adapters.py"
         " -k 'test_why_a_tail_was_left_alone_can_be_asked or test_own_modules_are_one_row'",
     ),

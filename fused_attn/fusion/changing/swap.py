@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +111,33 @@ def _make_fused_class(host: type[nn.Module]) -> type[nn.Module]:
         "__annotations__": inspect.get_annotations(host),  # TorchScript looks at those of a class alone
         HOST: host,
     }
-    # Past metaclasses and `__init_subclass__`, which may keep a list of classes: the base is set afterwards.
-    made: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), attributes)
-    made.__bases__ = (host,)
+    made = _derived(host, attributes)
+    return made
+
+
+def why_no_class(host: type[nn.Module]) -> str:
+    """Why there can be no fused class of a host's; empty where there can."""
+    try:
+        fused_class(host)
+    except TypeError as error:
+        return f"no class can be derived from its own: {error}"
+    return ""
+
+
+def _derived(host: type[nn.Module], attributes: dict[str, Any]) -> type[nn.Module]:
+    """A class of the host's name, past its metaclass and its `__init_subclass__`, which may keep a list of classes: its
+    base is set afterwards.
+
+    Raises:
+        TypeError: that cannot be done (slots, or a first base that is no module) and `__init_subclass__` is its own.
+    """
+    made: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), dict(attributes))
+    try:
+        made.__bases__ = (host,)
+    except TypeError:
+        if any("__init_subclass__" in vars(base) for base in host.__mro__ if base not in (object, Generic)):
+            raise
+        made = type.__new__(type(host), host.__name__, (host,), dict(attributes))
     return made
 
 
@@ -242,9 +266,7 @@ def _as_of_host(cls: type[nn.Module], host: type[nn.Module], fused: type[nn.Modu
         added |= {name: value for name, value in vars(base).items() if isinstance(value, property)}
     if not added:
         return host
-    derived: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), added)
-    derived.__bases__ = (host,)
-    return derived
+    return _derived(host, added)
 
 
 def _without_plan(part: Any, save: str | None = None) -> Any:
