@@ -30,6 +30,7 @@ from ..reading.canonical import Spread, Value
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.find import Found
 from ..reading.layers import calls_itself
+from ..reading.nodes import name_of
 from ..reading.products import products_left
 from ..reading.reads import Reads, Unstored, is_plain, is_torch, multiplies, reads_of
 from ..reading.recognise import UNKNOWN, has_own_forward, is_of_somebody, names_a_gate, once, outcome_of
@@ -52,7 +53,6 @@ from ..reading.trace import (
     Rank,
     Untraceable,
     is_same_code,
-    name_of,
     trace_in_mode,
     trace_with_option,
     unpacked,

@@ -131,13 +131,13 @@ def _derived(host: type[nn.Module], attributes: dict[str, Any]) -> type[nn.Modul
     Raises:
         TypeError: that cannot be done (slots, or a first base that is no module) and `__init_subclass__` is its own.
     """
-    made: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), dict(attributes))
+    made: type[nn.Module] = type.__new__(type(host), host.__name__, (nn.Module,), attributes)
     try:
         made.__bases__ = (host,)
     except TypeError:
         if any("__init_subclass__" in vars(base) for base in host.__mro__ if base not in (object, Generic)):
             raise
-        made = type.__new__(type(host), host.__name__, (host,), dict(attributes))
+        made = type.__new__(type(host), host.__name__, (host,), attributes)
     return made
 
 

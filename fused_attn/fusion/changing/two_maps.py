@@ -24,6 +24,7 @@ from ...nn.normalised import normalised
 from ...reference.block_attention import NORMS
 from ..reading.check import TOLERANCE, TOLERANCE_OF_SIXTHS
 from ..reading.layers import calls_itself
+from ..reading.nodes import name_of
 from ..reading.reads import Reads, Unstored, is_torch, multiplies, reads_of, taken_apart
 from ..reading.recognise import channel_guesses, has_own_forward, once
 from ..reading.rewritten import MOST, check_rewritten
@@ -32,7 +33,6 @@ from ..reading.trace import (
     Rank,
     Untraceable,
     is_same_code,
-    name_of,
     trace_in_mode,
     trace_two_maps,
     unpacked,

@@ -29,9 +29,10 @@ from ..recipes.recipe import OwnLayers
 from ..recipes.run import Unsuited, layer_at
 from .check import differences, is_same, random_tensor, randomised
 from .layers import paths_but
+from .nodes import name_of
 from .reads import Unstored, reads_of
 from .recognise import has_own_forward, once
-from .trace import Rank, Untraceable, is_same_code, name_of, trace_in_mode
+from .trace import Rank, Untraceable, is_same_code, trace_in_mode
 from .twin import NoTwin
 
 _known: weakref.WeakKeyDictionary[type, dict[Hashable, OwnLayers | None]] = weakref.WeakKeyDictionary()

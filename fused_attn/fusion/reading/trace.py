@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .capture import contents
-from .dims import dims_of
 from .layers import LISTS
+from .nodes import dims_of
 from .reads import is_plain
 from .twin import STATE, twin
 
@@ -90,13 +90,6 @@ def trace_two_maps(block: nn.Module, enters: Callable[[str], bool], training: bo
     """As `trace_in_mode`, of block(x, y), the second under this name; its inputs are "block", x and y."""
     made = _Trace(block, enters, training, rank)
     return made.run(**{name: _Value(made, made.graph.placeholder("y"))})
-
-
-def name_of(node: fx.Node) -> str:
-    """Of the function or method that is called."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
 
 def is_same_code(graph: fx.Graph, other: fx.Graph) -> bool:
@@ -175,10 +168,11 @@ class _Trace:
         given = tuple(map(self.argument, args)), {k: self.argument(v) for k, v in kwargs.items()}
         return _Value(self, self.graph.create_node(op, target, *given))
 
-    def dims(self, node: Any, rank: Rank) -> int:
+    def dims(self, node: Any) -> int:
         """How many dimensions a value has, of maps of the rank that is assumed."""
-        rank.asked = True
-        return dims_of(node, rank.dims, self.block)
+        assert self.rank is not None
+        self.rank.asked = True
+        return dims_of(node, self.rank.dims, self.block)
 
     def argument(self, value: Any) -> Any:
         kind = type(value)
@@ -285,7 +279,7 @@ class _Value:
         if name.startswith("__"):
             raise AttributeError(name)
         if name == "ndim" and self._trace.rank is not None:
-            return self._trace.dims(self._node, self._trace.rank)
+            return self._trace.dims(self._node)
         found = self._trace.record("call_function", getattr, (self, name), {})
         return _Attribute(self, name, found)
 
@@ -298,7 +292,7 @@ class _Value:
     def __len__(self) -> int:
         if self._trace.rank is None or not self._is_shape():
             self._trace.refuse(_BRANCHES)
-        return self._trace.dims(self._node.args[0], self._trace.rank)
+        return self._trace.dims(self._node.args[0])
 
     def __index__(self) -> int:
         self._trace.indices.append(self)  # torch asks before it gives a call to the mode, with the value itself
@@ -310,7 +304,7 @@ class _Value:
         if dis.opname[code[at]] == "UNPACK_SEQUENCE":
             count = code[at + 1]
         elif self._trace.rank is not None and self._is_shape():
-            count = self._trace.dims(self._node.args[0], self._trace.rank)
+            count = self._trace.dims(self._node.args[0])
         else:
             self._trace.refuse("loops over a tensor or its sizes")
         every = self._trace.record("call_function", unpacked, (self, count), {})
@@ -328,7 +322,7 @@ class _Attribute(_Value):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._name == "dim" and self._trace.rank is not None:
-            return self._trace.dims(self._owner._node, self._trace.rank)
+            return self._trace.dims(self._owner._node)
         return self._trace.record("call_method", self._name, (self._owner, *args), kwargs)
 
 

@@ -1,4 +1,5 @@
-"""How many dimensions the values of a graph have, where its sizes are not known yet."""
+"""What the nodes of a graph are: the function that is called, and how many dimensions its value has where no size is
+known yet."""
 
 from __future__ import annotations
 
@@ -7,6 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+
+
+def name_of(node: fx.Node) -> str:
+    """Of the function or method that is called."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
 
 def dims_of(node: fx.Node, dims: int, block: nn.Module) -> int:
@@ -27,20 +35,17 @@ def dims_of(node: fx.Node, dims: int, block: nn.Module) -> int:
         return dims
     if node.op == "call_module":
         return _after(block.get_submodule(str(node.target)), of(node.args[0]))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.target is operator.getitem and _name(node.args[0]) in _PAIRS and isinstance(node.args[1], int):
-        return of(node.args[0])
-    change = _CHANGES.get(name)
+    first = node.args[0]
+    of_pair = node.target is operator.getitem and isinstance(first, fx.Node) and name_of(first) in _PAIRS
+    if of_pair and isinstance(node.args[1], int):
+        return of(first)
+    change = _CHANGES.get(name_of(node))
     if change is None:
         return max(map(of, node.args))
     try:
-        return change(of(node.args[0]), *node.args[1:], **node.kwargs)
+        return change(of(first), *node.args[1:], **node.kwargs)
     except TypeError:  # names that only another version of it has
         return dims
-
-
-def _name(node: Any) -> str:
-    return str(getattr(node.target, "__name__", node.target)) if isinstance(node, fx.Node) else ""
 
 
 def _after(layer: nn.Module, dims: int) -> int:

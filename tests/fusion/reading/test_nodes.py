@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_attn.fusion.reading.dims import dims_of
+from fused_attn.fusion.reading.nodes import dims_of
 from fused_attn.fusion.reading.trace import Rank, trace_in_mode
 
 C = 8
